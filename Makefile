@@ -1,0 +1,56 @@
+# Everything here runs from a fresh clone: what a target needs is installed into .venv on the way.
+# Needed beforehand: Python 3.11 or newer with venv, make, and a C compiler. A GPU is not.
+
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-interpret test-main test-gpu lint format golden wheel clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
+
+install: $(READY)  ## set up .venv (every other target does it when it has to)
+
+# torch goes first and alone: it is by far the largest, and what follows then finds it in place.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "llsa_gen needs Python 3.11 or newer, this is %s: make PYTHON=python3.11 ..." % sys.version.split()[0])'
+	@echo "Setting up .venv: once, and mostly waiting for torch"
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q -c constraints.txt torch
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev,demo]'
+	@touch $@
+
+demo: $(READY)  ## compile spec/llsa_l2.yaml, attend over a photograph, draw what each level keeps
+	$(BIN)/python -m llsa_gen.demo
+
+test: test-interpret test-main  ## run all tests that need no GPU
+
+test-interpret: $(READY)  ## only the Triton kernels, in Triton's interpreter
+	TRITON_INTERPRET=1 $(BIN)/pytest -n 2 -m interpret
+
+test-main: $(READY)  ## all other tests; those for a GPU are shown as skipped without one
+	$(BIN)/pytest -n 2 -m 'not interpret'
+
+test-gpu: $(READY)  ## the tests for a CUDA or ROCm GPU
+	$(BIN)/pytest -m gpu
+
+lint: $(READY)  ## ruff and pyright
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright
+
+format: $(READY)  ## let ruff sort the imports and lay out the code
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+golden: $(READY)  ## emit generated/ again from the specs and the templates
+	$(BIN)/python -m llsa_gen.golden
+
+wheel: $(READY)  ## build the wheel into dist/
+	$(BIN)/python -m build --wheel --no-isolation
+
+clean:  ## remove what was built and cached here, but not .venv
+	rm -rf build dist .hypothesis .pytest_cache .ruff_cache
+	find . -name .venv -prune -o -name __pycache__ -type d -exec rm -rf {} +

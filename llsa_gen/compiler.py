@@ -1,0 +1,93 @@
+"""The pipeline: spec -> plan -> schedules -> text -> stored module -> attention, as one short function."""
+
+import hashlib
+import os
+import threading
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from llsa_gen import emit, schedule
+from llsa_gen.loading import load_text
+from llsa_gen.plan import Plan, lower
+from llsa_gen.spec import Spec, load
+from llsa_gen.store import Key, Store
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+GENERATORS = ("plan.py", "schedule.py", "emit.py")
+"""Modules of this package that decide what is emitted."""
+
+_compiled: dict[str, "Attention"] = {}
+_lock = threading.Lock()
+
+
+class Attention:
+    """A compiled operator. Call it on q, k, v; `select` shows what it attends to; `source` is the module that runs."""
+
+    def __init__(self, spec: Spec, module: ModuleType, source: str, path: Path | None) -> None:
+        self.spec = spec
+        self.module = module
+        self.source = source
+        """The text of the generated module."""
+        self.path = path
+        """Where the store keeps that text; None where nothing could be written and it lives in memory."""
+
+    def __call__(
+        self, q: "Tensor", k: "Tensor", v: "Tensor", *, scale: float | None = None, return_lse: bool = False
+    ) -> "Tensor | tuple[Tensor, Tensor]":
+        """Attend: q, k, v [B, H, N, D] to o [B, H, N, D], differentiable.
+
+        Tensors may have any strides and be float32, float16 or bfloat16, on a GPU or the CPU; M = N. `scale` is
+        1/sqrt(D) unless given. With `return_lse` also the natural logarithm of the sum of weights, [B, H, N] float32,
+        without gradient. Raises TypeError or ValueError naming the argument, what came and what was expected.
+        """
+        return self.module.attention(q, k, v, scale=scale, return_lse=return_lse)
+
+    def select(self, q: "Tensor", k: "Tensor") -> "tuple[Tensor, ...]":
+        """Kept key tokens of each level, finest first: int32 [B, H, T_l, width], best first, -1 where there are fewer."""
+        return self.module.select(q, k)
+
+    def __repr__(self) -> str:
+        return f"Attention({self.spec.name!r}, {self.path or 'in memory'})"
+
+
+def compile(source: str | os.PathLike[str] | Mapping[str, object] | Spec, *, store: Store | None = None) -> Attention:
+    """Compile a spec: a path, a dict or a Spec to the operator; the same object for the same spec next time.
+
+    Raises MissingSpecFile or SpecError for what is wrong with the spec.
+    """
+    spec = load(source)
+    plan = lower(spec)
+    schedules = schedule.schedules(plan)
+    key = cache_key(plan, schedules)
+    with _lock:
+        if key.digest not in _compiled:
+            text, path = (store or Store()).fetch(key, lambda: emit.render(plan, schedules))
+            module = load_text(spec.name, key.digest, text, path)
+            _compiled[key.digest] = Attention(spec, module, text, path)
+        return _compiled[key.digest]
+
+
+def cache_key(plan: Plan, schedules: schedule.Schedules) -> Key:
+    """Everything that the text of a module, and how it runs, depends on; known without rendering it."""
+    package = Path(__file__).parent
+    parts = {"spec": plan.spec.digest, "schedule": _digest(repr(schedules).encode())}
+    parts |= {f"template:{name}": digest for name, digest in emit.template_digests().items()}
+    parts |= {f"generator:{name}": _digest((package / name).read_bytes()) for name in GENERATORS}
+    parts |= {name: version(name) for name in ("torch", "triton")}
+    parts["llsa_gen"] = emit.generator_version()
+    return Key(plan.spec.name, parts)
+
+
+def explain_miss(source: str | os.PathLike[str] | Mapping[str, object] | Spec, store: Store | None = None) -> str:
+    """Why the next `compile` of a spec would hit or miss the store."""
+    plan = lower(load(source))
+    return str((store or Store()).why(cache_key(plan, schedule.schedules(plan))))
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

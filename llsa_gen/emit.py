@@ -1,0 +1,141 @@
+"""Emit: a plan and its schedules to the text of one Python module, the same bytes for the same input.
+
+Templates live in `templates/`; jinja2 decides structure only (which levels, which arguments), numbers reach the text
+as named constants. What a template may ask is the plan, plus the few printers below.
+"""
+
+import hashlib
+import json
+import re
+import traceback
+from collections.abc import Mapping
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import jinja2
+import sympy
+from sympy.printing.pycode import PythonCodePrinter
+
+from llsa_gen.errors import TemplateError
+from llsa_gen.plan import MAX_TOKENS, Plan
+from llsa_gen.schedule import Schedules, pad
+
+ROOT = Path(__file__).parent
+TEMPLATES = next(path for path in (ROOT / "templates", ROOT.parent / "templates") if path.is_dir())
+PLACEHOLDER = "@" * 16
+
+
+def generator_version() -> str:
+    """The version of the installed package."""
+    try:
+        return version("llsa-gen")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+class HostPrinter(PythonCodePrinter):
+    """Prints sizes as host code: `triton.cdiv(n_tokens, 256)`, tile shapes looked up in the schedule entry `tile`."""
+
+    def _print_Symbol(self, expr: sympy.Symbol) -> str:
+        return f'tile["{expr.name}"]' if expr.name.isupper() and expr.name != "SPLITS" else expr.name.lower()
+
+    def _print_ceiling(self, expr: sympy.ceiling) -> str:
+        numerator, divisor = sympy.fraction(expr.args[0])
+        return f"triton.cdiv({self._print(numerator)}, {self._print(divisor)})"
+
+    def _print_floor(self, expr: sympy.floor) -> str:
+        numerator, divisor = sympy.fraction(expr.args[0])
+        return f"{self.parenthesize(numerator, 50)} // {self._print(divisor)}"
+
+    def _print_Min(self, expr: sympy.Min) -> str:
+        return f"min({', '.join(self._print(arg) for arg in sorted(expr.args, key=str))})"
+
+
+def python(expr: sympy.Expr | int) -> str:
+    """An expression of the plan as Python text."""
+    return HostPrinter().doprint(sympy.sympify(expr))
+
+
+@cache
+def environment() -> jinja2.Environment:
+    """The templates, strict about names and whitespace."""
+    env = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,
+    )
+    env.filters["py"] = python
+    env.filters["each"] = lambda items, form: ", ".join(form.format(item) for item in items)
+    return env
+
+
+def template_digests() -> dict[str, str]:
+    """Content hash of every template, by file name."""
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(TEMPLATES.glob("*.j2"))}
+
+
+def render(plan: Plan, schedules: Schedules) -> str:
+    """The module's text; the operator's name carries the hash of everything else in it."""
+    try:
+        text = environment().get_template("module.py.j2").render(
+            plan=plan,
+            version=generator_version(),
+            operator=f"{plan.spec.name}_{PLACEHOLDER}",
+            spec_literal=literal(json.loads(plan.spec.canonical())),
+            pad_dim=pad(plan.head_dim),
+            max_tokens=MAX_TOKENS,
+            schedules=schedules_literal(schedules),
+        )
+    except (jinja2.TemplateError, TypeError, KeyError, ValueError, AttributeError) as error:
+        template, line = place(error)
+        reproduce = f"python -c 'import llsa_gen; llsa_gen.compile({plan.spec.canonical()!r})'"
+        raise TemplateError(f"{type(error).__name__}: {error}", template, line, plan.spec.name, reproduce) from error
+    text = tidy(text)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return text.replace(PLACEHOLDER, digest[: len(PLACEHOLDER)])
+
+
+def place(error: Exception) -> tuple[str, int]:
+    """Template and line, from 1, where rendering failed."""
+    if isinstance(error, jinja2.TemplateSyntaxError):
+        return error.name or "?", error.lineno
+    frames = [(Path(frame.filename).name, frame.lineno or 0) for frame in traceback.extract_tb(error.__traceback__)]
+    return next((frame for frame in reversed(frames) if frame[0].endswith(".j2")), ("module.py.j2", 1))
+
+
+def literal(spec: Mapping[str, object]) -> str:
+    """A spec as a Python dict, one field a line; json escapes whatever its texts contain."""
+    values = {name: repr(value) if isinstance(value, bool) else json.dumps(value) for name, value in spec.items()}
+    return "{\n" + "".join(f'    "{name}": {value},\n' for name, value in values.items()) + "}"
+
+
+def schedules_literal(schedules: Schedules) -> str:
+    """The schedules as the statement `SCHEDULES = {...}`, one line a kernel, equal tables written once."""
+    names: dict[str, str] = {}
+    lines: list[str] = []
+    rows: list[str] = []
+    for target, by_size in schedules.items():
+        entries = []
+        for size, kernels in by_size.items():
+            body = "".join(f"    {kernel!r}: {entry_literal(entry)},\n" for kernel, entry in kernels.items())
+            if body not in names:
+                names[body] = f"TILES_{len(names) + 1}"
+                lines.append(f"{names[body]} = {{\n{body}}}\n")
+            entries.append(f"{size}: {names[body]}")
+        rows.append(f"    {target!r}: {{{', '.join(entries)}}},\n")
+    return ("".join(lines) + f"SCHEDULES = {{\n{''.join(rows)}}}").replace("'", '"')
+
+
+def entry_literal(entry: Mapping[str, int]) -> str:
+    return "{" + ", ".join(f"{name!r}: {value}" for name, value in entry.items()) + "}"
+
+
+def tidy(text: str) -> str:
+    """No trailing blanks, and no more than two empty lines in a row: what unrolled loops may leave behind."""
+    text = re.sub(r"[ \t]+\n", "\n", text)
+    text = re.sub(r"\(\n\n+", "(\n", text)
+    return re.sub(r"\n{4,}", "\n\n\n", text).rstrip() + "\n"

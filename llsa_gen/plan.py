@@ -1,0 +1,436 @@
+"""Lower a spec to a plan: the size of every buffer and grid as an expression in the lengths, and the kernels in order.
+
+The plan says *what* is computed, in the names of the semantics (N tokens, L levels, spans P_l, T_l tokens a level,
+K_l kept); it knows neither text nor GPUs. Sizes are sympy expressions in two lengths, `n_tokens` (N) and `heads`
+(B*H, every head of every batch entry), and in the tile shapes that a schedule fills in later.
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cached_property
+
+import sympy
+
+from llsa_gen.spec import Spec
+
+N = sympy.Symbol("n_tokens", integer=True, positive=True)
+HEADS = sympy.Symbol("heads", integer=True, positive=True)
+
+MAX_TOKENS = 2**30
+"""Longest sequence. Kernels keep token numbers in 32 bits; a level that spans more than this has exactly one token."""
+
+MAX_KEPT = 2**31 - 1
+"""Most entries that the index list of one level and one head may have: they are counted in 32 bits."""
+
+
+def tile(name: str) -> sympy.Symbol:
+    """A tile shape that the schedule decides: `BLOCK_M`, `GROUP`, ..."""
+    return sympy.Symbol(name, integer=True, positive=True)
+
+
+def ceil_div(numerator: sympy.Expr, divisor: int | sympy.Expr) -> sympy.Expr:
+    """ceil(numerator / divisor), where nested divisions by integers collapse: ceil(ceil(n/a)/b) = ceil(n/(a b)).
+
+    >>> ceil_div(ceil_div(N, 16), 16)
+    ceiling(n_tokens/256)
+    """
+    if isinstance(numerator, sympy.ceiling) and isinstance(divisor, int):
+        coefficient, rest = numerator.args[0].as_coeff_Mul()
+        if coefficient.is_Rational and coefficient.p == 1:
+            return sympy.ceiling(rest / (coefficient.q * divisor))
+    return sympy.ceiling(numerator / divisor)
+
+
+class Role(StrEnum):
+    """What a buffer is to the caller of the operator."""
+
+    INPUT = "input"
+    OUTPUT = "output"
+    SAVED = "saved"  # made by the forward pass, read by the backward pass
+    SCRATCH = "scratch"  # lives within one pass
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """A tensor: its shape as expressions, its dtype (`input` means that of q, k, v) and who needs it."""
+
+    name: str
+    shape: tuple[sympy.Expr, ...]
+    dtype: str
+    role: Role
+
+    @property
+    def elements(self) -> sympy.Expr:
+        return sympy.Mul(*self.shape)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One launch: how many programs, and which buffers it reads and writes."""
+
+    name: str
+    stage: str  # the schedule entry that gives its tile shapes
+    computes: str
+    programs: sympy.Expr
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
+    level: int = 0  # the level it is launched for, where one kernel serves every level
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that the templates and the cost model ask about a spec."""
+
+    spec: Spec
+
+    # ---- levels -------------------------------------------------------------------------------------------------
+
+    @property
+    def head_dim(self) -> int:
+        return self.spec.head_dim
+
+    @property
+    def top(self) -> int:
+        """L, the coarsest level."""
+        return self.spec.num_levels
+
+    @property
+    def levels(self) -> range:
+        """1..L, finest first."""
+        return range(1, self.top + 1)
+
+    @property
+    def enriched(self) -> tuple[int, ...]:
+        """The coarse levels that queries attend to, ascending."""
+        return self.spec.enriched_levels
+
+    @property
+    def listed(self) -> tuple[int, ...]:
+        """The attended levels whose keys are the children of a kept token: the tokens (0), then enriched l < L."""
+        return (0, *(level for level in self.enriched if level < self.top))
+
+    @property
+    def attends_top(self) -> bool:
+        """Whether every query attends to all T_L tokens of the coarsest level."""
+        return self.top in self.enriched
+
+    @property
+    def shared_level(self) -> int | None:
+        """Queries under one token of this level see the same coarse keys; None: all queries do (or there are none)."""
+        middle = [level for level in self.listed if level > 0]
+        return middle[0] + 1 if middle else None
+
+    def block(self, level: int) -> int:
+        """b_l."""
+        return self.spec.block(level)
+
+    def topk(self, level: int) -> int:
+        """K_l."""
+        return self.spec.topk(level)
+
+    def span(self, level: int) -> int:
+        """P_l, capped at `MAX_TOKENS`: the levels above have one token whatever their span, so nothing changes."""
+        return min(self.spec.span(level), MAX_TOKENS)
+
+    def tokens(self, level: int) -> sympy.Expr:
+        """T_l = ceil(N / P_l)."""
+        return ceil_div(N, self.span(level)) if level else N
+
+    def width(self, level: int) -> sympy.Expr:
+        """Columns of the index list of a level: the most tokens that a query token of that level can keep."""
+        candidates = self.tokens(level)
+        if level < self.top:
+            candidates = sympy.Min(candidates, self.width(level + 1) * self.block(level + 1))
+        return sympy.Min(self.topk(level), candidates)
+
+    def enriched_above(self, level: int) -> int | None:
+        """The next enriched level above `level`: the one whose gradient flows down into it through the pooling."""
+        return next((coarse for coarse in self.enriched if coarse > level), None)
+
+    def parent_ratio(self, level: int, above: int) -> int:
+        """How many tokens of `level` one token of level `above` pools."""
+        ratio = 1
+        for between in range(level + 1, above + 1):
+            ratio *= self.block(between)
+        return min(ratio, MAX_TOKENS)
+
+    @property
+    def pool_steps(self) -> tuple[tuple[int, ...], ...]:
+        """Levels pooled together by one kernel, two at a time: (1, 2), (3, 4), ..."""
+        return tuple(tuple(range(low, min(low + 2, self.top + 1))) for low in range(1, self.top + 1, 2))
+
+    @property
+    def blocks_sharing(self) -> int | None:
+        """Query blocks under one token of the shared level; None where all share."""
+        return None if self.shared_level is None else self.parent_ratio(1, self.shared_level)
+
+    # ---- buffers ------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def buffers(self) -> dict[str, Buffer]:
+        """Every tensor by name."""
+        return {buffer.name: buffer for buffer in self._buffers()}
+
+    def _buffers(self) -> Iterable[Buffer]:
+        d = sympy.Integer(self.head_dim)
+        for name in ("q", "k", "v"):
+            yield Buffer(name, (HEADS, N, d), "input", Role.INPUT)
+        yield Buffer("o", (HEADS, N, d), "input", Role.OUTPUT)
+        yield Buffer("lse", (HEADS, N), "float32", Role.OUTPUT)
+        for name in ("peak", "total"):  # e^lse = 2^peak * total: the backward pass needs it without lse's rounding
+            yield Buffer(name, (HEADS, N), "float32", Role.SAVED)
+        for level in self.levels:
+            shape = (HEADS, self.tokens(level), d)
+            yield Buffer(f"q_l{level}", shape, "input", Role.SCRATCH)
+            yield Buffer(f"k_l{level}", shape, "input", Role.SAVED if level in self.enriched else Role.SCRATCH)
+            if self.enriched:
+                yield Buffer(f"v_l{level}", shape, "input", Role.SAVED if level in self.enriched else Role.SCRATCH)
+        for step in self.pool_steps[:-1]:
+            shape = (sympy.Integer(self.pooled_tensors), HEADS, self.tokens(step[-1]), d)
+            yield Buffer(f"sums_l{step[-1]}", shape, "float32", Role.SCRATCH)
+        for level in self.levels:
+            yield Buffer(f"kept_l{level}", (HEADS, self.tokens(level), self.width(level)), "int32", Role.SAVED)
+        yield Buffer("grad_o", (HEADS, N, d), "input", Role.INPUT)
+        for name in ("grad_q", "grad_k", "grad_v"):
+            yield Buffer(name, (HEADS, N, d), "input", Role.OUTPUT)
+        yield Buffer("delta", (HEADS, N), "float32", Role.SCRATCH)
+        for level in self.levels:
+            tokens = self.tokens(level)
+            yield Buffer(f"counts_l{level}", (HEADS, tokens), "int32", Role.SCRATCH)
+            yield Buffer(f"offsets_l{level}", (HEADS, tokens + 1), "int32", Role.SCRATCH)
+            yield Buffer(f"keepers_l{level}", (HEADS, tokens * self.width(level)), "int32", Role.SCRATCH)
+            if level - 1 in self.listed:
+                yield Buffer(f"extra_l{level}", (HEADS, tokens + 1), "int32", Role.SCRATCH)
+        for level in self.listed:
+            shape = (sympy.Integer(2), HEADS, tile("parts"), sympy.Integer(self.block(level + 1)), d)
+            yield Buffer(f"extra_grad_l{level}", shape, "float32", Role.SCRATCH)
+        if self.attends_top:
+            shape = (sympy.Integer(2), HEADS, tile("SPLITS"), self.tokens(self.top), d)
+            yield Buffer(f"split_grad_l{self.top}", shape, "float32", Role.SCRATCH)
+        for level in self.enriched:
+            shape = (HEADS, self.tokens(level), d)
+            yield Buffer(f"grad_k_l{level}", shape, "float32", Role.SCRATCH)
+            yield Buffer(f"grad_v_l{level}", shape, "float32", Role.SCRATCH)
+
+    @property
+    def pooled_tensors(self) -> int:
+        """How many of q, k, v have a pyramid: values need none where no coarse level is attended."""
+        return 3 if self.enriched else 2
+
+    def extra_parts(self, level: int) -> sympy.Expr:
+        """Most parts beyond the first into which the lists of a level's keys can be cut, PART entries each."""
+        return sympy.floor(self.tokens(level + 1) * self.width(level + 1) / tile("PART"))
+
+    @property
+    def saved(self) -> tuple[str, ...]:
+        """Names of the tensors that the forward pass leaves to the backward pass, in the operator's order."""
+        return tuple(name for name, buffer in self.buffers.items() if buffer.role is Role.SAVED)
+
+    # ---- what the host code asks --------------------------------------------------------------------------------
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """b_1, b_2, ..., b_L."""
+        return tuple(self.block(level) for level in self.levels)
+
+    @property
+    def spans(self) -> tuple[int, ...]:
+        """P_0, P_1, ..., P_L."""
+        return (1, *(self.span(level) for level in self.levels))
+
+    @property
+    def topks(self) -> tuple[int, ...]:
+        """K_1, K_2, ..., K_L."""
+        return tuple(self.topk(level) for level in self.levels)
+
+    @property
+    def attended_text(self) -> str:
+        """The levels that a query attends to, in words."""
+        levels = (*self.enriched[::-1], 0)
+        return f"the keys of level{'s' * (len(levels) > 1)} {' and '.join(', '.join(map(str, levels)).rsplit(', ', 1))}"
+
+    @property
+    def needs_plain_scan(self) -> bool:
+        """Whether some index list is inverted only to find the lists below it."""
+        return any(level - 1 not in self.listed for level in self.levels)
+
+    def inversion_buffers(self, level: int) -> tuple[str, ...]:
+        """Buffers of the counting sort of one level."""
+        names = (f"counts_l{level}", f"offsets_l{level}", f"extra_l{level}", f"keepers_l{level}")
+        return tuple(name for name in names if name in self.buffers)
+
+    # ---- kernels ------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def forward(self) -> tuple[Kernel, ...]:
+        """The kernels of the forward pass in launch order; those before `attend` are the selection."""
+        return (*self._pool(), *self._select(), self._attend())
+
+    @cached_property
+    def backward(self) -> tuple[Kernel, ...]:
+        """The kernels of the backward pass in launch order."""
+        return (*self._invert(), self._grad_q(), *self._grad_top(), *self._grad_listed())
+
+    @property
+    def kernels(self) -> tuple[Kernel, ...]:
+        """Every launch in order."""
+        return (*self.forward, *self.backward)
+
+    def programs(self, name: str, level: int = 0) -> sympy.Expr:
+        """The grid of a kernel."""
+        return next(kernel.programs for kernel in self.kernels if (kernel.name, kernel.level) == (name, level))
+
+    def _pool(self) -> Iterable[Kernel]:
+        names = ("q", "k", "v")[: self.pooled_tensors]
+        for step in self.pool_steps:
+            first, last = step[0], step[-1]
+            reads = names if first == 1 else (f"sums_l{first - 1}",)
+            writes = [f"{name}_l{level}" for name in names for level in step]
+            writes += [f"sums_l{last}"] * (last < self.top)
+            programs = ceil_div(self.tokens(last), 1 if len(step) == 2 else tile("CHILDREN"))
+            yield Kernel(
+                f"pool_l{first}_kernel", "pool", f"means of level {' and '.join(map(str, step))}",
+                self.pooled_tensors * HEADS * programs, tuple(reads), tuple(writes),
+            )  # fmt: skip
+
+    def _select(self) -> Iterable[Kernel]:
+        for level in reversed(self.levels):
+            reads = (f"q_l{level}", f"k_l{level}")
+            if level == self.top:
+                rows = ceil_div(self.tokens(level), tile("BLOCK_M"))
+            else:
+                reads += (f"kept_l{level + 1}",)
+                children = sympy.Min(self.block(level + 1), self.tokens(level))
+                rows = self.tokens(level + 1) * ceil_div(children, tile("BLOCK_M"))
+            yield Kernel(
+                f"select_l{level}_kernel", f"select_l{level}", f"Top-{self.topk(level)} of level {level}",
+                HEADS * rows, reads, (f"kept_l{level}",),
+            )  # fmt: skip
+
+    def _coarse(self) -> tuple[str, ...]:
+        return tuple(f"{name}_l{level}" for level in self.enriched for name in ("k", "v"))
+
+    def _lists(self) -> tuple[str, ...]:
+        return tuple(f"kept_l{level + 1}" for level in self.listed)
+
+    @property
+    def grouped(self) -> bool:
+        """Whether one program takes several narrow query blocks, so that the keys they share fill a tile of rows."""
+        return bool(self.enriched) and self.block(1) < 64
+
+    @property
+    def query_programs(self) -> sympy.Expr:
+        """Programs of a kernel that walks over query blocks, per head."""
+        blocks = self.tokens(1)
+        if not self.grouped:
+            return blocks * ceil_div(sympy.Integer(self.block(1)), tile("BLOCK_M"))
+        if self.shared_level is None:
+            return ceil_div(blocks, tile("GROUP"))
+        sharing = sympy.Min(self.blocks_sharing, blocks)
+        return self.tokens(self.shared_level) * ceil_div(sharing, tile("GROUP"))
+
+    def _attend(self) -> Kernel:
+        reads = ("q", "k", "v", *self._coarse(), *self._lists())
+        programs = HEADS * self.query_programs
+        return Kernel("attend_kernel", "attend", "o and lse: one softmax over all levels", programs, reads, ("o", "lse", "peak", "total"))
+
+    def _invert(self) -> Iterable[Kernel]:
+        for level in self.levels:
+            entries = self.tokens(level) * self.width(level)
+            yield Kernel(
+                "count_kernel", "count", f"how many query tokens keep each key token of level {level}",
+                HEADS * ceil_div(entries, tile("BLOCK")), (f"kept_l{level}",), (f"counts_l{level}",), level,
+            )  # fmt: skip
+        for level in self.levels:
+            extra = (f"extra_l{level}",) * (level - 1 in self.listed)
+            yield Kernel(
+                f"scan{'_parts' * bool(extra)}_kernel", "scan", f"running sums of the counts of level {level}",
+                HEADS, (f"counts_l{level}",), (f"offsets_l{level}", *extra), level,
+            )  # fmt: skip
+        for level in reversed(self.levels):
+            reads = (f"kept_l{level}", f"offsets_l{level}")
+            if level == self.top:
+                programs = ceil_div(self.tokens(level), tile("KEYS"))
+            else:
+                reads += (f"offsets_l{level + 1}", f"keepers_l{level + 1}")
+                programs = self.tokens(level + 1)
+            yield Kernel(
+                f"invert_l{level}_kernel", f"invert_l{level}", f"the query tokens that keep each key token of level {level}",
+                HEADS * programs, reads, (f"keepers_l{level}",),
+            )  # fmt: skip
+
+    def _grad_q(self) -> Kernel:
+        reads = ("q", "k", "v", *self._coarse(), *self._lists(), "o", "peak", "total", "grad_o")
+        programs = HEADS * self.query_programs
+        return Kernel("grad_q_kernel", "grad_q", "dq, and delta = sum(o do)", programs, reads, ("grad_q", "delta"))
+
+    def _grad_top(self) -> Iterable[Kernel]:
+        if not self.attends_top:
+            return
+        top = self.top
+        split = f"split_grad_l{top}"
+        programs = HEADS * tile("SPLITS") * ceil_div(self.tokens(top), tile("BLOCK_N"))
+        reads = ("q", f"k_l{top}", f"v_l{top}", "peak", "total", "delta", "grad_o")
+        yield Kernel(
+            f"grad_kv_l{top}_kernel", f"grad_kv_l{top}", f"dk, dv of level {top}, a share of the queries each",
+            programs, reads, (split,),
+        )  # fmt: skip
+        yield Kernel(
+            f"grad_kv_l{top}_sum_kernel", "grad_sum", f"dk, dv of level {top}: the shares summed in order",
+            HEADS * ceil_div(self.tokens(top), tile("BLOCK")), (split,), (f"grad_k_l{top}", f"grad_v_l{top}"),
+        )  # fmt: skip
+
+    def _grad_listed(self) -> Iterable[Kernel]:
+        for level in reversed(self.listed):
+            suffix = f"_l{level}" if level else ""
+            above = self.enriched_above(level)
+            parents = self.tokens(level + 1)
+            tiles = ceil_div(sympy.Integer(self.block(level + 1)), tile("BLOCK_N"))
+            lists = (f"offsets_l{level + 1}", f"extra_l{level + 1}", f"keepers_l{level + 1}")
+            reads = ("q", f"k{suffix}", f"v{suffix}", "peak", "total", "delta", "grad_o", *lists)
+            extra = f"extra_grad_l{level}"
+            flow = (f"grad_k_l{above}", f"grad_v_l{above}") if above else ()
+            yield Kernel(
+                f"grad_kv_l{level}_extra_kernel", f"grad_kv_l{level}",
+                f"dk, dv of level {level}: what the first {'part of a popular list leaves over'}",
+                HEADS * self.extra_parts(level) * tiles, reads, (extra,),
+            )  # fmt: skip
+            yield Kernel(
+                f"grad_kv_l{level}_kernel", f"grad_kv_l{level}", f"dk, dv of level {level}",
+                HEADS * parents * tiles, (*reads, extra, *flow), (f"grad_k{suffix}", f"grad_v{suffix}"),
+            )  # fmt: skip
+
+    # ---- printing -----------------------------------------------------------------------------------------------
+
+    def to_dict(self) -> dict[str, object]:
+        """The plan as plain data: expressions as text in `n_tokens`, `heads` and the tile shapes."""
+
+        def kernel(step: Kernel) -> dict[str, object]:
+            return {
+                "name": step.name,
+                "computes": step.computes,
+                "programs": str(step.programs),
+                "reads": list(step.reads),
+                "writes": list(step.writes),
+            }
+
+        return {
+            "spec": json.loads(self.spec.canonical()),
+            "levels": {
+                str(level): {"span": self.span(level), "tokens": str(self.tokens(level)), "width": str(self.width(level))}
+                for level in self.levels
+            },
+            "buffers": {
+                buffer.name: {"shape": [str(size) for size in buffer.shape], "dtype": buffer.dtype, "role": buffer.role}
+                for buffer in self.buffers.values()
+            },
+            "forward": [kernel(step) for step in self.forward],
+            "backward": [kernel(step) for step in self.backward],
+        }
+
+
+def lower(spec: Spec) -> Plan:
+    """Plan the computation of a spec."""
+    return Plan(spec)

@@ -1,0 +1,255 @@
+"""The store: emitted modules kept as files under the hash of everything that made them.
+
+It knows directories, locks and who else may be writing; `llsa_gen.store_entry` knows the files of one entry. Neither
+knows what the texts are: `llsa_gen.loading` turns them into Python modules.
+"""
+
+import os
+import shutil
+import threading
+import time
+import uuid
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from llsa_gen.errors import CacheError
+from llsa_gen.store_entry import (
+    DIGEST,
+    Entry,
+    Key,
+    inspect_entry,
+    publish,
+    read_entry,
+    remove_entry,
+    stage,
+)
+
+__all__ = ["CACHE_DIR_VARIABLE", "Difference", "Entry", "Explanation", "Key", "Store", "Stored"]
+
+CACHE_DIR_VARIABLE = "LLSA_GEN_CACHE_DIR"
+LOCK_FILE = ".llsa-gen.lock"
+STAGING_PREFIX = ".llsa-gen-staging-"
+STALE_STAGING_SECONDS = 24 * 60 * 60
+
+_warned_about: set[str] = set()
+_warning_lock = threading.Lock()
+
+
+class Stored(NamedTuple):
+    """A module's verified text, and the file that holds it; None when it could not be written."""
+
+    text: str
+    path: Path | None
+
+
+class Difference(NamedTuple):
+    """A part of the key that is not as it was: `stored` is None where it was added, `current` where it was removed."""
+
+    part: str
+    kind: Literal["added", "removed", "changed"]
+    stored: str | None
+    current: str | None
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Why a key hits or misses; `closest` and `differences` are set when `outcome` is "differs"."""
+
+    key: Key
+    outcome: Literal["hit", "broken", "unknown name", "differs"]
+    detail: str
+    closest: Entry | None = None
+    differences: tuple[Difference, ...] = ()
+
+    def __str__(self) -> str:
+        lines = [f"{self.key.name} ({self.key.digest[:12]}): {self.detail}"]
+        width = max((len(difference.part) for difference in self.differences), default=0)
+        for part, kind, stored, current in self.differences:
+            values = " -> ".join(_abbreviate(value) for value in (stored, current) if value is not None)
+            lines.append(f"  {part:<{width}}  {kind:<7}  {values}")
+        return "\n".join(lines)
+
+
+class Store:
+    """Modules by key, in `root`; by default in $LLSA_GEN_CACHE_DIR, else in the platform's cache directory.
+
+    Nothing is read from the environment and nothing is written before it is needed. Any number of threads and
+    processes may share a directory. `lock_timeout`, in seconds, is how long a writer waits for another one before it
+    goes ahead without the lock, which is safe: the lock only spares work, the rename is what keeps entries whole.
+    """
+
+    def __init__(self, root: str | os.PathLike[str] | None = None, *, lock_timeout: float = 5.0) -> None:
+        self._root = None if root is None else Path(root).absolute()
+        self._lock_timeout = lock_timeout
+
+    @property
+    def root(self) -> Path:
+        """The directory in use now. Raises FileNotFoundError where the platform has none to offer (no home)."""
+        return _default_root() if self._root is None else self._root
+
+    def get(self, key: Key) -> Path | None:
+        """The file of the entry, verified a moment ago; None on a miss, which a broken or unreadable entry is too."""
+        return None if self.read(key) is None else self._path(key)
+
+    def read(self, key: Key) -> str | None:
+        """The verified text of the entry, None on a miss. Nobody can change it between check and use, unlike a file."""
+        try:
+            return read_entry(self._path(key).parent)[1]
+        except (OSError, CacheError):
+            return None
+
+    def put(self, key: Key, text: str) -> Path | None:
+        """Publish `text` and return its file; None, with one warning per process, when that cannot be written.
+
+        Replaces an entry that is broken or holds another text. Writers that race on one key all succeed.
+        """
+        if self.read(key) == text:
+            return self._path(key)
+        staged: Path | None = None
+        try:
+            path = self._path(key)
+            root = path.parent.parent
+            root.mkdir(parents=True, exist_ok=True)
+            staged = root / f"{STAGING_PREFIX}{uuid.uuid4().hex}"
+            stage(staged, key, text)
+            with self._publishing(root):
+                publish(staged, path)
+            _remove_stale_staging(self)
+            return path
+        except OSError as error:
+            _warn_once(error, self._place())
+            return None
+        finally:
+            if staged is not None:
+                shutil.rmtree(staged, ignore_errors=True)
+
+    def fetch(self, key: Key, render: Callable[[], str]) -> Stored:
+        """The entry of `key`; on a miss, `render()` makes the text, which is then published if possible."""
+        text = self.read(key)
+        if text is not None:
+            return Stored(text, self._path(key))
+        text = render()
+        return Stored(text, self.put(key, text))
+
+    def entries(self) -> list[Entry]:
+        """All entries, newest first, broken ones included. Raises CacheError when the directory cannot be listed."""
+        try:
+            directories = list(self.root.iterdir())
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise CacheError(f"the cache directory cannot be listed: {error}") from error
+        found = filter(None, map(inspect_entry, directories))
+        return sorted(found, key=lambda entry: entry.created, reverse=True)
+
+    def clear(self, name: str | None = None) -> int:
+        """Remove the entries of one spec, or all of them; returns how many.
+
+        Other files in the directory are left alone, also those that somebody put inside an entry. Raises CacheError
+        when an entry cannot be removed.
+        """
+        doomed = [entry for entry in self.entries() if name is None or entry.name == name]
+        try:
+            if doomed:  # or else a directory that may not even exist would get a lock file
+                with self._publishing(self.root):
+                    for entry in doomed:
+                        remove_entry(entry)
+        except OSError as error:
+            raise CacheError(f"the cache cannot be cleared: {error}") from error
+        _remove_stale_staging(self)
+        return len(doomed)
+
+    def why(self, key: Key) -> Explanation:
+        """Whether `key` hits, and if not, in what it differs from the closest intact entry of the same name.
+
+        Raises CacheError when the directory cannot be listed.
+        """
+        entries = self.entries()
+        for entry in entries:
+            if entry.digest == key.digest and entry.intact:
+                return Explanation(key, "hit", f"hit, {entry.path}")
+            if entry.digest == key.digest:
+                return Explanation(key, "broken", f"miss, the entry is broken and will be replaced: {entry.path}")
+        namesakes = [entry for entry in entries if entry.intact and entry.name == key.name]
+        if not namesakes:
+            return Explanation(key, "unknown name", f"miss, no entry of this name in {self._place()}")
+        # entries come newest first, and min keeps the first of equals
+        closest = min(namesakes, key=lambda entry: len(_differences(entry.parts, key.parts)))
+        differences = _differences(closest.parts, key.parts)
+        share = f"{len(differences)} of {len(key.parts.keys() | closest.parts.keys())} parts"
+        detail = f"miss, the closest entry ({closest.digest[:12]}, {closest.created}) differs in {share}:"
+        return Explanation(key, "differs", detail, closest, differences)
+
+    def _place(self) -> str:
+        """The directory, for messages, which must not fail."""
+        try:
+            return str(self.root)
+        except OSError:
+            return "the platform's cache directory"
+
+    def _path(self, key: Key) -> Path:
+        return self.root / key.digest / f"{key.name}.py"
+
+    @contextmanager
+    def _publishing(self, root: Path) -> Iterator[None]:
+        """Hold the lock of `root`, or nothing when it cannot be had: held too long, or no locks on this file system."""
+        from filelock import FileLock  # here, because only writers need it and a warm start should not pay for it
+
+        lock = FileLock(root / LOCK_FILE, timeout=self._lock_timeout, poll_interval=0.01)
+        with suppress(OSError, NotImplementedError):  # filelock's Timeout is an OSError
+            lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()  # does nothing when it is not held
+
+
+def _default_root() -> Path:
+    configured = os.environ.get(CACHE_DIR_VARIABLE)
+    if configured:
+        return Path(os.path.expanduser(configured)).absolute()
+    from platformdirs import user_cache_path
+
+    root = user_cache_path("llsa_gen", appauthor=False)
+    if not root.is_absolute():  # without a home, platformdirs answers "~/...", which would become a directory here
+        raise FileNotFoundError(f"no cache directory for this account ({root}); set {CACHE_DIR_VARIABLE}")
+    return root
+
+
+def _remove_stale_staging(store: Store) -> None:
+    """Remove what crashed writers left; not what a living one is about to rename."""
+    with suppress(OSError):
+        for staged in store.root.glob(f"{STAGING_PREFIX}*"):
+            if time.time() - staged.lstat().st_mtime > STALE_STAGING_SECONDS:
+                shutil.rmtree(staged, ignore_errors=True)
+
+
+def _differences(stored: Mapping[str, str], current: Mapping[str, str]) -> tuple[Difference, ...]:
+    found: list[Difference] = []
+    for part in dict.fromkeys([*current, *stored]):  # in the key's order, then what is gone
+        before, now = stored.get(part), current.get(part)
+        if before != now:
+            kind = "added" if before is None else "removed" if now is None else "changed"
+            found.append(Difference(part, kind, before, now))
+    return tuple(found)
+
+
+def _warn_once(error: OSError, place: str) -> None:
+    with _warning_lock:
+        if place in _warned_about:
+            return
+        _warned_about.add(place)
+    warnings.warn(
+        f"llsa_gen cannot write to its cache, {place} ({error}); compiled modules are kept in memory, for this process "
+        f"only; set {CACHE_DIR_VARIABLE} to a directory that can be written",
+        RuntimeWarning,
+        stacklevel=3,  # the caller of put
+    )
+
+
+def _abbreviate(value: str) -> str:
+    return value[:12] if DIGEST.fullmatch(value) else value
