@@ -103,7 +103,7 @@ class Store:
             return None
 
     def put(self, key: Key, text: str) -> Path | None:
-        """Publish `text` and return its file; None, with one warning per process, when that cannot be written.
+        """Publish `text` and return its file; None, with one warning per process and directory, when that fails.
 
         Replaces an entry that is broken or holds another text. Writers that race on one key all succeed.
         """
