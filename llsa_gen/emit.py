@@ -38,7 +38,7 @@ class HostPrinter(PythonCodePrinter):
     """Prints sizes as host code: `triton.cdiv(n_tokens, 256)`, tile shapes looked up in the schedule entry `tile`."""
 
     def _print_Symbol(self, expr: sympy.Symbol) -> str:
-        return f'tile["{expr.name}"]' if expr.name.isupper() and expr.name != "SPLITS" else expr.name.lower()
+        return f'tile["{expr.name}"]' if expr.name.isupper() else expr.name
 
     def _print_ceiling(self, expr: sympy.ceiling) -> str:
         numerator, divisor = sympy.fraction(expr.args[0])
@@ -46,7 +46,7 @@ class HostPrinter(PythonCodePrinter):
 
     def _print_floor(self, expr: sympy.floor) -> str:
         numerator, divisor = sympy.fraction(expr.args[0])
-        return f"{self.parenthesize(numerator, 50)} // {self._print(divisor)}"
+        return f"(({self._print(numerator)}) // {self._print(divisor)})"
 
     def _print_Min(self, expr: sympy.Min) -> str:
         return f"min({', '.join(self._print(arg) for arg in sorted(expr.args, key=str))})"
@@ -54,7 +54,7 @@ class HostPrinter(PythonCodePrinter):
 
 def python(expr: sympy.Expr | int) -> str:
     """An expression of the plan as Python text."""
-    return HostPrinter().doprint(sympy.sympify(expr))
+    return HostPrinter().doprint(sympy.sympify(expr)).replace("*", " * ")
 
 
 @cache

@@ -18,6 +18,12 @@ from llsa_gen.spec import Spec
 N = sympy.Symbol("n_tokens", integer=True, positive=True)
 HEADS = sympy.Symbol("heads", integer=True, positive=True)
 
+PARTS = sympy.Symbol("parts", integer=True, nonnegative=True)
+"""Room for the extra parts of popular lists: `Plan.extra_parts`, computed by the host code."""
+
+SPLITS = sympy.Symbol("splits", integer=True, positive=True)
+"""How many programs share the queries of one tile of top-level keys: the host code's choice."""
+
 MAX_TOKENS = 2**30
 """Longest sequence. Kernels keep token numbers in 32 bits; a level that spans more than this has exactly one token."""
 
@@ -204,10 +210,10 @@ class Plan:
             if level - 1 in self.listed:
                 yield Buffer(f"extra_l{level}", (HEADS, tokens + 1), "int32", Role.SCRATCH)
         for level in self.listed:
-            shape = (sympy.Integer(2), HEADS, tile("parts"), sympy.Integer(self.block(level + 1)), d)
+            shape = (sympy.Integer(2), HEADS, PARTS, sympy.Integer(self.block(level + 1)), d)
             yield Buffer(f"extra_grad_l{level}", shape, "float32", Role.SCRATCH)
         if self.attends_top:
-            shape = (sympy.Integer(2), HEADS, tile("SPLITS"), self.tokens(self.top), d)
+            shape = (sympy.Integer(2), HEADS, SPLITS, self.tokens(self.top), d)
             yield Buffer(f"split_grad_l{self.top}", shape, "float32", Role.SCRATCH)
         for level in self.enriched:
             shape = (HEADS, self.tokens(level), d)
@@ -371,7 +377,7 @@ class Plan:
             return
         top = self.top
         split = f"split_grad_l{top}"
-        programs = HEADS * tile("SPLITS") * ceil_div(self.tokens(top), tile("BLOCK_N"))
+        programs = HEADS * SPLITS * ceil_div(self.tokens(top), tile("BLOCK_N"))
         reads = ("q", f"k_l{top}", f"v_l{top}", "peak", "total", "delta", "grad_o")
         yield Kernel(
             f"grad_kv_l{top}_kernel", f"grad_kv_l{top}", f"dk, dv of level {top}, a share of the queries each",
@@ -395,7 +401,7 @@ class Plan:
             yield Kernel(
                 f"grad_kv_l{level}_extra_kernel", f"grad_kv_l{level}",
                 f"dk, dv of level {level}: what the first {'part of a popular list leaves over'}",
-                HEADS * self.extra_parts(level) * tiles, reads, (extra,),
+                HEADS * PARTS * tiles, reads, (extra,),
             )  # fmt: skip
             yield Kernel(
                 f"grad_kv_l{level}_kernel", f"grad_kv_l{level}", f"dk, dv of level {level}",

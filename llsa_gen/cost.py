@@ -1,0 +1,197 @@
+"""Cost: the plan counted. FLOPs, bytes moved and memory as expressions in `n_tokens` and `heads`.
+
+What is counted, for llsa_gen and for dense attention alike:
+
+- FLOPs: matrix products, two for each multiply-add, and pooling, one for each element added. Not the exponentials,
+  scales, sorts and integers in between. Counted is what is computed, recomputation too: the forward pass takes 2
+  products a query, key and channel (q.k and p v), the backward pass 3 for dq (q.k again, do.v, ds k) and 4 for dk and
+  dv (q.k and do.v again, p do, ds q), where dense flash attention, which makes all three at once, takes 5.
+- Bytes moved: each kernel reads every buffer that it needs once and writes every buffer that it makes once: what has to
+  cross the memory bus when the cache holds whatever is gathered several times.
+- Memory: `saved` is what the forward pass leaves to the backward pass beside q, k, v and o, which any attention needs;
+  `scratch` is what a pass allocates for itself, which the host code holds until the pass ends.
+
+A query sees fewer keys when it keeps the last token of a level and that one covers fewer tokens than the others.
+Counted are the most keys that a query can see: exact when `P_L` divides N, and when everything is kept.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import sympy
+
+from llsa_gen.plan import PARTS, SPLITS, HEADS, Buffer, Kernel, N, Plan, Role, tile
+
+__all__ = ["Cost", "Pass", "Share", "Totals", "dense", "evaluate"]
+
+BYTES = {"float32": 4, "int32": 4}
+"""Bytes of an element; those of q, k and v, `input`, are the caller's."""
+
+FORWARD_PRODUCTS, GRAD_Q_PRODUCTS, GRAD_KV_PRODUCTS, DENSE_BACKWARD_PRODUCTS = 2, 3, 4, 5
+
+INTEGER_STAGES = ("count", "scan", "invert", "grad_sum")
+"""Stages that move data but multiply no matrices; the shares that `grad_sum` adds up are not worth counting."""
+
+SHARE_OF_Q = 8
+"""`split_queries` of host.py.j2 lets the float32 shares of the top level have at most N / 8 rows for each head."""
+
+
+class Share(NamedTuple):
+    """FLOPs that one stage spends on the keys of one level (0: the tokens themselves), over all heads."""
+
+    stage: str
+    level: int
+    flops: sympy.Expr
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One pass over all heads: FLOPs, bytes that its kernels move, bytes that it allocates for its own use."""
+
+    flops: sympy.Expr
+    moved: sympy.Expr
+    scratch: sympy.Expr
+
+
+@dataclass(frozen=True)
+class Totals:
+    """A forward and a backward pass, and the bytes that the one leaves to the other beside q, k, v and o."""
+
+    forward: Pass
+    backward: Pass
+    saved: sympy.Expr
+
+    @property
+    def flops(self) -> sympy.Expr:
+        """Of both passes."""
+        return self.forward.flops + self.backward.flops
+
+
+class Cost:
+    """What a plan costs for elements of `element` bytes.
+
+    `schedule` gives the tile shapes, {stage: {name: value}}, as `llsa_gen.schedule.schedule` does: part of the scratch
+    memory depends on them, nothing else does.
+    """
+
+    def __init__(self, plan: Plan, schedule: Mapping[str, Mapping[str, int]], element: int = 2) -> None:
+        self.plan = plan
+        self.schedule = schedule
+        self.element = element
+
+    # ---- keys ---------------------------------------------------------------------------------------------------
+
+    def candidates(self, level: int) -> sympy.Expr:
+        """The most keys of a level (0: tokens) that a query token can choose from or attend to: |C_l|, and the fine
+        tokens for level 0."""
+        plan = self.plan
+        if level == plan.top:
+            return plan.tokens(level)
+        return sympy.Min(plan.tokens(level), plan.width(level + 1) * plan.block(level + 1))
+
+    @property
+    def attended(self) -> tuple[int, ...]:
+        """The levels that a query attends to, the tokens (0) first."""
+        return (0, *self.plan.enriched)
+
+    @property
+    def keys(self) -> sympy.Expr:
+        """The most keys that a query attends to, over all levels."""
+        return sympy.Add(*map(self.candidates, self.attended))
+
+    # ---- FLOPs --------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def shares(self) -> tuple[Share, ...]:
+        """All FLOPs, by stage and level."""
+        return tuple(self._shares())
+
+    def _shares(self) -> Iterable[Share]:
+        plan = self.plan
+        row = 2 * HEADS * plan.head_dim  # one product of two rows
+        for level in plan.levels:
+            yield Share("pool", level, plan.pooled_tensors * HEADS * plan.head_dim * plan.tokens(level - 1))
+            yield Share(f"select_l{level}", level, row * plan.tokens(level) * self.candidates(level))
+        for level in self.attended:
+            pairs = row * N * self.candidates(level)
+            yield Share("attend", level, FORWARD_PRODUCTS * pairs)
+            yield Share("grad_q", level, GRAD_Q_PRODUCTS * pairs)
+            yield Share(f"grad_kv_l{level}", level, GRAD_KV_PRODUCTS * pairs)
+        for level in plan.listed:
+            above = plan.enriched_above(level)
+            if above:  # pooling backwards: dk and dv of the level above are added to those below it
+                yield Share(f"grad_kv_l{level}", above, 2 * HEADS * plan.head_dim * plan.tokens(level))
+
+    def level_flops(self, level: int) -> sympy.Expr:
+        """FLOPs of both passes that the keys of one level cause (0: the tokens)."""
+        return sympy.Add(*(share.flops for share in self.shares if share.level == level))
+
+    def stage_flops(self, stage: str) -> sympy.Expr:
+        """FLOPs of all kernels of one stage of the plan."""
+        return sympy.Add(*(share.flops for share in self.shares if share.stage == stage))
+
+    # ---- bytes --------------------------------------------------------------------------------------------------
+
+    def buffer_bytes(self, buffer: Buffer) -> sympy.Expr:
+        """Bytes of a buffer; for the shares of the top level's gradient, as many as it may get at most."""
+        plan = self.plan
+        size = buffer.elements * BYTES.get(buffer.dtype, self.element)
+        if buffer.name.startswith("extra_grad_l"):
+            level = int(buffer.name.removeprefix("extra_grad_l"))
+            parts = plan.extra_parts(level).subs(tile("PART"), self.schedule[f"grad_kv_l{level}"]["PART"])
+            size = size.subs(PARTS, parts)
+        splits = sympy.Max(1, sympy.floor(N / (SHARE_OF_Q * plan.tokens(plan.top))))
+        return size.subs(SPLITS, splits)
+
+    def kernel_bytes(self, kernel: Kernel) -> sympy.Expr:
+        """Bytes that one launch moves. Parts of popular lists (`extra_grad`) are left out: usually there are none."""
+        if any(name.startswith("extra_grad") for name in kernel.writes):
+            return sympy.Integer(0)
+        names = (name for name in (*kernel.reads, *kernel.writes) if not name.startswith("extra_grad"))
+        return sympy.Add(*(self.buffer_bytes(self.plan.buffers[name]) for name in names))
+
+    def _bytes_of(self, role: Role, names: Iterable[str]) -> sympy.Expr:
+        chosen = (self.plan.buffers[name] for name in dict.fromkeys(names))
+        return sympy.Add(*(self.buffer_bytes(buffer) for buffer in chosen if buffer.role is role))
+
+    # ---- totals -------------------------------------------------------------------------------------------------
+
+    def _pass(self, kernels: tuple[Kernel, ...]) -> Pass:
+        stages = dict.fromkeys(kernel.stage for kernel in kernels)
+        written = (name for kernel in kernels for name in kernel.writes)
+        return Pass(
+            sympy.Add(*map(self.stage_flops, stages)),
+            sympy.Add(*map(self.kernel_bytes, kernels)),
+            self._bytes_of(Role.SCRATCH, written),
+        )
+
+    @cached_property
+    def totals(self) -> Totals:
+        """Both passes over all heads."""
+        saved = self._bytes_of(Role.SAVED, self.plan.saved)
+        return Totals(self._pass(self.plan.forward), self._pass(self.plan.backward), saved)
+
+
+def dense(head_dim: int, element: int = 2) -> Totals:
+    """Dense flash attention: 4 N^2 D FLOPs forward, 10 N^2 D backward, and lse saved.
+
+    Kernels as published (arXiv 2307.08691): one forward; delta, then one for dq, dk and dv.
+    """
+    pairs = 2 * HEADS * N**2 * head_dim
+    tensor, row = HEADS * N * head_dim * element, HEADS * N * BYTES["float32"]
+    # forward: q, k, v, o, lse; delta: o, do, delta; backward: q, k, v, do, lse, delta, dq, dk, dv
+    return Totals(
+        Pass(FORWARD_PRODUCTS * pairs, 4 * tensor + row, sympy.Integer(0)),
+        Pass(DENSE_BACKWARD_PRODUCTS * pairs, (2 * tensor + row) + (7 * tensor + 2 * row), row),
+        row,
+    )
+
+
+def evaluate(expr: sympy.Expr, n_tokens: int, heads: int = 1) -> int:
+    """The value of an expression of this module for a length and a number of heads (B*H): an exact integer."""
+    value = sympy.sympify(expr).subs({N: n_tokens, HEADS: heads})
+    if not value.is_Integer:
+        raise ValueError(f"expected an expression in n_tokens and heads, got {expr}, which is {value}")
+    return int(value)

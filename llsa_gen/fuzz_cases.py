@@ -1,0 +1,222 @@
+"""What the fuzzer tries: a `Case` says, in a few plain values, one input of one spec; strategies draw specs and cases.
+
+A case makes its tensors from its seed, always the same ones, on the CPU and then copied: a failure found anywhere can
+be run again from the text `repr(case)`.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, fields
+from typing import Literal, get_args
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from llsa_gen.spec import Level, Spec
+
+DType = Literal["float32", "float16", "bfloat16"]
+
+Layout = Literal["contiguous", "transposed", "expanded", "sliced", "every_second", "columns"]
+"""How a [B, H, N, D] tensor lies in memory:
+
+contiguous; transposed from [B, N, H, D]; heads expanded from one (a gradient: expanded from a scalar a row); a slice of
+a wider last dimension, not aligned; every second token of twice as many; D before N, so that no row has unit stride.
+"""
+
+Values = Literal["normal", "integers", "constant", "zero_queries"]
+"""What the elements are, all times `std`: normal; integers -2 to 2 (many equal scores); the same vector for every token
+of a tensor; queries all zero (every score is equal).
+"""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One input of one spec, made from `seed`."""
+
+    spec: Spec
+    n: int
+    batch: int = 1
+    heads: int = 1
+    dtype: DType = "float32"
+    layouts: tuple[Layout, Layout, Layout, Layout] = ("contiguous",) * 4
+    """Of q, k, v and the gradient of o."""
+    values: Values = "normal"
+    std: float = 1.0
+    """Standard deviation of q, k and v; the gradient of o always has 1."""
+    popular: bool = False
+    """Whether every query prefers the same few keys, so that every list names the same blocks."""
+    scale: float | None = None
+    seed: int = 0
+    device: str = "cpu"
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype of q, k, v and o."""
+        return getattr(torch, self.dtype)
+
+    @property
+    def softmax_scale(self) -> float:
+        """The factor of the logits."""
+        return self.spec.head_dim**-0.5 if self.scale is None else self.scale
+
+    @property
+    def standard(self) -> bool:
+        """Whether q, k, v are standard normal: the inputs that `reference.tolerance` speaks of."""
+        return self.values == "normal" and self.std == 1.0 and not self.popular and self.scale is None
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """q, k, v and the gradient of o, each [B, H, N, D] of the case's dtype and strides, on its device."""
+        generator = torch.Generator().manual_seed(self.seed)
+        shape = (self.batch, self.heads, self.n, self.spec.head_dim)
+        q, k, v = (self._elements(shape, generator) * self.std for _ in range(3))
+        grad_o = torch.randn(shape, generator=generator)
+        if self.values == "zero_queries":
+            q = torch.zeros_like(q)
+        if self.popular:
+            bump = 3.0 * self.std / self.spec.head_dim**0.5
+            q, k = q + bump, k + bump * popularity(self.spec, self.n)[:, None]
+        if self.layouts[3] == "expanded":
+            grad_o = grad_o[..., :1].expand(shape)
+        q, k, v, grad_o = (
+            lay_out(x.to(self.torch_dtype), layout) for x, layout in zip((q, k, v, grad_o), self.layouts, strict=True)
+        )
+        if self.layouts[3] == "expanded":
+            grad_o = grad_o[..., :1].expand(shape)
+        return tuple(on_device(x, self.device) for x in (q, k, v, grad_o))  # type: ignore[return-value]
+
+    def _elements(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        if self.values == "integers":
+            return torch.randint(-2, 3, shape, generator=generator).float()
+        if self.values == "constant":
+            return torch.randn(shape[:2] + (1,) + shape[3:], generator=generator).expand(shape)
+        return torch.randn(shape, generator=generator)
+
+    def __repr__(self) -> str:
+        """As it would be written: fields that have their default value are left out, and descriptions with them."""
+        spec = self.spec.model_copy(update={"description": ""})
+        values = {field.name: getattr(self, field.name) for field in fields(self)} | {"spec": spec}
+        told = [
+            f"{field.name}={values[field.name]!r}" for field in fields(self) if values[field.name] != field.default
+        ]
+        return f"Case({', '.join(told)})"
+
+
+def popularity(spec: Spec, n: int) -> Tensor:
+    """How popular each key token is, float32 [n]: at every level, K_l tokens in the middle are more so than the rest."""
+    popular = torch.zeros(n)
+    top = spec.span(spec.num_levels)
+    first = n // 2 // top * top
+    for level in range(1, spec.num_levels + 1):
+        popular[first : first + spec.topk(level) * spec.span(level)] += 1
+    return popular
+
+
+def lay_out(x: Tensor, layout: Layout) -> Tensor:
+    """The values of `x` [B, H, N, D], other strides; for `expanded` those of its first head.
+
+    Whatever lies between the elements is NaN, so that a kernel that reads too much gives itself away.
+    """
+    batch, heads, n, dim = x.shape
+    if layout == "transposed":
+        return x.transpose(1, 2).contiguous().transpose(1, 2)
+    if layout == "expanded":
+        return x[:, :1].contiguous().expand(x.shape)
+    if layout == "columns":
+        return x.mT.contiguous().mT
+    if layout == "sliced":
+        wide = x.new_full((batch, heads, n, 2 * dim + 3), torch.nan)[..., 1 : dim + 1]
+        return wide.copy_(x)
+    if layout == "every_second":
+        return x.new_full((batch, heads, 2 * n, dim), torch.nan)[:, :, ::2].copy_(x)
+    return x.contiguous()
+
+
+def on_device(x: Tensor, device: str) -> Tensor:
+    """`x` on `device` with the strides and the surroundings that it has on the CPU."""
+    if torch.device(device) == x.device:
+        return x
+    storage = torch.empty(0, dtype=x.dtype).set_(x.untyped_storage()).to(device)
+    return torch.as_strided(storage, x.shape, x.stride(), x.storage_offset())
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run in the interpreter, as they do where the variable was set before triton's import."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+@dataclass(frozen=True)
+class Reach:
+    """How far drawn cases go: what a device does in a moment."""
+
+    tokens: int
+    heads: int
+    """Most heads over all batch entries."""
+    dtypes: tuple[DType, ...]
+
+
+def reach(device: str) -> Reach:
+    """The reach of a device. The interpreter is slow, and its bfloat16 products are wrong: neither is Triton's compiler."""
+    if torch.device(device).type != "cpu":
+        return Reach(tokens=2048, heads=6, dtypes=get_args(DType))
+    if interpreting():
+        return Reach(tokens=120, heads=2, dtypes=("float32", "float16"))
+    return Reach(tokens=400, heads=6, dtypes=get_args(DType))
+
+
+def specs(max_levels: int = 4) -> st.SearchStrategy[Spec]:
+    """Legal specs, mostly small ones: few levels, short blocks, small K and head dims, nothing a power of two by habit."""
+    blocks = st.one_of(st.integers(2, 20), st.sampled_from([2, 4, 8, 16]), st.integers(21, 140))
+    topks = st.one_of(st.integers(1, 9), st.sampled_from([1, 2, 4, 8]), st.sampled_from([16, 17, 33]))
+    head_dims = st.one_of(st.integers(8, 40), st.sampled_from([8, 16, 32, 64]), st.sampled_from([80, 128, 200, 256]))
+
+    @st.composite
+    def draw_spec(draw: st.DrawFn) -> Spec:
+        levels = draw(st.lists(st.builds(Level, block=blocks, topk=topks), min_size=1, max_size=max_levels))
+        some = st.lists(st.integers(1, len(levels)), unique=True, min_size=1).map(lambda chosen: tuple(sorted(chosen)))
+        enrich = draw(st.one_of(st.sampled_from(["all", "none"]), some))
+        reweight = draw(st.sampled_from([True, True, False]))
+        return Spec(
+            name="fuzzed", head_dim=draw(head_dims), levels=tuple(levels), enrich=enrich, reweight=reweight
+        )  # fmt: skip
+
+    return draw_spec()
+
+
+def lengths(spec: Spec, most: int) -> st.SearchStrategy[int]:
+    """Lengths from 1 to `most`: any, and those where a level's last token is full, one short, or one over."""
+    edges = {1, 2, 3, most}
+    for level in range(1, spec.num_levels + 1):
+        span = spec.span(level)
+        for multiple in (1, 2, 3, spec.topk(level), spec.topk(level) + 1, most // span):
+            edges.update(span * multiple + shift for shift in (-1, 0, 1))
+    return st.one_of(st.integers(1, most), st.sampled_from(sorted(n for n in edges if 1 <= n <= most)))
+
+
+def cases(spec: Spec | None = None, device: str = "cpu") -> st.SearchStrategy[Case]:
+    """Cases of one spec, or of drawn ones, within the `reach` of the device."""
+    far = reach(device)
+    layouts = st.sampled_from(get_args(Layout))
+    common = st.just(("contiguous",) * 4)
+
+    @st.composite
+    def draw_case(draw: st.DrawFn) -> Case:
+        chosen = draw(specs()) if spec is None else spec
+        heads = draw(st.integers(1, min(3, far.heads)))
+        return Case(
+            spec=chosen,
+            n=draw(lengths(chosen, far.tokens)),
+            heads=heads,
+            batch=draw(st.integers(1, min(3, far.heads // heads))),
+            dtype=draw(st.sampled_from(far.dtypes)),
+            layouts=draw(st.one_of(common, st.tuples(layouts, layouts, layouts, layouts))),
+            values=draw(st.sampled_from(["normal", "normal", "normal", "integers", "constant", "zero_queries"])),
+            std=draw(st.sampled_from([1.0, 1.0, 8.0, 0.1])),
+            popular=draw(st.sampled_from([False, False, True])),
+            scale=draw(st.sampled_from([None, None, None, 1.0, 0.0, -0.3])),
+            seed=draw(st.integers(0, 9999)),
+            device=device,
+        )
+
+    return draw_case()
