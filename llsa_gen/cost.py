@@ -11,8 +11,8 @@ What is counted, for llsa_gen and for dense attention alike:
 - Memory: `saved` is what the forward pass leaves to the backward pass beside q, k, v and o, which any attention needs;
   `scratch` is what a pass allocates for itself, which the host code holds until the pass ends.
 
-A query sees fewer keys when it keeps the last token of a level and that one covers fewer tokens than the others.
-Counted are the most keys that a query can see: exact when `P_L` divides N, and when everything is kept.
+A query sees fewer keys when it keeps the last token of a level and that one has fewer children than the others.
+Counted are the most keys that a query can see; `Cost.exact` says whether all queries see that many.
 """
 
 from collections.abc import Iterable, Mapping
@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import sympy
 
-from llsa_gen.plan import PARTS, SPLITS, HEADS, Buffer, Kernel, N, Plan, Role, tile
+from llsa_gen.plan import HEADS, PARTS, SPLITS, Buffer, Kernel, N, Plan, Role, tile
 
 __all__ = ["Cost", "Pass", "Share", "Totals", "dense", "evaluate"]
 
@@ -100,6 +100,15 @@ class Cost:
     def keys(self) -> sympy.Expr:
         """The most keys that a query attends to, over all levels."""
         return sympy.Add(*map(self.candidates, self.attended))
+
+    def exact(self, n_tokens: int) -> bool:
+        """Whether, for a length, all queries see `keys` keys: whatever they keep, no short last token is in the way."""
+        plan = self.plan
+        return all(
+            evaluate(plan.width(level), n_tokens) == evaluate(plan.tokens(level), n_tokens)
+            or evaluate(plan.tokens(level - 1), n_tokens) % plan.block(level) == 0
+            for level in plan.levels
+        )
 
     # ---- FLOPs --------------------------------------------------------------------------------------------------
 

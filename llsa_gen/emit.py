@@ -46,15 +46,18 @@ class HostPrinter(PythonCodePrinter):
 
     def _print_floor(self, expr: sympy.floor) -> str:
         numerator, divisor = sympy.fraction(expr.args[0])
-        return f"(({self._print(numerator)}) // {self._print(divisor)})"
+        return f"(({self._print(numerator)}) // {self._print(divisor)})"  # a quotient binds no tighter than a product
 
     def _print_Min(self, expr: sympy.Min) -> str:
         return f"min({', '.join(self._print(arg) for arg in sorted(expr.args, key=str))})"
 
 
-def python(expr: sympy.Expr | int) -> str:
-    """An expression of the plan as Python text."""
-    return HostPrinter().doprint(sympy.sympify(expr)).replace("*", " * ")
+@jinja2.pass_context
+def python(context: jinja2.runtime.Context, expr: sympy.Expr | int) -> str:
+    """An expression of the plan as host code, in which `tokens[l]` is T_l."""
+    plan: Plan = context["plan"]
+    levels = {plan.tokens(level): sympy.Symbol(f"tokens[{level}]", integer=True, positive=True) for level in plan.levels}
+    return HostPrinter().doprint(sympy.sympify(expr).subs(levels)).replace("*", " * ")
 
 
 @cache

@@ -1,20 +1,22 @@
 """Growth: how the cost of a spec grows with the length, as limits that sympy takes of the counted expressions.
 
 With the number of levels fixed, the coarsest level grows quadratically: all `T_L` tokens are scored by all `T_L` query
-tokens and, where the level is enriched, seen by all N queries. With a level more whenever N grows by a block, `T_L` stays
-where it is, and the order is that of everything else. Ceilings do not matter in a limit: `ceiling(x)` becomes `x`.
+tokens and, where the level is enriched, seen by all N queries. With one more level whenever N grows by a block, `T_L`
+stays where it is, and the order is that of everything else. In a limit, ceilings do not matter: `ceiling(x)` is `x`.
 """
 
 from dataclasses import dataclass
+from typing import cast
 
 import sympy
 
-from llsa_gen.cost import Cost, evaluate
-from llsa_gen.plan import HEADS, N, Plan, lower
-from llsa_gen.spec import MAX_LEVELS, Level, Spec
+from llsa_gen.cost import FORWARD_PRODUCTS, GRAD_KV_PRODUCTS, GRAD_Q_PRODUCTS, Cost, evaluate
+from llsa_gen.plan import HEADS, N, Plan
+from llsa_gen.spec import MAX_LEVELS, Spec
 
-__all__ = ["Growth", "growth", "order", "order_with_levels", "smooth", "with_another_level"]
+__all__ = ["Growth", "growth", "order", "order_with_levels", "smooth", "top_share", "with_another_level"]
 
+PRODUCTS = FORWARD_PRODUCTS + GRAD_Q_PRODUCTS + GRAD_KV_PRODUCTS  # of a query, a key and a channel, in both passes
 LEVELS = sympy.Symbol("L", integer=True, positive=True)
 
 
@@ -28,7 +30,7 @@ class Growth:
 
     level: int
     exponent: int
-    pairs: sympy.Rational
+    pairs: sympy.Expr
     beyond: int
     attended: bool
     with_levels: str
@@ -41,9 +43,15 @@ class Growth:
 
 def smooth(expr: sympy.Expr) -> sympy.Expr:
     """An expression as N grows: `ceiling(x)` and `floor(x)` become `x`, a minimum the argument that stays small."""
-    expr = expr.replace(sympy.ceiling, lambda x: x).replace(sympy.floor, lambda x: x)
-    expr = expr.replace(sympy.Min, lambda *args: min(args, key=_at_infinity))
-    return sympy.expand(expr.replace(sympy.Max, lambda *args: max(args, key=_at_infinity)))
+    rules = {
+        sympy.ceiling: lambda x: x,
+        sympy.floor: lambda x: x,
+        sympy.Min: lambda *args: min(args, key=_at_infinity),
+        sympy.Max: lambda *args: max(args, key=_at_infinity),
+    }
+    for function, rule in rules.items():
+        expr = cast(sympy.Expr, expr.replace(function, rule))
+    return sympy.expand(expr)
 
 
 def _at_infinity(expr: sympy.Expr) -> sympy.Expr:
@@ -66,28 +74,28 @@ def growth(cost: Cost) -> Growth:
     polynomial = sympy.Poly(smooth(cost.totals.flops).subs(HEADS, 1), N)
     quadratic, rest = polynomial.coeff_monomial(N**2), polynomial.coeff_monomial(N)
     beyond = int(sympy.ceiling(rest / quadratic))
-    return Growth(plan.top, exponent, sympy.Rational(pairs), beyond, plan.attends_top, order_with_levels(plan))
+    return Growth(plan.top, exponent, pairs, beyond, plan.attends_top, order_with_levels(plan))
 
 
 def order_with_levels(plan: Plan) -> str:
     """The order when levels like the coarsest one are added as N grows: "N log N" or "N".
 
-    With blocks of b and K kept on each of L levels, N = T b^L for a top level of T tokens, however long the input is:
-    level l is pooled from N / b^(l-1) tokens, scores K b candidates for each of N / b^l query tokens, and shows K b keys
-    to each of N queries where it is enriched.
+    With blocks of b and K kept on each of L levels, N = T b^L for a top level of T tokens, however long the input is.
+    Level l is then pooled from N / b^(l-1) tokens, scores K b candidates for each of its N / b^l query tokens (all T
+    for each of T at the top) and, where it is enriched, shows them to each of N queries.
     """
-    b, keys, d = plan.block(plan.top), plan.topk(plan.top) * plan.block(plan.top), plan.head_dim
+    block, d = sympy.Integer(plan.block(plan.top)), plan.head_dim
+    candidates = plan.topk(plan.top) * block
     top, level = sympy.Symbol("T", positive=True), sympy.Symbol("l", integer=True, positive=True)
-    n = top * b**LEVELS
-    pooled = sympy.summation(plan.pooled_tensors * d * n / b ** (level - 1), (level, 1, LEVELS))
-    scored = 2 * d * top**2 + sympy.summation(2 * d * keys * n / b**level, (level, 1, LEVELS - 1))
-    seen = keys + ((LEVELS - 1) * keys + top if plan.attends_top else 0)
-    total = pooled + scored + 18 * d * n * seen
-    if sympy.limit(sympy.simplify(total / n), LEVELS, sympy.oo).is_finite:
+    pooled = sympy.summation(plan.pooled_tensors * d * block ** (1 - level), (level, 1, LEVELS))
+    scored = sympy.summation(2 * d * candidates * block**-level, (level, 1, LEVELS - 1)) + 2 * d * top * block**-LEVELS
+    seen = candidates + ((LEVELS - 1) * candidates + top if plan.attends_top else 0)
+    a_token = sympy.expand(pooled + scored + 2 * d * PRODUCTS * seen)
+    if sympy.limit(a_token, LEVELS, sympy.oo).is_finite:
         return "N"
-    # L grows like log N / log b
-    assert sympy.limit(sympy.simplify(total / (n * LEVELS)), LEVELS, sympy.oo).is_finite
-    return "N log N"
+    if sympy.limit(a_token / LEVELS, LEVELS, sympy.oo).is_finite:  # L grows as log N / log b
+        return "N log N"
+    raise AssertionError(f"{plan.spec.name}: {a_token} a token grows faster than L")
 
 
 def top_share(cost: Cost, n_tokens: int) -> float:

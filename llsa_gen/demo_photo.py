@@ -1,0 +1,184 @@
+"""A photograph as attention: its pixels as tokens in an order that makes blocks tiles, and q, k, v that denoise it.
+
+Attention is non-local means. A pixel's feature x is the noisy colours around it and its position, each divided by a
+bandwidth; with q = (x, 1) and k = (x, -|x|^2 / 2) the logit is q.k = -|x_i - x_j|^2 / 2 up to a term that the softmax
+over j cancels: a Gaussian in colour and position. v carries the pixel's noisy colour, so o is a picture, less noisy.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from matplotlib import cbook, image
+from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d, mse_loss, pad, unfold
+
+from llsa_gen.spec import Spec
+
+PHOTOGRAPH = "grace_hopper.jpg"
+"""In matplotlib's sample data: 512 x 600 pixels, in the public domain."""
+
+HEADROOM = 20
+"""Rows of the photograph above the hat, which a square crop leaves out."""
+
+
+class Tile(NamedTuple):
+    """The pixels that one token covers, a rectangle."""
+
+    height: int
+    width: int
+
+
+class Bandwidth(NamedTuple):
+    """How alike what a head attends to must be: standard deviations of colour (0 to 1) and position (1: the width)."""
+
+    colour: float
+    position: float
+
+
+HEADS = (Bandwidth(0.15, 0.02), Bandwidth(0.15, 0.03), Bandwidth(0.12, 0.05), Bandwidth(0.10, 0.5))
+"""From a head that looks around to one that looks everywhere."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The order of a picture's pixels as tokens: nested tiles, so that a block of tokens is a tile of the picture."""
+
+    height: int
+    width: int
+    tiles: tuple[Tile, ...]
+    """Of a token of level 0, 1, ..., L; of level 0 it is one pixel."""
+    order: Tensor
+    """int64 [N]: the pixel, counted row by row, that each token is."""
+
+    @property
+    def n_tokens(self) -> int:
+        """N, the number of pixels."""
+        return self.height * self.width
+
+    def tokens(self, picture: Tensor) -> Tensor:
+        """[C, height, width] to [N, C]."""
+        return picture.flatten(1).mT[self.order]
+
+    def picture(self, tokens: Tensor) -> Tensor:
+        """[N, C] back to [C, height, width]."""
+        pixels = torch.empty_like(tokens)
+        pixels[self.order] = tokens
+        return pixels.mT.unflatten(1, (self.height, self.width))
+
+    def corner(self, level: int, token: int) -> tuple[int, int]:
+        """Row and column of the first pixel of a token's tile."""
+        tile = self.tiles[level]
+        return divmod(int(self.order[token * tile.height * tile.width]), self.width)
+
+    def token_at(self, row: int, column: int) -> int:
+        """The token that is the pixel at a row and a column."""
+        return int((self.order == row * self.width + column).nonzero())
+
+
+def tiles(spec: Spec) -> tuple[Tile, ...]:
+    """Of a token of every level, level 0 first: b_l tiles of the level below, as near to a square as can be."""
+    result = [Tile(1, 1)]
+    for level in range(1, spec.num_levels + 1):
+        block, below = spec.block(level), result[-1]
+        shapes = [
+            Tile(below.height * rows, below.width * (block // rows))
+            for rows in range(1, block + 1)
+            if block % rows == 0
+        ]
+        result.append(min(shapes, key=lambda tile: abs(math.log(tile.width / tile.height))))
+    return tuple(result)
+
+
+def layout(spec: Spec, size: int) -> Layout:
+    """The order of the tokens of a picture of at most `size` x `size` pixels: as many whole tiles as fit into it.
+
+    A tile of the coarsest level after the other, row by row; inside each of them the tiles of the level below, and so
+    on down to the pixels. With blocks of 16 that is 4 x 4 pixels, then 16 x 16. Raises ValueError if not one tile fits.
+    """
+    shapes = tiles(spec)
+    top = shapes[-1]
+    rows, columns = size // top.height, size // top.width
+    if not rows or not columns:
+        least = max(top)
+        raise ValueError(f"expected at least {least}, one tile of {spec.name}'s coarsest level, got {size}")
+    height, width = rows * top.height, columns * top.width
+    # A pixel's row as digits, coarsest first: which tile in the picture, which in that tile, ...; its column likewise.
+    row_digits = [rows, *(above.height // below.height for above, below in pairwise(reversed(shapes)))]
+    column_digits = [columns, *(above.width // below.width for above, below in pairwise(reversed(shapes)))]
+    digits = torch.arange(height * width).view(*row_digits, *column_digits)
+    pairs = [axis for digit in range(len(shapes)) for axis in (digit, digit + len(shapes))]
+    return Layout(height, width, shapes, digits.permute(pairs).flatten())
+
+
+def photograph(height: int, width: int) -> Tensor:
+    """The photograph from the hat down, cropped to these proportions and averaged to this size: [3, height, width] in
+    0 to 1."""
+    path = cbook.get_sample_data(PHOTOGRAPH, asfileobj=False)
+    pixels = torch.tensor(image.imread(path)).permute(2, 0, 1)[:, HEADROOM:].float() / 255
+    zoom = min(pixels.shape[1] / height, pixels.shape[2] / width)
+    rows, columns = round(height * zoom), round(width * zoom)
+    left = (pixels.shape[2] - columns) // 2
+    return adaptive_avg_pool2d(pixels[:, :rows, left : left + columns], (height, width))
+
+
+def with_noise(picture: Tensor, deviation: float, seed: int = 0) -> Tensor:
+    """The picture with Gaussian noise; not clipped, or dark and bright parts would be given away."""
+    noise = torch.randn(picture.shape, generator=torch.Generator().manual_seed(seed))
+    return picture + deviation * noise
+
+
+def psnr(picture: Tensor, truth: Tensor) -> float:
+    """Peak signal-to-noise ratio in decibels: higher is better."""
+    return -10 * math.log10(float(mse_loss(picture, truth)))
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """q, k, v [1, heads, N, D] float32 of a picture, and how to see a picture in what attention makes of v."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    layout: Layout
+    turn: Tensor
+    """[D, D]: the rotation that every vector went through."""
+
+    def picture(self, o: Tensor) -> Tensor:
+        """[1, heads, N, D] to [3, height, width]: the mean over the heads, turned back into colours."""
+        return self.layout.picture((o.mean(1)[0].to(self.turn) @ self.turn.mT)[:, :3])
+
+
+def tokens(spec: Spec, picture: Tensor, layout: Layout, heads: Sequence[Bandwidth] = HEADS, seed: int = 0) -> Tokens:
+    """q, k, v of a picture [3, height, width], one head for each bandwidth; see the head of this file.
+
+    The features take fewer than `head_dim` channels: the rest are zero, and then one random rotation, which leaves all
+    products as they are, turns every vector so that every channel carries something.
+    """
+    dim = spec.head_dim
+    # the widest odd patch of colours that leaves room for a position and for |x|^2
+    patch = max(side for side in range(1, dim, 2) if 3 * side**2 + 3 <= dim)
+    half = patch // 2
+    colours = unfold(pad(picture[None], (half,) * 4, mode="replicate"), patch)[0]
+    colours = colours.unflatten(1, picture.shape[1:]) / patch  # |.|^2: the mean over the patch, summed over r, g, b
+    rows, columns = torch.arange(layout.height), torch.arange(layout.width)
+    positions = torch.stack(torch.meshgrid(rows, columns, indexing="ij")) / layout.width
+
+    turn, _ = torch.linalg.qr(torch.randn(dim, dim, generator=torch.Generator().manual_seed(seed)))
+    v = _turned([layout.tokens(picture)], turn)
+    q, k = [], []
+    for head in heads:
+        x = layout.tokens(torch.cat([colours / head.colour, positions / head.position]))
+        x = x - x.mean(0)  # differences stay, products get small: float32 keeps more of them
+        q.append(_turned([x, torch.ones(len(x), 1)], turn) * math.sqrt(dim))  # which attention divides by
+        k.append(_turned([x, x.square().sum(1, keepdim=True) / -2], turn))
+    return Tokens(torch.stack(q)[None], torch.stack(k)[None], torch.stack([v] * len(heads))[None], layout, turn)
+
+
+def _turned(parts: Sequence[Tensor], turn: Tensor) -> Tensor:
+    """The parts side by side, filled up with zeros and turned: [N, D]."""
+    x = torch.cat(list(parts), dim=1)
+    return pad(x, (0, len(turn) - x.shape[1])) @ turn

@@ -1,0 +1,225 @@
+"""Explain: what a spec costs at a length, as plain data and as the tables that `llsa-gen explain` prints of it."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.filesize import pick_unit_and_suffix
+from rich.table import Table
+from rich.text import Text
+
+from llsa_gen.cost import Cost, Totals, dense, evaluate
+from llsa_gen.growth import growth, top_share, with_another_level
+from llsa_gen.plan import MAX_TOKENS, Kernel, lower
+from llsa_gen.schedule import schedule, target
+from llsa_gen.spec import Spec
+
+__all__ = ["ELEMENT", "explain", "human_bytes", "human_flops", "plan_tables", "tables"]
+
+ELEMENT = {"bfloat16": 2, "float16": 2, "float32": 4}
+"""Bytes of an element by dtype."""
+
+TARGET = "cuda:90"
+"""Whose tile shapes are used: a part of the scratch memory depends on them."""
+
+Data = dict[str, Any]
+
+
+# ---- as data ----------------------------------------------------------------------------------------------------
+
+
+def explain(spec: Spec, n_tokens: int, heads: int, dtype: str) -> Data:
+    """All that is known about the cost of a spec at a length, for `heads` heads (B*H), as data that json can write.
+
+    FLOPs and bytes are counted as `llsa_gen.cost` says. Raises ValueError for a length out of range.
+    """
+    if not 1 <= n_tokens <= MAX_TOKENS:
+        raise ValueError(f"n: expected 1 to {MAX_TOKENS} tokens, got {n_tokens}")
+    cost = _cost(spec, dtype)
+    grows = growth(cost)
+    sparse, full = _totals(cost.totals, n_tokens, heads), _totals(dense(spec.head_dim, cost.element), n_tokens, heads)
+    return {
+        "spec": spec.name,
+        "n_tokens": n_tokens,
+        "heads": heads,
+        "head_dim": spec.head_dim,
+        "dtype": dtype,
+        "levels": [_level(cost, level, n_tokens, heads) for level in (*cost.plan.levels[::-1], 0)],
+        "keys": {"most": evaluate(cost.keys, n_tokens), "exact": cost.exact(n_tokens)},
+        "cost": sparse,
+        "dense": full,
+        "dense_over_cost": {name: full[name] / sparse[name] for name in sparse if sparse[name]},
+        "growth": {
+            "text": str(grows),
+            "exponent": grows.exponent,
+            "level": grows.level,
+            "quadratic_beyond": grows.beyond,
+            "with_more_levels": grows.with_levels,
+        },
+        "warning": _warning(cost, n_tokens),
+    }
+
+
+def _cost(spec: Spec, dtype: str) -> Cost:
+    plan, element = lower(spec), ELEMENT[dtype]
+    return Cost(plan, schedule(plan, target(TARGET), element), element)
+
+
+def _totals(totals: Totals, n_tokens: int, heads: int) -> dict[str, int]:
+    counted = {
+        "forward_flops": totals.forward.flops,
+        "backward_flops": totals.backward.flops,
+        "forward_bytes_moved": totals.forward.moved,
+        "backward_bytes_moved": totals.backward.moved,
+        "saved_bytes": totals.saved,
+        "forward_scratch_bytes": totals.forward.scratch,
+        "backward_scratch_bytes": totals.backward.scratch,
+    }
+    return {name: evaluate(expr, n_tokens, heads) for name, expr in counted.items()}
+
+
+def _level(cost: Cost, level: int, n_tokens: int, heads: int) -> Data:
+    plan, attended = cost.plan, level in cost.attended
+    candidates = evaluate(cost.candidates(level), n_tokens)
+    return {
+        "level": level,
+        "block": plan.block(level) if level else None,
+        "span": plan.spec.span(level),
+        "tokens": evaluate(plan.tokens(level), n_tokens),
+        "topk": plan.topk(level) if level else None,
+        "kept": evaluate(plan.width(level), n_tokens) if level else None,
+        "candidates": candidates if level else None,
+        "keys": candidates if attended else 0,
+        "flops": evaluate(cost.level_flops(level), n_tokens, heads),
+    }
+
+
+def _warning(cost: Cost, n_tokens: int) -> str | None:
+    """What to do where the quadratic part is more than half of the work."""
+    spec, share = cost.plan.spec, top_share(cost, n_tokens)
+    if share <= 0.5:
+        return None
+    text = f"level {spec.num_levels} grows quadratically and takes {share:.0%} of the FLOPs at {n_tokens:,} tokens"
+    longer = with_another_level(spec)
+    if longer is None:
+        return f"{text}; there are no more levels to add, so use wider blocks"
+    less = evaluate(cost.totals.flops, n_tokens) / evaluate(_cost(longer, "bfloat16").totals.flops, n_tokens)
+    if less <= 1:
+        return f"{text}; with another level it would take as many"
+    level = spec.levels[-1]
+    return f"{text}; add a level: another {{block: {level.block}, topk: {level.topk}}} takes {less:.3g} times fewer"
+
+
+# ---- as tables --------------------------------------------------------------------------------------------------
+
+
+def human_bytes(size: float) -> str:
+    """`142608384` as `136.0 MiB`."""
+    return _human(size, ["B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"], 1024)
+
+
+def human_flops(count: float) -> str:
+    """`69430411264` as `69.4 GFLOP`."""
+    return _human(count, ["FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP", "EFLOP", "ZFLOP"], 1000)
+
+
+def _human(value: float, suffixes: list[str], base: int) -> str:
+    unit, suffix = pick_unit_and_suffix(int(value), suffixes, base)
+    return f"{value:,} {suffix}" if unit == 1 else f"{value / unit:,.1f} {suffix}"
+
+
+def _table(title: str, columns: Mapping[str, str]) -> Table:
+    """An empty table; `columns` says how each is aligned."""
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    for name, justify in columns.items():
+        table.add_column(name, justify="right" if justify == "right" else "left")
+    return table
+
+
+def tables(data: Data) -> RenderableType:
+    """The tables of `explain`."""
+    head = (
+        f"{data['spec']} at {data['n_tokens']:,} tokens, {data['heads']} heads of {data['head_dim']} (batch included), "
+        f"{data['dtype']}"
+    )
+    parts: list[RenderableType] = [Text(head, style="bold"), Text(), _levels_table(data), _cost_table(data)]
+    grows = data["growth"]
+    beyond = f"The quadratic part is the larger one beyond {grows['quadratic_beyond']:,} tokens"
+    if grows["quadratic_beyond"] > MAX_TOKENS:
+        beyond = f"The quadratic part stays the smaller one up to {MAX_TOKENS:,} tokens, the most there can be"
+    parts.append(Text.assemble(("Growth  ", "bold"), grows["text"], ", dense attention N^2"))
+    parts.append(Text(f"        {beyond}"))
+    parts.append(Text(f"        With a level more whenever N grows by a block: {grows['with_more_levels']}"))
+    if data["warning"]:
+        parts += [Text(), Text(f"warning: {data['warning']}", style="yellow")]
+    return Group(*parts)
+
+
+def _levels_table(data: Data) -> Table:
+    columns = ["level", "block", "span", "tokens", "candidates", "kept", "keys a query sees", "FLOPs"]
+    table = _table("Levels", dict.fromkeys(columns, "right"))
+    whole = sum(level["flops"] for level in data["levels"])
+    for level in data["levels"]:
+        numbers = [level[name] for name in ("level", "block", "span", "tokens", "candidates", "kept", "keys")]
+        table.add_row(
+            *("-" if number is None else f"{number:,}" for number in numbers), f"{level['flops'] / whole:.1%}"
+        )
+    keys, n_tokens = data["keys"]["most"], data["n_tokens"]
+    most = "" if data["keys"]["exact"] else "at most "
+    table.add_section()
+    table.add_row("all", "", "", "", "", "", f"{most}{keys:,}", "100.0%")
+    table.caption = f"{keys:,} keys a query are {keys / n_tokens:.3g} times the {n_tokens:,} of dense attention"
+    table.caption_justify = "left"
+    return table
+
+
+def _cost_table(data: Data) -> Table:
+    table = _table("Cost", {"": "left", data["spec"]: "right", "dense": "right", "dense / this": "right"})
+    for name, value in data["cost"].items():
+        human = human_flops if name.endswith("flops") else human_bytes
+        ratio = data["dense_over_cost"].get(name)
+        table.add_row(NAMES[name], human(value), human(data["dense"][name]), f"{ratio:,.3g}x" if ratio else "-")
+    return table
+
+
+NAMES = {
+    "forward_flops": "FLOPs, forward",
+    "backward_flops": "FLOPs, backward",
+    "forward_bytes_moved": "bytes moved, forward",
+    "backward_bytes_moved": "bytes moved, backward",
+    "saved_bytes": "saved for the backward pass, beside q, k, v, o",
+    "forward_scratch_bytes": "scratch, forward",
+    "backward_scratch_bytes": "scratch, backward",
+}
+
+
+def plan_tables(spec: Spec, n_tokens: int, heads: int, dtype: str) -> RenderableType:
+    """The plan: the kernels in launch order and the buffers, with sizes at a length."""
+    cost = _cost(spec, dtype)
+    plan = cost.plan
+    return Group(
+        Text("Kernels, in launch order (tile shapes in capitals)", style="bold"),
+        *_kernels("forward", plan.forward),
+        *_kernels("backward", plan.backward),
+        Text(),
+        _buffers(cost, n_tokens, heads, dtype),
+    )
+
+
+def _kernels(name: str, kernels: Iterable[Kernel]) -> Iterable[RenderableType]:
+    yield Text(f"\n  {name}", style="bold")
+    for number, kernel in enumerate(kernels, start=1):
+        yield Text(f"  {number:>2}  {kernel.name}: {kernel.computes}")
+        yield Text(f"        grid    {kernel.programs}", style="dim")
+        yield Text(f"        reads   {', '.join(kernel.reads)}", style="dim")
+        yield Text(f"        writes  {', '.join(kernel.writes)}", style="dim")
+
+
+def _buffers(cost: Cost, n_tokens: int, heads: int, dtype: str) -> Table:
+    table = _table("Buffers", {"name": "left", "shape": "left", "dtype": "left", "role": "left", "bytes": "right"})
+    for buffer in cost.plan.buffers.values():
+        size = human_bytes(evaluate(cost.buffer_bytes(buffer), n_tokens, heads))
+        shape = Text(f"[{', '.join(map(str, buffer.shape))}]")  # as a plain string it would be taken for markup
+        table.add_row(buffer.name, shape, dtype if buffer.dtype == "input" else buffer.dtype, buffer.role, size)
+    return table
