@@ -18,7 +18,7 @@ from llsa_gen.store import Key, Store
 if TYPE_CHECKING:
     from torch import Tensor
 
-GENERATORS = ("plan.py", "schedule.py", "emit.py")
+GENERATORS = ("sizes.py", "levels.py", "plan.py", "schedule.py", "emit.py")
 """Modules of this package that decide what is emitted."""
 
 _compiled: dict[str, "Attention"] = {}
@@ -48,7 +48,7 @@ class Attention:
         return self.module.attention(q, k, v, scale=scale, return_lse=return_lse)
 
     def select(self, q: "Tensor", k: "Tensor") -> "tuple[Tensor, ...]":
-        """Kept key tokens of each level, finest first: int32 [B, H, T_l, width], best first, -1 where there are fewer."""
+        """Kept key tokens of each level, finest first: int32 [B, H, T_l, width], best first, -1 where fewer."""
         return self.module.select(q, k)
 
     def __repr__(self) -> str:

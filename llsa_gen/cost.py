@@ -22,7 +22,8 @@ from typing import NamedTuple
 
 import sympy
 
-from llsa_gen.plan import HEADS, PARTS, SPLITS, Buffer, Kernel, N, Plan, Role, tile
+from llsa_gen.plan import Buffer, Kernel, Plan, Role
+from llsa_gen.sizes import HEADS, PARTS, SPLITS, N, tile
 
 __all__ = ["Cost", "Pass", "Share", "Totals", "dense", "evaluate"]
 

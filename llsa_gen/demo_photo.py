@@ -39,7 +39,7 @@ class Bandwidth(NamedTuple):
     position: float
 
 
-HEADS = (Bandwidth(0.15, 0.02), Bandwidth(0.15, 0.03), Bandwidth(0.12, 0.05), Bandwidth(0.10, 0.5))
+HEADS = (Bandwidth(0.15, 0.02), Bandwidth(0.15, 0.03), Bandwidth(0.12, 0.05), Bandwidth(0.12, 0.2))
 """From a head that looks around to one that looks everywhere."""
 
 

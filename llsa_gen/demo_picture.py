@@ -1,4 +1,4 @@
-"""The demo's picture: the photograph as single query pixels see it, sharp where they keep blocks and coarse elsewhere.
+"""The demo's picture: the photograph as single query pixels see it, and what attention makes of it.
 
 Every token of every level that a query attends to is drawn as what it is, the mean over its tile; where levels overlap
 the finest is on top. The figure is a dark card with round corners, so that it stands on white and on dark pages.
@@ -7,7 +7,7 @@ the finest is on top. The figure is a dark card with round corners, so that it s
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -18,24 +18,25 @@ from torch import Tensor
 from llsa_gen.demo_photo import Layout
 from llsa_gen.spec import Spec
 
-CARD, INK, MUTED = "#12161d", "#e8ecf1", "#98a3b1"
+CARD, INK, MUTED = "#12161d", "#e8ecf1", "#9aa5b3"
 QUERY = "#ff4fa3"
 KEPT = ("#5dfdc1", "#ffffff")
-"""Outlines of kept tokens, level 1 first; the levels above the second are drawn like the second."""
+"""Outlines of kept tokens of level 1, and of the levels above it."""
 
-DIMMEST = 0.42
-"""Brightness of what is seen at the coarsest level only; at the finest it is 1."""
-UNSEEN = 0.12
-"""Brightness of what was scored but is not attended to: levels that are not enriched."""
+DIMMEST = 0.6
+"""Brightness of what is seen at the coarsest level only; the pixels themselves have 1."""
+UNSEEN = 0.1
+"""Brightness of what is scored but not attended to: levels that are not enriched."""
+GHOST = 0.25
+"""How much of the photograph shines through its coarse tokens, or nobody would know what they cover."""
 
-WIDTH, MARGIN, GAP = 1600, 20, 8  # pixels: 4 panels, each 3 times the 128 pixels of the photograph
 DPI = 100
-HEAD, FOOT = 92, 100
+WIDTH, MARGIN, GAP, HEAD, FOOT = 1600, 20, 8, 92, 104  # pixels; 4 panels of 384, 3 times the photograph's 128
+SWATCH = 56
 
 
-@dataclass(frozen=True)
-class Query:
-    """A query pixel: its name, and where it is in the picture as fractions of height and width."""
+class Query(NamedTuple):
+    """A query pixel: what it shows, and where it is as fractions of the picture's height and width."""
 
     name: str
     down: float
@@ -45,15 +46,24 @@ class Query:
         """Row and column."""
         return int(self.down * layout.height), int(self.right * layout.width)
 
+    def token(self, layout: Layout) -> int:
+        """The token of level 0."""
+        return layout.token_at(*self.pixel(layout))
+
 
 @dataclass(frozen=True)
 class View:
-    """What one query attends to, in one head: its tokens, level 0 (pixels) to level L, and those of them it keeps."""
+    """What one query attends to in one head, and what it keeps."""
 
     seen: tuple[Tensor, ...]
-    """L + 1 bool tensors [T_l]."""
+    """L + 1 bool tensors [T_l], the pixels (level 0) first."""
     kept: tuple[Tensor, ...]
-    """L int64 tensors: the kept tokens, level 1 first."""
+    """L int64 tensors, the kept tokens of level 1 first."""
+
+    @property
+    def keys(self) -> int:
+        """How many keys it attends to."""
+        return sum(int(seen.sum()) for seen in self.seen)
 
 
 def view(spec: Spec, kept: Sequence[Tensor], layout: Layout, head: int, token: int) -> View:
@@ -62,82 +72,116 @@ def view(spec: Spec, kept: Sequence[Tensor], layout: Layout, head: int, token: i
     mine = [ids[ids >= 0] for ids in mine]
     seen = []
     for level in range(spec.num_levels + 1):
-        tokens = torch.arange(-(-layout.n_tokens // spec.span(level)))
-        inside = torch.ones_like(tokens, dtype=torch.bool)
+        tokens = torch.arange(layout.n_tokens // spec.span(level))
+        candidates = torch.ones_like(tokens, dtype=torch.bool)
         if level < spec.num_levels:
-            inside = torch.isin(tokens // spec.block(level + 1), mine[level])
-        seen.append(inside & (level in (0, *spec.enriched_levels)))
+            candidates = torch.isin(tokens // spec.block(level + 1), mine[level])
+        seen.append(candidates & (level in (0, *spec.enriched_levels)))
     return View(tuple(seen), tuple(mine))
+
+
+def mosaic(spec: Spec, picture: Tensor, layout: Layout, level: int) -> Tensor:
+    """The picture [3, height, width] with every tile of a level in its mean colour."""
+    span = spec.span(level)
+    means = layout.tokens(picture).unflatten(0, (-1, span)).mean(1)
+    return layout.picture(means.repeat_interleave(span, dim=0))
 
 
 def seen_picture(spec: Spec, picture: Tensor, layout: Layout, view: View) -> Tensor:
     """The picture [3, height, width] as a query sees it: every pixel from the finest token that it attends to."""
-    pixels = layout.tokens(picture)
     top = spec.num_levels
-    result = torch.empty_like(pixels)
+    result = UNSEEN * picture
     for level in range(top, -1, -1):
-        span = spec.span(level)
-        means = pixels.view(-1, span, 3).mean(1)
         bright = DIMMEST + (1 - DIMMEST) * (top - level) / top
-        seen = view.seen[level].repeat_interleave(span)
-        if level == top:
-            result = UNSEEN * means.repeat_interleave(span, dim=0)
-        result[seen] = bright * means.repeat_interleave(span, dim=0)[seen]
-    return layout.picture(result)
+        tiles = bright * torch.lerp(mosaic(spec, picture, layout, level), picture, GHOST)
+        seen = layout.picture(view.seen[level].repeat_interleave(spec.span(level))[:, None])
+        result = torch.where(seen, tiles, result)
+    return result
 
 
 def draw(
     path: Path,
     spec: Spec,
     layout: Layout,
-    kept: Sequence[Tensor],
-    head: int,
+    photo: Tensor,
     queries: Sequence[Query],
+    views: Sequence[View],
     before: tuple[str, Tensor],
     after: tuple[str, Tensor],
 ) -> None:
-    """Write the PNG: a panel for each query, and one that is half `before` and half `after` attention.
+    """Write a PNG: a panel for what each query sees, and one that is half `before` and half `after` attention.
 
-    kept: what `attention.select` returned; head: the one to draw; before, after: a caption, and [3, height, width].
+    Pictures are [3, height, width] in 0 to 1; `before` and `after` come with a caption.
     """
     card = _Card(layout, panels=len(queries) + 1)
-    _, noisy = before
-    views = [view(spec, kept, layout, head, layout.token_at(*query.pixel(layout))) for query in queries]
+    card.text(MARGIN, 44, "What one pixel attends to", 24, weight="bold")
+    card.text(WIDTH - MARGIN, 44, f"{spec.name}: {layout.n_tokens:,} pixels as tokens", 18, MUTED, ha="right")
     for panel, (query, seen) in enumerate(zip(queries, views, strict=True)):
-        card.picture(panel, seen_picture(spec, noisy, layout, seen))
-        card.caption(panel, query.name)
+        card.panel(panel, seen_picture(spec, photo, layout, seen))
+        card.text(card.left(panel), HEAD - 12, query.name, 16)
         for level in range(spec.num_levels, 0, -1):
-            card.outline(panel, level, seen.kept[level - 1])
-        card.mark(*card.at(panel, *query.pixel(layout)))
-    card.halves(len(queries), before, after)
-    _legend(card, spec, noisy, queries[0], views[0])
-    card.title(f"What one pixel sees with {spec.name}", f"{_total(views[0]):,} keys of {layout.n_tokens:,}")
+            for token in seen.kept[level - 1].tolist():
+                card.outline(panel, level, token)
+        card.mark(*card.point(panel, query.pixel(layout)))
+    _halves(card, len(queries), before, after)
+    _legend(card, spec, photo, queries[0], views[0])
     card.figure.savefig(path, dpi=DPI, transparent=True)
 
 
-def _total(view: View) -> int:
-    return sum(int(seen.sum()) for seen in view.seen)
+def _halves(card: "_Card", panel: int, before: tuple[str, Tensor], after: tuple[str, Tensor]) -> None:
+    middle = card.layout.width // 2
+    card.panel(panel, torch.cat([before[1][:, :, :middle], after[1][:, :, middle:]], dim=2))
+    x = card.left(panel) + middle * card.zoom
+    card.page.plot([x, x], [HEAD, card.bottom], color=CARD, linewidth=2, zorder=3)
+    card.text(card.left(panel), HEAD - 12, before[0], 16)
+    card.text(x + 6, HEAD - 12, after[0], 16)
 
 
-def _legend(card: "_Card", spec: Spec, picture: Tensor, query: Query, view: View) -> None:
-    """What the panels show, each level with the query's own tile of the coarsest level as that level sees it."""
+def _legend(card: "_Card", spec: Spec, photo: Tensor, query: Query, view: View) -> None:
+    """An entry for the query and for each level, coarsest first: the swatches go, step by step, down to the query."""
     layout, top = card.layout, spec.num_levels
-    card.entry(0, top + 2, "the query pixel", f"sees {_total(view):,} keys instead of {layout.n_tokens:,}")
-    token = layout.token_at(*query.pixel(layout)) // spec.span(top)
-    row, column = layout.corner(top, token)
-    tile = layout.tiles[top]
+    step = (WIDTH - 2 * MARGIN + GAP) / (top + 2)
+    y = card.bottom + 24
+    small = min(1.0, 5 / (top + 2))  # many levels leave little room for each
+
+    def entry(item: int, head: str, text: str) -> None:
+        card.text(MARGIN + item * step + SWATCH + 12, y + 24, head, 16 * small, weight="bold")
+        card.text(MARGIN + item * step + SWATCH + 12, y + 47, text, 14 * small, MUTED)
+
+    card.mark(MARGIN + SWATCH / 2, y + SWATCH / 2)
+    entry(0, "the query pixel", f"one softmax over {view.keys:,} keys")
     for item, level in enumerate(range(top, -1, -1), start=1):
-        means = layout.tokens(picture).view(-1, spec.span(level), 3).mean(1).repeat_interleave(spec.span(level), dim=0)
-        swatch = layout.picture(means)[:, row : row + tile.height, column : column + tile.width]
-        size = f"{layout.tiles[level].width}\N{MULTIPLICATION SIGN}{layout.tiles[level].height} pixels"
-        count = int(view.seen[level].sum())
+        _swatch(card, spec, photo, query, level, MARGIN + item * step, y)
+        where = "the whole picture" if level == top else f"inside those {len(view.kept[level])}"
+        count, tile = int(view.seen[level].sum()), layout.tiles[level]
         if level == 0:
-            head, text = f"{count:,} pixels", "themselves, in the blocks that level 1 keeps"
+            entry(item, f"{count:,} pixels", f"level 0: {where}")
         else:
-            where = "everywhere" if level == top else f"in what level {level + 1} keeps"
-            head = f"level {level}: {count:,} tokens" if count else f"level {level}: only scored"
-            text = f"of {size}, {where}; {len(view.kept[level - 1])} kept"
-        card.entry(item, top + 2, head, text, swatch, level)
+            what = f"tokens of {tile.width}\N{MULTIPLICATION SIGN}{tile.height} pixels"
+            head = f"{count:,} {what}" if count else f"{what}, only scored"
+            entry(item, head, f"level {level}: {where}; {len(view.kept[level - 1])} kept")
+
+
+def _swatch(card: "_Card", spec: Spec, photo: Tensor, query: Query, level: int, x: float, y: float) -> None:
+    """The query's token of the level above, or the whole picture, as this level sees it; the query's own outlined."""
+    layout, pixel = card.layout, query.token(card.layout)
+    (row, column), tile = (0, 0), (layout.height, layout.width)
+    if level < spec.num_levels:
+        row, column = layout.corner(level + 1, pixel // spec.span(level + 1))
+        tile = layout.tiles[level + 1]
+    zoom = SWATCH / max(tile)
+    part = mosaic(spec, photo, layout, level)[:, row : row + tile[0], column : column + tile[1]]
+    card.image(part, x, y, tile[1] * zoom, tile[0] * zoom)
+    if level < spec.num_levels:
+        card.frame(x, y, tile[1] * zoom, tile[0] * zoom, _color(level + 1))
+    own_row, own_column = layout.corner(level, pixel // spec.span(level))
+    own = layout.tiles[level]
+    left, up = x + (own_column - column) * zoom, y + (own_row - row) * zoom
+    card.frame(left, up, own.width * zoom, own.height * zoom, _color(level))
+
+
+def _color(level: int) -> str:
+    return QUERY if level == 0 else KEPT[min(level, len(KEPT)) - 1]
 
 
 class _Card:
@@ -153,79 +197,50 @@ class _Card:
         FigureCanvasAgg(self.figure)
         self.page = self.figure.add_axes((0, 0, 1, 1))
         self.page.set_axis_off()
-        self.page.set(xlim=(0, WIDTH), ylim=(self.height, 0), autoscale_on=False)
         corner = 14
+        inner = (WIDTH - 2 * corner, self.height - 2 * corner)
         self.page.add_patch(
-            FancyBboxPatch(
-                (corner, corner),
-                WIDTH - 2 * corner,
-                self.height - 2 * corner,
-                f"round,pad={corner}",
-                facecolor=CARD,
-                linewidth=0,
-            )
+            FancyBboxPatch((corner, corner), *inner, f"round,pad={corner}", facecolor=CARD, linewidth=0)
         )
+        self._fit()
 
-    def text(self, x: float, y: float, text: str, size: float, color: str = INK, **style: Any) -> None:
-        """Text of `size` pixels whose baseline is at y."""
-        self.page.text(x, y, text, fontsize=size * 72 / DPI, color=color, **style)
-
-    def title(self, left: str, right: str) -> None:
-        self.text(MARGIN, 42, left, 24, weight="bold")
-        self.text(WIDTH - MARGIN, 42, right, 20, MUTED, ha="right")
-
-    def left(self, panel: int) -> float:
-        return MARGIN + panel * (self.side + GAP)
-
-    def caption(self, panel: int, text: str, **style: Any) -> None:
-        self.text(self.left(panel), HEAD - 11, text, 16, **style)
-
-    def at(self, panel: int, row: int, column: int) -> tuple[float, float]:
-        """Where the middle of a pixel of the photograph is."""
-        return self.left(panel) + (column + 0.5) * self.zoom, HEAD + (row + 0.5) * self.zoom
-
-    def image(self, picture: Tensor, x: float, y: float, width: float, height: float) -> None:
-        pixels = picture.clamp(0, 1).permute(1, 2, 0).numpy()
-        self.page.imshow(pixels, extent=(x, x + width, y + height, y), aspect="auto", interpolation="nearest")
+    def _fit(self) -> None:
         self.page.set(xlim=(0, WIDTH), ylim=(self.height, 0))
 
-    def picture(self, panel: int, picture: Tensor) -> None:
+    def left(self, panel: int) -> float:
+        """Where a panel begins."""
+        return MARGIN + panel * (self.side + GAP)
+
+    def point(self, panel: int, pixel: tuple[int, int]) -> tuple[float, float]:
+        """Where the middle of the photograph's pixel (row, column) is."""
+        return self.left(panel) + (pixel[1] + 0.5) * self.zoom, HEAD + (pixel[0] + 0.5) * self.zoom
+
+    def text(self, x: float, y: float, text: str, size: float, color: str = INK, **style: Any) -> None:
+        """Text of `size` pixels on the baseline y."""
+        self.page.text(x, y, text, fontsize=size * 72 / DPI, color=color, **style)
+
+    def image(self, picture: Tensor, x: float, y: float, width: float, height: float) -> None:
+        """A picture [3, *, *] at a place, of a size."""
+        pixels = picture.clamp(0, 1).permute(1, 2, 0).numpy()
+        box = (x, x + width, y + height, y)
+        self.page.imshow(pixels, extent=box, aspect="auto", interpolation="nearest", zorder=2)
+        self._fit()  # which imshow changes
+
+    def panel(self, panel: int, picture: Tensor) -> None:
+        """A picture as large as a panel."""
         self.image(picture, self.left(panel), HEAD, self.side, self.bottom - HEAD)
 
-    def halves(self, panel: int, before: tuple[str, Tensor], after: tuple[str, Tensor]) -> None:
-        """One panel: the left half of one picture beside the right half of the other."""
-        middle = self.layout.width // 2
-        self.picture(panel, torch.cat([before[1][:, :, :middle], after[1][:, :, middle:]], dim=2))
-        x, _ = self.at(panel, 0, middle)
-        x -= self.zoom / 2
-        self.page.plot([x, x], [HEAD, self.bottom], color=CARD, linewidth=2)
-        self.caption(panel, before[0])
-        self.text(x + 8, HEAD - 11, after[0], 16)
+    def outline(self, panel: int, level: int, token: int) -> None:
+        """The frame of a token's tile."""
+        tile, (row, column) = self.layout.tiles[level], self.layout.corner(level, token)
+        x, y = self.left(panel) + column * self.zoom, HEAD + row * self.zoom
+        self.frame(x, y, tile.width * self.zoom, tile.height * self.zoom, _color(level))
 
-    def outline(self, panel: int, level: int, tokens: Tensor) -> None:
-        tile = self.layout.tiles[level]
-        for token in tokens.tolist():
-            row, column = self.layout.corner(level, token)
-            x, y = self.left(panel) + column * self.zoom, HEAD + row * self.zoom
-            self.frame(x, y, tile.width * self.zoom, tile.height * self.zoom, level)
-
-    def frame(self, x: float, y: float, width: float, height: float, level: int) -> None:
-        color = KEPT[min(level, len(KEPT)) - 1]
-        self.page.add_patch(Rectangle((x, y), width, height, fill=False, edgecolor=color, linewidth=1.1))
+    def frame(self, x: float, y: float, width: float, height: float, color: str) -> None:
+        """An empty rectangle."""
+        self.page.add_patch(Rectangle((x, y), width, height, fill=False, edgecolor=color, linewidth=1.2, zorder=3))
 
     def mark(self, x: float, y: float) -> None:
-        self.page.plot(x, y, "o", markersize=8, markerfacecolor=QUERY, markeredgecolor="white", markeredgewidth=1.4)
-
-    def entry(
-        self, item: int, items: int, head: str, text: str, swatch: Tensor | None = None, level: int = 0
-    ) -> None:
-        """One entry of the legend: a tile or, without one, the query's mark, and two lines."""
-        x, y, side = MARGIN + item * (WIDTH - 2 * MARGIN + GAP) / items, self.bottom + 24, 52
-        if swatch is None:
-            self.mark(x + side / 2, y + side / 2)
-        else:
-            self.image(swatch, x, y, side, side)
-            if level:
-                self.frame(x, y, side, side, level)
-        self.text(x + side + 12, y + 21, head, 16, weight="bold")
-        self.text(x + side + 12, y + 44, text, 14, MUTED)
+        """The dot that is a query."""
+        style = {"markerfacecolor": QUERY, "markeredgecolor": "white", "markeredgewidth": 1.4}
+        self.page.plot(x, y, "o", markersize=8, zorder=5, **style)

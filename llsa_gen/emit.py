@@ -18,7 +18,7 @@ import sympy
 from sympy.printing.pycode import PythonCodePrinter
 
 from llsa_gen.errors import TemplateError
-from llsa_gen.plan import MAX_TOKENS, Plan
+from llsa_gen.plan import Plan
 from llsa_gen.schedule import Schedules, pad
 
 ROOT = Path(__file__).parent
@@ -37,7 +37,7 @@ def generator_version() -> str:
 class HostPrinter(PythonCodePrinter):
     """Prints sizes as host code: `triton.cdiv(n_tokens, 256)`, tile shapes looked up in the schedule entry `tile`."""
 
-    def _print_Symbol(self, expr: sympy.Symbol) -> str:
+    def _print_Symbol(self, expr: sympy.Symbol) -> str:  # noqa: N802
         return f'tile["{expr.name}"]' if expr.name.isupper() else expr.name
 
     def _print_ceiling(self, expr: sympy.ceiling) -> str:
@@ -48,7 +48,7 @@ class HostPrinter(PythonCodePrinter):
         numerator, divisor = sympy.fraction(expr.args[0])
         return f"(({self._print(numerator)}) // {self._print(divisor)})"  # a quotient binds no tighter than a product
 
-    def _print_Min(self, expr: sympy.Min) -> str:
+    def _print_Min(self, expr: sympy.Min) -> str:  # noqa: N802
         return f"min({', '.join(self._print(arg) for arg in sorted(expr.args, key=str))})"
 
 
@@ -56,8 +56,10 @@ class HostPrinter(PythonCodePrinter):
 def python(context: jinja2.runtime.Context, expr: sympy.Expr | int) -> str:
     """An expression of the plan as host code, in which `tokens[l]` is T_l."""
     plan: Plan = context["plan"]
-    levels = {plan.tokens(level): sympy.Symbol(f"tokens[{level}]", integer=True, positive=True) for level in plan.levels}
-    return HostPrinter().doprint(sympy.sympify(expr).subs(levels)).replace("*", " * ")
+    named = [
+        (plan.tokens(level), sympy.Symbol(f"tokens[{level}]", integer=True, positive=True)) for level in plan.levels
+    ]
+    return str(HostPrinter().doprint(sympy.sympify(expr).subs(named))).replace("*", " * ")
 
 
 @cache
@@ -84,14 +86,17 @@ def template_digests() -> dict[str, str]:
 def render(plan: Plan, schedules: Schedules) -> str:
     """The module's text; the operator's name carries the hash of everything else in it."""
     try:
-        text = environment().get_template("module.py.j2").render(
-            plan=plan,
-            version=generator_version(),
-            operator=f"{plan.spec.name}_{PLACEHOLDER}",
-            spec_literal=literal(json.loads(plan.spec.canonical())),
-            pad_dim=pad(plan.head_dim),
-            max_tokens=MAX_TOKENS,
-            schedules=schedules_literal(schedules),
+        text = (
+            environment()
+            .get_template("module.py.j2")
+            .render(
+                plan=plan,
+                version=generator_version(),
+                operator=f"{plan.spec.name}_{PLACEHOLDER}",
+                spec_literal=literal(json.loads(plan.spec.canonical())),
+                pad_dim=pad(plan.head_dim),
+                schedules=schedules_literal(schedules),
+            )
         )
     except (jinja2.TemplateError, TypeError, KeyError, ValueError, AttributeError) as error:
         template, line = place(error)

@@ -5,17 +5,18 @@ from typing import Any
 
 from rich import box
 from rich.console import Group, RenderableType
-from rich.filesize import pick_unit_and_suffix
 from rich.table import Table
 from rich.text import Text
 
 from llsa_gen.cost import Cost, Totals, dense, evaluate
 from llsa_gen.growth import growth, top_share, with_another_level
-from llsa_gen.plan import MAX_TOKENS, Kernel, lower
+from llsa_gen.plan import Kernel, lower
 from llsa_gen.schedule import schedule, target
+from llsa_gen.sizes import MAX_TOKENS
 from llsa_gen.spec import Spec
+from llsa_gen.units import human_bytes, human_flops
 
-__all__ = ["ELEMENT", "explain", "human_bytes", "human_flops", "plan_tables", "tables"]
+__all__ = ["ELEMENT", "explain", "plan_tables", "tables"]
 
 ELEMENT = {"bfloat16": 2, "float16": 2, "float32": 4}
 """Bytes of an element by dtype."""
@@ -114,24 +115,9 @@ def _warning(cost: Cost, n_tokens: int) -> str | None:
 # ---- as tables --------------------------------------------------------------------------------------------------
 
 
-def human_bytes(size: float) -> str:
-    """`142608384` as `136.0 MiB`."""
-    return _human(size, ["B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"], 1024)
-
-
-def human_flops(count: float) -> str:
-    """`69430411264` as `69.4 GFLOP`."""
-    return _human(count, ["FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP", "EFLOP", "ZFLOP"], 1000)
-
-
-def _human(value: float, suffixes: list[str], base: int) -> str:
-    unit, suffix = pick_unit_and_suffix(int(value), suffixes, base)
-    return f"{value:,} {suffix}" if unit == 1 else f"{value / unit:,.1f} {suffix}"
-
-
 def _table(title: str, columns: Mapping[str, str]) -> Table:
     """An empty table; `columns` says how each is aligned."""
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, show_edge=False)
     for name, justify in columns.items():
         table.add_column(name, justify="right" if justify == "right" else "left")
     return table
@@ -143,12 +129,12 @@ def tables(data: Data) -> RenderableType:
         f"{data['spec']} at {data['n_tokens']:,} tokens, {data['heads']} heads of {data['head_dim']} (batch included), "
         f"{data['dtype']}"
     )
-    parts: list[RenderableType] = [Text(head, style="bold"), Text(), _levels_table(data), _cost_table(data)]
+    parts: list[RenderableType] = [Text(f"{head}\n", style="bold"), _levels_table(data), Text(), _cost_table(data)]
     grows = data["growth"]
     beyond = f"The quadratic part is the larger one beyond {grows['quadratic_beyond']:,} tokens"
     if grows["quadratic_beyond"] > MAX_TOKENS:
         beyond = f"The quadratic part stays the smaller one up to {MAX_TOKENS:,} tokens, the most there can be"
-    parts.append(Text.assemble(("Growth  ", "bold"), grows["text"], ", dense attention N^2"))
+    parts.append(Text.assemble(("\nGrowth  ", "bold"), grows["text"], ", dense attention N^2"))
     parts.append(Text(f"        {beyond}"))
     parts.append(Text(f"        With a level more whenever N grows by a block: {grows['with_more_levels']}"))
     if data["warning"]:
@@ -169,8 +155,7 @@ def _levels_table(data: Data) -> Table:
     most = "" if data["keys"]["exact"] else "at most "
     table.add_section()
     table.add_row("all", "", "", "", "", "", f"{most}{keys:,}", "100.0%")
-    table.caption = f"{keys:,} keys a query are {keys / n_tokens:.3g} times the {n_tokens:,} of dense attention"
-    table.caption_justify = "left"
+    table.add_row("dense attention", "", "", "", "", "", f"{n_tokens:,}", "")
     return table
 
 

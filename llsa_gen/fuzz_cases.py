@@ -25,6 +25,9 @@ contiguous; transposed from [B, N, H, D]; heads expanded from one (a gradient: e
 a wider last dimension, not aligned; every second token of twice as many; D before N, so that no row has unit stride.
 """
 
+Layouts = tuple[Layout, Layout, Layout, Layout]
+CONTIGUOUS: Layouts = ("contiguous", "contiguous", "contiguous", "contiguous")
+
 Values = Literal["normal", "integers", "constant", "zero_queries"]
 """What the elements are, all times `std`: normal; integers -2 to 2 (many equal scores); the same vector for every token
 of a tensor; queries all zero (every score is equal).
@@ -40,7 +43,7 @@ class Case:
     batch: int = 1
     heads: int = 1
     dtype: DType = "float32"
-    layouts: tuple[Layout, Layout, Layout, Layout] = ("contiguous",) * 4
+    layouts: Layouts = CONTIGUOUS
     """Of q, k, v and the gradient of o."""
     values: Values = "normal"
     std: float = 1.0
@@ -90,21 +93,19 @@ class Case:
         if self.values == "integers":
             return torch.randint(-2, 3, shape, generator=generator).float()
         if self.values == "constant":
-            return torch.randn(shape[:2] + (1,) + shape[3:], generator=generator).expand(shape)
+            return torch.randn((*shape[:2], 1, *shape[3:]), generator=generator).expand(shape)
         return torch.randn(shape, generator=generator)
 
     def __repr__(self) -> str:
         """As it would be written: fields that have their default value are left out, and descriptions with them."""
         spec = self.spec.model_copy(update={"description": ""})
         values = {field.name: getattr(self, field.name) for field in fields(self)} | {"spec": spec}
-        told = [
-            f"{field.name}={values[field.name]!r}" for field in fields(self) if values[field.name] != field.default
-        ]
+        told = [f"{field.name}={values[field.name]!r}" for field in fields(self) if values[field.name] != field.default]
         return f"Case({', '.join(told)})"
 
 
 def popularity(spec: Spec, n: int) -> Tensor:
-    """How popular each key token is, float32 [n]: at every level, K_l tokens in the middle are more so than the rest."""
+    """How popular each key token is, float32 [n]: at every level, K_l tokens in the middle more so than the rest."""
     popular = torch.zeros(n)
     top = spec.span(spec.num_levels)
     first = n // 2 // top * top
@@ -157,7 +158,7 @@ class Reach:
 
 
 def reach(device: str) -> Reach:
-    """The reach of a device. The interpreter is slow, and its bfloat16 products are wrong: neither is Triton's compiler."""
+    """The reach of a device. The interpreter is slow, and its products of bfloat16 tensors are wrong."""
     if torch.device(device).type != "cpu":
         return Reach(tokens=2048, heads=6, dtypes=get_args(DType))
     if interpreting():
@@ -166,7 +167,7 @@ def reach(device: str) -> Reach:
 
 
 def specs(max_levels: int = 4) -> st.SearchStrategy[Spec]:
-    """Legal specs, mostly small ones: few levels, short blocks, small K and head dims, nothing a power of two by habit."""
+    """Legal specs, mostly small ones: few levels, short blocks, small K and head dims, powers of two or not."""
     blocks = st.one_of(st.integers(2, 20), st.sampled_from([2, 4, 8, 16]), st.integers(21, 140))
     topks = st.one_of(st.integers(1, 9), st.sampled_from([1, 2, 4, 8]), st.sampled_from([16, 17, 33]))
     head_dims = st.one_of(st.integers(8, 40), st.sampled_from([8, 16, 32, 64]), st.sampled_from([80, 128, 200, 256]))
@@ -175,11 +176,10 @@ def specs(max_levels: int = 4) -> st.SearchStrategy[Spec]:
     def draw_spec(draw: st.DrawFn) -> Spec:
         levels = draw(st.lists(st.builds(Level, block=blocks, topk=topks), min_size=1, max_size=max_levels))
         some = st.lists(st.integers(1, len(levels)), unique=True, min_size=1).map(lambda chosen: tuple(sorted(chosen)))
-        enrich = draw(st.one_of(st.sampled_from(["all", "none"]), some))
+        whole: st.SearchStrategy[Literal["all", "none"]] = st.sampled_from(("all", "none"))
+        enrich = draw(st.one_of(whole, some))
         reweight = draw(st.sampled_from([True, True, False]))
-        return Spec(
-            name="fuzzed", head_dim=draw(head_dims), levels=tuple(levels), enrich=enrich, reweight=reweight
-        )  # fmt: skip
+        return Spec(name="fuzzed", head_dim=draw(head_dims), levels=tuple(levels), enrich=enrich, reweight=reweight)
 
     return draw_spec()
 
@@ -197,8 +197,8 @@ def lengths(spec: Spec, most: int) -> st.SearchStrategy[int]:
 def cases(spec: Spec | None = None, device: str = "cpu") -> st.SearchStrategy[Case]:
     """Cases of one spec, or of drawn ones, within the `reach` of the device."""
     far = reach(device)
-    layouts = st.sampled_from(get_args(Layout))
-    common = st.just(("contiguous",) * 4)
+    layout = st.sampled_from(get_args(Layout))
+    common: st.SearchStrategy[Layouts] = st.just(CONTIGUOUS)
 
     @st.composite
     def draw_case(draw: st.DrawFn) -> Case:
@@ -210,7 +210,7 @@ def cases(spec: Spec | None = None, device: str = "cpu") -> st.SearchStrategy[Ca
             heads=heads,
             batch=draw(st.integers(1, min(3, far.heads // heads))),
             dtype=draw(st.sampled_from(far.dtypes)),
-            layouts=draw(st.one_of(common, st.tuples(layouts, layouts, layouts, layouts))),
+            layouts=draw(st.one_of(common, st.tuples(layout, layout, layout, layout))),
             values=draw(st.sampled_from(["normal", "normal", "normal", "integers", "constant", "zero_queries"])),
             std=draw(st.sampled_from([1.0, 1.0, 8.0, 0.1])),
             popular=draw(st.sampled_from([False, False, True])),

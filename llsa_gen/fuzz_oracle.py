@@ -92,7 +92,107 @@ def yardstick(
     case: Case, q: Tensor, k: Tensor, v: Tensor, grad_o: Tensor, kept: Sequence[Tensor]
 ) -> dict[str, Tensor]:  # fmt: skip
     """o, dq, dk, dv of the same dense formula that torch evaluates in the dtype of the inputs."""
-    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-    o, _ = reference.dense_in_dtype(case.spec, *leaves, kept, case.scale)
-    dq, dk, dv = torch.autograd.grad(o, leaves, grad_o.to(o.dtype))
+    q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+    o, _ = reference.dense_in_dtype(case.spec, q, k, v, kept, case.scale)
+    dq, dk, dv = torch.autograd.grad(o, (q, k, v), grad_o)
     return {"o": o.detach(), "dq": dq, "dk": dk, "dv": dv}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The error of one result and what it may be at most: in the Frobenius norm, or of the worst row in units of 1."""
+
+    error: float
+    allowed: float
+    why: str
+
+    @property
+    def ok(self) -> bool:
+        return self.error <= self.allowed  # false for NaN
+
+    @property
+    def margin(self) -> float:
+        """The error as a fraction of what is allowed."""
+        return self.error / self.allowed if self.allowed > 0 else math.inf if self.error > 0 else 0.0
+
+
+def judge_lse(case: Case, lse: Tensor, true: Truth) -> Verdict:
+    """lse row by row, in units of its bound: sums of D products in float32, in any order.
+
+    In half precision a pooled key that lies between two numbers may be rounded to the other one; two elements of the
+    largest key are taken to be.
+    """
+    terms = true.sizes["lse"] + 1
+    bound = (16 + case.spec.head_dim / 4) * 2.0**-24 * terms
+    if case.torch_dtype != torch.float32:
+        bound = bound + 2 * torch.finfo(case.torch_dtype).eps * terms / case.spec.head_dim**0.5
+    ratio = ((lse.double() - true.values["lse"]).abs() / bound).max()
+    return Verdict(float(ratio), 1.0, "float32 sums")
+
+
+def judge(case: Case, name: str, found: Tensor, true: Truth, torchs: Mapping[str, Tensor] | None) -> list[Verdict]:
+    """`found`, one of o, dq, dk, dv, by the two rules of SEMANTICS.md; `torchs` is the `yardstick`, None to do without.
+
+    On standard normal inputs the error is at most `reference.tolerance` times the norm of the truth. Where almost
+    everything cancels in the truth (one key, so that dq and dk are zero), a part of its size stands for it: 1/256,
+    less than what remains when terms merely have random signs. In float32 that allows 0.7 roundoffs of the size.
+
+    On any inputs the error is at most twice that of the yardstick, which may by luck have none at all (a softmax over
+    one key is exactly 1), and so two roundoffs of the size more: what the last two operations of a sum may lose. A
+    mistake in the formula changes results by a fraction of their norm, some 10^4 times as much in float32. Where the
+    yardstick overflows (float16 does), the roundoff of the logits takes its place.
+    """
+    dtype, size, roundoff = case.torch_dtype, _norm(true.sizes[name]), torch.finfo(case.torch_dtype).eps / 2
+    error = _norm(found.double() - true.values[name])
+    verdicts: list[Verdict] = []
+    if case.standard:
+        allowed = reference.tolerance(dtype) * max(_norm(true.values[name]), size / 256)
+        verdicts.append(Verdict(error, allowed, f"the tolerance of {case.dtype} on standard normal inputs"))
+    if torchs is not None:
+        torch_error = _norm(torchs[name].double() - true.values[name])
+        if math.isfinite(torch_error):
+            verdicts.append(
+                Verdict(error, 2 * torch_error + 2 * roundoff * size, "twice torch's own error in that dtype")
+            )
+        else:
+            logits = 16 * 2.0**-24 * float(true.sizes["lse"].max())
+            verdicts.append(Verdict(error, (4 * roundoff + logits) * size, "the roundoff of logits and sums"))
+    return verdicts
+
+
+def _norm(x: Tensor) -> float:
+    """NaN or infinite if anything in `x` is."""
+    return float(x.norm())
+
+
+def check_exact_ties(case: Case, q: Tensor, k: Tensor, kept: Sequence[Tensor]) -> None:
+    """Of equal scores the lower index is kept: compares with `reference.select` where float32 scores have no rounding.
+
+    Raises AssertionError naming the level, batch, head and query token.
+    """
+    expected = reference.select(case.spec, q, k)
+    for level in range(case.spec.num_levels, 0, -1):
+        if not _scores_are_exact(case, level, q, k):
+            return  # and what is kept below depends on what is kept here
+        found, wanted = (ids[level - 1].sort(dim=-1).values for ids in (kept, expected))
+        wrong = (found != wanted).any(-1)
+        if wrong.any():
+            batch, head, row = wrong.nonzero()[0].tolist()
+            raise AssertionError(
+                f"selection, level {level}, batch {batch}, head {head}, query token {row}: of equal scores the lower "
+                f"index, {wanted[batch, head, row].tolist()}, got {found[batch, head, row].tolist()}"
+            )
+
+
+def _scores_are_exact(case: Case, level: int, q: Tensor, k: Tensor) -> bool:
+    """Whether every float32 sum and quotient in the scores of a level is exact, in whatever order it is computed."""
+    if not q.any():
+        return True
+    if case.values != "integers" or case.popular or math.log2(case.std) % 1:
+        return False
+    covered = reference.covered_tokens(case.spec, level, case.n)
+    if (covered & (covered - 1)).any():
+        return False  # quotients by other numbers than powers of two
+    span = case.spec.span(level)
+    largest = reference.pool(q.abs(), span) @ reference.pool(k.abs(), span).mT
+    return bool(largest.max() < 2**24 * (case.std / span) ** 2)

@@ -11,7 +11,8 @@ from typing import cast
 import sympy
 
 from llsa_gen.cost import FORWARD_PRODUCTS, GRAD_KV_PRODUCTS, GRAD_Q_PRODUCTS, Cost, evaluate
-from llsa_gen.plan import HEADS, N, Plan
+from llsa_gen.plan import Plan
+from llsa_gen.sizes import HEADS, N
 from llsa_gen.spec import MAX_LEVELS, Spec
 
 __all__ = ["Growth", "growth", "order", "order_with_levels", "smooth", "top_share", "with_another_level"]

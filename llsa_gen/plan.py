@@ -13,40 +13,9 @@ from functools import cached_property
 
 import sympy
 
+from llsa_gen.levels import Levels
+from llsa_gen.sizes import HEADS, PARTS, SPLITS, N, ceil_div, tile
 from llsa_gen.spec import Spec
-
-N = sympy.Symbol("n_tokens", integer=True, positive=True)
-HEADS = sympy.Symbol("heads", integer=True, positive=True)
-
-PARTS = sympy.Symbol("parts", integer=True, nonnegative=True)
-"""Room for the extra parts of popular lists: `Plan.extra_parts`, computed by the host code."""
-
-SPLITS = sympy.Symbol("splits", integer=True, positive=True)
-"""How many programs share the queries of one tile of top-level keys: the host code's choice."""
-
-MAX_TOKENS = 2**30
-"""Longest sequence. Kernels keep token numbers in 32 bits; a level that spans more than this has exactly one token."""
-
-MAX_KEPT = 2**31 - 1
-"""Most entries that the index list of one level and one head may have: they are counted in 32 bits."""
-
-
-def tile(name: str) -> sympy.Symbol:
-    """A tile shape that the schedule decides: `BLOCK_M`, `GROUP`, ..."""
-    return sympy.Symbol(name, integer=True, positive=True)
-
-
-def ceil_div(numerator: sympy.Expr, divisor: int | sympy.Expr) -> sympy.Expr:
-    """ceil(numerator / divisor), where nested divisions by integers collapse: ceil(ceil(n/a)/b) = ceil(n/(a b)).
-
-    >>> ceil_div(ceil_div(N, 16), 16)
-    ceiling(n_tokens/256)
-    """
-    if isinstance(numerator, sympy.ceiling) and isinstance(divisor, int):
-        coefficient, rest = numerator.args[0].as_coeff_Mul()
-        if coefficient.is_Rational and coefficient.p == 1:
-            return sympy.ceiling(rest / (coefficient.q * divisor))
-    return sympy.ceiling(numerator / divisor)
 
 
 class Role(StrEnum):
@@ -86,91 +55,8 @@ class Kernel:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Everything that the templates and the cost model ask about a spec."""
-
-    spec: Spec
-
-    # ---- levels -------------------------------------------------------------------------------------------------
-
-    @property
-    def head_dim(self) -> int:
-        return self.spec.head_dim
-
-    @property
-    def top(self) -> int:
-        """L, the coarsest level."""
-        return self.spec.num_levels
-
-    @property
-    def levels(self) -> range:
-        """1..L, finest first."""
-        return range(1, self.top + 1)
-
-    @property
-    def enriched(self) -> tuple[int, ...]:
-        """The coarse levels that queries attend to, ascending."""
-        return self.spec.enriched_levels
-
-    @property
-    def listed(self) -> tuple[int, ...]:
-        """The attended levels whose keys are the children of a kept token: the tokens (0), then enriched l < L."""
-        return (0, *(level for level in self.enriched if level < self.top))
-
-    @property
-    def attends_top(self) -> bool:
-        """Whether every query attends to all T_L tokens of the coarsest level."""
-        return self.top in self.enriched
-
-    @property
-    def shared_level(self) -> int | None:
-        """Queries under one token of this level see the same coarse keys; None: all queries do (or there are none)."""
-        middle = [level for level in self.listed if level > 0]
-        return middle[0] + 1 if middle else None
-
-    def block(self, level: int) -> int:
-        """b_l."""
-        return self.spec.block(level)
-
-    def topk(self, level: int) -> int:
-        """K_l."""
-        return self.spec.topk(level)
-
-    def span(self, level: int) -> int:
-        """P_l, capped at `MAX_TOKENS`: the levels above have one token whatever their span, so nothing changes."""
-        return min(self.spec.span(level), MAX_TOKENS)
-
-    def tokens(self, level: int) -> sympy.Expr:
-        """T_l = ceil(N / P_l)."""
-        return ceil_div(N, self.span(level)) if level else N
-
-    def width(self, level: int) -> sympy.Expr:
-        """Columns of the index list of a level: the most tokens that a query token of that level can keep."""
-        candidates = self.tokens(level)
-        if level < self.top:
-            candidates = sympy.Min(candidates, self.width(level + 1) * self.block(level + 1))
-        return sympy.Min(self.topk(level), candidates)
-
-    def enriched_above(self, level: int) -> int | None:
-        """The next enriched level above `level`: the one whose gradient flows down into it through the pooling."""
-        return next((coarse for coarse in self.enriched if coarse > level), None)
-
-    def parent_ratio(self, level: int, above: int) -> int:
-        """How many tokens of `level` one token of level `above` pools."""
-        ratio = 1
-        for between in range(level + 1, above + 1):
-            ratio *= self.block(between)
-        return min(ratio, MAX_TOKENS)
-
-    @property
-    def pool_steps(self) -> tuple[tuple[int, ...], ...]:
-        """Levels pooled together by one kernel, two at a time: (1, 2), (3, 4), ..."""
-        return tuple(tuple(range(low, min(low + 2, self.top + 1))) for low in range(1, self.top + 1, 2))
-
-    @property
-    def blocks_sharing(self) -> int | None:
-        """Query blocks under one token of the shared level; None where all share."""
-        return None if self.shared_level is None else self.parent_ratio(1, self.shared_level)
+class Plan(Levels):
+    """The levels of a spec with the buffers and kernels that compute its attention."""
 
     # ---- buffers ------------------------------------------------------------------------------------------------
 
@@ -233,34 +119,6 @@ class Plan:
     def saved(self) -> tuple[str, ...]:
         """Names of the tensors that the forward pass leaves to the backward pass, in the operator's order."""
         return tuple(name for name, buffer in self.buffers.items() if buffer.role is Role.SAVED)
-
-    # ---- what the host code asks --------------------------------------------------------------------------------
-
-    @property
-    def blocks(self) -> tuple[int, ...]:
-        """b_1, b_2, ..., b_L."""
-        return tuple(self.block(level) for level in self.levels)
-
-    @property
-    def spans(self) -> tuple[int, ...]:
-        """P_0, P_1, ..., P_L."""
-        return (1, *(self.span(level) for level in self.levels))
-
-    @property
-    def topks(self) -> tuple[int, ...]:
-        """K_1, K_2, ..., K_L."""
-        return tuple(self.topk(level) for level in self.levels)
-
-    @property
-    def attended_text(self) -> str:
-        """The levels that a query attends to, in words."""
-        levels = (*self.enriched[::-1], 0)
-        return f"the keys of level{'s' * (len(levels) > 1)} {' and '.join(', '.join(map(str, levels)).rsplit(', ', 1))}"
-
-    @property
-    def needs_plain_scan(self) -> bool:
-        """Whether some index list is inverted only to find the lists below it."""
-        return any(level - 1 not in self.listed for level in self.levels)
 
     def inversion_buffers(self, level: int) -> tuple[str, ...]:
         """Buffers of the counting sort of one level."""
@@ -340,7 +198,14 @@ class Plan:
     def _attend(self) -> Kernel:
         reads = ("q", "k", "v", *self._coarse(), *self._lists())
         programs = HEADS * self.query_programs
-        return Kernel("attend_kernel", "attend", "o and lse: one softmax over all levels", programs, reads, ("o", "lse", "peak", "total"))
+        return Kernel(
+            "attend_kernel",
+            "attend",
+            "o and lse: one softmax over all levels",
+            programs,
+            reads,
+            ("o", "lse", "peak", "total"),
+        )
 
     def _invert(self) -> Iterable[Kernel]:
         for level in self.levels:
@@ -363,7 +228,7 @@ class Plan:
                 reads += (f"offsets_l{level + 1}", f"keepers_l{level + 1}")
                 programs = self.tokens(level + 1)
             yield Kernel(
-                f"invert_l{level}_kernel", f"invert_l{level}", f"the query tokens that keep each key token of level {level}",
+                f"invert_l{level}_kernel", f"invert_l{level}", f"which query tokens keep which key of level {level}",
                 HEADS * programs, reads, (f"keepers_l{level}",),
             )  # fmt: skip
 
@@ -400,7 +265,7 @@ class Plan:
             flow = (f"grad_k_l{above}", f"grad_v_l{above}") if above else ()
             yield Kernel(
                 f"grad_kv_l{level}_extra_kernel", f"grad_kv_l{level}",
-                f"dk, dv of level {level}: what the first {'part of a popular list leaves over'}",
+                f"dk, dv of level {level}: what the first part of a popular list leaves over",
                 HEADS * PARTS * tiles, reads, (extra,),
             )  # fmt: skip
             yield Kernel(
@@ -425,7 +290,11 @@ class Plan:
         return {
             "spec": json.loads(self.spec.canonical()),
             "levels": {
-                str(level): {"span": self.span(level), "tokens": str(self.tokens(level)), "width": str(self.width(level))}
+                str(level): {
+                    "span": self.span(level),
+                    "tokens": str(self.tokens(level)),
+                    "width": str(self.width(level)),
+                }
                 for level in self.levels
             },
             "buffers": {

@@ -1,8 +1,8 @@
 """Schedule: tile shapes, warps and pipeline stages of every kernel, for a target and the bytes of an element.
 
-A target is `cuda:<compute capability * 10>` or `hip:<gfx name>`. `schedules/<target>.json` holds what a target is
-(shared memory) and the rows that override the rules below for it; a row applies where all its conditions hold. Tiles
-that do not fit into shared memory are halved until they do. Nothing here knows what a kernel computes.
+A target is `cuda:<compute capability * 10>` or `hip:<gfx name>`. Its table, `schedules/<target>.json`, holds the shared
+memory that a program may use and rows that override the rules below: what a row says under `set` goes wherever stage,
+element size and tile are as it says under `when`. Nothing here knows what a kernel computes.
 """
 
 import json
@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from llsa_gen.errors import UnknownTargetError
 from llsa_gen.plan import Plan
@@ -35,7 +36,7 @@ class Target:
 
     name: str
     shared_memory: int
-    rows: tuple[Mapping[str, object], ...]
+    rows: tuple[Mapping[str, Any], ...]
 
 
 @cache
@@ -43,7 +44,8 @@ def targets() -> dict[str, Target]:
     """Every target that has a table."""
     tables = [json.loads(path.read_text()) for path in sorted(DIRECTORY.glob("*.json"))]
     return {
-        table["target"]: Target(table["target"], table["shared_memory"], tuple(table.get("rows", ()))) for table in tables
+        table["target"]: Target(table["target"], table["shared_memory"], tuple(table.get("rows", ())))
+        for table in tables
     }
 
 
@@ -64,28 +66,24 @@ def schedule(plan: Plan, goal: Target, element: int) -> Schedule:
     result: Schedule = {"pool": _pool(plan)}
     for level in plan.levels:
         result[f"select_l{level}"] = _select(plan, goal, element, level)
-    result["attend"] = _walk(plan, goal, element, tensors=2)
+    result["attend"] = _walk(plan, goal, element, "attend")
     result["count"] = {"BLOCK": 1024, "num_warps": 4}
     result["scan"] = {"BLOCK": 1024, "num_warps": 4}
     for level in plan.levels:
         keys = 32 if level == plan.top else pad(plan.block(level + 1), 2)
         result[f"invert_l{level}"] = {"BLOCK_M": max(8, min(128, 4096 // keys)), "KEYS": keys, "num_warps": 4}
-    result["grad_q"] = _walk(plan, goal, element, tensors=2)
+    result["grad_q"] = _walk(plan, goal, element, "grad_q")
     if plan.attends_top:
         result[f"grad_kv_l{plan.top}"] = _grad_top(plan, goal, element)
         result["grad_sum"] = {"BLOCK": 8, "num_warps": 4}
     for level in reversed(plan.listed):
         result[f"grad_kv_l{level}"] = _grad_listed(plan, goal, element, level)
+    facts = {"element": element, "pad_dim": pad(plan.head_dim)}
     for stage, entry in result.items():
         for row in goal.rows:
-            if _applies(row, plan, element, stage):
-                entry.update(row["set"])  # type: ignore[call-overload]
+            if row["when"].items() <= {"stage": stage, **facts, **entry}.items():
+                entry.update(row["set"])
     return result
-
-
-def _applies(row: Mapping[str, object], plan: Plan, element: int, stage: str) -> bool:
-    facts = {"stage": stage, "element": element, "pad_dim": pad(plan.head_dim), "block": plan.block(1), "grouped": plan.grouped}
-    return all(facts[name] == value for name, value in row.items() if name != "set")
 
 
 def _pool(plan: Plan) -> Entry:
@@ -95,53 +93,68 @@ def _pool(plan: Plan) -> Entry:
 
 def _select(plan: Plan, goal: Target, element: int, level: int) -> Entry:
     keep = pad(plan.topk(level), 1)
-    columns = max(32, keep) if keep > 16 or element == 4 else 64
-    rows = 16
-    return {"BLOCK_M": rows, "BLOCK_N": columns, "KEEP": keep, "num_warps": 4, "num_stages": 2}
+    # sorting networks live in registers: one warp where a row's candidates are few, four where they are many
+    return {
+        "BLOCK_M": 16, "BLOCK_N": max(32, keep), "KEEP": keep, "num_warps": 1 if keep <= 16 else 4, "num_stages": 2,
+    }  # fmt: skip
 
 
-def _fit(entry: Entry, goal: Target, width: int, element: int, rows: int, tensors: int, least: int = 16) -> Entry:
-    """Halve BLOCK_N, then the stages, until the tiles that are in flight fit into shared memory."""
-    batch = entry.get("GROUP", 1)
-    while True:
-        moving = batch * entry["BLOCK_N"] * width * element * tensors * max(1, entry["num_stages"] - 1)
-        if (moving + rows * width * element * tensors) <= goal.shared_memory or entry["BLOCK_N"] == least:
-            return entry
+def _fit(entry: Entry, goal: Target, width: int, element: int, rows: int) -> Entry:
+    """Halve BLOCK_N until two tiles of queries and what is in flight of two tiles of keys fit into shared memory."""
+    while entry["BLOCK_N"] > 16:
+        keys = entry.get("GROUP", 1) * entry["BLOCK_N"] * max(1, entry["num_stages"] - 1)
+        if 2 * (rows + keys) * width * element <= goal.shared_memory:
+            break
         entry["BLOCK_N"] //= 2
+    return entry
 
 
-def _walk(plan: Plan, goal: Target, element: int, tensors: int) -> Entry:
-    """Kernels that walk, for a tile of queries, over tiles of keys."""
+def _walk(plan: Plan, goal: Target, element: int, stage: str) -> Entry:
+    """`attend` and `grad_q`: for a tile of queries, over tiles of keys."""
     width = pad(plan.head_dim)
-    wide = element == 4 or width >= 128
+    rows = pad(plan.block(1))
     if plan.grouped:
-        rows = pad(plan.block(1))
-        group = max(1, (32 if wide else 64) // rows)
+        group = max(1, (64 if element == 2 and width <= 128 else 32) // rows)
         if plan.blocks_sharing is not None:
             group = min(group, pad(plan.blocks_sharing, 1))
-        entry = {"GROUP": group, "BLOCK_M": rows, "BLOCK_N": 32 if wide else 64, "num_warps": 4, "num_stages": 2}
-        if element == 4:
-            entry["BLOCK_N"] = 16 if width >= 128 else 32
-        return _fit(entry, goal, width, element, group * rows, tensors)
-    rows = min(pad(plan.block(1)), 32 if element == 4 else 64 if wide else 128)
-    warps = 1 if rows == 16 and not wide else 2 if rows < 64 and not wide else 4 if rows <= 64 else 8
-    entry = {"BLOCK_M": rows, "BLOCK_N": 64, "num_warps": warps, "num_stages": 2}
+        entry = {"GROUP": group, "BLOCK_M": rows, "BLOCK_N": 32}
+        rows *= group
+        entry |= {"num_warps": 2, "num_stages": 2} if width <= 64 else {"num_warps": 4, "num_stages": 3}
+    elif rows < 64:
+        entry = {"BLOCK_M": rows, "BLOCK_N": 32, "num_warps": rows // 16 if width <= 64 else rows // 8, "num_stages": 2}
+    else:
+        tall = stage == "attend" and width <= 64
+        rows = min(rows, 128 if tall else 64)
+        entry = {"BLOCK_M": rows, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
     if element == 4:
-        entry["BLOCK_N"] = 16 if width >= 128 else 32
-    return _fit(entry, goal, width, element, rows, tensors)
+        rows = min(rows, 32)
+        entry |= {"BLOCK_N": 32 if width <= 64 else 16, "num_warps": 8, "num_stages": 2}
+        entry["BLOCK_M"] = min(entry["BLOCK_M"], 32)
+    elif width == 256:
+        entry |= {"num_warps": 8, "num_stages": 2}
+    return _fit(entry, goal, width, element, rows)
 
 
 def _grad_top(plan: Plan, goal: Target, element: int) -> Entry:
+    """dk, dv of the coarsest level: for a tile of keys, over all queries."""
     width = pad(plan.head_dim)
-    keys, rows = (64, 64) if element == 2 and width <= 64 else (32, 32) if element == 2 else (16, 32)
+    if element == 4:
+        return {"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 4 if width <= 128 else 8, "num_stages": 2}
+    rows, keys = (128, 64) if width <= 64 else (64, 64) if width == 128 else (32, 32)
     return {"BLOCK_M": rows, "BLOCK_N": keys, "num_warps": 4, "num_stages": 2}
 
 
 def _grad_listed(plan: Plan, goal: Target, element: int, level: int) -> Entry:
+    """dk, dv of the other levels: for the children of a key token, over the queries that keep it."""
     width = pad(plan.head_dim)
-    wide = element == 4 or width >= 128
-    keys = min(pad(plan.block(level + 1)), 16 if element == 4 else 32 if wide else 128)
-    rows = 64 if keys >= 64 else 32
-    warps = 1 if keys == 16 and not wide else 4 if keys <= 64 else 8
+    children = pad(plan.block(level + 1))
     # a list is cut where it is several times longer than the average, K entries
-    return {"PART": 8 * plan.topk(level + 1), "BLOCK_M": rows, "BLOCK_N": keys, "num_warps": warps, "num_stages": 2}
+    entry = {"PART": 8 * plan.topk(level + 1)}
+    if element == 4:
+        return entry | {"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 4 if width <= 64 else 8, "num_stages": 2}
+    if children == 16 and width <= 128:
+        # one block of queries is 16 rows or so: gather a few; a token of a coarser level is a long run of them
+        return entry | ({"BLOCK_M": 128, "BLOCK_N": 16, "num_warps": 4, "num_stages": 2} if level else
+                        {"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 1, "num_stages": 2})  # fmt: skip
+    keys = min(children, 128 if width <= 64 else 64 if width == 128 else 32)
+    return entry | {"BLOCK_M": 32 if keys != 64 or width > 64 else 64, "BLOCK_N": keys, "num_warps": 4, "num_stages": 2}

@@ -1,0 +1,83 @@
+"""The commands `llsa-gen cache ...`: what is stored, and why a spec missed."""
+
+from typing import Annotated
+
+import typer
+
+from llsa_gen.errors import LlsaGenError
+from llsa_gen.terminal import Commands, Json, SpecArgument, console, load_spec, print_json
+
+app = typer.Typer(
+    cls=Commands,
+    help="List and remove stored modules; explain why a spec missed.",
+    epilog="Example: llsa-gen cache ls",
+    no_args_is_help=True,
+)
+
+
+@app.command(epilog="Example: llsa-gen cache ls --json")
+def ls(as_json: Json = False) -> None:
+    """List the stored modules, newest first."""
+    from rich import box
+    from rich.table import Table
+
+    from llsa_gen.store import Store
+    from llsa_gen.units import human_bytes
+
+    store = Store()
+    entries = store.entries()
+    if as_json:
+        fields = ("name", "digest", "created", "size_bytes", "intact")
+        rows = [{name: getattr(entry, name) for name in fields} | {"path": str(entry.path)} for entry in entries]
+        print_json({"directory": str(store.root), "entries": rows})
+        return
+    typer.echo(f"{store.root}: {_counted(len(entries))}")
+    if not entries:
+        return
+    table = Table("name", "key", "made (UTC)", box=box.SIMPLE_HEAD, show_edge=False)
+    table.add_column("size", justify="right")
+    table.add_column()
+    for entry in entries:
+        made = entry.created[:19].replace("T", " ")
+        state = "" if entry.intact else "broken, will be made again"
+        table.add_row(entry.name, entry.digest[:12], made, human_bytes(entry.size_bytes), state)
+    console().print(table)
+
+
+@app.command(epilog="Example: llsa-gen cache clear llsa_l2 --yes")
+def clear(
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="Only modules of this spec name.")] = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+) -> None:
+    """Remove stored modules: those of one spec, or all."""
+    from llsa_gen.store import Store
+
+    store = Store()
+    doomed = [entry for entry in store.entries() if name is None or entry.name == name]
+    if name is not None and not doomed:
+        raise LlsaGenError(f"{name}: {store.root} holds no module of this name")
+    if doomed and not yes:
+        typer.confirm(f"Remove {_counted(len(doomed))} from {store.root}?", abort=True)
+    typer.echo(f"removed {_counted(store.clear(name))} from {store.root}")
+
+
+def _counted(modules: int) -> str:
+    return f"{modules} module{'s' * (modules != 1)}"
+
+
+@app.command(epilog="Example: llsa-gen cache why llsa_l2")
+def why(spec: SpecArgument, as_json: Json = False) -> None:
+    """Say whether compiling a spec would find it stored, and if not, which part of the key differs."""
+    from llsa_gen.compiler import cache_key
+    from llsa_gen.plan import lower
+    from llsa_gen.schedule import schedules
+    from llsa_gen.store import Store
+
+    plan = lower(load_spec(spec))
+    explanation = Store().why(cache_key(plan, schedules(plan)))
+    if as_json:
+        differences = [difference._asdict() for difference in explanation.differences]
+        answer = {"spec": plan.spec.name, "outcome": explanation.outcome, "detail": explanation.detail}
+        print_json(answer | {"differences": differences})
+    else:
+        typer.echo(explanation)

@@ -1,0 +1,136 @@
+"""What a module would launch on a GPU that is not there, recorded from its own host code.
+
+The host code of a generated module runs on meta tensors, which have shapes and strides but no memory, in a copy of the
+module's namespace where a launch is written down instead of made. So grids, arguments and tile shapes come from the
+one place that decides them, the module itself is left alone, and other threads may use it meanwhile.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import FunctionType, ModuleType
+from typing import Literal
+
+import torch
+from triton import JITFunction, knobs
+
+from llsa_gen import schedule
+from llsa_gen.compiler import Attention
+from llsa_gen.errors import LlsaGenError
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+Phase = Literal["forward", "backward", "select"]
+
+_HOST_CODE = ("target_of", "attend_kernels", "grad_kernels", "select_kernels")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch: the kernel, how many programs, and what it is given."""
+
+    phase: Phase
+    function: JITFunction  # type: ignore[type-arg]
+    grid: tuple[int, ...]
+    arguments: Mapping[str, object]
+    """By parameter, in order: meta tensors, numbers, and the tile shapes that are constexpr."""
+    options: Mapping[str, int]
+    """`num_warps` and, where the schedule says, `num_stages`."""
+
+    @property
+    def kernel(self) -> str:
+        """The name of the kernel."""
+        return self.function.__name__
+
+
+def module_of(source: Attention | ModuleType) -> ModuleType:
+    """The generated module of a compiled operator, or the imported one itself.
+
+    Raises TypeError for anything else, LlsaGenError where Triton's interpreter has taken the place of its compiler.
+    """
+    module = source.module if isinstance(source, Attention) else source
+    if not isinstance(module, ModuleType) or any(not hasattr(module, name) for name in _HOST_CODE):
+        raise TypeError(f"attention: expected a compiled attention or a generated module, got {source!r}")
+    if knobs.runtime.interpret or not any(isinstance(value, JITFunction) for value in vars(module).values()):
+        raise LlsaGenError(
+            f"{module.SPEC['name']}: its kernels run in Triton's interpreter and cannot be compiled; "
+            "start Python with TRITON_INTERPRET unset"
+        )
+    return module
+
+
+def dtype_name(dtype: torch.dtype | str) -> str:
+    """`float32`, `float16` or `bfloat16`, for torch's dtype or that name. Raises TypeError for any other."""
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise TypeError(f"dtype: expected {', '.join(DTYPES)}, got {dtype}")
+    return name
+
+
+def record(
+    source: Attention | ModuleType,
+    n_tokens: int,
+    dtype: torch.dtype | str,
+    target: str,
+    *,
+    batch: int = 2,
+    heads: int = 4,
+) -> list[Launch]:
+    """Every launch for q, k, v [batch, heads, n_tokens, D] of `dtype` on `target`: forward, backward, then `select`.
+
+    Needs no GPU and no memory. Raises UnknownTargetError for a target without a schedule, TypeError or ValueError for
+    a dtype or lengths that the operator does not take, LlsaGenError under TRITON_INTERPRET=1.
+    """
+    module = module_of(source)
+    schedule.target(target)
+    element = DTYPES[dtype_name(dtype)]
+    if not 1 <= n_tokens <= module.MAX_TOKENS:
+        raise ValueError(f"n_tokens: expected 1 to {module.MAX_TOKENS}, got {n_tokens}")
+    if batch < 1 or heads < 1:
+        raise ValueError(f"batch and heads: expected at least 1 each, got {batch} and {heads}")
+    log: list[Launch] = []
+    phase: Phase = "forward"
+
+    def note(function: JITFunction, grid: tuple[int, ...], args: tuple[object, ...], kwargs: dict[str, int]) -> None:  # type: ignore[type-arg]
+        options = {name: value for name, value in kwargs.items() if name not in function.arg_names}
+        shapes = {name: value for name, value in kwargs.items() if name in function.arg_names}
+        arguments = function.signature.bind(*args, **shapes).arguments
+        log.append(Launch(phase, function, tuple(grid), arguments, options))
+
+    host = _rehearsal(module, target, note)
+    head_dim = module.HEAD_DIM.value
+    shape = (batch, heads, n_tokens, head_dim)
+    q, k, v, grad_o = (torch.empty(shape, dtype=element, device="meta") for _ in range(4))
+    scale = head_dim**-0.5
+    o, _, *saved = host["attend_kernels"](q, k, v, scale)
+    phase = "backward"
+    host["grad_kernels"](grad_o, q, k, v, o, *saved, scale)
+    phase = "select"
+    host["select_kernels"](q, k)
+    return log
+
+
+Note = Callable[[JITFunction, tuple[int, ...], tuple[object, ...], dict[str, int]], None]  # type: ignore[type-arg]
+
+
+class _Recorder:
+    """Stands where a kernel stood: `recorder[grid](...)` notes what would have been launched."""
+
+    def __init__(self, function: JITFunction, note: Note) -> None:  # type: ignore[type-arg]
+        self._function, self._note = function, note
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return lambda *args, **kwargs: self._note(self._function, grid, args, kwargs)
+
+
+def _rehearsal(module: ModuleType, target: str, note: Note) -> dict[str, Callable[..., list[torch.Tensor]]]:
+    """The host functions of a module in a copy of its namespace: `target` for a device, recorders for kernels."""
+    namespace = dict(vars(module))
+    for name, value in vars(module).items():
+        if isinstance(value, JITFunction):
+            namespace[name] = _Recorder(value, note)
+        elif isinstance(value, FunctionType) and value.__globals__ is vars(module):
+            twin = FunctionType(value.__code__, namespace, name, value.__defaults__, value.__closure__)
+            twin.__kwdefaults__ = value.__kwdefaults__
+            namespace[name] = twin
+    namespace["target_of"] = lambda device: target
+    return namespace

@@ -1,0 +1,33 @@
+"""Sizes as sympy expressions: the lengths they depend on, and the one division that levels are made of."""
+
+import sympy
+
+N = sympy.Symbol("n_tokens", integer=True, positive=True)
+HEADS = sympy.Symbol("heads", integer=True, positive=True)
+
+PARTS = sympy.Symbol("parts", integer=True, nonnegative=True)
+"""Room for the extra parts of popular lists: `Plan.extra_parts`, computed by the host code."""
+
+SPLITS = sympy.Symbol("splits", integer=True, positive=True)
+"""How many programs share the queries of one tile of top-level keys: the host code's choice."""
+
+MAX_TOKENS = 2**30
+"""Longest sequence. Kernels keep token numbers in 32 bits; a level that spans more than this has exactly one token."""
+
+
+def tile(name: str) -> sympy.Symbol:
+    """A tile shape that the schedule decides: `BLOCK_M`, `GROUP`, ..."""
+    return sympy.Symbol(name, integer=True, positive=True)
+
+
+def ceil_div(numerator: sympy.Expr, divisor: int | sympy.Expr) -> sympy.Expr:
+    """ceil(numerator / divisor), where nested divisions by integers collapse: ceil(ceil(n/a)/b) = ceil(n/(a b)).
+
+    >>> ceil_div(ceil_div(N, 16), 16)
+    ceiling(n_tokens/256)
+    """
+    if isinstance(numerator, sympy.ceiling) and isinstance(divisor, int):
+        coefficient, rest = numerator.args[0].as_coeff_Mul()
+        if isinstance(coefficient, sympy.Rational) and coefficient.p == 1:
+            return sympy.ceiling(rest / (coefficient.q * divisor))
+    return sympy.ceiling(numerator / divisor)

@@ -1,0 +1,99 @@
+"""Terminal: what the commands share. How a spec is named, how tables and JSON are printed, how a command fails."""
+
+import json
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from llsa_gen.errors import CheckFailed, LlsaGenError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from llsa_gen.spec import Spec
+
+__all__ = ["Commands", "DType", "Json", "SpecArgument", "console", "load_spec", "print_json", "warn"]
+
+
+class DType(StrEnum):
+    """Dtypes of q, k and v."""
+
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+    FLOAT32 = "float32"
+
+
+SpecArgument = Annotated[str, typer.Argument(metavar="SPEC", help="A spec file, or the name of one in ./spec.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+
+
+def load_spec(text: str) -> "Spec":
+    """The spec in the file `text`; where that is a bare name and no file, in ./text.yaml or ./spec/text.yaml."""
+    from llsa_gen.spec import load
+
+    path = Path(text)
+    if path.is_file() or path.suffix or len(path.parts) != 1:
+        return load(text)
+    here, there = Path(f"{text}.yaml"), Path("spec") / f"{text}.yaml"
+    return load(there if there.is_file() or (there.parent.is_dir() and not here.is_file()) else here)
+
+
+# ---- printing ---------------------------------------------------------------------------------------------------
+
+
+def console() -> "Console":
+    """Where tables go: as wide as the terminal, and wide enough for any table where it is none."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+
+
+def print_json(data: object) -> None:
+    """For programs: the only thing on stdout."""
+    typer.echo(json.dumps(data, indent=2))
+
+
+def warn(message: object) -> None:
+    """One line on stderr."""
+    typer.secho(f"warning: {message}", fg=typer.colors.YELLOW, err=True)
+
+
+# ---- failing ----------------------------------------------------------------------------------------------------
+
+
+class Commands(TyperGroup):
+    """Commands that fail with one clear message on stderr and exit code 1; any other exception is a bug."""
+
+    def invoke(self, ctx: Any) -> Any:
+        with _plain_warnings():
+            try:
+                return super().invoke(ctx)
+            except CheckFailed as error:
+                _complain(error)
+                typer.echo(error.reproducer)
+            except LlsaGenError as error:
+                _complain(error)
+            except OSError as error:
+                if error.filename is None:
+                    raise
+                _complain(f"{error.filename}: {error.strerror}")
+        raise typer.Exit(1)
+
+
+def _complain(message: object) -> None:
+    typer.secho(str(message), fg=typer.colors.RED, err=True)
+
+
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Warnings as one line, without the place in our own code that they come from."""
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: warn(message)
+        yield

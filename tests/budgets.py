@@ -1,0 +1,159 @@
+"""The stored cost of every kernel, tests/budgets.json: how it is measured, and the command that measures it again.
+
+    .venv/bin/python tests/budgets.py                  # everything: a few minutes
+    .venv/bin/python tests/budgets.py llsa_l2 cuda:90  # only the cells of these specs, targets or dtypes
+
+A cell is a spec, a target and a dtype. Shipped specs share many kernels, so a cell holds only the kernels that no
+cell before it has in identical form. Numbers are measured; the reasons in `why` are written by hand and stay: each is
+a pattern over `target/dtype/spec/kernel`, and every kernel that spills must match one.
+"""
+
+import argparse
+import json
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton import JITFunction
+
+from llsa_gen import aot, compile
+
+ROOT = Path(__file__).resolve().parents[1]
+FILE = ROOT / "tests" / "budgets.json"
+
+# Those whose structure differs most come first: what the others share with them is not compiled again.
+SPECS = ("llsa_l2", "uneven", "topk_b128", "llsa_d128", "llsa_b64", "llsa_l3", "llsa_l1", "topk_l2", "topk_l1")
+TARGETS = ("cuda:90", "cuda:80", "cuda:100", "hip:gfx942")
+DTYPES = ("bfloat16", "float32", "float16")
+
+Row = dict[str, int]
+"""registers, spilled_bytes and shared_memory of a kernel: the most of its variants."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A spec compiled for a target and a dtype."""
+
+    target: str
+    dtype: str
+    spec: str
+
+    def __str__(self) -> str:
+        return f"{self.target}/{self.dtype}/{self.spec}"
+
+
+# bfloat16 is what people train in: everywhere, whole. The two other dtypes take the same code through other tiles and
+# other matrix instructions: four specs that differ in kernels, blocks and head dim, on one target.
+CELLS = [Cell(target, "bfloat16", spec) for target in TARGETS for spec in SPECS]
+CELLS += [Cell("cuda:90", dtype, spec) for dtype in DTYPES[1:] for spec in SPECS[:4]]
+
+
+def measure(cell: Cell) -> list[aot.Report]:
+    """Compile the kernels that are this cell's own."""
+    attention = compile(ROOT / "spec" / f"{cell.spec}.yaml")
+    kernels = own_kernels(cell)
+    return aot.compile_kernels(attention, cell.target, cell.dtype, kernels=kernels) if kernels else []
+
+
+def own_kernels(cell: Cell) -> set[str]:
+    """Kernels of a cell that no cell of the same target and dtype before it has in identical form."""
+    before: set[str] = set()
+    for other in CELLS:
+        if other == cell:
+            break
+        if (other.target, other.dtype) == (cell.target, cell.dtype):
+            before.update(_launched(other))
+    return {kernel for identity, kernel in _launched(cell).items() if identity not in before}
+
+
+@cache
+def _launched(cell: Cell) -> dict[str, str]:
+    """What a cell launches: everything that Triton would compile, as text, and the name of the kernel."""
+    attention = compile(ROOT / "spec" / f"{cell.spec}.yaml")
+    gpu = aot.gpu_target(cell.target)
+    found: dict[str, str] = {}
+    for launch in aot.record(attention, aot.USUAL_TOKENS, cell.dtype, cell.target):
+        source, options = aot.specialise(launch, gpu)
+        parts = (_text(launch.function), source.signature, source.constants, source.attrs, options)
+        found[repr(parts)] = launch.kernel
+    return found
+
+
+def _text(function: JITFunction[Any]) -> str:
+    """The source of a kernel with that of the functions it calls and the constants it reads, wherever they stand."""
+    used = {name: function.__globals__.get(name) for name in function.fn.__code__.co_names}
+    parts = [_text(value) if isinstance(value, JITFunction) else f"{name} = {value!r}" for name, value in used.items()]
+    return "\n".join([function.src, *parts])
+
+
+def rows(reports: list[aot.Report]) -> dict[str, Row]:
+    """The row of every kernel."""
+    found: dict[str, Row] = {}
+    for report in reports:
+        row = found.setdefault(report.kernel, {"registers": 0, "spilled_bytes": 0, "shared_memory": 0})
+        for name in row:
+            row[name] = max(row[name], getattr(report, name))
+    return found
+
+
+def stored() -> dict[str, Any]:
+    """The file: `triton`, the version measured with; `why`, {pattern: reason}; `budgets`, {cell: {kernel: row}}."""
+    return json.loads(FILE.read_text()) if FILE.exists() else {"triton": triton.__version__, "why": {}, "budgets": {}}
+
+
+def reasons(why: dict[str, str], cell: str, kernel: str) -> list[str]:
+    """The patterns that give a reason for the spills of a kernel."""
+    return [pattern for pattern in why if fnmatchcase(f"{cell}/{kernel}", pattern)]
+
+
+def store(content: dict[str, Any]) -> None:
+    """Write the file, one kernel a line."""
+    lines = [f'"triton": {json.dumps(content["triton"])}', f'"why": {json.dumps(content["why"], indent=2)}']
+    cells = []
+    for cell, kernels in content["budgets"].items():
+        body = ",\n".join(f"    {json.dumps(name)}: {json.dumps(row)}" for name, row in kernels.items())
+        cells.append(f"  {json.dumps(cell)}: {{\n{body}\n  }}")
+    lines.append('"budgets": {\n' + ",\n".join(cells) + "\n}")
+    FILE.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Compile the shipped specs and store what their kernels take.")
+    parser.add_argument("only", nargs="*", choices=[[], *SPECS, *TARGETS, *DTYPES], help="specs, targets or dtypes")
+    parser.add_argument("-j", "--jobs", type=int, default=2)
+    options = parser.parse_args()
+    only = set(options.only)
+    chosen = [cell for cell in CELLS if all(not only & set(kind) or name in only for kind, name in _kinds(cell))]
+    content = stored()
+    budgets: dict[str, dict[str, Row]] = content["budgets"]
+    with ProcessPoolExecutor(options.jobs) as pool:
+        for cell, reports in zip(chosen, pool.map(measure, chosen), strict=True):
+            budgets[str(cell)] = rows(reports)
+            seconds = sum(report.seconds for report in reports)
+            print(f"{cell}: {len(reports)} kernels in {seconds:.0f} s", flush=True)
+            for report in sorted(reports, key=lambda report: -report.spilled_bytes):
+                if not report.fits:
+                    print(f"  {report.kernel}: {report.shared_memory} bytes of shared memory, over the limit")
+                if report.spilled_bytes:
+                    known = reasons(content["why"], str(cell), report.kernel)
+                    print(
+                        f"  {report.kernel}: spills {report.spilled_bytes} bytes"
+                        + ("" if known else ", no reason given")
+                    )
+    content["triton"] = triton.__version__
+    content["budgets"] = {str(cell): budgets[str(cell)] for cell in CELLS if str(cell) in budgets}
+    store(content)
+    return 0
+
+
+def _kinds(cell: Cell) -> list[tuple[tuple[str, ...], str]]:
+    return [(SPECS, cell.spec), (TARGETS, cell.target), (DTYPES, cell.dtype)]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,37 @@
+"""Specs that, together, take every branch of the templates; small enough for Triton's interpreter."""
+
+from llsa_gen import Level, Spec
+
+
+def spec(name: str, head_dim: int, *levels: tuple[int, int], **fields: object) -> Spec:
+    """A spec from (block, topk) pairs, finest first."""
+    made = tuple(Level(block=block, topk=topk) for block, topk in levels)
+    return Spec(name=name, head_dim=head_dim, levels=made, **fields)  # type: ignore[arg-type]
+
+
+BRANCHES = (
+    # one level: a coarsest level that is the finest, all of it attended, or none
+    spec("l1", 16, (4, 3)),
+    spec("l1_none", 20, (5, 2), enrich="none"),
+    spec("l1_unweighted", 8, (7, 40), reweight=False),
+    spec("l1_wide", 32, (70, 1)),  # blocks of 64 and more: one program a block, not several blocks a program
+    spec("l1_wide_none", 16, (66, 2), enrich="none"),
+    # two levels: both enriched, one, the other, none
+    spec("l2", 80, (12, 3), (5, 2)),
+    spec("l2_fine", 16, (4, 2), (3, 2), enrich=(1,)),
+    spec("l2_top", 24, (3, 4), (4, 3), enrich=(2,)),
+    spec("l2_none", 16, (4, 2), (2, 5), enrich="none"),
+    spec("l2_unweighted", 16, (6, 2), (2, 3), reweight=False),
+    spec("l2_wide", 16, (64, 2), (2, 1)),
+    spec("l2_wide_above", 16, (2, 3), (30, 1)),
+    # three: the pyramid goes on after its first two levels; levels between others left out
+    spec("l3", 16, (4, 2), (2, 3), (3, 2)),
+    spec("l3_outer", 16, (3, 2), (2, 2), (3, 2), enrich=(1, 3)),
+    spec("l3_middle", 16, (2, 2), (3, 2), (2, 3), enrich=(2,)),
+    spec("l3_none", 16, (2, 3), (2, 2), (2, 2), enrich="none"),
+    # four: two levels in the second step of the pyramid
+    spec("l4", 16, (2, 3), (3, 2), (2, 2), (2, 2)),
+    spec("l4_some", 16, (3, 2), (2, 2), (2, 2), (2, 1), enrich=(2, 4)),
+    # five: a third step, so that sums are handed on twice
+    spec("l5", 8, (2, 2), (2, 2), (2, 2), (2, 2), (2, 1), enrich=(1, 5)),
+)

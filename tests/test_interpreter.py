@@ -1,0 +1,94 @@
+"""Every kernel in Triton's interpreter: specs that take every branch of the templates, against the float64 reference."""
+
+import pytest
+from examples import BRANCHES, spec
+
+from llsa_gen import Spec, fuzz
+from llsa_gen.compiler import compile
+from llsa_gen.fuzz_cases import Layouts
+from llsa_gen.plan import lower
+
+pytestmark = pytest.mark.interpret
+
+MIXED: Layouts = ("transposed", "columns", "sliced", "every_second")
+SHARED: Layouts = ("sliced", "expanded", "transposed", "expanded")
+
+
+def by_name(chosen: Spec) -> str:
+    return chosen.name
+
+
+def test_the_interpreter_is_on() -> None:
+    assert compile(BRANCHES[0]).module.INTERPRETED
+
+
+def test_the_specs_take_every_branch() -> None:
+    plans = [lower(chosen) for chosen in BRANCHES]
+    choices = {
+        (plan.grouped, bool(plan.enriched), plan.shared_level is None, plan.attends_top, plan.needs_plain_scan)
+        for plan in plans
+    }
+    assert choices >= {
+        (True, True, True, True, False),  # all queries see the same coarse keys
+        (True, True, False, True, False),  # those under one coarse token do
+        (True, True, False, False, False),  # and nobody sees the top
+        (True, True, True, True, True),  # a level between tokens and top that is not attended
+        (False, True, True, True, False),
+        (False, True, False, True, False),
+        (False, False, True, False, False),
+        (False, False, True, False, True),
+    }
+    assert {len(plan.pool_steps[-1]) for plan in plans if plan.top > 2} == {1, 2}
+    assert {plan.spec.reweight for plan in plans if plan.attends_top and plan.top > 1} == {True, False}
+    above = {(level > 0, plan.enriched_above(level) is not None) for plan in plans for level in plan.listed}
+    assert above == {(True, True), (True, False), (False, True), (False, False)}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("chosen", BRANCHES, ids=by_name)
+def test_kernels_agree_with_the_reference(chosen: Spec, dtype: fuzz.DType) -> None:
+    # a whole number of tokens of the second level and one more, so that every level has a tail
+    n = min(109, chosen.span(min(2, chosen.num_levels)) * 3 + 1)
+    layouts = MIXED if dtype == "float32" else SHARED
+    fuzz.run(fuzz.Case(chosen, n=n, heads=2, dtype=dtype, layouts=layouts, seed=n)).raise_if_failed()
+
+
+@pytest.mark.parametrize("n", [1, 2, 13, 60])
+def test_lengths_around_one_token_of_the_top(n: int) -> None:
+    fuzz.run(fuzz.Case(spec("l2", 16, (4, 2), (3, 2)), n=n, batch=2)).raise_if_failed()
+
+
+@pytest.mark.parametrize("chosen", [BRANCHES[i] for i in (1, 5, 11, 13, 16)], ids=by_name)
+def test_popular_keys_are_shared_out(chosen: Spec, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Lists are cut into parts where they are long: here, where they are longer than two.
+    for target in compile(chosen).module.SCHEDULES.values():
+        for schedule in target.values():
+            for stage in schedule.values():
+                if "PART" in stage:
+                    monkeypatch.setitem(stage, "PART", 2)
+    fuzz.run(fuzz.Case(chosen, n=90, popular=True)).raise_if_failed()
+
+
+@pytest.mark.parametrize("std", [0.1, 8.0])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_any_scale_of_activations(std: float, dtype: fuzz.DType) -> None:
+    fuzz.run(fuzz.Case(spec("l2", 32, (5, 2), (3, 2)), n=61, std=std, dtype=dtype)).raise_if_failed()
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, -0.3])
+def test_any_softmax_scale(scale: float) -> None:
+    fuzz.run(fuzz.Case(spec("l2", 16, (4, 2), (3, 2)), n=50, scale=scale)).raise_if_failed()
+
+
+@pytest.mark.parametrize("values", ["integers", "constant", "zero_queries"])
+def test_ties_go_to_the_lower_index(values: fuzz.Values) -> None:
+    fuzz.run(fuzz.Case(spec("l2", 16, (4, 3), (4, 2)), n=96, heads=2, values=values)).raise_if_failed()
+
+
+def test_more_is_kept_than_a_tile_holds() -> None:
+    # K = 37 of 40: sorting networks of 64, over tiles of 64 and 32 candidates
+    fuzz.run(fuzz.Case(spec("l2", 16, (2, 37), (2, 20)), n=115, popular=True)).raise_if_failed()
+
+
+def test_drawn_cases() -> None:
+    fuzz.check(examples=8, seed=20240607)
