@@ -2,14 +2,13 @@
 
     python -m llsa_gen.demo [--spec spec/llsa_l2.yaml] [--size 128] [--out demo.png]
 
-What it computes is compared with the dense float64 reference; the exit code is 1 if it differs by more than SEMANTICS.md
-allows.
+What it computes is compared with the dense float64 reference: where it differs by more than
+SEMANTICS.md allows, the exit code is 1.
 """
 
 import time
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median
 from typing import Annotated, TypeVar
 
 import torch
@@ -19,7 +18,6 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import llsa_gen
 from llsa_gen import cost, reference, schedule
-from llsa_gen.compiler import Attention
 from llsa_gen.errors import LlsaGenError
 from llsa_gen.plan import lower
 from llsa_gen.spec import Spec, load
@@ -47,29 +45,19 @@ console = Console(highlight=False, soft_wrap=True)
 
 
 def timed(run: Callable[[], Result], repeats: int = 3) -> tuple[Result, float]:
-    """What a call returns, and the median of its seconds, the first time left out."""
+    """What a call returns, and its seconds when warm: the least of some, which other programs have disturbed least."""
     result = run()
     seconds = []
     for _ in range(repeats):
         start = time.perf_counter()
         run()
         seconds.append(time.perf_counter() - start)
-    return result, median(seconds)
+    return result, min(seconds)
 
 
 def line(name: str, value: str, text: str, style: str = "bold") -> None:
     """One line of the report: name, number, what it means."""
     console.print(f"  [dim]{name:<10}[/][{style}]{value:>10}[/]  {text}")
-
-
-def compile_spec(spec: Spec) -> Attention:
-    """The operator, with a line about its module."""
-    start = time.perf_counter()
-    attention = llsa_gen.compile(spec)
-    seconds = time.perf_counter() - start
-    where = attention.path or "in memory"
-    line("compile", f"{seconds:.2f} s", f"{len(attention.source.splitlines())} lines of Python: [dim]{where}[/]")
-    return attention
 
 
 def check(spec: Spec, tokens: demo_photo.Tokens, o: torch.Tensor, kept: tuple[torch.Tensor, ...]) -> bool:
@@ -89,7 +77,7 @@ def check(spec: Spec, tokens: demo_photo.Tokens, o: torch.Tensor, kept: tuple[to
     error, allowed = reference.relative_error(o[:, :, rows], expected), reference.tolerance(o.dtype)
     good = error <= allowed
     sample = f"{len(rows)} queries against the dense float64 reference"
-    line("error", f"{error:.1e}", f"{sample}; allowed are {allowed:.0e}", "bold green" if good else "bold red")
+    line("error", f"{error:.1e}", f"{sample}; allowed: {allowed:.0e}", "bold green" if good else "bold red")
     return good
 
 
@@ -120,7 +108,10 @@ def demo(spec: Spec, layout: demo_photo.Layout, out: Path) -> bool:
     shape = f"{layout.width}\N{MULTIPLICATION SIGN}{layout.height} pixels = {layout.n_tokens:,} tokens"
     console.print(f"[bold]{spec.name}[/] over a photograph: {shape}, {heads} heads of {spec.head_dim}, float32\n")
 
-    attention = compile_spec(spec)
+    start = time.perf_counter()
+    attention = llsa_gen.compile(spec)
+    seconds = time.perf_counter() - start
+    line("compile", f"{seconds:.2f} s", f"to a module of {len(attention.source.splitlines()):,} lines")
     say_cost(spec, layout.n_tokens, heads)
     with console.status("timing, dense attention too"):
         o, sparse = timed(lambda: attention(q, k, v))
@@ -142,10 +133,14 @@ def demo(spec: Spec, layout: demo_photo.Layout, out: Path) -> bool:
     views = [demo_picture.view(spec, kept, layout, heads - 1, query.token(layout)) for query in QUERIES]
     before, after = (f"noisy, {was:.1f} dB", noisy), (f"after attention, {now:.1f} dB", denoised)
     demo_picture.draw(out, spec, layout, photo, QUERIES, views, before, after)
-    line("picture", "", str(out))
+    console.print(f"\n  picture  {out}\n  module   {attention.path or 'in memory'}")
     return good
 
 
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
 def main(
     spec: Annotated[Path, typer.Option(help="The spec file to compile.")] = Path("spec/llsa_l2.yaml"),
     size: Annotated[int, typer.Option(min=1, max=512, help="Width and height of the picture in pixels.")] = 128,
@@ -170,4 +165,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app()

@@ -24,7 +24,7 @@ from torch import Tensor
 from llsa_gen import fuzz_oracle, reference
 from llsa_gen.compiler import Attention, compile
 from llsa_gen.errors import CheckFailed
-from llsa_gen.fuzz_cases import Case, DType, Values, cases, interpreting, specs
+from llsa_gen.fuzz_cases import Case, DType, Values, cases, on_interpreter, specs
 from llsa_gen.reference_selection import SpecSource
 from llsa_gen.spec import load
 
@@ -90,8 +90,8 @@ def run(case: Case) -> Outcome:
     """Compile the case's spec, attend forward and backward, and compare.
 
     Selection is compared by value, and by index where scores tie exactly; o, lse, dq, dk and dv with the float64
-    reference, selection held fixed; and a second run bit by bit. The first run gets its memory full of NaN. What the
-    compiled operator raises comes through as it is.
+    reference, selection held fixed; and, but in the interpreter, a second run bit by bit. The first run gets its memory
+    full of NaN. What the compiled operator raises comes through as it is.
     """
     attention = compile(case.spec)
     q, k, v, grad_o = case.tensors()
@@ -173,7 +173,7 @@ def reproducer(case: Case) -> str:
     """A Python script that runs a case again and raises what is wrong with it."""
     before = 'import os\n\nos.environ["TRITON_INTERPRET"] = "1"  # before triton is imported\n\n'
     return (
-        f"{before if interpreting() else ''}"
+        f"{before if on_interpreter(case.device) else ''}"
         "from llsa_gen import Level, Spec\n"
         "from llsa_gen.fuzz import Case, run\n\n"
         f"run({case!r}).raise_if_failed()\n"
@@ -200,7 +200,7 @@ def check(
         seed: decides what is drawn; without one, something else every time.
 
     Raises:
-        CheckFailed: a case failed; it is the smallest that was found in half a minute, and the error has a `reproducer`.
+        CheckFailed: a case failed; it is the smallest found in half a minute, and the error has a `reproducer`.
     """
     if examples is None and seconds is None:
         examples = 100
@@ -232,7 +232,8 @@ class _Search:
     @property
     def done(self) -> bool:
         enough = self.examples is not None and len(self.seen) >= self.examples
-        return enough or (self.end is not None and time.monotonic() >= self.end)
+        late = self.end is not None and time.monotonic() >= self.end
+        return enough or (late and bool(self.seen or self.smallest))
 
     def draw(self, strategy: st.SearchStrategy[Case], seed: int) -> None:
         """Let hypothesis draw cases, and shrink the first that fails; raises CheckFailed for that."""
@@ -290,7 +291,7 @@ class _Search:
             seconds=time.monotonic() - self.start,
             seed=seed,
             device=self.device,
-            interpreted=interpreting() and torch.device(self.device).type == "cpu",
+            interpreted=on_interpreter(self.device),
             margins=self.margins,
         )
 

@@ -6,13 +6,13 @@ be run again from the text `repr(case)`.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
+from triton import knobs
 
 from llsa_gen.spec import Level, Spec
 
@@ -142,9 +142,9 @@ def on_device(x: Tensor, device: str) -> Tensor:
     return torch.as_strided(storage, x.shape, x.stride(), x.storage_offset())
 
 
-def interpreting() -> bool:
-    """Whether Triton kernels run in the interpreter, as they do where the variable was set before triton's import."""
-    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+def on_interpreter(device: str) -> bool:
+    """Whether tensors there go through Triton's interpreter, for which the variable is set before triton's import."""
+    return torch.device(device).type == "cpu" and knobs.runtime.interpret
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ def reach(device: str) -> Reach:
     """The reach of a device. The interpreter is slow, and its products of bfloat16 tensors are wrong."""
     if torch.device(device).type != "cpu":
         return Reach(tokens=2048, heads=6, dtypes=get_args(DType))
-    if interpreting():
+    if on_interpreter(device):
         return Reach(tokens=120, heads=2, dtypes=("float32", "float16"))
     return Reach(tokens=400, heads=6, dtypes=get_args(DType))
 

@@ -244,7 +244,7 @@ def test_the_figures_are_those_of_the_toolchain(tmp_path: Path) -> None:
     sass = subprocess.run([knobs.nvidia.nvdisasm.path, "-c", cubin], capture_output=True, text=True, check=True).stdout
     assert report.instructions == len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+\S", sass, re.MULTILINE))
     # a tight limit makes ptxas spill: what it says that it spills to is what the report reads
-    ptx.write_text(asm["ptx"].replace(".reqntid 128", ".reqntid 128\n.maxnreg 32"))
+    ptx.write_text(re.sub(r"^\.reqntid .*", r"\g<0>\n.maxnreg 32", asm["ptx"], flags=re.MULTILINE))
     command = [knobs.nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", ptx, "-o", cubin]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     tight = resources("cuda", report.kernel, {"ptx": asm["ptx"], "cubin": cubin.read_bytes()})
