@@ -51,6 +51,10 @@ class Attention:
         """Kept key tokens of each level, finest first: int32 [B, H, T_l, width], best first, -1 where fewer."""
         return self.module.select(q, k)
 
+    def __reduce__(self) -> "tuple[object, tuple[Spec]]":
+        """Copies and pickles, as part of a model for example, are the operator compiled from the same spec."""
+        return compile, (self.spec,)
+
     def __repr__(self) -> str:
         return f"Attention({self.spec.name!r}, {self.path or 'in memory'})"
 

@@ -118,11 +118,8 @@ def demo(spec: Spec, layout: demo_photo.Layout, out: Path) -> bool:
         full, dense = timed(lambda: scaled_dot_product_attention(q, k, v))
     assert isinstance(o, torch.Tensor)
     threads = f"{torch.get_num_threads()} threads"
-    line(
-        "time",
-        f"{sparse:.2f} s",
-        f"forward; torch's dense attention {dense:.2f} s, {dense / sparse:.1f} times as long ({threads})",
-    )
+    ratio = f"{dense / sparse:.1f}\N{MULTIPLICATION SIGN} the speed"
+    line("time", f"{sparse:.2f} s", f"forward; {ratio} of torch's dense attention, {dense:.2f} s ({threads})")
 
     kept = attention.select(q, k)
     good = check(spec, tokens, o, kept)

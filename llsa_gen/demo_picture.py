@@ -157,9 +157,9 @@ def _legend(card: "_Card", spec: Spec, photo: Tensor, query: Query, view: View) 
         if level == 0:
             entry(item, f"{count:,} pixels", f"level 0: {where}")
         else:
-            what = f"tokens of {tile.width}\N{MULTIPLICATION SIGN}{tile.height} pixels"
-            head = f"{count:,} {what}" if count else f"{what}, only scored"
-            entry(item, head, f"level {level}: {where}; {len(view.kept[level - 1])} kept")
+            what = f"{'token' if count == 1 else 'tokens'} of {tile.width}\N{MULTIPLICATION SIGN}{tile.height} pixels"
+            where = where if count else "only scored"  # a level that is not enriched
+            entry(item, f"{count:,} {what}", f"level {level}: {where}; {len(view.kept[level - 1])} kept")
 
 
 def _swatch(card: "_Card", spec: Spec, photo: Tensor, query: Query, level: int, x: float, y: float) -> None:
