@@ -6,7 +6,7 @@ BIN := .venv/bin
 READY := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-interpret test-main test-gpu lint format golden wheel clean
+.PHONY: help install demo test test-interpret test-main test-gpu lint format golden budgets wheel clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
@@ -47,6 +47,9 @@ format: $(READY)  ## let ruff sort the imports and lay out the code
 
 golden: $(READY)  ## emit generated/ again from the specs and the templates
 	$(BIN)/python -m llsa_gen.golden
+
+budgets: $(READY)  ## measure tests/budgets.json again: what every kernel takes of the GPUs it is compiled for
+	$(BIN)/python tests/budgets.py
 
 wheel: $(READY)  ## build the wheel into dist/
 	$(BIN)/python -m build --wheel --no-isolation

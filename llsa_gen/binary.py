@@ -58,7 +58,10 @@ def _cuobjdump(cubin: bytes) -> str:
     with tempfile.TemporaryDirectory(prefix="llsa_gen_") as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        result = subprocess.run([tool, "--dump-resource-usage", str(path)], capture_output=True, text=True)
+        try:
+            result = subprocess.run([tool, "--dump-resource-usage", str(path)], capture_output=True, text=True)
+        except OSError as error:
+            raise LlsaGenError(f"{tool}: cannot be run to read a cubin: {error}") from error
     if result.returncode:
         raise LlsaGenError(f"{tool}: cannot read a cubin: {(result.stderr or result.stdout).strip()}")
     return result.stdout

@@ -97,8 +97,11 @@ def run(case: Case) -> Outcome:
     q, k, v, grad_o = case.tensors()
     with poisoned_memory():
         first = attend(attention, case, q, k, v, grad_o)
-    second = attend(attention, case, q, k, v, grad_o)
-    failures = [f"{name}: a second run gave other bits" for name in first if not same_bits(first[name], second[name])]
+    failures: list[str] = []
+    if not on_interpreter(case.device):  # which is slow, and runs one program after the other
+        second = attend(attention, case, q, k, v, grad_o)
+        changed = [name for name in first if not same_bits(first[name], second[name])]
+        failures += [f"{name}: a second run gave other bits" for name in changed]
     kept = [first[f"kept_l{level}"] for level in range(1, case.spec.num_levels + 1)]
     try:
         reference.check_selection(case.spec, q, k, kept)

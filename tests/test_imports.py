@@ -57,7 +57,10 @@ ROOMS = {
     "fuzz_cases": room("spec", "torch triton hypothesis"),
     "fuzz_oracle": room("spec reference fuzz_cases", "torch"),
     "fuzz": room("spec reference reference_selection compiler fuzz_cases fuzz_oracle", "torch hypothesis"),
-    "aot": room("spec plan schedule emit store loading compiler", "torch triton"),
+    "launches": room("schedule compiler", "torch triton"),
+    "binary": room("", "triton"),
+    "origin": room("emit"),
+    "aot": room("spec schedule emit compiler launches binary origin", "torch triton"),
     "golden": room("spec plan schedule emit"),
     # what people call
     "terminal": room("spec", "typer rich"),

@@ -44,17 +44,19 @@ def test_the_specs_take_every_branch() -> None:
     assert above == {(True, True), (True, False), (False, True), (False, False)}
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("chosen", BRANCHES, ids=by_name)
-def test_kernels_agree_with_the_reference(chosen: Spec, dtype: fuzz.DType) -> None:
+def test_kernels_agree_with_the_reference(chosen: Spec) -> None:
     # two blocks of the second level and one token more, so that every level has a tail
     n = chosen.span(min(2, chosen.num_levels)) * 2 + 1
-    n = 49 if n < 20 else min(n, 150)
-    layouts = MIXED if dtype == "float32" else SHARED
-    fuzz.run(fuzz.Case(chosen, n=n, heads=2, dtype=dtype, layouts=layouts, seed=n)).raise_if_failed()
+    fuzz.run(fuzz.Case(chosen, n=37 if n < 20 else n, layouts=MIXED)).raise_if_failed()
 
 
-@pytest.mark.parametrize("n", [1, 2, 13, 60])
+@pytest.mark.parametrize("chosen", BRANCHES[::3], ids=by_name)
+def test_kernels_agree_with_the_reference_in_half_precision(chosen: Spec) -> None:
+    fuzz.run(fuzz.Case(chosen, n=31, heads=2, dtype="float16", layouts=SHARED)).raise_if_failed()
+
+
+@pytest.mark.parametrize("n", [1, 2, 13])
 def test_lengths_around_one_token_of_the_top(n: int) -> None:
     fuzz.run(fuzz.Case(spec("l2", 16, (4, 2), (3, 2)), n=n, batch=2)).raise_if_failed()
 
@@ -67,29 +69,29 @@ def test_popular_keys_are_shared_out(chosen: Spec, monkeypatch: pytest.MonkeyPat
             for stage in schedule.values():
                 if "PART" in stage:
                     monkeypatch.setitem(stage, "PART", 2)
-    fuzz.run(fuzz.Case(chosen, n=90, popular=True)).raise_if_failed()
+    fuzz.run(fuzz.Case(chosen, n=51, popular=True)).raise_if_failed()
 
 
 @pytest.mark.parametrize("std", [0.1, 8.0])
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_any_scale_of_activations(std: float, dtype: fuzz.DType) -> None:
-    fuzz.run(fuzz.Case(spec("l2", 32, (5, 2), (3, 2)), n=61, std=std, dtype=dtype)).raise_if_failed()
+    fuzz.run(fuzz.Case(spec("l2", 32, (5, 2), (3, 2)), n=32, std=std, dtype=dtype)).raise_if_failed()
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, -0.3])
 def test_any_softmax_scale(scale: float) -> None:
-    fuzz.run(fuzz.Case(spec("l2", 16, (4, 2), (3, 2)), n=50, scale=scale)).raise_if_failed()
+    fuzz.run(fuzz.Case(spec("l2", 16, (4, 2), (3, 2)), n=26, scale=scale)).raise_if_failed()
 
 
 @pytest.mark.parametrize("values", ["integers", "constant", "zero_queries"])
 def test_ties_go_to_the_lower_index(values: fuzz.Values) -> None:
-    fuzz.run(fuzz.Case(spec("l2", 16, (4, 3), (4, 2)), n=96, heads=2, values=values)).raise_if_failed()
+    fuzz.run(fuzz.Case(spec("l2", 16, (4, 3), (4, 2)), n=64, values=values)).raise_if_failed()
 
 
 def test_more_is_kept_than_a_tile_holds() -> None:
     # K = 37 of 40: sorting networks of 64, over tiles of 64 and 32 candidates
-    fuzz.run(fuzz.Case(spec("l2", 16, (2, 37), (2, 20)), n=115, popular=True)).raise_if_failed()
+    fuzz.run(fuzz.Case(spec("l2", 16, (2, 37), (2, 20)), n=83, popular=True)).raise_if_failed()
 
 
 def test_drawn_cases() -> None:
-    fuzz.check(examples=8, seed=20240607)
+    fuzz.check(examples=5, seed=20240607)

@@ -25,10 +25,6 @@ SHIPPED = sorted(path.stem for path in (ROOT / "spec").glob("*.yaml"))
 DEEP = Spec(name="deep", head_dim=8, levels=(Level(block=256, topk=1),) * 6)
 
 
-def shipped(name: str) -> Plan:
-    return lower(compile(ROOT / "spec" / f"{name}.yaml").spec)
-
-
 def value(expr: sympy.Expr, n: int, heads: int = 1, parts: int | None = None, splits: int | None = None) -> int:
     known = {N: n, HEADS: heads, PARTS: parts, SPLITS: splits}
     result = sympy.sympify(expr).subs([(symbol, size) for symbol, size in known.items() if size is not None])
