@@ -90,7 +90,9 @@ class Cost:
         plan = self.plan
         if level == plan.top:
             return plan.tokens(level)
-        return sympy.Min(plan.tokens(level), plan.width(level + 1) * plan.block(level + 1))
+        # what a long sequence keeps: T_l is never more than the b_(l+1) T_(l+1) that a short one could show
+        kept = plan.width(level + 1).subs(N, sympy.oo)
+        return sympy.Min(plan.tokens(level), kept * plan.block(level + 1))
 
     @property
     def attended(self) -> tuple[int, ...]:

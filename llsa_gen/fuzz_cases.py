@@ -152,34 +152,41 @@ class Reach:
     """How far drawn cases go: what a device does in a moment."""
 
     tokens: int
-    heads: int
-    """Most heads over all batch entries."""
+    """Longest sequence, but for specs whose coarsest tokens span more."""
+    longest: int
+    """Longest sequence for those."""
+    total: int
+    """Most tokens over all heads."""
+    blocks: int
+    """Most level-1 tokens over all heads: what the number of programs goes by."""
     dtypes: tuple[DType, ...]
 
 
 def reach(device: str) -> Reach:
     """The reach of a device. The interpreter is slow, and its products of bfloat16 tensors are wrong."""
     if torch.device(device).type != "cpu":
-        return Reach(tokens=2048, heads=6, dtypes=get_args(DType))
+        return Reach(tokens=2048, longest=12288, total=12288, blocks=12288, dtypes=get_args(DType))
     if on_interpreter(device):
-        return Reach(tokens=120, heads=2, dtypes=("float32", "float16"))
-    return Reach(tokens=400, heads=6, dtypes=get_args(DType))
+        return Reach(tokens=100, longest=300, total=300, blocks=24, dtypes=("float32", "float16"))
+    return Reach(tokens=400, longest=2000, total=2000, blocks=2000, dtypes=get_args(DType))
 
 
-def specs(max_levels: int = 4) -> st.SearchStrategy[Spec]:
+def specs(max_levels: int = 4, max_topk: int = 40) -> st.SearchStrategy[Spec]:
     """Legal specs, mostly small ones: few levels, short blocks, small K and head dims, powers of two or not."""
-    blocks = st.one_of(st.integers(2, 20), st.sampled_from([2, 4, 8, 16]), st.integers(21, 140))
-    topks = st.one_of(st.integers(1, 9), st.sampled_from([1, 2, 4, 8]), st.sampled_from([16, 17, 33]))
+    finest = st.one_of(st.integers(2, 20), st.sampled_from([2, 4, 8, 16]), st.integers(21, 140))
+    coarser = st.one_of(st.integers(2, 6), st.integers(2, 20))  # or else one coarsest token spans everything
+    topks = st.one_of(st.integers(1, 8), st.sampled_from([1, 2, 4]), st.integers(1, max_topk))
     head_dims = st.one_of(st.integers(8, 40), st.sampled_from([8, 16, 32, 64]), st.sampled_from([80, 128, 200, 256]))
 
     @st.composite
     def draw_spec(draw: st.DrawFn) -> Spec:
-        levels = draw(st.lists(st.builds(Level, block=blocks, topk=topks), min_size=1, max_size=max_levels))
+        above = draw(st.lists(st.builds(Level, block=coarser, topk=topks), max_size=max_levels - 1))
+        levels = (draw(st.builds(Level, block=finest, topk=topks)), *above)
         some = st.lists(st.integers(1, len(levels)), unique=True, min_size=1).map(lambda chosen: tuple(sorted(chosen)))
         whole: st.SearchStrategy[Literal["all", "none"]] = st.sampled_from(("all", "none"))
         enrich = draw(st.one_of(whole, some))
         reweight = draw(st.sampled_from([True, True, False]))
-        return Spec(name="fuzzed", head_dim=draw(head_dims), levels=tuple(levels), enrich=enrich, reweight=reweight)
+        return Spec(name="fuzzed", head_dim=draw(head_dims), levels=levels, enrich=enrich, reweight=reweight)
 
     return draw_spec()
 
@@ -199,16 +206,20 @@ def cases(spec: Spec | None = None, device: str = "cpu") -> st.SearchStrategy[Ca
     far = reach(device)
     layout = st.sampled_from(get_args(Layout))
     common: st.SearchStrategy[Layouts] = st.just(CONTIGUOUS)
+    drawn_specs = specs(max_topk=9 if on_interpreter(device) else 40)
 
     @st.composite
     def draw_case(draw: st.DrawFn) -> Case:
-        chosen = draw(specs()) if spec is None else spec
-        heads = draw(st.integers(1, min(3, far.heads)))
+        chosen = draw(drawn_specs) if spec is None else spec
+        most = max(far.tokens, min(far.longest, 3 * chosen.span(chosen.num_levels)))
+        n = draw(lengths(chosen, min(most, far.blocks * chosen.block(1))))
+        room = max(1, min(far.total // n, far.blocks * chosen.block(1) // n))
+        heads = draw(st.integers(1, min(3, room)))
         return Case(
             spec=chosen,
-            n=draw(lengths(chosen, far.tokens)),
+            n=n,
             heads=heads,
-            batch=draw(st.integers(1, min(3, far.heads // heads))),
+            batch=draw(st.integers(1, min(3, room // heads))),
             dtype=draw(st.sampled_from(far.dtypes)),
             layouts=draw(st.one_of(common, st.tuples(layout, layout, layout, layout))),
             values=draw(st.sampled_from(["normal", "normal", "normal", "integers", "constant", "zero_queries"])),

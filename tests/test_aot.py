@@ -51,6 +51,7 @@ def test_the_cells_name_every_shipped_spec_and_every_target() -> None:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cell", CELLS, ids=str)
 def test_every_kernel_compiles_and_fits(cell: Cell) -> None:
     content = budgets.stored()
@@ -84,13 +85,12 @@ def test_every_spill_has_a_reason_and_every_reason_a_spill() -> None:
 
 EXTREMES = {
     "widest": {"head_dim": 256, "levels": [{"block": 256, "topk": 4}, {"block": 2, "topk": 1}]},
-    "narrowest": {"head_dim": 8, "levels": [{"block": 2, "topk": 1}]},
-    "most_kept": {"head_dim": 64, "levels": [{"block": 16, "topk": 512}, {"block": 256, "topk": 512}]},
-    "deepest": {"head_dim": 256, "levels": [{"block": 2, "topk": 3}] * 6},
-    "deepest_odd": {"head_dim": 9, "levels": [{"block": 256, "topk": 5}] * 6},
+    "deepest": {"head_dim": 8, "levels": [{"block": 2, "topk": 1}] * 6},
+    "most_kept": {"head_dim": 16, "levels": [{"block": 2, "topk": 512}, {"block": 256, "topk": 512}]},
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("name", EXTREMES)
 def test_extreme_specs_compile_and_fit(name: str, dtype: str) -> None:
