@@ -39,6 +39,7 @@ __all__ = [
     "poisoned_memory",
     "reproducer",
     "run",
+    "same_bits",
     "specs",
 ]
 

@@ -1,0 +1,1216 @@
+"""Log-linear sparse attention compiled from the spec `topk_l2`: attention(q, k, v) and select(q, k).
+
+Made by llsa_gen 0.1.0 from spec e0cc955638152b16; do not edit: `llsa-gen export topk_l2.yaml` makes it again.
+
+    level   block b_l      span P_l   Top-K K_l   attended
+        2          16           256           8   no
+        1          16            16           8   no
+        0           -             1           -   tokens of the blocks kept at level 1
+
+Names: a token of level l pools b_l tokens of the level below and covers P_l = b_1 ... b_l tokens of the sequence, fewer
+at its end; there are T_l = ceil(N / P_l). Each query token of a level keeps at most K_l key tokens of that level.
+"""
+
+import contextlib
+import functools
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+SPEC = {
+    "description": "Hierarchical Top-K over two levels of 16, no enrichment.",
+    "enrich": [],
+    "head_dim": 64,
+    "levels": [{"block": 16, "topk": 8}, {"block": 16, "topk": 8}],
+    "name": "topk_l2",
+    "reweight": True,
+}
+OPERATOR = "topk_l2_7e61af1dc679e1c1"  # in torch.ops.llsa: the name of the spec and the hash of this text
+INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
+MAX_TOKENS = 1073741824  # tokens and the entries of index lists are counted in 32 bits
+
+HEAD_DIM = tl.constexpr(64)  # D
+PAD_DIM = tl.constexpr(64)  # columns of a tile: D rounded up to a power of two, at least 16
+BLOCK_1 = tl.constexpr(16)  # b_1
+BLOCK_2 = tl.constexpr(16)  # b_2
+SPAN_1 = tl.constexpr(16)  # P_1
+SPAN_2 = tl.constexpr(256)  # P_2
+LOG2E = tl.constexpr(1.4426950408889634)  # the softmax works in base 2
+LN2 = tl.constexpr(0.6931471805599453)
+EMPTY = tl.constexpr(-(2**63))  # the rank of no token at all
+
+# Tile shapes: target, bytes of an element, kernel.
+TILES_1 = {
+    "pool": {"CHILDREN": 16, "num_warps": 4},
+    "select_l1": {"BLOCK_M": 16, "BLOCK_N": 32, "KEEP": 8, "num_warps": 1, "num_stages": 2},
+    "select_l2": {"BLOCK_M": 16, "BLOCK_N": 32, "KEEP": 8, "num_warps": 1, "num_stages": 2},
+    "attend": {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 1, "num_stages": 2},
+    "count": {"BLOCK": 1024, "num_warps": 4},
+    "scan": {"BLOCK": 1024, "num_warps": 4},
+    "invert_l1": {"BLOCK_M": 128, "KEYS": 16, "num_warps": 4},
+    "invert_l2": {"BLOCK_M": 128, "KEYS": 32, "num_warps": 4},
+    "grad_q": {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 1, "num_stages": 2},
+    "grad_kv_l0": {"PART": 64, "BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 1, "num_stages": 2},
+}
+TILES_2 = {
+    "pool": {"CHILDREN": 16, "num_warps": 4},
+    "select_l1": {"BLOCK_M": 16, "BLOCK_N": 32, "KEEP": 8, "num_warps": 1, "num_stages": 2},
+    "select_l2": {"BLOCK_M": 16, "BLOCK_N": 32, "KEEP": 8, "num_warps": 1, "num_stages": 2},
+    "attend": {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2},
+    "count": {"BLOCK": 1024, "num_warps": 4},
+    "scan": {"BLOCK": 1024, "num_warps": 4},
+    "invert_l1": {"BLOCK_M": 128, "KEYS": 16, "num_warps": 4},
+    "invert_l2": {"BLOCK_M": 128, "KEYS": 32, "num_warps": 4},
+    "grad_q": {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2},
+    "grad_kv_l0": {"PART": 64, "BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 4, "num_stages": 2},
+}
+SCHEDULES = {
+    "cuda:100": {2: TILES_1, 4: TILES_2},
+    "cuda:80": {2: TILES_1, 4: TILES_2},
+    "cuda:90": {2: TILES_1, 4: TILES_2},
+    "hip:gfx942": {2: TILES_1, 4: TILES_2},
+}
+
+# ---- tiles -----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def load_rows(ptr, row, stride, inside):
+    """Rows `row` of a matrix [*, HEAD_DIM] as a tile [..., PAD_DIM]; zero where not `inside` and in the padding."""
+    dim = tl.arange(0, PAD_DIM)
+    at = tl.expand_dims(row.to(tl.int64) * stride, -1) + dim
+    return tl.load(ptr + at, mask=tl.expand_dims(inside, -1), other=0.0)
+
+
+@triton.jit
+def store_rows(ptr, row, stride, inside, tile):
+    """Write a tile [..., PAD_DIM] to rows `row` of a matrix [*, HEAD_DIM], where `inside`."""
+    dim = tl.arange(0, PAD_DIM)
+    at = tl.expand_dims(row.to(tl.int64) * stride, -1) + dim
+    tl.store(ptr + at, tile.to(ptr.dtype.element_ty), mask=tl.expand_dims(inside, -1))
+
+
+@triton.jit
+def head_base(ptr, head, stride_batch, stride_head, heads_per_batch):
+    """Start of one head of a [B, H, *, *] tensor of any strides; `head` counts over B*H."""
+    batch = (head // heads_per_batch).to(tl.int64)
+    return ptr + batch * stride_batch + (head % heads_per_batch).to(tl.int64) * stride_head
+
+
+@triton.jit
+def children(kept_ptr, place, width, n_tokens, BLOCK: tl.constexpr):
+    """The tokens at `place` in the concatenated children of a list of kept tokens, and which of them exist.
+
+    kept_ptr points to a list of `width` tokens, -1 where fewer, each with BLOCK children; n_tokens of them in all.
+    """
+    slot = place // BLOCK
+    parent = tl.load(kept_ptr + slot, mask=slot < width, other=-1)
+    token = parent * BLOCK + place % BLOCK
+    return token, (token >= 0) & (token < n_tokens)
+
+
+@triton.jit
+def softmax_step(logits, v, peak, total, acc):
+    """Fold one tile of keys into the running softmax of its rows.
+
+    logits [.., M, N] base-2 logits, v [.., N, D], peak [.., M] their running maximum, total [.., M] the sum of
+    2^(logit - peak), acc [.., M, D] the same sum over the values.
+    """
+    new_peak = tl.maximum(peak, tl.max(logits, len(logits.shape) - 1))
+    p = tl.exp2(logits - tl.expand_dims(new_peak, -1))
+    shrink = tl.exp2(peak - new_peak)
+    total = total * shrink + tl.sum(p, len(logits.shape) - 1)
+    acc = tl.dot(p.to(v.dtype), v, acc * tl.expand_dims(shrink, -1), input_precision="ieee")
+    return new_peak, total, acc
+
+
+# ---- the pyramid -----------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def pool_l1_tile(
+    x_ptr, stride_n, mean_l1_ptr, mean_l2_ptr,
+    first, n_tokens, CHILDREN: tl.constexpr,
+):
+    """Level-2 token `first` of one head: its mean, and the means of the level-1 tokens that it covers."""
+    n_l1 = tl.cdiv(n_tokens, SPAN_1)
+    whole = tl.zeros([PAD_DIM], tl.float32)
+    for child in range(0, tl.minimum(BLOCK_2, n_l1 - first * BLOCK_2), CHILDREN):
+        place = child + tl.arange(0, CHILDREN)
+        token = first * BLOCK_2 + place
+        inside = (place < BLOCK_2) & (token < n_l1)
+        total = tl.zeros([CHILDREN, PAD_DIM], tl.float32)
+        for part in range(BLOCK_1):
+            row = token * BLOCK_1 + part
+            total += load_rows(x_ptr, row, stride_n, inside & (row < n_tokens)).to(tl.float32)
+        covered = tl.minimum(n_tokens - token * SPAN_1, SPAN_1).to(tl.float32)
+        store_rows(mean_l1_ptr, token, HEAD_DIM, inside, total / covered[:, None])
+        whole += tl.sum(total, 0)
+    token = first + tl.arange(0, 1)
+    covered = tl.minimum(n_tokens - token * SPAN_2, SPAN_2).to(tl.float32)
+    store_rows(mean_l2_ptr, token, HEAD_DIM, token >= 0, whole[None, :] / covered[:, None])
+
+
+@triton.jit(do_not_specialize=["heads", "n_tokens"])
+def pool_l1_kernel(
+    q_ptr, stride_qb, stride_qh, stride_qn,  # [B, H, N, D]
+    k_ptr, stride_kb, stride_kh, stride_kn,  # [B, H, N, D]
+    q_l1_ptr, k_l1_ptr,  # [B*H, T_1, D] means
+    q_l2_ptr, k_l2_ptr,  # [B*H, T_2, D] means
+    heads_per_batch, heads, n_tokens,  # H, B*H, N
+    CHILDREN: tl.constexpr,  # level-1 tokens summed at a time
+):
+    """Means over the tokens that each token of level 1 and 2 covers: float32 sums, rounded once.
+
+    Grid: 2 * B*H * T_2, one tensor after the other.
+    """
+    tiles = tl.cdiv(n_tokens, SPAN_2)
+    first = tl.program_id(0) % tiles
+    tensor = tl.program_id(0) // tiles // heads
+    head = tl.program_id(0) // tiles % heads
+    to_l1 = head.to(tl.int64) * tl.cdiv(n_tokens, SPAN_1) * HEAD_DIM
+    to_l2 = head.to(tl.int64) * tl.cdiv(n_tokens, SPAN_2) * HEAD_DIM
+    if tensor == 0:
+        base = head_base(q_ptr, head, stride_qb, stride_qh, heads_per_batch)
+        pool_l1_tile(base, stride_qn, q_l1_ptr + to_l1, q_l2_ptr + to_l2, first, n_tokens, CHILDREN)
+    else:
+        base = head_base(k_ptr, head, stride_kb, stride_kh, heads_per_batch)
+        pool_l1_tile(base, stride_kn, k_l1_ptr + to_l1, k_l2_ptr + to_l2, first, n_tokens, CHILDREN)
+
+
+# ---- selection -------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def rank_keys(scores, token, candidate):
+    """int64 keys that order candidates by score, of equal scores the lower token first; EMPTY where no candidate.
+
+    The high half is the float's bit pattern made monotonic, the low half counts down with the token.
+    """
+    bits = tl.where(scores == 0.0, 0.0, scores).to(tl.int32, bitcast=True)
+    high = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64) << 32
+    return tl.where(candidate, high | (0x7FFFFFFF - token).to(tl.int64), EMPTY)
+
+
+@triton.jit
+def keep_best(best, scores, token, candidate, KEEP: tl.constexpr):
+    """The KEEP largest rank keys of each row of `best` [M, KEEP], ascending, and of a tile of scores [M, N]."""
+    new = tl.topk(rank_keys(scores, token[None, :], candidate[None, :]), KEEP)
+    # ascending against descending: the element-wise larger ones are the KEEP largest of both
+    return tl.sort(tl.maximum(best, new))
+
+
+@triton.jit
+def store_kept(kept_ptr, row, width, inside, best, KEEP: tl.constexpr):
+    """Write the tokens of the best rank keys, best first, to rows of `width`; -1 where there are fewer."""
+    place = KEEP - 1 - tl.arange(0, KEEP)
+    token = tl.where(best == EMPTY, -1, 0x7FFFFFFF - (best & 0x7FFFFFFF)).to(tl.int32)
+    at = row.to(tl.int64)[:, None] * width + place[None, :]
+    tl.store(kept_ptr + at, token, mask=inside[:, None] & (place < width)[None, :])
+
+
+@triton.jit(do_not_specialize=["width", "n_tokens"])
+def select_l2_kernel(
+    q_l2_ptr, k_l2_ptr,  # [B*H, T_2, D]
+    kept_l2_ptr, width,  # [B*H, T_2, width] int32, out
+    n_tokens,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, KEEP: tl.constexpr,
+):
+    """I^(2): the K_2 = 8 best of all T_2 key tokens, for each query token of the coarsest level.
+
+    Grid: B*H * ceil(T_2 / BLOCK_M). KEEP is K_2 rounded up to a power of two.
+    """
+    n_l2 = tl.cdiv(n_tokens, SPAN_2)
+    tiles = tl.cdiv(n_l2, BLOCK_M)
+    head = (tl.program_id(0) // tiles).to(tl.int64)
+    row = tl.program_id(0) % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    inside = row < n_l2
+    n_candidates = n_l2
+    k_ptr = k_l2_ptr + head * n_l2 * HEAD_DIM
+    q = load_rows(q_l2_ptr + head * n_l2 * HEAD_DIM, row, HEAD_DIM, inside)
+
+    best = tl.full([BLOCK_M, KEEP], EMPTY, tl.int64)
+    for start in range(0, n_candidates, BLOCK_N):
+        token = start + tl.arange(0, BLOCK_N)
+        candidate = token < n_l2
+        k = load_rows(k_ptr, token, HEAD_DIM, candidate)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+        best = keep_best(best, scores, token, candidate, KEEP)
+    store_kept(kept_l2_ptr + head * n_l2 * width, row, width, inside, best, KEEP)
+
+
+@triton.jit(do_not_specialize=["width", "width_above", "n_tokens"])
+def select_l1_kernel(
+    q_l1_ptr, k_l1_ptr,  # [B*H, T_1, D]
+    kept_l2_ptr, width_above,  # [B*H, T_2, width_above] int32
+    kept_l1_ptr, width,  # [B*H, T_1, width] int32, out
+    n_tokens,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, KEEP: tl.constexpr,
+):
+    """I^(1): the K_1 = 8 best children of I^(2), for the query tokens under one parent.
+
+    Grid: B*H * T_2 * ceil(min(b_2, T_1) / BLOCK_M). KEEP is K_1 rounded up to a power of two.
+    """
+    n_l1 = tl.cdiv(n_tokens, SPAN_1)
+    n_l2 = tl.cdiv(n_tokens, SPAN_2)
+    tiles = tl.cdiv(tl.minimum(BLOCK_2, n_l1), BLOCK_M)
+    head = (tl.program_id(0) // tiles // n_l2).to(tl.int64)
+    parent = tl.program_id(0) // tiles % n_l2
+    child = tl.program_id(0) % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    row = parent * BLOCK_2 + child
+    inside = (child < BLOCK_2) & (row < n_l1)
+    kept_above_ptr = kept_l2_ptr + (head * n_l2 + parent) * width_above
+    n_candidates = width_above * BLOCK_2
+    k_ptr = k_l1_ptr + head * n_l1 * HEAD_DIM
+    q = load_rows(q_l1_ptr + head * n_l1 * HEAD_DIM, row, HEAD_DIM, inside)
+
+    best = tl.full([BLOCK_M, KEEP], EMPTY, tl.int64)
+    for start in range(0, n_candidates, BLOCK_N):
+        token, candidate = children(kept_above_ptr, start + tl.arange(0, BLOCK_N), width_above, n_l1, BLOCK_2)
+        k = load_rows(k_ptr, token, HEAD_DIM, candidate)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+        best = keep_best(best, scores, token, candidate, KEEP)
+    store_kept(kept_l1_ptr + head * n_l1 * width, row, width, inside, best, KEEP)
+
+
+# ---- attention -------------------------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["heads_per_batch", "n_tokens", "width_l1"])
+def attend_kernel(
+    q_ptr, stride_qb, stride_qh, stride_qn,  # [B, H, N, D]
+    k_ptr, stride_kb, stride_kh, stride_kn,
+    v_ptr, stride_vb, stride_vh, stride_vn,
+    kept_l1_ptr, width_l1,  # [B*H, T_1, width] int32
+
+    o_ptr,  # [B*H, N, D], out
+    lse_ptr,  # [B*H, N] float32, out: natural logarithm of the sum of weights
+    peak_ptr, total_ptr,  # [B*H, N] float32, out: the same as 2^peak * total, without its rounding, for the backward pass
+    scale, heads_per_batch, n_tokens,  # s, H, N
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):
+    """o_i = sum_j w_j exp(s q_i.k_j) v_j / sum_j w_j exp(s q_i.k_j) over the keys of level 0.
+
+    Grid: B*H * T_1 * ceil(b_1 / BLOCK_M), a tile of one query block each.
+    """
+    n_l1 = tl.cdiv(n_tokens, SPAN_1)
+    tiles = tl.cdiv(BLOCK_1, BLOCK_M)
+    head = (tl.program_id(0) // tiles // n_l1).to(tl.int64)
+    block = tl.program_id(0) // tiles % n_l1
+    place = tl.program_id(0) % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    token = block * BLOCK_1 + place
+    inside = (place < BLOCK_1) & (token < n_tokens)
+
+
+    q = load_rows(head_base(q_ptr, head, stride_qb, stride_qh, heads_per_batch), token, stride_qn, inside)
+    scale *= LOG2E
+    peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, PAD_DIM], tl.float32)
+
+    # level 0: the tokens of the key blocks that the query block keeps
+    k_base = head_base(k_ptr, head, stride_kb, stride_kh, heads_per_batch)
+    v_base = head_base(v_ptr, head, stride_vb, stride_vh, heads_per_batch)
+    list_ptr = kept_l1_ptr + (head * n_l1 + block) * width_l1
+    for start in range(0, width_l1 * BLOCK_1, BLOCK_N):
+        key, exists = children(list_ptr, start + tl.arange(0, BLOCK_N), width_l1, n_tokens, BLOCK_1)
+        bias = tl.where(exists, 0.0, float("-inf"))
+        k = load_rows(k_base, key, stride_kn, exists)
+        v = load_rows(v_base, key, stride_vn, exists)
+        logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale + bias[None, :]
+        peak, total, acc = softmax_step(logits, v, peak, total, acc)
+
+    store_rows(o_ptr + head * n_tokens * HEAD_DIM, token, HEAD_DIM, inside, acc / total[:, None])
+    tl.store(lse_ptr + head * n_tokens + token, (peak + tl.log2(total)) * LN2, mask=inside)
+    tl.store(peak_ptr + head * n_tokens + token, peak, mask=inside)
+    tl.store(total_ptr + head * n_tokens + token, total, mask=inside)
+
+
+# ---- gradients -------------------------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["width", "n_rows"])
+def count_kernel(
+    kept_ptr,  # [B*H, n_rows, width] int32
+    counts_ptr,  # [B*H, n_rows] int32, zero before
+    width, n_rows, BLOCK: tl.constexpr,
+):
+    """How many query tokens keep each key token. Integer sums are the same in any order.
+
+    Grid: B*H * ceil(n_rows * width / BLOCK).
+    """
+    tiles = tl.cdiv(n_rows * width, BLOCK)
+    head = (tl.program_id(0) // tiles).to(tl.int64)
+    entry = tl.program_id(0) % tiles * BLOCK + tl.arange(0, BLOCK)
+    token = tl.load(kept_ptr + head * n_rows * width + entry, mask=entry < n_rows * width, other=-1)
+    tl.atomic_add(counts_ptr + head * n_rows + token, 1, mask=token >= 0)
+
+
+@triton.jit
+def running_sum(to_ptr, values, at, n_rows, before):
+    """Write the exclusive running sum of a tile of `values` and, after the last row, the whole sum; return it so far."""
+    sums = before + tl.cumsum(values, 0)
+    tl.store(to_ptr + at, sums - values, mask=at < n_rows)
+    tl.store(to_ptr + n_rows + at * 0, sums, mask=at == n_rows - 1)
+    return before + tl.sum(values, 0)
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def scan_kernel(
+    counts_ptr,  # [B*H, n_rows] int32
+    offsets_ptr,  # [B*H, n_rows + 1] int32, out: where the list of each key token begins
+    n_rows, BLOCK: tl.constexpr,
+):
+    """Running sums of the counts.
+
+    Grid: B*H.
+    """
+    head = tl.program_id(0).to(tl.int64)
+    begin = 0
+    for start in range(0, n_rows, BLOCK):
+        row = start + tl.arange(0, BLOCK)
+        count = tl.load(counts_ptr + head * n_rows + row, mask=row < n_rows, other=0)
+        begin = running_sum(offsets_ptr + head * (n_rows + 1), count, row, n_rows, begin)
+
+
+@triton.jit(do_not_specialize=["n_rows", "part"])
+def scan_parts_kernel(
+    counts_ptr,  # [B*H, n_rows] int32
+    offsets_ptr,  # [B*H, n_rows + 1] int32, out: where the list of each key token begins
+    extra_ptr,  # [B*H, n_rows + 1] int32, out: the same for the parts of `part` entries beyond the first of each list
+    n_rows, part, BLOCK: tl.constexpr,
+):
+    """Running sums of the counts, and of the parts that popular lists are cut into.
+
+    Grid: B*H.
+    """
+    head = tl.program_id(0).to(tl.int64)
+    begin = 0
+    first_extra = 0
+    for start in range(0, n_rows, BLOCK):
+        row = start + tl.arange(0, BLOCK)
+        count = tl.load(counts_ptr + head * n_rows + row, mask=row < n_rows, other=0)
+        begin = running_sum(offsets_ptr + head * (n_rows + 1), count, row, n_rows, begin)
+        extra = tl.maximum(tl.cdiv(count, part) - 1, 0)
+        first_extra = running_sum(extra_ptr + head * (n_rows + 1), extra, row, n_rows, first_extra)
+
+
+@triton.jit
+def scatter_keepers(keepers_ptr, cursor, key, kept_ptr, row, width, inside):
+    """Append the query tokens `row` [M], ascending, to the lists of the key tokens `key` [KEYS] that they keep.
+
+    kept_ptr [*, width] says what each query token keeps, cursor [KEYS] where each list goes on; returns where it goes
+    on after this.
+    """
+    keeps = tl.zeros([row.shape[0], key.shape[0]], tl.int32)
+    for slot in range(0, width):
+        kept = tl.load(kept_ptr + row.to(tl.int64) * width + slot, mask=inside, other=-1)
+        keeps += (kept[:, None] == key[None, :]).to(tl.int32)
+    rank = tl.cumsum(keeps, 0) - keeps
+    tl.store(keepers_ptr + cursor[None, :] + rank, tl.broadcast_to(row[:, None], keeps.shape), mask=keeps > 0)
+    return cursor + tl.sum(keeps, 0)
+
+
+@triton.jit(do_not_specialize=["width", "n_tokens"])
+def invert_l2_kernel(
+    kept_l2_ptr, width,  # [B*H, T_2, width] int32
+    offsets_l2_ptr,  # [B*H, T_2 + 1] int32
+    keepers_l2_ptr,  # [B*H, T_2 * width] int32, out
+    n_tokens, BLOCK_M: tl.constexpr, KEYS: tl.constexpr,
+):
+    """The query tokens that keep each of KEYS key tokens of level 2, found among all.
+
+    Grid: B*H * ceil(T_2 / KEYS).
+    """
+    n_l2 = tl.cdiv(n_tokens, SPAN_2)
+    tiles = tl.cdiv(n_l2, KEYS)
+    head = (tl.program_id(0) // tiles).to(tl.int64)
+    key = tl.program_id(0) % tiles * KEYS + tl.arange(0, KEYS)
+    cursor = tl.load(offsets_l2_ptr + head * (n_l2 + 1) + key, mask=key < n_l2, other=0)
+    kept_ptr = kept_l2_ptr + head * n_l2 * width
+    keepers_ptr = keepers_l2_ptr + head * n_l2 * width
+    for start in range(0, n_l2, BLOCK_M):
+        row = start + tl.arange(0, BLOCK_M)
+        cursor = scatter_keepers(keepers_ptr, cursor, key, kept_ptr, row, width, row < n_l2)
+
+
+@triton.jit(do_not_specialize=["width", "width_above", "n_tokens"])
+def invert_l1_kernel(
+    kept_l1_ptr, width,  # [B*H, T_1, width] int32
+    offsets_l1_ptr,  # [B*H, T_1 + 1] int32
+    offsets_l2_ptr,  # [B*H, T_2 + 1] int32
+    keepers_l2_ptr, width_above,  # [B*H, T_2 * width_above] int32
+    keepers_l1_ptr,  # [B*H, T_1 * width] int32, out
+    n_tokens, BLOCK_M: tl.constexpr, KEYS: tl.constexpr,
+):
+    """The query tokens that keep each child of a level-2 key token, found among the children of its keepers.
+
+    Grid: B*H * T_2.
+    """
+    n_l1 = tl.cdiv(n_tokens, SPAN_1)
+    n_l2 = tl.cdiv(n_tokens, SPAN_2)
+    head = (tl.program_id(0) // n_l2).to(tl.int64)
+    parent = tl.program_id(0) % n_l2
+    begin = tl.load(offsets_l2_ptr + head * (n_l2 + 1) + parent)
+    count = tl.load(offsets_l2_ptr + head * (n_l2 + 1) + parent + 1) - begin
+    list_ptr = keepers_l2_ptr + head * n_l2 * width_above + begin
+    child = tl.arange(0, KEYS)
+    exists = (child < BLOCK_2) & (parent * BLOCK_2 + child < n_l1)
+    key = tl.where(exists, parent * BLOCK_2 + child, -2)  # -2: nobody's, neither a token nor the -1 of short lists
+    cursor = tl.load(offsets_l1_ptr + head * (n_l1 + 1) + key, mask=exists, other=0)
+    kept_ptr = kept_l1_ptr + head * n_l1 * width
+    keepers_ptr = keepers_l1_ptr + head * n_l1 * width
+    for start in range(0, count * BLOCK_2, BLOCK_M):
+        row, inside = children(list_ptr, start + tl.arange(0, BLOCK_M), count, n_l1, BLOCK_2)
+        cursor = scatter_keepers(keepers_ptr, cursor, key, kept_ptr, row, width, inside)
+
+
+@triton.jit(do_not_specialize=["heads_per_batch", "n_tokens", "width_l1"])
+def grad_q_kernel(
+    q_ptr, stride_qb, stride_qh, stride_qn,  # [B, H, N, D]
+    k_ptr, stride_kb, stride_kh, stride_kn,
+    v_ptr, stride_vb, stride_vh, stride_vn,
+    kept_l1_ptr, width_l1,  # [B*H, T_1, width] int32
+
+    o_ptr,  # [B*H, N, D]
+    grad_o_ptr, stride_gb, stride_gh, stride_gn,  # [B, H, N, D]
+    peak_ptr, total_ptr,  # [B*H, N] float32, of the forward pass
+    grad_q_ptr,  # [B*H, N, D], out
+    delta_ptr,  # [B*H, N] float32, out
+    scale, heads_per_batch, n_tokens,  # s, H, N
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):
+    """dq_i = s sum_j p_ij (do_i.v_j - delta_i) k_j, with delta_i = o_i.do_i, over the keys of level 0.
+
+    Grid: B*H * T_1 * ceil(b_1 / BLOCK_M), a tile of one query block each.
+    """
+    n_l1 = tl.cdiv(n_tokens, SPAN_1)
+    tiles = tl.cdiv(BLOCK_1, BLOCK_M)
+    head = (tl.program_id(0) // tiles // n_l1).to(tl.int64)
+    block = tl.program_id(0) // tiles % n_l1
+    place = tl.program_id(0) % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    token = block * BLOCK_1 + place
+    inside = (place < BLOCK_1) & (token < n_tokens)
+
+
+    q = load_rows(head_base(q_ptr, head, stride_qb, stride_qh, heads_per_batch), token, stride_qn, inside)
+    grad_o = load_rows(head_base(grad_o_ptr, head, stride_gb, stride_gh, heads_per_batch), token, stride_gn, inside)
+    o = load_rows(o_ptr + head * n_tokens * HEAD_DIM, token, HEAD_DIM, inside)
+    delta = tl.sum(o.to(tl.float32) * grad_o.to(tl.float32), 1)
+    tl.store(delta_ptr + head * n_tokens + token, delta, mask=inside)
+    peak = tl.load(peak_ptr + head * n_tokens + token, mask=inside, other=0.0)
+    inverse = 1.0 / tl.load(total_ptr + head * n_tokens + token, mask=inside, other=1.0)
+    scale_log2e = scale * LOG2E
+    grad_q = tl.zeros([BLOCK_M, PAD_DIM], tl.float32)
+
+    # level 0: the tokens of the key blocks that the query block keeps
+    k_base = head_base(k_ptr, head, stride_kb, stride_kh, heads_per_batch)
+    v_base = head_base(v_ptr, head, stride_vb, stride_vh, heads_per_batch)
+    list_ptr = kept_l1_ptr + (head * n_l1 + block) * width_l1
+    for start in range(0, width_l1 * BLOCK_1, BLOCK_N):
+        key, exists = children(list_ptr, start + tl.arange(0, BLOCK_N), width_l1, n_tokens, BLOCK_1)
+        bias = tl.where(exists, 0.0, float("-inf"))
+        k = load_rows(k_base, key, stride_kn, exists)
+        v = load_rows(v_base, key, stride_vn, exists)
+        logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2e + bias[None, :]
+        p = tl.exp2(logits - peak[:, None]) * inverse[:, None]
+        dp = tl.dot(grad_o, tl.trans(v), input_precision="ieee")
+        grad_q = tl.dot((p * (dp - delta[:, None])).to(k.dtype), k, grad_q, input_precision="ieee")
+
+    store_rows(grad_q_ptr + head * n_tokens * HEAD_DIM, token, HEAD_DIM, inside, grad_q * scale)
+
+
+@triton.jit
+def grad_step(q, grad_o, k, v, bias, scale_log2e, peak, inverse, delta, grad_k, grad_v):
+    """Add a tile of queries [M] to the gradients of a tile of keys [N]: dv += p^T do, dk += p^T (do.v - delta) q."""
+    logits = tl.dot(k, tl.trans(q), input_precision="ieee") * scale_log2e + bias[:, None]
+    p = tl.exp2(logits - peak[None, :]) * inverse[None, :]
+    grad_v = tl.dot(p.to(q.dtype), grad_o, grad_v, input_precision="ieee")
+    dp = tl.dot(v, tl.trans(grad_o), input_precision="ieee")
+    grad_k = tl.dot((p * (dp - delta[None, :])).to(q.dtype), q, grad_k, input_precision="ieee")
+    return grad_k, grad_v
+
+
+@triton.jit
+def grad_queries(
+    q_ptr, stride_qn, grad_o_ptr, stride_gn, peak_ptr, total_ptr, delta_ptr,
+    token, inside, k, v, bias, scale_log2e, grad_k, grad_v,
+):
+    """`grad_step` for the queries `token`, of one head, where `inside`."""
+    q = load_rows(q_ptr, token, stride_qn, inside)
+    grad_o = load_rows(grad_o_ptr, token, stride_gn, inside)
+    peak = tl.load(peak_ptr + token, mask=inside, other=0.0)
+    inverse = 1.0 / tl.load(total_ptr + token, mask=inside, other=float("inf"))  # so that p = 0 outside
+    delta = tl.load(delta_ptr + token, mask=inside, other=0.0)
+    return grad_step(q, grad_o, k, v, bias, scale_log2e, peak, inverse, delta, grad_k, grad_v)
+
+
+@triton.jit
+def extra_owner(extra_ptr, part, n_rows):
+    """The list that extra part number `part` belongs to: the last row whose running sum of parts is at most `part`."""
+    low = part * 0
+    high = low + n_rows
+    while high - low > 1:
+        middle = (low + high) // 2
+        below = tl.load(extra_ptr + middle) <= part
+        low = tl.where(below, middle, low)
+        high = tl.where(below, high, middle)
+    return low
+
+
+@triton.jit
+def grad_kv_l0_part(
+    q_ptr, stride_qn, grad_o_ptr, stride_gn, peak_ptr, total_ptr, delta_ptr,
+    k_ptr, stride_kn, v_ptr, stride_vn, keepers_ptr, begin, end, key, exists, scale, n_tokens,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):
+    """dk, dv [BLOCK_N, D] of the level-0 tokens `key`, from the queries under entries begin..end of a keepers list.
+
+    All pointers are to one head. The entries are level-1 query tokens of 16 queries each; only the last token
+    of the sequence has fewer, and lists are ascending, so that nothing but the last entry can be short.
+    """
+    bias = tl.where(exists, 0.0, float("-inf"))
+    k = load_rows(k_ptr, key, stride_kn, exists)
+    v = load_rows(v_ptr, key, stride_vn, exists)
+    grad_k = tl.zeros([BLOCK_N, PAD_DIM], tl.float32)
+    grad_v = tl.zeros([BLOCK_N, PAD_DIM], tl.float32)
+    last = tl.load(keepers_ptr + end - 1, mask=begin < end, other=0)
+    n_queries = (end - 1 - begin) * SPAN_1 + tl.minimum(n_tokens - last * SPAN_1, SPAN_1)
+    n_queries = tl.where(begin < end, n_queries, 0)
+    for start in range(0, n_queries, BLOCK_M):
+        place = start + tl.arange(0, BLOCK_M)
+        inside = place < n_queries
+        keeper = tl.load(keepers_ptr + begin + place // SPAN_1, mask=inside, other=0)
+        grad_k, grad_v = grad_queries(
+            q_ptr, stride_qn, grad_o_ptr, stride_gn, peak_ptr, total_ptr, delta_ptr,
+            keeper * SPAN_1 + place % SPAN_1, inside, k, v, bias, scale * LOG2E, grad_k, grad_v,
+        )
+    return grad_k * scale, grad_v
+
+
+@triton.jit(do_not_specialize=["width", "parts", "heads_per_batch", "n_tokens"])
+def grad_kv_l0_extra_kernel(
+    q_ptr, stride_qb, stride_qh, stride_qn,  # [B, H, N, D]
+    grad_o_ptr, stride_gb, stride_gh, stride_gn,
+    peak_ptr, total_ptr, delta_ptr,  # [B*H, N] float32
+    k_ptr, stride_kb, stride_kh, stride_kn,  # [B, H, N, D]
+    v_ptr, stride_vb, stride_vh, stride_vn,
+    keepers_l1_ptr, width,  # [B*H, T_1 * width] int32
+    offsets_l1_ptr, extra_l1_ptr,  # [B*H, T_1 + 1] int32
+    extra_grad_k_ptr, extra_grad_v_ptr,  # [B*H, parts, b_1, D] float32, out
+    parts, scale, heads_per_batch, n_tokens,  # room for extra parts a head, s, H, N
+    PART: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):
+    """dk, dv of the children of a level-1 token from one part of its keepers: PART entries beyond the first PART.
+
+    Popular key tokens, which many queries keep, are thereby spread over many programs.
+    Grid: B*H * parts * ceil(b_1 / BLOCK_N); programs beyond the parts there are return at once.
+    """
+    n_l1 = tl.cdiv(n_tokens, SPAN_1)
+    tiles = tl.cdiv(BLOCK_1, BLOCK_N)
+    child = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    head = (tl.program_id(0) // tiles // parts).to(tl.int64)
+    part = tl.program_id(0) // tiles % parts
+    extra_ptr = extra_l1_ptr + head * (n_l1 + 1)
+    if part >= tl.load(extra_ptr + n_l1):
+        return
+    parent = extra_owner(extra_ptr, part, n_l1)
+    offsets_ptr = offsets_l1_ptr + head * (n_l1 + 1) + parent
+    begin = tl.load(offsets_ptr) + (1 + part - tl.load(extra_ptr + parent)) * PART
+    end = tl.minimum(begin + PART, tl.load(offsets_ptr + 1))
+    key = parent * BLOCK_1 + child
+    exists = (child < BLOCK_1) & (key < n_tokens)
+    row = head * n_tokens
+    grad_k, grad_v = grad_kv_l0_part(
+        head_base(q_ptr, head, stride_qb, stride_qh, heads_per_batch), stride_qn,
+        head_base(grad_o_ptr, head, stride_gb, stride_gh, heads_per_batch), stride_gn,
+        peak_ptr + row, total_ptr + row, delta_ptr + row,
+        head_base(k_ptr, head, stride_kb, stride_kh, heads_per_batch), stride_kn,
+        head_base(v_ptr, head, stride_vb, stride_vh, heads_per_batch), stride_vn,
+        keepers_l1_ptr + head * n_l1 * width, begin, end, key, exists, scale, n_tokens, BLOCK_M, BLOCK_N,
+    )
+    to_part = (head * parts + part) * BLOCK_1 * HEAD_DIM
+    store_rows(extra_grad_k_ptr + to_part, child, HEAD_DIM, child < BLOCK_1, grad_k)
+    store_rows(extra_grad_v_ptr + to_part, child, HEAD_DIM, child < BLOCK_1, grad_v)
+
+
+@triton.jit(do_not_specialize=["width", "parts", "heads_per_batch", "n_tokens"])
+def grad_kv_l0_kernel(
+    q_ptr, stride_qb, stride_qh, stride_qn,  # [B, H, N, D]
+    grad_o_ptr, stride_gb, stride_gh, stride_gn,
+    peak_ptr, total_ptr, delta_ptr,  # [B*H, N] float32
+    k_ptr, stride_kb, stride_kh, stride_kn,  # [B, H, N, D]
+    v_ptr, stride_vb, stride_vh, stride_vn,
+    keepers_l1_ptr, width,  # [B*H, T_1 * width] int32
+    offsets_l1_ptr, extra_l1_ptr,  # [B*H, T_1 + 1] int32
+    extra_grad_k_ptr, extra_grad_v_ptr,  # [B*H, parts, b_1, D] float32
+    grad_k_ptr, grad_v_ptr,  # [B*H, N, D], out
+    parts, scale, heads_per_batch, n_tokens,  # room for extra parts a head, s, H, N
+    PART: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):
+    """dk, dv of the children of a level-1 token: the first PART of its keepers, the extra parts.
+
+    Grid: B*H * T_1 * ceil(b_1 / BLOCK_N).
+    """
+    n_l1 = tl.cdiv(n_tokens, SPAN_1)
+    tiles = tl.cdiv(BLOCK_1, BLOCK_N)
+    child = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    head = (tl.program_id(0) // tiles // n_l1).to(tl.int64)
+    parent = tl.program_id(0) // tiles % n_l1
+    offsets_ptr = offsets_l1_ptr + head * (n_l1 + 1) + parent
+    begin = tl.load(offsets_ptr)
+    end = tl.minimum(begin + PART, tl.load(offsets_ptr + 1))
+    key = parent * BLOCK_1 + child
+    exists = (child < BLOCK_1) & (key < n_tokens)
+    row = head * n_tokens
+    grad_k, grad_v = grad_kv_l0_part(
+        head_base(q_ptr, head, stride_qb, stride_qh, heads_per_batch), stride_qn,
+        head_base(grad_o_ptr, head, stride_gb, stride_gh, heads_per_batch), stride_gn,
+        peak_ptr + row, total_ptr + row, delta_ptr + row,
+        head_base(k_ptr, head, stride_kb, stride_kh, heads_per_batch), stride_kn,
+        head_base(v_ptr, head, stride_vb, stride_vh, heads_per_batch), stride_vn,
+        keepers_l1_ptr + head * n_l1 * width, begin, end, key, exists, scale, n_tokens, BLOCK_M, BLOCK_N,
+    )
+    extra_ptr = extra_l1_ptr + head * (n_l1 + 1) + parent
+    for part in range(tl.load(extra_ptr), tl.load(extra_ptr + 1)):
+        to_part = (head * parts + part) * BLOCK_1 * HEAD_DIM
+        grad_k += load_rows(extra_grad_k_ptr + to_part, child, HEAD_DIM, child < BLOCK_1)
+        grad_v += load_rows(extra_grad_v_ptr + to_part, child, HEAD_DIM, child < BLOCK_1)
+    to_out = head * n_tokens * HEAD_DIM
+    store_rows(grad_k_ptr + to_out, key, HEAD_DIM, exists, grad_k)
+    store_rows(grad_v_ptr + to_out, key, HEAD_DIM, exists, grad_v)
+
+
+# ---- launches --------------------------------------------------------------------------------------------------------
+
+
+def level_tokens(n_tokens):
+    """T_l, the tokens of every level l = 0..L."""
+    return n_tokens, triton.cdiv(n_tokens, 16), triton.cdiv(n_tokens, 256)
+
+
+def unit_stride(x):
+    """`x`, copied only if the elements of a row do not lie side by side."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def strided(x):
+    """x and the steps between its batches, heads and rows, as the kernels take them."""
+    return x, x.stride(0), x.stride(1), x.stride(2)
+
+
+@functools.cache
+def target_of(device):
+    """A GPU as the schedules name it, `cuda:90` or `hip:gfx942`; for one that they do not know, the nearest older one."""
+    if device.type != "cuda":
+        return "cuda:80"  # the interpreter, for which any schedule will do
+    if torch.version.hip:
+        return "hip:gfx942"
+    major, minor = torch.cuda.get_device_capability(device)
+    known = [int(target.split(":")[1]) for target in SCHEDULES if target.startswith("cuda")]
+    return f"cuda:{max((arch for arch in known if arch <= 10 * major + minor), default=min(known))}"
+
+
+def schedule_for(x):
+    """Tile shapes of every kernel for the device and dtype of `x`."""
+    return SCHEDULES[target_of(x.device)][x.element_size()]
+
+
+def pool_and_select(q, k, schedule):
+    """The pyramid and, from the coarsest level down, the tokens that are kept.
+
+    Takes [B, H, N, D] tensors of unit stride; returns the kept tokens,
+    [B*H, T_l, width] int32: lists over the levels, finest first.
+    """
+    batch, heads_per_batch, n_tokens, _ = q.shape
+    heads, tokens = batch * heads_per_batch, level_tokens(n_tokens)
+    q_l1 = q.new_empty((heads, tokens[1], 64))
+    k_l1 = q.new_empty((heads, tokens[1], 64))
+    kept_l1 = q.new_empty((heads, tokens[1], min(8, tokens[1])), dtype=torch.int32)
+    q_l2 = q.new_empty((heads, tokens[2], 64))
+    k_l2 = q.new_empty((heads, tokens[2], 64))
+    kept_l2 = q.new_empty((heads, tokens[2], min(8, tokens[2])), dtype=torch.int32)
+
+    tile = schedule["pool"]
+    grid = (2 * heads * tokens[2],)
+    pool_l1_kernel[grid](
+        *strided(q), *strided(k),
+        q_l1, k_l1,
+        q_l2, k_l2,
+        heads_per_batch, heads, n_tokens, **tile,
+    )
+    tile = schedule["select_l2"]
+    grid = (heads * triton.cdiv(tokens[2], tile["BLOCK_M"]),)
+    select_l2_kernel[grid](
+        q_l2, k_l2, kept_l2, kept_l2.shape[2], n_tokens, **tile,
+    )
+    tile = schedule["select_l1"]
+    grid = (heads * tokens[2] * triton.cdiv(min(16, tokens[1]), tile["BLOCK_M"]),)
+    select_l1_kernel[grid](
+        q_l1, k_l1, kept_l2, kept_l2.shape[2], kept_l1, kept_l1.shape[2], n_tokens, **tile,
+    )
+    return [kept_l1, kept_l2]
+
+
+def select_kernels(q, k):
+    """The kept tokens of each level, finest first, by the Triton kernels."""
+    q, k = unit_stride(q), unit_stride(k)
+    kept = pool_and_select(q, k, schedule_for(q))
+    return kept
+
+
+def attend_kernels(q, k, v, scale):
+    """o, lse and what the backward pass needs, in the order of the operator's outputs, by the Triton kernels."""
+    schedule = schedule_for(q)
+    q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
+    batch, heads_per_batch, n_tokens, _ = q.shape
+    heads, tokens = batch * heads_per_batch, level_tokens(n_tokens)
+    kept = pool_and_select(q, k, schedule)
+    [kept_l1, kept_l2] = kept
+    o = q.new_empty((heads, n_tokens, 64))
+    lse = q.new_empty((heads, n_tokens), dtype=torch.float32)
+    peak = q.new_empty((heads, n_tokens), dtype=torch.float32)
+    total = q.new_empty((heads, n_tokens), dtype=torch.float32)
+    tile = schedule["attend"]
+    grid = (heads * tokens[1] * triton.cdiv(16, tile["BLOCK_M"]),)
+    attend_kernel[grid](
+        *strided(q), *strided(k), *strided(v),
+        kept_l1, kept_l1.shape[2],
+        o, lse, peak, total, scale, heads_per_batch, n_tokens, **tile,
+    )
+    return o.view(q.shape), lse, peak, total, kept_l1, kept_l2
+
+
+def invert_kernels(kept_l1, kept_l2, n_tokens, schedule):
+    """The query tokens that keep each key token, by level: where each list begins, where its extra parts do, the lists."""
+    q = kept_l1  # the device and the number of heads
+    heads, tokens = q.shape[0], level_tokens(n_tokens)
+    counts_l1 = q.new_empty((heads, tokens[1]), dtype=torch.int32).zero_()
+    offsets_l1 = q.new_empty((heads, tokens[1] + 1), dtype=torch.int32)
+    extra_l1 = q.new_empty((heads, tokens[1] + 1), dtype=torch.int32)
+    keepers_l1 = q.new_empty((heads, tokens[1] * min(8, tokens[1])), dtype=torch.int32)
+    counts_l2 = q.new_empty((heads, tokens[2]), dtype=torch.int32).zero_()
+    offsets_l2 = q.new_empty((heads, tokens[2] + 1), dtype=torch.int32)
+    keepers_l2 = q.new_empty((heads, tokens[2] * min(8, tokens[2])), dtype=torch.int32)
+    tile = schedule["count"]
+    grid = (heads * triton.cdiv(tokens[1] * min(8, tokens[1]), tile["BLOCK"]),)
+    count_kernel[grid](kept_l1, counts_l1, kept_l1.shape[2], tokens[1], **tile)
+    grid = (heads * triton.cdiv(tokens[2] * min(8, tokens[2]), tile["BLOCK"]),)
+    count_kernel[grid](kept_l2, counts_l2, kept_l2.shape[2], tokens[2], **tile)
+    tile = schedule["scan"]
+    part = schedule["grad_kv_l0"]["PART"]
+    scan_parts_kernel[(heads,)](counts_l1, offsets_l1, extra_l1, tokens[1], part, **tile)
+    scan_kernel[(heads,)](counts_l2, offsets_l2, tokens[2], **tile)
+    tile = schedule["invert_l2"]
+    grid = (heads * triton.cdiv(tokens[2], tile["KEYS"]),)
+    invert_l2_kernel[grid](
+        kept_l2, kept_l2.shape[2], offsets_l2, keepers_l2, n_tokens, **tile,
+    )
+    tile = schedule["invert_l1"]
+    grid = (heads * tokens[2],)
+    invert_l1_kernel[grid](
+        kept_l1, kept_l1.shape[2], offsets_l1, offsets_l2, keepers_l2, kept_l2.shape[2], keepers_l1, n_tokens, **tile,
+    )
+    return {
+        1: (offsets_l1, extra_l1, keepers_l1),
+    }
+
+
+def grad_kernels(grad_o, q, k, v, o, peak, total, kept_l1, kept_l2, scale):
+    """dq, dk, dv by the Triton kernels."""
+    schedule = schedule_for(q)
+    grad_o, q, k, v = unit_stride(grad_o), unit_stride(q), unit_stride(k), unit_stride(v)
+    batch, heads_per_batch, n_tokens, _ = q.shape
+    heads, tokens = batch * heads_per_batch, level_tokens(n_tokens)
+    lists = invert_kernels(kept_l1, kept_l2, n_tokens, schedule)
+
+    grad_q = q.new_empty((heads, n_tokens, 64))
+    delta = q.new_empty((heads, n_tokens), dtype=torch.float32)
+    tile = schedule["grad_q"]
+    grid = (heads * tokens[1] * triton.cdiv(16, tile["BLOCK_M"]),)
+    grad_q_kernel[grid](
+        *strided(q), *strided(k), *strided(v),
+        kept_l1, kept_l1.shape[2],
+        o, *strided(grad_o), peak, total, grad_q, delta, scale, heads_per_batch, n_tokens, **tile,
+    )
+
+    grad_k = q.new_empty((heads, n_tokens, 64))
+    grad_v = q.new_empty((heads, n_tokens, 64))
+    offsets, extra, keepers = lists[1]
+    tile = schedule["grad_kv_l0"]
+    parts = ((tokens[1] * min(8, tokens[1])) // tile["PART"])
+    extra_grad_l0 = q.new_empty((2, heads, parts, 16, 64), dtype=torch.float32)
+    if parts:
+        grid = (heads * parts * triton.cdiv(16, tile["BLOCK_N"]),)
+        grad_kv_l0_extra_kernel[grid](
+            *strided(q), *strided(grad_o), peak, total, delta, *strided(k), *strided(v),
+            keepers, kept_l1.shape[2], offsets, extra, *extra_grad_l0, parts, scale, heads_per_batch, n_tokens, **tile,
+        )
+    grid = (heads * tokens[1] * triton.cdiv(16, tile["BLOCK_N"]),)
+    grad_kv_l0_kernel[grid](
+        *strided(q), *strided(grad_o), peak, total, delta, *strided(k), *strided(v),
+        keepers, kept_l1.shape[2], offsets, extra, *extra_grad_l0,
+        grad_k, grad_v, parts, scale, heads_per_batch, n_tokens, **tile,
+    )
+    return grad_q, grad_k, grad_v
+
+
+# ---- the CPU path ----------------------------------------------------------------------------------------------------
+
+LEVELS = 2
+BLOCKS = (16, 16)  # b_1, b_2, ...
+SPANS = (1, 16, 256)  # P_0, P_1, ...
+TOPK = (8, 8)  # K_1, K_2, ...
+LISTED = (0,)  # levels whose attended keys are the children of kept tokens
+CHUNK = 2**24  # elements of the largest intermediate
+
+
+def token_sums(x):
+    """Sums over the tokens that each token of each level covers: [H, N, D] to L tensors [H, T_l, D], finest first."""
+    sums = []
+    for block in BLOCKS:
+        x = blocks_of(x, block).sum(2)
+        sums.append(x)
+    return sums
+
+
+def covered_tokens(level, n_tokens, device):
+    """c_l(j) of every token of a level, [T_l] float32."""
+    first = torch.arange(0, n_tokens, SPANS[level], device=device)
+    return (n_tokens - first).clamp(max=SPANS[level]).float()
+
+
+def token_means(x, dtype):
+    """The pyramid of x [H, N, D] float32: L tensors [H, T_l, D], rounded to `dtype` once and float32 again."""
+    return [
+        (total / covered_tokens(level, x.shape[1], x.device)[:, None]).to(dtype).float()
+        for level, total in enumerate(token_sums(x), start=1)
+    ]
+
+
+def blocks_of(x, block):
+    """Rows in blocks, the last one filled up with zeros: [H, T, D] to [H, ceil(T / block), block, D]."""
+    return torch.nn.functional.pad(x, (0, 0, 0, -x.shape[1] % block)).unflatten(1, (-1, block))
+
+
+def block_rows(blocks, kept):
+    """Where the blocks of a list are in `blocks` [H, T, block, D] seen as [H * T, block, D]; block 0 for -1."""
+    first = torch.arange(blocks.shape[0], device=kept.device)[:, None, None] * blocks.shape[1]
+    return (kept.clamp(min=0) + first).flatten()
+
+
+def gather_blocks(blocks, kept):
+    """The blocks that a list names, side by side: [H, T, block, D] and [H, R, W] to [H, R, W * block, D]."""
+    return blocks.flatten(0, 1).index_select(0, block_rows(blocks, kept)).view(*kept.shape, *blocks.shape[2:]).flatten(2, 3)
+
+
+def scatter_add_blocks(total, kept, parts):
+    """Add what `gather_blocks` took from [H, T, block, D] back to where it came from, in place."""
+    rows = parts.unflatten(2, (-1, total.shape[2])).flatten(0, 2)
+    total.view(-1, *total.shape[2:]).index_add_(0, block_rows(total, kept), rows)
+
+
+def children_of(kept, block, n_tokens):
+    """Children of the tokens in a list, and which of them exist: [H, R, W] to twice [H, R, W * block]."""
+    child = (kept.long()[..., None] * block + torch.arange(block, device=kept.device)).flatten(2)
+    return child, (child >= 0) & (child < n_tokens)
+
+
+def best_tokens(scores, token, exists, width):
+    """The `width` best tokens of each row, best first, of equal scores the lower token; -1 where fewer exist.
+
+    scores [H, R, M, C] float32, token and exists [H, R, C]; returns [H, R, M, width] int32.
+    """
+    # one integer that orders like (score, lower token first): the float's bits made monotonic, then the token
+    bits = torch.where(scores == 0, 0.0, scores).view(torch.int32)
+    high = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long() << 32
+    rank = torch.where(exists[:, :, None], high | (0x7FFFFFFF - token[:, :, None]), EMPTY.value)
+    best = rank.topk(width, dim=-1).values
+    return torch.where(best == EMPTY.value, -1, 0x7FFFFFFF - (best & 0x7FFFFFFF)).int()
+
+
+def select_means(q_means, k_means):
+    """The kept tokens [H, T_l, width] int32 of each level, finest first, from the means [H, T_l, D] of each level."""
+    heads, n_top, _ = k_means[-1].shape
+    token = torch.arange(n_top, device=k_means[-1].device).expand(heads, 1, n_top)
+    best = [
+        best_tokens((rows @ k_means[-1].mT)[:, None], token, token >= 0, min(TOPK[-1], n_top))[:, 0]
+        for rows in q_means[-1].split(max(1, CHUNK // (heads * n_top)), dim=1)
+    ]
+    kept = [torch.cat(best, dim=1)]
+    for level in range(LEVELS - 1, 0, -1):
+        block, above, n_rows = BLOCKS[level], kept[0], k_means[level - 1].shape[1]
+        q_blocks, k_blocks = blocks_of(q_means[level - 1], block), blocks_of(k_means[level - 1], block)
+        width = min(TOPK[level - 1], n_rows, above.shape[2] * block)
+        step = max(1, CHUNK // (heads * above.shape[2] * block * (HEAD_DIM.value + block)))
+        best = []
+        for lists, queries in zip(above.split(step, dim=1), q_blocks.split(step, dim=1), strict=True):
+            child, exists = children_of(lists, block, n_rows)
+            best.append(best_tokens(queries @ gather_blocks(k_blocks, lists).mT, child, exists, width))
+        kept.insert(0, torch.cat(best, dim=1).flatten(1, 2)[:, :n_rows].contiguous())
+    return kept
+
+
+def select_torch(q, k):
+    """The kept tokens of each level, finest first, in torch."""
+    return select_means(*(token_means(x.flatten(0, 1).float(), x.dtype) for x in (q, k)))
+
+
+def log_weights(exists):
+    """Logarithms of the weights of key tokens: 0, and -inf for those that do not exist."""
+    return torch.where(exists, 0.0, float("-inf"))
+
+
+class Pyramid:
+    """q, k, v [B, H, N, D] in float32 and in blocks, the means of k and v, and the kept tokens of every level."""
+
+    def __init__(self, q, k, v, kept=None):
+        dtype = q.dtype
+        q, k, v = (x.flatten(0, 1).float() for x in (q, k, v))
+        self.n_tokens = q.shape[1]
+        self.k_levels = [k, *token_means(k, dtype)]
+        self.v_levels = [v]
+        self.kept = select_means(token_means(q, dtype), self.k_levels[1:]) if kept is None else kept
+        self.q_blocks = blocks_of(q, BLOCKS[0])
+        self.k_blocks = [blocks_of(self.k_levels[level], BLOCKS[level]) for level in LISTED]
+        self.v_blocks = [blocks_of(self.v_levels[level], BLOCKS[level]) for level in LISTED]
+
+    def runs(self):
+        """Slices of query blocks such that the keys, values and logits of each fit into CHUNK elements."""
+        heads, n_blocks = self.q_blocks.shape[:2]
+        listed = sum(self.kept[level].shape[2] * BLOCKS[level] for level in LISTED)
+        seen = listed
+        step = max(1, CHUNK // (heads * 2 * (listed * HEAD_DIM.value + seen * BLOCKS[0])))
+        return [slice(first, min(first + step, n_blocks)) for first in range(0, n_blocks, step)]
+
+    def lists(self, run):
+        """What the query blocks of a run keep one level above each listed level: a list of [H, R, width]."""
+        block = torch.arange(run.start, run.stop, device=self.q_blocks.device)
+        return [self.kept[level].index_select(1, block * SPANS[1] // SPANS[level + 1]) for level in LISTED]
+
+    def gather(self, lists):
+        """Keys and values, lists of [H, R, C, D], and log weights, of [H, R, C], of the children of each list."""
+        keys = [gather_blocks(blocks, kept) for blocks, kept in zip(self.k_blocks, lists, strict=True)]
+        values = [gather_blocks(blocks, kept) for blocks, kept in zip(self.v_blocks, lists, strict=True)]
+        weights = []
+        for level, kept in zip(LISTED, lists, strict=True):
+            _, exists = children_of(kept, BLOCKS[level], self.k_levels[level].shape[1])
+            weights.append(log_weights(exists))
+        return keys, values, weights
+
+
+def attend_blocks(queries, keys, values, weights, scale):
+    """o [H, R, b_1, D] and lse [H, R, b_1] of query blocks [H, R, b_1, D]: one softmax over all their keys."""
+    logits = [queries @ k.mT * scale + weight[:, :, None] for k, weight in zip(keys, weights, strict=True)]
+    sizes = [part.shape[-1] for part in logits]
+    logits = torch.cat(logits, dim=-1)
+    p = logits.softmax(-1)
+    lse = logits.amax(-1) - p.amax(-1).log()  # the largest weight is e^(peak - lse)
+    p = p.split(sizes, dim=-1)
+    o = sum(part @ v for part, v in zip(p, values, strict=False))
+    return o, lse
+
+
+def attend_torch(q, k, v, scale):
+    """o, lse and what the backward pass needs, in torch."""
+    pyramid = Pyramid(q, k, v)
+    parts = [
+        attend_blocks(pyramid.q_blocks[:, run], *pyramid.gather(pyramid.lists(run)), scale)
+        for run in pyramid.runs()
+    ]
+    o, lse = (torch.cat(part, dim=1).flatten(1, 2)[:, : pyramid.n_tokens] for part in zip(*parts, strict=True))
+    o, lse = o.to(q.dtype).contiguous().view(q.shape), lse.contiguous()
+    peak, total = lse * LOG2E.value, torch.ones_like(lse)
+    [kept_l1, kept_l2] = pyramid.kept
+    return o, lse, peak, total, kept_l1, kept_l2
+
+
+def grad_torch(grad_o, q, k, v, kept, scale):
+    """dq, dk, dv in torch: every run of query blocks once more, with autograd, then the pooling backwards."""
+    pyramid = Pyramid(q, k, v, kept)
+    n_tokens = pyramid.n_tokens
+    grad_blocks = blocks_of(grad_o.flatten(0, 1).float(), BLOCKS[0])
+    grad_q = []
+    grad_k = [torch.zeros_like(blocks) for blocks in pyramid.k_blocks]
+    grad_v = [torch.zeros_like(blocks) for blocks in pyramid.v_blocks]
+    for run in pyramid.runs():
+        lists = pyramid.lists(run)
+        keys, values, weights = pyramid.gather(lists)
+        queries, *gathered = (x.detach().requires_grad_() for x in (pyramid.q_blocks[:, run], *keys, *values))
+        keys, values = gathered[: len(LISTED)], gathered[len(LISTED) :]
+        with torch.enable_grad():
+            o, _ = attend_blocks(queries, keys, values, weights, scale)
+        dq, *parts = torch.autograd.grad(o, (queries, *gathered), grad_blocks[:, run])
+        grad_q.append(dq)
+        for total, kept_above, part in zip((*grad_k, *grad_v), (*lists, *lists), parts, strict=True):
+            scatter_add_blocks(total, kept_above, part)
+
+    grad_q = torch.cat(grad_q, dim=1).flatten(1, 2)[:, :n_tokens]
+    grad_k = [blocks.flatten(1, 2) for blocks in grad_k]
+    grad_v = [blocks.flatten(1, 2) for blocks in grad_v]
+    dk, dv = grad_k[0][:, :n_tokens], grad_v[0][:, :n_tokens]
+    return tuple(x.to(q.dtype).contiguous().view(q.shape) for x in (grad_q, dk, dv))
+
+
+# ---- the operator ----------------------------------------------------------------------------------------------------
+
+
+def on_device_of(x):
+    """Kernels are launched on the current GPU: make it that of `x`."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def runs_kernels(x):
+    """Whether the Triton kernels take `x`: on a GPU, or anywhere in Triton's interpreter."""
+    return x.is_cuda or INTERPRETED
+
+
+def empty_outputs(q):
+    """The operator's outputs for inputs like `q`, not filled in."""
+    heads, n_tokens = q.shape[0] * q.shape[1], q.shape[2]
+    tokens = level_tokens(n_tokens)
+    return (
+        q.new_empty(q.shape),  # o
+        q.new_empty((heads, n_tokens), dtype=torch.float32),  # lse
+        q.new_empty((heads, n_tokens), dtype=torch.float32),  # peak
+        q.new_empty((heads, n_tokens), dtype=torch.float32),  # total
+        q.new_empty((heads, tokens[1], min(8, tokens[1])), dtype=torch.int32),  # kept_l1
+        q.new_empty((heads, tokens[2], min(8, tokens[2])), dtype=torch.int32),  # kept_l2
+    )
+
+
+def empty_selection(q, k):
+    """The kept tokens of each level, finest first, not filled in."""
+    heads, tokens = q.shape[0] * q.shape[1], level_tokens(q.shape[2])
+    return [
+        q.new_empty((heads, tokens[1], min(8, tokens[1])), dtype=torch.int32),
+        q.new_empty((heads, tokens[2], min(8, tokens[2])), dtype=torch.int32),
+    ]
+
+
+def forward(q, k, v, scale):
+    """o, lse and what the backward pass needs."""
+    if q.numel() == 0:
+        return empty_outputs(q)
+    if not runs_kernels(q):
+        return attend_torch(q, k, v, scale)
+    with on_device_of(q):
+        return attend_kernels(q, k, v, scale)
+
+
+def backward(grad_o, q, k, v, o, saved, scale):
+    """dq, dk, dv, [B, H, N, D] each."""
+    if q.numel() == 0:
+        return tuple(q.new_empty(q.shape) for _ in range(3))
+    if not runs_kernels(q):
+        return grad_torch(grad_o, q, k, v, saved[-LEVELS:], scale)
+    with on_device_of(q):
+        return tuple(x.view(q.shape) for x in grad_kernels(grad_o, q, k, v, o, *saved, scale))
+
+
+def select_forward(q, k):
+    """The kept tokens of each level, finest first."""
+    if q.numel() == 0:
+        return empty_selection(q, k)
+    if not runs_kernels(q):
+        return select_torch(q, k)
+    with on_device_of(q):
+        return select_kernels(q, k)
+
+
+def save_for_backward(ctx, inputs, output):
+    """Keep what `differentiate` reads."""
+    q, k, v, ctx.scale = inputs
+    o, _, *saved = output
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, o, *saved)
+
+
+def differentiate(ctx, grad_o, *_):
+    """Gradients of the operator's inputs. Only o is differentiable; the selection is held fixed."""
+    if grad_o is None:
+        return None, None, None, None
+    q, k, v, o, *saved = ctx.saved_tensors
+    return *getattr(torch.ops.llsa, OPERATOR + "_backward")(grad_o, q, k, v, o, saved, ctx.scale), None
+
+
+def register():
+    """Make the operators known to torch, once a process: their name carries the hash of this very text."""
+    if hasattr(torch.ops.llsa, OPERATOR):
+        return None
+    library = torch.library.Library("llsa", "FRAGMENT")
+    outputs = ", ".join(["Tensor"] * 6)
+    library.define(f"{OPERATOR}(Tensor q, Tensor k, Tensor v, float scale) -> ({outputs})")
+    library.define(
+        f"{OPERATOR}_backward(Tensor grad_o, Tensor q, Tensor k, Tensor v, Tensor o, Tensor[] saved, float scale)"
+        " -> (Tensor, Tensor, Tensor)"
+    )
+    library.define(f"{OPERATOR}_select(Tensor q, Tensor k) -> Tensor[]")
+    for suffix, function in (("", forward), ("_backward", backward), ("_select", select_forward)):
+        library.impl(OPERATOR + suffix, function, "CPU")
+        library.impl(OPERATOR + suffix, function, "CUDA")
+
+    def fake_backward(grad_o, q, k, v, o, saved, scale):
+        return tuple(q.new_empty(q.shape) for _ in range(3))
+
+    name = f"llsa::{OPERATOR}"
+    torch.library.register_fake(name, lambda q, k, v, scale: empty_outputs(q), lib=library)
+    torch.library.register_fake(name + "_backward", fake_backward, lib=library)
+    torch.library.register_fake(name + "_select", empty_selection, lib=library)
+    torch.library.register_autograd(name, differentiate, setup_context=save_for_backward, lib=library)
+    return library
+
+
+LIBRARY = register()
+
+
+def check(tensors):
+    """One clear error for tensors that the operator does not take."""
+    first, q = next(iter(tensors.items()))
+    for name, x in tensors.items():
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(f"{name}: expected a tensor [B, H, N, {HEAD_DIM.value}], got {type(x).__name__}")
+        if x.dim() != 4:
+            raise ValueError(f"{name}: expected 4 dimensions [B, H, N, {HEAD_DIM.value}], got shape {list(x.shape)}")
+        if x.shape[3] != HEAD_DIM.value:
+            raise ValueError(f"{name}: expected head dim {HEAD_DIM.value}, got {x.shape[3]} in shape {list(x.shape)}")
+        if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            raise TypeError(f"{name}: expected torch.float32, torch.float16 or torch.bfloat16, got {x.dtype}")
+        if x.layout is not torch.strided:
+            raise TypeError(f"{name}: expected a dense tensor, got layout {x.layout}")
+        if x.shape != q.shape:
+            raise ValueError(f"{name}: expected shape {list(q.shape)} like {first} (self-attention), got {list(x.shape)}")
+        if x.dtype != q.dtype:
+            raise TypeError(f"{name}: expected {q.dtype} like {first}, got {x.dtype}")
+        if x.device != q.device:
+            raise ValueError(f"{name}: expected device {q.device} like {first}, got {x.device}")
+    if q.device.type not in ("cpu", "cuda"):
+        raise ValueError(f"{first}: expected a tensor on the CPU or a GPU (cuda), got device {q.device}")
+    if not 1 <= q.shape[2] <= MAX_TOKENS:
+        raise ValueError(f"{first}: expected 1 to {MAX_TOKENS} tokens, got N = {q.shape[2]} in shape {list(q.shape)}")
+
+
+def attention(q, k, v, *, scale=None, return_lse=False):
+    """Log-linear sparse attention over q, k, v [B, H, N, 64]: o [B, H, N, 64], differentiable.
+
+    Any strides; float32, float16 or bfloat16, on a GPU or the CPU. The logits are `scale` * q.k, 1/sqrt(64) unless
+    given. With return_lse also the natural logarithm of the sum of weights, [B, H, N] float32, without gradient.
+    """
+    check({"q": q, "k": k, "v": v})
+    if scale is None:
+        scale = HEAD_DIM.value**-0.5
+    elif isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        raise TypeError(f"scale: expected a number or None, got {type(scale).__name__}")
+    elif not math.isfinite(scale):
+        raise ValueError(f"scale: expected a finite number, got {scale}")
+    o, lse, *_ = getattr(torch.ops.llsa, OPERATOR)(q, k, v, float(scale))
+    return (o, lse.detach().view(q.shape[:3])) if return_lse else o
+
+
+def select(q, k):
+    """What `attention` selects: per level, finest first, [B, H, T_l, width] int32 kept key tokens, -1 where fewer."""
+    check({"q": q, "k": k})
+    kept = getattr(torch.ops.llsa, OPERATOR + "_select")(q, k)
+    return tuple(x.view(*q.shape[:2], *x.shape[1:]) for x in kept)
