@@ -27,7 +27,7 @@ SPEC = {
     "name": "llsa_l2",
     "reweight": True,
 }
-OPERATOR = "llsa_l2_6e1ce1f41459c695"  # in torch.ops.llsa: the name of the spec and the hash of this text
+OPERATOR = "llsa_l2_a7af788f56d8d9e0"  # in torch.ops.llsa: the name of the spec and the hash of this text
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 MAX_TOKENS = 1073741824  # tokens and the entries of index lists are counted in 32 bits
 
@@ -212,11 +212,10 @@ def rank_keys(scores, token, candidate):
 
 
 @triton.jit
-def keep_best(best, scores, token, candidate, KEEP: tl.constexpr):
-    """The KEEP largest rank keys of each row of `best` [M, KEEP], ascending, and of a tile of scores [M, N]."""
-    new = tl.topk(rank_keys(scores, token[None, :], candidate[None, :]), KEEP)
+def keep_best(best, keys, KEEP: tl.constexpr):
+    """The KEEP largest rank keys of each row of `best` [M, KEEP], ascending, and of a tile of keys [M, N]."""
     # ascending against descending: the element-wise larger ones are the KEEP largest of both
-    return tl.sort(tl.maximum(best, new))
+    return tl.sort(tl.maximum(best, tl.topk(keys, KEEP)))
 
 
 @triton.jit
@@ -254,7 +253,8 @@ def select_l2_kernel(
         candidate = token < n_l2
         k = load_rows(k_ptr, token, HEAD_DIM, candidate)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
-        best = keep_best(best, scores, token, candidate, KEEP)
+        keys = rank_keys(scores, token[None, :], candidate[None, :])
+        best = keep_best(best, keys, KEEP)
     store_kept(kept_l2_ptr + head * n_l2 * width, row, width, inside, best, KEEP)
 
 
@@ -268,7 +268,7 @@ def select_l1_kernel(
 ):
     """I^(1): the K_1 = 8 best children of I^(2), for the query tokens under one parent.
 
-    Grid: B*H * T_2 * ceil(min(b_2, T_1) / BLOCK_M). KEEP is K_1 rounded up to a power of two.
+    Grid: B*H * T_2 * ceil(min(b_2, T_1) / BLOCK_M).
     """
     n_l1 = tl.cdiv(n_tokens, SPAN_1)
     n_l2 = tl.cdiv(n_tokens, SPAN_2)
@@ -285,10 +285,12 @@ def select_l1_kernel(
 
     best = tl.full([BLOCK_M, KEEP], EMPTY, tl.int64)
     for start in range(0, n_candidates, BLOCK_N):
-        token, candidate = children(kept_above_ptr, start + tl.arange(0, BLOCK_N), width_above, n_l1, BLOCK_2)
+        place = start + tl.arange(0, BLOCK_N)
+        token, candidate = children(kept_above_ptr, place, width_above, n_l1, BLOCK_2)
         k = load_rows(k_ptr, token, HEAD_DIM, candidate)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
-        best = keep_best(best, scores, token, candidate, KEEP)
+        keys = rank_keys(scores, token[None, :], candidate[None, :])
+        best = keep_best(best, keys, KEEP)
     store_kept(kept_l1_ptr + head * n_l1 * width, row, width, inside, best, KEEP)
 
 
@@ -1502,6 +1504,8 @@ def differentiate(ctx, grad_o, *_):
     """Gradients of the operator's inputs. Only o is differentiable; the selection is held fixed."""
     if grad_o is None:
         return None, None, None, None
+    if torch.is_grad_enabled():  # create_graph=True: better an error than terms that are missing
+        raise NotImplementedError(f"{OPERATOR}: second derivatives are not available; backward without create_graph")
     q, k, v, o, *saved = ctx.saved_tensors
     return *getattr(torch.ops.llsa, OPERATOR + "_backward")(grad_o, q, k, v, o, saved, ctx.scale), None
 

@@ -26,7 +26,7 @@ SPEC = {
     "name": "topk_b128",
     "reweight": True,
 }
-OPERATOR = "topk_b128_42b7e6cd7d983428"  # in torch.ops.llsa: the name of the spec and the hash of this text
+OPERATOR = "topk_b128_ef3d5562a0e7a3e8"  # in torch.ops.llsa: the name of the spec and the hash of this text
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 MAX_TOKENS = 1073741824  # tokens and the entries of index lists are counted in 32 bits
 
@@ -199,11 +199,10 @@ def rank_keys(scores, token, candidate):
 
 
 @triton.jit
-def keep_best(best, scores, token, candidate, KEEP: tl.constexpr):
-    """The KEEP largest rank keys of each row of `best` [M, KEEP], ascending, and of a tile of scores [M, N]."""
-    new = tl.topk(rank_keys(scores, token[None, :], candidate[None, :]), KEEP)
+def keep_best(best, keys, KEEP: tl.constexpr):
+    """The KEEP largest rank keys of each row of `best` [M, KEEP], ascending, and of a tile of keys [M, N]."""
     # ascending against descending: the element-wise larger ones are the KEEP largest of both
-    return tl.sort(tl.maximum(best, new))
+    return tl.sort(tl.maximum(best, tl.topk(keys, KEEP)))
 
 
 @triton.jit
@@ -241,7 +240,8 @@ def select_l1_kernel(
         candidate = token < n_l1
         k = load_rows(k_ptr, token, HEAD_DIM, candidate)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
-        best = keep_best(best, scores, token, candidate, KEEP)
+        keys = rank_keys(scores, token[None, :], candidate[None, :])
+        best = keep_best(best, keys, KEEP)
     store_kept(kept_l1_ptr + head * n_l1 * width, row, width, inside, best, KEEP)
 
 
@@ -1021,6 +1021,8 @@ def differentiate(ctx, grad_o, *_):
     """Gradients of the operator's inputs. Only o is differentiable; the selection is held fixed."""
     if grad_o is None:
         return None, None, None, None
+    if torch.is_grad_enabled():  # create_graph=True: better an error than terms that are missing
+        raise NotImplementedError(f"{OPERATOR}: second derivatives are not available; backward without create_graph")
     q, k, v, o, *saved = ctx.saved_tensors
     return *getattr(torch.ops.llsa, OPERATOR + "_backward")(grad_o, q, k, v, o, saved, ctx.scale), None
 

@@ -48,7 +48,7 @@ class Attention:
         return self.module.attention(q, k, v, scale=scale, return_lse=return_lse)
 
     def select(self, q: "Tensor", k: "Tensor") -> "tuple[Tensor, ...]":
-        """Kept key tokens of each level, finest first: int32 [B, H, T_l, width], best first, -1 where fewer."""
+        """Kept key tokens of each level, finest first: int32 [B, H, T_l, width], -1 where fewer."""
         return self.module.select(q, k)
 
     def __reduce__(self) -> "tuple[object, tuple[Spec]]":

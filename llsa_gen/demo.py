@@ -3,7 +3,7 @@
     python -m llsa_gen.demo [--spec spec/llsa_l2.yaml] [--size 128] [--out demo.png]
 
 What it computes is compared with the dense float64 reference: where it differs by more than
-SEMANTICS.md allows, the exit code is 1.
+docs/semantics.md allows, the exit code is 1.
 """
 
 import time

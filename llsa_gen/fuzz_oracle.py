@@ -1,6 +1,6 @@
 """What a case's results should be, and how far from that they may be.
 
-The truth is the formula of SEMANTICS.md and its derivatives written out, in float64, a chunk of queries at a time, so
+The truth is the formula of docs/semantics.md and its derivatives written out, in float64, a chunk of queries at a time, so
 that long sequences fit too; weights, pooling and selection are those of `llsa_gen.reference`, and the tests compare it
 with autograd through `reference.attention`. With each result comes its *size*: the same sum with the absolute value of
 every term. It is what rounding errors are proportional to, also where the terms cancel and little or nothing remains.
@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 import torch
 from torch import Tensor
@@ -131,7 +132,7 @@ def judge_lse(case: Case, lse: Tensor, true: Truth) -> Verdict:
 
 
 def judge(case: Case, name: str, found: Tensor, true: Truth, torchs: Mapping[str, Tensor] | None) -> list[Verdict]:
-    """`found`, one of o, dq, dk, dv, by the two rules of SEMANTICS.md; `torchs` is the `yardstick`, None to do without.
+    """`found`, one of o, dq, dk, dv, by the two rules of docs/semantics.md; `torchs` is the `yardstick`, None to do without.
 
     On standard normal inputs the error is at most `reference.tolerance` times the norm of the truth. Where almost
     everything cancels in the truth (one key, so that dq and dk are zero), a part of its size stands for it: 1/256,
@@ -170,10 +171,10 @@ def check_exact_ties(case: Case, q: Tensor, k: Tensor, kept: Sequence[Tensor]) -
 
     Raises AssertionError naming the level, batch, head and query token.
     """
-    expected = reference.select(case.spec, q, k)
-    for level in range(case.spec.num_levels, 0, -1):
-        if not _scores_are_exact(case, level, q, k):
-            return  # and what is kept below depends on what is kept here
+    levels = range(case.spec.num_levels, 0, -1)
+    exact = list(takewhile(lambda level: _scores_are_exact(case, level, q, k), levels))
+    expected = reference.select(case.spec, q, k) if exact else ()
+    for level in exact:  # below a level that is not, what is kept depends on what was kept there
         found, wanted = (ids[level - 1].sort(dim=-1).values for ids in (kept, expected))
         wrong = (found != wanted).any(-1)
         if wrong.any():

@@ -10,6 +10,9 @@ import sympy
 from llsa_gen.sizes import MAX_TOKENS, N, ceil_div
 from llsa_gen.spec import Spec
 
+MAX_SORTED = 64
+"""Largest K that is found by sorting: compile time and registers of the network grow faster than K."""
+
 
 @dataclass(frozen=True)
 class Levels:
@@ -95,6 +98,11 @@ class Levels:
     def blocks_sharing(self) -> int | None:
         """Query blocks under one token of the shared level; None where all share."""
         return None if self.shared_level is None else self.parent_ratio(1, self.shared_level)
+
+    @property
+    def sorted_levels(self) -> tuple[int, ...]:
+        """Levels whose Top-K is found by sorting: K is small enough for a network in registers."""
+        return tuple(level for level in self.levels if self.topk(level) <= MAX_SORTED)
 
     @property
     def max_tokens(self) -> int:

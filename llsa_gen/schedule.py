@@ -92,6 +92,8 @@ def _pool(plan: Plan) -> Entry:
 
 
 def _select(plan: Plan, goal: Target, element: int, level: int) -> Entry:
+    if level not in plan.sorted_levels:
+        return {"BLOCK_M": 16, "BLOCK_N": 64 if element == 2 else 32, "num_warps": 4, "num_stages": 2}
     keep = pad(plan.topk(level), 1)
     # sorting networks live in registers: one warp where a row's candidates are few, four where they are many
     return {

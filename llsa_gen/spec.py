@@ -1,7 +1,7 @@
 """What a person declares: the spec of one attention, from a YAML file, a mapping or keyword arguments.
 
 A `Spec` is always legal. It is frozen, two that mean the same are equal, and `canonical()` is the text by which
-everything that is made from it is named. The names are those of SEMANTICS.md: level 1 is the finest, `span(l)` is
+everything that is made from it is named. The names are those of docs/semantics.md: level 1 is the finest, `span(l)` is
 `P_l`. Neither torch nor Triton is imported here.
 """
 
@@ -162,7 +162,7 @@ _Enrich = Annotated[
 
 
 class Spec(_Model, frozen=True, extra="forbid"):
-    """A log-linear sparse attention: everything of SEMANTICS.md that does not depend on the length.
+    """A log-linear sparse attention: everything of docs/semantics.md that does not depend on the length.
 
     Raises `SpecError`, naming all mistakes at once, for anything that is not legal. `enrich` is brought into one form:
     a list of all levels is `"all"`, an empty one `"none"`, any other ascending; so specs that mean the same are equal.

@@ -1,6 +1,7 @@
 """Terminal: what the commands share. How a spec is named, how tables and JSON are printed, how a command fails."""
 
 import json
+import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -39,7 +40,7 @@ def load_spec(text: str) -> "Spec":
     from llsa_gen.spec import load
 
     path = Path(text)
-    if path.is_file() or path.suffix or len(path.parts) != 1:
+    if path.is_file() or path.suffix or os.sep in text:
         return load(text)
     here, there = Path(f"{text}.yaml"), Path("spec") / f"{text}.yaml"
     return load(there if there.is_file() or (there.parent.is_dir() and not here.is_file()) else here)

@@ -3,8 +3,9 @@
 Most of the time goes into Triton's compiler: `pytest -m gpu -n 8` shares that out over the cores.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -39,11 +40,11 @@ def draw(n: int, head_dim: int, heads: int, dtype: torch.dtype, seed: int = 0) -
     return *(x.requires_grad_() for x in made[:3]), made[3]
 
 
-def results(attention: object, q: Tensor, k: Tensor, v: Tensor, grad_o: Tensor) -> tuple[Tensor, ...]:
-    """o, dq, dk, dv."""
-    assert callable(attention)
-    o = attention(q, k, v)
-    return o, *torch.autograd.grad(o, (q, k, v), grad_o)
+def results(attention: Callable[..., Any], inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """o, dq, dk, dv for q, k, v and the gradient of o."""
+    *leaves, grad_o = inputs
+    o = attention(*leaves)
+    return o, *torch.autograd.grad(o, leaves, grad_o)
 
 
 # ---- the numbers ----------------------------------------------------------------------------------------------------
@@ -140,11 +141,10 @@ def test_more_than_2_to_the_31_elements() -> None:
     shape = (1, n, heads, 64)
     made = [torch.randn(shape, generator=generator, device=DEVICE, dtype=torch.bfloat16) for _ in range(4)]
     assert made[0].numel() > 2**31
-    q, k, v, grad_o = (x.transpose(1, 2) for x in made)
-    whole = results(attention, *(x.requires_grad_() for x in (q, k, v)), grad_o)
+    inputs = [x.transpose(1, 2).requires_grad_() for x in made]
+    whole = results(attention, inputs)
     for head in (0, 128, 256):
-        one = [x.detach()[:, head : head + 1].contiguous() for x in (q, k, v, grad_o)]
-        alone = results(attention, *(x.requires_grad_() for x in one[:3]), one[3])
+        alone = results(attention, [x.detach()[:, head : head + 1].contiguous().requires_grad_() for x in inputs])
         for name, x, y in zip(("o", "dq", "dk", "dv"), whole, alone, strict=True):
             x = x[:, head : head + 1]
             # the shares of the top's gradients are as many as fill a GPU, so that their sums differ in order
@@ -157,9 +157,9 @@ def test_more_than_2_to_the_31_elements() -> None:
 def test_bits_are_the_same_in_every_run() -> None:
     attention = llsa_gen.compile(SPECS["llsa_l2"])
     inputs = draw(50_001, 64, 4, torch.bfloat16)
-    first = results(attention, *inputs)
+    first = results(attention, inputs)
     for _ in range(4):
-        again = results(attention, *inputs)
+        again = results(attention, inputs)
         assert all(fuzz.same_bits(x, y) for x, y in zip(first, again, strict=True))
 
 
@@ -167,17 +167,17 @@ def test_bits_are_the_same_in_every_run() -> None:
 def test_cuda_graphs_from_the_second_call_on(name: str) -> None:
     attention = llsa_gen.compile(SPECS[name])
     inputs = draw(5000, 64, 2, torch.bfloat16)
-    results(attention, *inputs)
+    results(attention, inputs)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = results(attention, *inputs)
+        captured = results(attention, inputs)
     with torch.no_grad():
         for x, new in zip(inputs, draw(5000, 64, 2, torch.bfloat16, seed=1), strict=True):
             x.copy_(new)
     graph.replay()
     torch.cuda.synchronize()
-    for x, y in zip(captured, results(attention, *inputs), strict=True):
+    for x, y in zip(captured, results(attention, inputs), strict=True):
         assert fuzz.same_bits(x, y)
 
 
@@ -190,19 +190,19 @@ def test_torch_compile_of_a_cold_operator() -> None:
     def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attention(2 * q, k, v, scale=0.2) + 1  # type: ignore[operator]
 
-    found = results(torch.compile(function, fullgraph=True), *inputs)
-    for x, y in zip(found, results(function, *inputs), strict=True):
+    found = results(torch.compile(function, fullgraph=True), inputs)
+    for x, y in zip(found, results(function, inputs), strict=True):
         assert fuzz.same_bits(x, y)
 
 
 def test_nothing_waits_for_the_gpu() -> None:
     attention = llsa_gen.compile(SPECS["llsa_l2"])
     inputs = draw(3000, 64, 2, torch.bfloat16)
-    results(attention, *inputs)
+    results(attention, inputs)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        results(attention, *inputs)
+        results(attention, inputs)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -210,10 +210,10 @@ def test_nothing_waits_for_the_gpu() -> None:
 def test_a_stream_of_its_own() -> None:
     attention = llsa_gen.compile(SPECS["llsa_l2"])
     inputs = draw(3000, 64, 2, torch.bfloat16)
-    expected = results(attention, *inputs)
+    expected = results(attention, inputs)
     torch.cuda.synchronize()
     with torch.cuda.stream(torch.cuda.Stream()):
         torch.cuda._sleep(100_000_000)  # the default stream would run ahead
-        found = results(attention, *inputs)
+        found = results(attention, inputs)
     torch.cuda.synchronize()
     assert all(fuzz.same_bits(x, y) for x, y in zip(found, expected, strict=True))

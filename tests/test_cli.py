@@ -1,0 +1,527 @@
+"""The command line: every command as a user and as a program calls it, every mistake one message and exit code."""
+
+import importlib.util
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.main import get_command
+from typer.testing import CliRunner
+
+from llsa_gen import __version__, compiler, fuzz, load
+from llsa_gen.cli import app
+from llsa_gen.cost import Cost, evaluate
+from llsa_gen.errors import CheckFailed
+from llsa_gen.fuzz_cases import Case
+from llsa_gen.plan import lower
+from llsa_gen.schedule import schedule, target
+from llsa_gen.spec import schema_text
+from llsa_gen.store import Store
+
+ROOT = Path(__file__).resolve().parents[1]
+
+SPEC = """\
+name: tiny
+head_dim: 8
+levels:
+  - {block: 4, topk: 2}
+  - {block: 2, topk: 1}
+"""
+
+WRONG = """\
+name: tiny
+head_dim: eight
+levels:
+  - {block: 4, topk: 0}
+  - {blok: 2, topk: 1}
+"""
+
+
+class Result:
+    """What a command printed and how it ended."""
+
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A working directory with a spec in ./spec and a store of its own."""
+    (tmp_path / "spec").mkdir()
+    (tmp_path / "spec" / "tiny.yaml").write_text(SPEC)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LLSA_GEN_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(compiler, "_compiled", {})
+    monkeypatch.setenv("COLUMNS", "100")
+    yield tmp_path
+
+
+def call(command: str, answer: str | None = None) -> Result:
+    """A command in this process."""
+    result = CliRunner().invoke(app, shlex.split(command), input=answer, prog_name="llsa-gen")
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return Result(result.exit_code, result.stdout, result.stderr)
+
+
+def real(command: str, **environment: str) -> Result:
+    """A command in a process of its own."""
+    python = [sys.executable, "-m", "llsa_gen", *shlex.split(command)]
+    paths = os.pathsep.join([str(ROOT), *sys.path])
+    result = subprocess.run(
+        python, env=os.environ | {"PYTHONPATH": paths} | environment, capture_output=True, text=True, timeout=300
+    )
+    return Result(result.returncode, result.stdout, result.stderr)
+
+
+COMMANDS = ("new", "build", "check", "explain", "export", "cache", "cache ls", "cache clear", "cache why")
+
+
+# ---- help -------------------------------------------------------------------------------------------------------
+
+
+def test_all_commands_are_there_and_only_they() -> None:
+    group: Any = get_command(app)
+    inner = {f"cache {name}" for name in group.commands["cache"].commands}
+    assert set(group.commands) | inner == set(COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_an_example_that_parses(command: str, place: Path) -> None:
+    result = call(f"{command} --help")
+    assert result.code == 0
+    example = re.search(r"Example: llsa-gen (.*(\n .*\S)*)", result.out)
+    assert example, result.out
+    words = shlex.split(example[1])
+    parsed: Any = get_command(app)
+    while words and words[0] in getattr(parsed, "commands", {}):
+        parsed = parsed.commands[words.pop(0)]
+    parsed.make_context("llsa-gen", words)  # raises UsageError
+
+
+@pytest.mark.parametrize("command", ["new", "build", "explain", "cache ls", "cache why"])
+def test_the_example_runs(command: str, place: Path) -> None:
+    shutil.copytree(ROOT / "spec", place / "spec", dirs_exist_ok=True)
+    example = re.search(r"Example: llsa-gen (.*(\n .*\S)*)", call(f"{command} --help").out)
+    assert example
+    result = call(example[1])
+    assert (result.code, result.err) == (0, "")
+    assert result.out
+
+
+def test_the_help_of_all_has_a_way_to_start(place: Path) -> None:
+    start = re.search(r"Start with: (.*)", call("--help").out)
+    assert start
+    for step in start[1].split(";"):
+        assert call(step.strip().removeprefix("llsa-gen ")).code == 0
+
+
+def test_version() -> None:
+    assert call("--version").out == f"llsa-gen {__version__}\n"
+
+
+def test_help_and_explain_do_not_wait_for_torch() -> None:
+    program = (
+        "import sys; from llsa_gen.cli import main; sys.argv = ['llsa-gen', *{0}]\ntry: main()\nexcept SystemExit: pass"
+    )
+    program += "\nprint(sorted({{'torch', 'triton', 'sympy', 'jinja2'}} & sys.modules.keys()))"
+    for words, loaded in ((["--help"], "[]"), (["explain", str(ROOT / "spec/llsa_l1.yaml"), "-n", "5"], "['sympy']")):
+        result = subprocess.run(
+            [sys.executable, "-c", program.format(words)], capture_output=True, text=True, timeout=60
+        )
+        assert result.stdout.splitlines()[-1] == loaded, result.stderr
+
+
+# ---- new --------------------------------------------------------------------------------------------------------
+
+
+def test_new_writes_a_spec_that_loads_and_its_schema(place: Path) -> None:
+    result = call("new mine")
+    assert (result.code, result.err) == (0, "")
+    assert load("mine.yaml").name == "mine"
+    assert (place / "schema.json").read_text() == schema_text()
+    assert "llsa-gen explain mine.yaml -n 65536" in result.out
+    assert call("explain mine -n 65536").code == 0
+
+
+def test_new_replaces_nothing_unless_told(place: Path) -> None:
+    (place / "mine.yaml").write_text("precious")
+    (place / "schema.json").write_text("{}")
+    result = call("new mine")
+    assert (result.code, result.out, result.err) == (1, "", "mine.yaml: exists already; --force replaces it\n")
+    assert (place / "mine.yaml").read_text() == "precious"
+    assert call("new mine --force").code == 0
+    assert load("mine.yaml").name == "mine"
+    assert (place / "schema.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize("name", ["3x", "class", "../mine", "a-b", "''", "ünï", "x" * 65])
+def test_new_refuses_what_is_no_name(name: str, place: Path) -> None:
+    before = sorted(place.rglob("*"))
+    result = call(f"new {name}")
+    assert (result.code, result.out) == (1, "")
+    assert result.err.startswith("NAME: expected a") and result.err.count("\n") == 1
+    assert sorted(place.rglob("*")) == before
+
+
+# ---- which spec -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("said", ["tiny", "spec/tiny.yaml", "./spec/tiny.yaml", "{place}/spec/tiny.yaml"])
+def test_a_spec_is_a_path_or_a_name_in_spec(said: str, place: Path) -> None:
+    assert call(f"explain {said.format(place=place)} -n 10 --json").json["spec"] == "tiny"
+
+
+def test_a_file_here_comes_first(place: Path) -> None:
+    (place / "tiny.yaml").write_text(SPEC.replace("head_dim: 8", "head_dim: 16"))
+    assert call("explain tiny.yaml -n 10 --json").json["head_dim"] == 16
+    assert call("explain tiny -n 10 --json").json["head_dim"] == 8, "a bare name is one in ./spec, if it is there"
+    (place / "other.yaml").write_text(SPEC.replace("tiny", "other"))
+    assert call("explain other -n 10 --json").json["spec"] == "other"
+
+
+@pytest.mark.parametrize("command", ["build {}", "check {}", "explain {} -n 10", "export {}", "cache why {}"])
+def test_a_missing_spec_is_one_message(command: str, place: Path) -> None:
+    for said, message in {
+        "tinny": "spec/tinny.yaml: expected a spec file, got no such file; did you mean spec/tiny.yaml?\n",
+        "gone/x.yaml": "gone/x.yaml: expected a spec file, got no such file\n",
+        "spec": "spec/spec.yaml: expected a spec file, got no such file\n",
+        "./spec": "./spec: expected a spec file, got a directory\n",
+    }.items():
+        result = call(command.format(said))
+        assert (result.code, result.out) == (1, "")
+        assert result.err.replace("\n", " ").split() == message.split(), said
+
+
+@pytest.mark.parametrize("command", ["build {}", "check {}", "explain {} -n 10", "export {}", "cache why {}"])
+def test_a_wrong_spec_is_told_with_all_its_mistakes(command: str, place: Path) -> None:
+    (place / "spec" / "wrong.yaml").write_text(WRONG)
+    result = call(command.format("wrong"))
+    assert (result.code, result.out) == (1, "")
+    lines = result.err.splitlines()
+    assert lines[0] == "spec/wrong.yaml:2:11: head_dim: expected an integer >= 8 and <= 256, got 'eight'"
+    assert lines[1].startswith("spec/wrong.yaml:4:22: levels[0].topk: expected an integer >= 1")
+    assert any("did you mean block?" in line for line in lines)
+
+
+# ---- explain ----------------------------------------------------------------------------------------------------
+
+
+def test_explain_as_json_is_the_cost_model(place: Path) -> None:
+    data = call("explain tiny -n 1000 --heads 3 --dtype float32 --json").json
+    plan = lower(load("spec/tiny.yaml"))
+    cost = Cost(plan, schedule(plan, target("cuda:90"), 4), 4)
+    assert data["cost"]["forward_flops"] == evaluate(cost.totals.forward.flops, 1000, 3)
+    assert data["cost"]["backward_bytes_moved"] == evaluate(cost.totals.backward.moved, 1000, 3)
+    assert data["cost"]["saved_bytes"] == evaluate(cost.totals.saved, 1000, 3)
+    assert data["dense"]["backward_flops"] == 10 * 1000**2 * 8 * 3
+    assert data["keys"] == {"most": evaluate(cost.keys, 1000), "exact": True}
+    assert [level["keys"] for level in data["levels"]] == [125, 2, 8]
+    assert sum(level["flops"] for level in data["levels"]) == evaluate(cost.totals.flops, 1000, 3)
+    assert data["dense_over_cost"]["forward_flops"] == pytest.approx(
+        data["dense"]["forward_flops"] / data["cost"]["forward_flops"]
+    )
+    assert data["growth"]["text"] == "N^2/8 from level 2 (linear below)"
+    assert "add a level" in data["warning"]
+    assert "plan" not in data
+
+
+def test_explain_prints_what_the_json_says(place: Path) -> None:
+    shutil.copy(ROOT / "spec" / "llsa_l2.yaml", place / "spec")
+    result = call("explain llsa_l2 -n 65536")
+    assert (result.code, result.err) == (0, "")
+    for said in (
+        "llsa_l2 at 65,536 tokens, 8 heads of 64 (batch included), bfloat16",
+        "69.4 GFLOP", "8.8 TFLOP", "127x", "13.6 MiB", "512",
+        "N^2/256 from level 2 (linear below)", "beyond 65,811 tokens", "N log N",
+    ):  # fmt: skip
+        assert said in result.out
+    assert "warning" not in result.out
+    assert not any(line.rstrip().endswith("…") for line in result.out.splitlines()), "nothing is cut off"
+
+
+@pytest.mark.parametrize(
+    ("name", "n", "warned"),
+    [("llsa_l1", 2000, False), ("llsa_l1", 4096, True), ("llsa_l2", 65_536, False), ("llsa_l2", 262_144, True),
+     ("llsa_l3", 262_144, False), ("topk_l1", 65_536, False), ("uneven", 20_000, True)],
+)  # fmt: skip
+def test_explain_warns_where_there_are_too_few_levels(name: str, n: int, warned: bool) -> None:
+    spec = ROOT / "spec" / f"{name}.yaml"
+    data, text = call(f"explain {spec} -n {n} --json").json, call(f"explain {spec} -n {n}").out
+    assert (data["warning"] is not None) == warned == ("warning: level" in text)
+    if warned:
+        advised = re.search(r"add a level: another .* takes (\S+) times fewer", data["warning"])
+        assert advised and float(advised[1]) > 1.2
+
+
+def test_a_query_that_sees_fewer_keys_is_not_passed_over(place: Path) -> None:
+    assert "at most" in call("explain tiny -n 1001").out
+    assert "at most" not in call("explain tiny -n 1000").out
+    assert not call("explain tiny -n 1001 --json").json["keys"]["exact"]
+
+
+def test_explain_prints_the_plan(place: Path) -> None:
+    result = call("explain tiny -n 1000 --plan")
+    data = call("explain tiny -n 1000 --plan --json").json["plan"]
+    for kernel in data["forward"] + data["backward"]:
+        assert f"{kernel['name']}: {kernel['computes']}" in result.out
+        assert kernel["programs"] in result.out
+    for name, buffer in data["buffers"].items():
+        assert re.search(rf"^ ?{name} +{re.escape('[' + ', '.join(buffer['shape']) + ']')} ", result.out, re.MULTILINE)
+
+
+# ---- build and export -------------------------------------------------------------------------------------------
+
+
+def test_build_says_where_the_module_is_and_what_it_costs(place: Path) -> None:
+    result = call("build tiny -n 1000 --heads 2")
+    assert (result.code, result.err.count("\n")) == (0, 1)
+    assert result.err.startswith("warning: level 2 grows quadratically")
+    (stored,) = (place / "cache").glob("*/tiny.py")
+    assert f"module  {stored}" in result.out
+    assert "135 keys a query, of 1,000" in result.out
+    data = call("build tiny -n 1000 --heads 2 --json").json
+    assert (data["path"], data["digest"]) == (str(stored), load("spec/tiny.yaml").digest)
+    assert data["cost"] == call("explain tiny -n 1000 --heads 2 --json").json
+
+
+def test_build_works_without_a_cache(place: Path) -> None:
+    (place / "cache").write_text("a file where a directory should be")
+    result = call("build tiny -n 8")
+    assert result.code == 0
+    assert "module  in memory only" in result.out
+    assert result.err.startswith("warning: llsa_gen cannot write to its cache")
+    assert "cli.py" not in result.err
+
+
+def test_export_writes_the_module_that_runs(place: Path) -> None:
+    result = call("export tiny -o out/deep")
+    assert (result.code, result.out, result.err) == (0, "out/deep/tiny.py\n", "")
+    attention = compiler.compile("spec/tiny.yaml")
+    assert (place / "out/deep/tiny.py").read_text() == attention.source
+    assert call("export tiny -o out/deep --json").json == {
+        "spec": "tiny",
+        "module": "out/deep/tiny.py",
+        "manifests": {},
+    }
+    found = importlib.util.spec_from_file_location("exported_tiny", place / "out/deep/tiny.py")
+    assert found is not None and found.loader is not None
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    assert module.OPERATOR == attention.module.OPERATOR
+
+
+def test_the_header_says_how_to_make_it_again(place: Path) -> None:
+    call("export tiny")
+    first = (place / "tiny.py").read_text()
+    command = re.search(r"`llsa-gen (export \S+)` makes it again", first)
+    assert command
+    (place / "tiny.py").unlink()
+    shutil.copy("spec/tiny.yaml", "tiny.yaml")
+    assert call(command[1]).code == 0
+    assert (place / "tiny.py").read_text() == first
+
+
+def test_export_replaces_its_own_modules_and_nobody_elses(place: Path) -> None:
+    (place / "tiny.py").write_text("precious = 1\n")
+    result = call("export tiny")
+    assert (result.code, result.out) == (1, "")
+    assert result.err == "tiny.py: exists already and is no module that llsa-gen made; --force replaces it\n"
+    assert (place / "tiny.py").read_text() == "precious = 1\n"
+    assert call("export tiny --force").code == 0
+    assert call("export tiny").code == 0
+
+
+def test_export_to_where_nothing_can_be_written(place: Path) -> None:
+    (place / "file").write_text("")
+    result = call("export tiny -o file/below")
+    assert (result.code, result.out, result.err) == (1, "", "file/below: Not a directory\n")
+    assert call("export tiny -o file").code == 2
+    result = call("export tiny -o /proc/nothing")
+    assert (result.code, result.err.count("\n")) == (1, 1)
+    assert result.err.startswith("/proc/nothing: ")
+
+
+def test_export_finds_out_about_a_target_first(place: Path) -> None:
+    result = call("export tiny -o out --target cuda:90 --target cuda:9000")
+    assert (result.code, result.out) == (1, "")
+    assert "cuda:9000" in result.err and "cuda:90," in result.err and result.err.count("\n") == 1
+    assert not (place / "out").exists()
+
+
+@pytest.mark.slow
+def test_export_for_a_target_writes_binaries_and_a_manifest(place: Path) -> None:
+    result = call("export tiny -o out --target cuda:90 --dtype float16 --json")
+    assert result.code == 0
+    path = Path(result.json["manifests"]["cuda:90"])
+    manifest = json.loads(path.read_text())
+    assert (manifest["target"], manifest["dtype"]) == ("cuda:90", "float16")
+    assert len(list(path.parent.glob("*.cubin"))) == len(manifest["kernels"])
+    assert "compiling for cuda:90, float16" in result.err
+
+
+# ---- check ------------------------------------------------------------------------------------------------------
+
+
+def test_check_agrees_and_says_what_it_did(place: Path) -> None:
+    result = call("check tiny --examples 3 --seed 7")
+    assert result.code == 0
+    assert "tiny on cpu: 3 cases agree with the reference" in result.out
+    assert "seed 7" in result.out
+    one, two = (call("check tiny --examples 3 --seed 7 --json").json for _ in range(2))
+    assert one["ok"] and one["examples"] == 3
+    assert one["margins"] == two["margins"]
+
+
+def test_check_without_a_spec_draws_them(place: Path) -> None:
+    data = call("check --examples 2 --json").json
+    assert (data["ok"], data["examples"], data["specs"]) == (True, 2, 2)
+
+
+def test_check_stops_in_time(place: Path) -> None:
+    assert call("check tiny --seconds 1 --json").json["seconds"] < 30
+
+
+def test_a_failing_check_prints_a_script_and_exits_with_1(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(load("spec/tiny.yaml"), n=5)
+    script = fuzz.reproducer(case)
+
+    def fails(*_: object, **__: object) -> None:
+        raise CheckFailed("o: error 1, allowed 0", script)
+
+    monkeypatch.setattr(fuzz, "check", fails)
+    result = call("check tiny")
+    assert (result.code, result.out) == (1, script + "\n")
+    assert "o: error 1, allowed 0\n" in result.err
+    result = call("check tiny --json")
+    assert result.code == 1
+    assert result.json == {"ok": False, "message": "o: error 1, allowed 0", "reproducer": script}
+    compile(script, "pasted", "exec")
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "meta", "nonsense", "cuda:x", "''"])
+def test_a_device_that_is_not_there_is_one_message(device: str, place: Path) -> None:
+    result = call(f"check tiny --device {device}")
+    assert (result.code, result.out) == (1, "")
+    assert result.err.startswith("--device: expected cpu or a GPU such as cuda, got ")
+    assert result.err.count("\n") == 1
+
+
+def test_interpreting_is_refused_where_it_is_too_late_or_senseless(place: Path) -> None:
+    import triton
+
+    assert triton
+    result = call("check tiny --interpret")
+    assert (result.code, result.out) == (1, "")
+    assert "triton is imported already" in result.err
+    assert "TRITON_INTERPRET" not in os.environ
+    assert call("check tiny --interpret --device cuda").code == 2
+
+
+@pytest.mark.slow
+def test_check_interprets_the_kernels_in_a_process_of_its_own(place: Path) -> None:
+    result = real("check tiny --interpret --examples 1 --seed 3 --json")
+    assert result.code == 0, result.err
+    assert result.json["interpreted"] and result.json["examples"] == 1
+
+
+# ---- cache ------------------------------------------------------------------------------------------------------
+
+
+def test_the_cache_from_empty_to_cleared(place: Path) -> None:
+    assert call("cache ls").out == f"{place / 'cache'}: 0 modules\n"
+    assert call("cache why tiny --json").json["outcome"] == "unknown name"
+    assert call("build tiny").code == 0
+    result = call("cache ls")
+    assert f"{place / 'cache'}: 1 module\n" in result.out
+    entry = Store().entries()[0]
+    assert re.search(rf"tiny +{entry.digest[:12]} +\d+-\d+-\d+ \d+:\d+:\d+ +\S+ KiB", result.out)
+    data = call("cache ls --json").json
+    assert [row["name"] for row in data["entries"]] == ["tiny"]
+    assert data["entries"][0]["path"] == str(entry.path) and data["entries"][0]["intact"]
+    assert call("cache why tiny --json").json["outcome"] == "hit"
+    assert "hit" in call("cache why tiny").out
+    (place / "spec" / "tiny.yaml").write_text(SPEC.replace("topk: 2", "topk: 3"))
+    data = call("cache why tiny --json").json
+    assert (data["outcome"], [row["part"] for row in data["differences"]]) == ("differs", ["spec", "schedule"])
+    assert re.search(r"spec +changed", call("cache why tiny").out)
+    assert call("cache clear --yes").out == f"removed 1 module from {place / 'cache'}\n"
+    assert call("cache ls --json").json["entries"] == []
+
+
+def test_clear_asks_first_and_clears_only_what_is_named(place: Path) -> None:
+    (place / "spec" / "other.yaml").write_text(SPEC.replace("tiny", "other"))
+    assert call("build tiny").code == call("build other").code == 0
+    refused = call("cache clear", answer="n\n")
+    assert refused.code == 1 and f"Remove 2 modules from {place / 'cache'}?" in refused.out + refused.err
+    assert call("cache clear", answer="").code == 1, "no answer is no"
+    assert len(Store().entries()) == 2
+    assert call("cache clear other", answer="y\n").code == 0
+    assert [entry.name for entry in Store().entries()] == ["tiny"]
+    result = call("cache clear other --yes")
+    assert (result.code, result.out) == (1, "")
+    assert result.err == f"other: {place / 'cache'} holds no module of this name\n"
+    assert call("cache clear tiny --yes").code == call("cache clear --yes").code == 0
+
+
+def test_a_broken_entry_is_listed_as_such(place: Path) -> None:
+    call("build tiny")
+    (stored,) = (place / "cache").glob("*/tiny.py")
+    stored.write_text("broken")
+    assert "broken, will be made again" in call("cache ls").out
+    assert call("cache why tiny --json").json["outcome"] == "broken"
+
+
+def test_a_cache_that_cannot_be_listed_is_one_message(place: Path) -> None:
+    (place / "cache").write_text("a file")
+    for command in ("cache ls", "cache clear --yes", "cache why tiny"):
+        result = call(command)
+        assert (result.code, result.out) == (1, "")
+        assert result.err.startswith("the cache directory cannot be listed: ") and result.err.count("\n") == 1
+
+
+# ---- exit codes -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "", "bogus", "explain", "explain tiny", "explain tiny -n", "explain tiny -n 0", "explain tiny -n -5",
+        "explain tiny -n many", "explain tiny -n 1.5", f"explain tiny -n {2**30 + 1}", "explain tiny -n 5 --heads 0",
+        "explain tiny -n 5 --dtype float64", "explain tiny -n 5 --bogus", "explain tiny tiny -n 5", "new", "build",
+        "check tiny --examples 0", "check tiny --seconds 0", "check tiny --seed -1", "export", "export tiny -o",
+        "cache", "cache bogus", "cache why",
+    ],
+)  # fmt: skip
+def test_wrong_usage_exits_with_2(command: str, place: Path) -> None:
+    result = call(command)
+    assert result.code == 2
+    assert re.search("Usage: llsa-gen|requires an argument", result.out + result.err)
+    assert "Traceback" not in result.err
+
+
+def test_a_process_of_its_own_exits_as_it_should(place: Path) -> None:
+    done = real("explain tiny -n 100 --json")
+    assert (done.code, done.err, done.json["n_tokens"]) == (0, "", 100)
+    failed = real("explain tinny -n 100")
+    assert (failed.code, failed.out) == (1, "")
+    assert failed.err == "spec/tinny.yaml: expected a spec file, got no such file; did you mean spec/tiny.yaml?\n"
+    assert real("explain tiny").code == 2
+
+
+def test_the_script_is_installed(place: Path) -> None:
+    script = Path(sys.executable).parent / "llsa-gen"
+    result = subprocess.run([script, "--version"], capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stdout) == (0, f"llsa-gen {__version__}\n")

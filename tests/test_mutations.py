@@ -1,0 +1,224 @@
+"""The fuzzer is proved: the templates are broken, one way at a time, and every fault is caught.
+
+A mutation replaces text of a template in a copy of the folder; when a template no longer holds that text, its test says
+so, and the mutation has to be moved along with the code. The cases are few and fixed, and the templates as they are
+pass all of them.
+"""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from examples import spec
+
+from llsa_gen import emit, fuzz
+from llsa_gen.errors import CheckFailed
+
+# 27 tokens: the last one of level 1 covers 3 of 4, the last one of level 2 as many of 12
+TAILS = fuzz.Case(spec("tails", 16, (4, 2), (3, 2)), n=27, heads=2)
+THREE_LEVELS = fuzz.Case(spec("three", 16, (2, 2), (2, 2), (3, 2)), n=33)
+# no number is given to the keys that the queries do not tell apart
+TIES = fuzz.Case(TAILS.spec, n=48, values="zero_queries")
+# the second token of level 2 has one child, and three are wanted
+FEW = fuzz.Case(spec("few", 16, (4, 4), (3, 1)), n=14, heads=4)
+# all 20 query blocks keep the same key block, and lists are cut after 8 entries
+POPULAR = fuzz.Case(spec("popular", 16, (2, 1)), n=40, popular=True)
+# few keys at the top, so that 48 queries are shared out over several programs
+SHARES = fuzz.Case(spec("shares", 16, (16, 2), (4, 1)), n=48)
+
+
+@dataclass(frozen=True)
+class Mutation:
+    name: str
+    template: str
+    changes: tuple[tuple[str, str], ...]
+    case: fuzz.Case = TAILS
+
+
+def mutation(name: str, template: str, old: str, new: str, case: fuzz.Case = TAILS) -> Mutation:
+    return Mutation(name, f"{template}.j2", ((old, new),), case)
+
+
+KERNELS = (
+    # weights
+    mutation("weight dropped", "tiles.py", "tl.log2(covered.to(tl.float32)), float", "0.0, float"),
+    mutation("weight of a tail", "tiles.py", "tl.minimum(n_tokens - token * SPAN, SPAN), 1)", "SPAN, 1)"),
+    mutation(
+        "weight of another level",
+        "walk",
+        "bias = log_weight(key, exists, n_tokens, SPAN_{{ level }})",
+        "bias = log_weight(key, exists, n_tokens, SPAN_1)",
+    ),
+    mutation(
+        "coarse dk without weight",
+        "grad_kv.py",
+        "bias = log_weight(key, exists, n_tokens, SPAN_{{ top }})",
+        'bias = tl.where(exists, 0.0, float("-inf"))',
+    ),
+    # the softmax
+    mutation("sum not rescaled", "tiles.py", "total * shrink +", "total +"),
+    mutation("values not rescaled", "tiles.py", "acc * tl.expand_dims(shrink, -1)", "acc"),
+    mutation("lse in base 2", "attend.py", "(peak + tl.log2(total)) * LN2", "peak + tl.log2(total)"),
+    # tails
+    mutation("last coarse key", "walk", "exists = key < n_l{{ level }}", "exists = key < n_l{{ level }} - 1"),
+    mutation("keys that do not exist", "walk", 'tl.where(exists, 0.0, float("-inf"))', "tl.where(exists, 0.0, 0.0)"),
+    mutation("last query", "grad_kv.py", "* rows_per_split, n_tokens)", "* rows_per_split, n_tokens - 1)", SHARES),
+    # pooling and un-pooling
+    mutation(
+        "mean of a tail",
+        "pool.py",
+        "tl.minimum(n_tokens - token * SPAN_{{ low }}, SPAN_{{ low }}).to",
+        "(token * 0 + SPAN_{{ low }}).to",
+    ),
+    mutation(
+        "tokens under a coarse gradient",
+        "grad_kv.py",
+        "tl.minimum(n_tokens - key * SPAN_{{ level }}, SPAN_{{ level }}).to",
+        "(key * 0 + SPAN_{{ level }}).to",
+    ),
+    mutation(
+        "tokens under the top's gradient",
+        "grad_kv.py",
+        "tl.minimum(n_tokens - key * SPAN_{{ top }}, SPAN_{{ top }}).to",
+        "(key * 0 + SPAN_{{ top }}).to",
+    ),
+    mutation(
+        "coarse dk not handed down",
+        "grad_kv.py",
+        "grad_k += load_rows(grad_k_l{{ above }}_ptr + to_above, coarse, HEAD_DIM, exists)",
+        "grad_k += 0.0",
+    ),
+    mutation("sums of another tensor", "pool.py", "(tensor.to(tl.int64) * heads + head)", "(head * 1)", THREE_LEVELS),
+    # selection
+    mutation(
+        "last of the best dropped",
+        "select.py",
+        "tl.where(best == EMPTY, -1,",
+        "tl.where((best == EMPTY) | (place == width - 1)[None, :], -1,",
+    ),
+    Mutation(
+        "ties to the higher index",
+        "select.py.j2",
+        (
+            ("(0x7FFFFFFF - token).to(tl.int64)", "token.to(tl.int64)"),
+            ("0x7FFFFFFF - (best & 0x7FFFFFFF)", "best & 0x7FFFFFFF"),
+        ),
+        TIES,
+    ),
+    mutation(
+        "too few filled with a token", "select.py", "tl.where(best == EMPTY, -1,", "tl.where(best == EMPTY, 0,", FEW
+    ),
+    mutation("order of negative scores", "select.py", "bits ^ 0x7FFFFFFF", "bits"),
+    mutation("list of another block", "walk", "tl.minimum(block, n_l1 - 1)[:, None]", "tl.minimum(block, 0)[:, None]"),
+    # gradients
+    mutation("delta missing in dq", "grad_q.py", "dp - {{ rows.delta }}", "dp"),
+    mutation("delta missing in dk", "grad_kv.py", "dp - delta[None, :]", "dp"),
+    mutation("scale missing in dk", "grad_kv.py", "return grad_k * scale, grad_v", "return grad_k, grad_v"),
+    mutation(
+        "inverted lists off by one",
+        "invert.py",
+        "tl.broadcast_to(row[:, None], keeps.shape)",
+        "tl.broadcast_to(tl.maximum(row - 1, 0)[:, None], keeps.shape)",
+    ),
+    mutation(
+        "extra parts dropped",
+        "grad_kv.py",
+        "for part in range(tl.load(extra_ptr), tl.load(extra_ptr + 1)):",
+        "for part in range(tl.load(extra_ptr), tl.load(extra_ptr)):",
+        POPULAR,
+    ),
+    mutation("strides of another tensor", "host.py", "*strided(k), *strided(v)", "*strided(k), v, *strided(k)[1:]"),
+)
+
+TORCH = (
+    mutation("weight dropped", "cpu.py", ".clamp(max=SPANS[level]).float().log()", ".clamp(max=1).float().log()"),
+    mutation("weight of a tail", "cpu.py", "(n_tokens - token * SPANS[level])", "(n_tokens + 0 * token)"),
+    mutation("mean of a tail", "cpu.py", "covered_tokens(level, x.shape[1], x.device)[:, None])", "SPANS[level])"),
+    mutation(
+        "tokens under a coarse gradient",
+        "cpu.py",
+        "1.0 / covered_tokens(level, n_tokens, q.device)[above]",
+        "1.0 / torch.full_like(above, SPANS[level])",
+    ),
+    mutation("lists of another level", "cpu.py", "SPANS[1] // SPANS[level + 1]", "SPANS[1] // SPANS[-1]"),
+    mutation(
+        "last of the best dropped",
+        "cpu.py",
+        "torch.where(best == EMPTY.value, -1,",
+        "torch.where((best == EMPTY.value) | (torch.arange(width) == width - 1), -1,",
+    ),
+    mutation("too few filled with a token", "cpu.py", "(best == EMPTY.value, -1,", "(best == EMPTY.value, 0,"),
+    mutation("keys that do not exist", "cpu.py", "(child >= 0) & (child < n_tokens)", "child >= 0"),
+    mutation("scale missing", "cpu.py", "queries @ k.mT * scale", "queries @ k.mT"),
+    mutation("shared keys counted once", "cpu.py", ".index_add_(0,", ".index_copy_(0,"),
+    Mutation(
+        "ties to the higher index",
+        "cpu.py.j2",
+        (
+            ("(0x7FFFFFFF - token[:, :, None])", "token[:, :, None]"),
+            ("0x7FFFFFFF - (best & 0x7FFFFFFF)", "best & 0x7FFFFFFF"),
+        ),
+    ),
+    mutation("order of negative scores", "cpu.py", "bits ^ 0x7FFFFFFF", "bits"),
+)
+
+
+@contextmanager
+def templates(folder: Path) -> Iterator[None]:
+    """Emit from the templates in `folder`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(emit, "TEMPLATES", folder)
+        emit.environment.cache_clear()
+        yield
+    emit.environment.cache_clear()
+
+
+@contextmanager
+def broken(fault: Mutation, folder: Path) -> Iterator[None]:
+    """Emit from a copy of the templates, in `folder`, with a fault in it."""
+    shutil.copytree(emit.TEMPLATES, folder)
+    file = folder / fault.template
+    text = file.read_text()
+    for old, new in fault.changes:
+        assert old in text, f"{fault.template} no longer holds {old!r}: break it in another way"
+        text = text.replace(old, new)
+    file.write_text(text)
+    with templates(folder):
+        yield
+
+
+def by_name(fault: Mutation) -> str:
+    return fault.name
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("case", sorted({fault.case for fault in KERNELS}, key=repr), ids=lambda case: case.spec.name)
+def test_the_kernels_as_they_are_pass(case: fuzz.Case) -> None:
+    fuzz.run(case).raise_if_failed()
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("fault", KERNELS, ids=by_name)
+def test_a_fault_in_the_kernels_is_caught(fault: Mutation, tmp_path: Path) -> None:
+    with broken(fault, tmp_path / "templates"):
+        outcome = fuzz.run(fault.case)
+    assert outcome.failures
+
+
+# What `fuzz.check` draws for one spec, without any case of ours.
+DRAWN = spec("drawn", 16, (5, 4), (3, 1), (2, 3))
+
+
+def test_the_torch_path_as_it_is_passes() -> None:
+    assert fuzz.check(DRAWN, examples=40, seed=1).examples == 40
+
+
+@pytest.mark.parametrize("fault", TORCH, ids=by_name)
+def test_a_fault_in_the_torch_path_is_found(fault: Mutation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fuzz, "SHRINKING_SECONDS", 1.0)
+    with broken(fault, tmp_path / "templates"), pytest.raises(CheckFailed) as caught:
+        fuzz.check(DRAWN, examples=40, seed=1)
+    assert "TemplateError" not in caught.value.message
