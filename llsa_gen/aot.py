@@ -5,7 +5,6 @@ constexprs), so the binaries are the ones that run later, and Triton's cache on 
 """
 
 import hashlib
-import inspect
 import json
 import os
 import shlex
@@ -24,15 +23,14 @@ import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel, make_backend
-from triton.compiler.errors import CompilationError
-from triton.runtime.jit import JITFunction, create_function_from_signature
+from triton.runtime.jit import create_function_from_signature
 
 from llsa_gen import emit, schedule
 from llsa_gen.binary import ASSEMBLY, resources
 from llsa_gen.compiler import Attention
 from llsa_gen.errors import KernelCompileError
+from llsa_gen.failure import locate
 from llsa_gen.launches import Launch, dtype_name, module_of, record
-from llsa_gen.origin import origin
 from llsa_gen.spec import load
 
 __all__ = ["Launch", "Report", "compile_kernels", "export", "gpu_target", "record"]
@@ -187,21 +185,7 @@ def _failure(
     error: Exception, launch: Launch, module: ModuleType, target: str, dtype: torch.dtype | str, n_tokens: int | None
 ) -> KernelCompileError:
     """A Triton error, told with the place in the generated module and in the template that it comes from."""
-    chain: list[BaseException] = []
-    link: BaseException | None = error
-    while link is not None:
-        chain.append(link)
-        link = link.__cause__
-    function, line = launch.function, _definition(launch.function)
-    inside = {value.src: value for value in vars(module).values() if isinstance(value, JITFunction)}
-    for link in chain:  # the deepest place that is in the module: below it there may be functions of triton.language
-        if isinstance(link, CompilationError) and link.src in inside:
-            function = inside[link.src]
-            line = _definition(function) + getattr(link.node, "lineno", 1) - 1
-    said = (link.error_message if isinstance(link, CompilationError) else str(link) for link in reversed(chain))
-    reason = next((" ".join(text.split()) for text in said if text), type(error).__name__)
-    if function is not launch.function:
-        reason = f"in {function.__name__}: {reason}"
+    failure = locate(error, module, launch.function)
     spec = load(module.SPEC)
     length = "" if n_tokens is None else f", {n_tokens}"
     code = (
@@ -210,19 +194,13 @@ def _failure(
         f"{target!r}, {dtype_name(dtype)!r}{length}, kernels=[{launch.kernel!r}])"
     )
     return KernelCompileError(
-        f"{target}, {dtype_name(dtype)}: {type(error).__name__}: {reason[:400]}",
+        f"{target}, {dtype_name(dtype)}: {type(error).__name__}: {failure.reason}",
         launch.kernel,
-        line,
-        origin(inspect.getsource(module), line).template,
+        failure.line,
+        failure.template,
         spec.name,
         f"python -c {shlex.quote(code)}",
     )
-
-
-def _definition(function: JITFunction[Any]) -> int:
-    """The line, from 1, of `def`, which is where Triton counts from: decorators stand above it."""
-    above = next(at for at, line in enumerate(function.raw_src) if line.lstrip().startswith("def "))
-    return function.starting_line_number + above
 
 
 # ---- files --------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from llsa_gen import emit, schedule
+from llsa_gen.errors import KernelCompileError
 from llsa_gen.loading import load_text
 from llsa_gen.plan import Plan, lower
 from llsa_gen.spec import Spec, load
@@ -45,11 +46,31 @@ class Attention:
         1/sqrt(D) unless given. With `return_lse` also the natural logarithm of the sum of weights, [B, H, N] float32,
         without gradient. Raises TypeError or ValueError naming the argument, what came and what was expected.
         """
-        return self.module.attention(q, k, v, scale=scale, return_lse=return_lse)
+        try:
+            return self.module.attention(q, k, v, scale=scale, return_lse=return_lse)
+        except Exception as error:
+            raise self._explained(error) from error.__cause__
 
     def select(self, q: "Tensor", k: "Tensor") -> "tuple[Tensor, ...]":
         """Kept key tokens of each level, finest first: int32 [B, H, T_l, width], -1 where fewer."""
-        return self.module.select(q, k)
+        try:
+            return self.module.select(q, k)
+        except Exception as error:
+            raise self._explained(error) from error.__cause__
+
+    def _explained(self, error: Exception) -> Exception:
+        """A failed Triton compile, told in terms of the templates; any other error as it is."""
+        from triton.compiler.errors import CompilationError  # not before it is there anyway
+
+        if not isinstance(error, CompilationError):
+            return error
+        from llsa_gen.failure import locate
+
+        found = locate(error, self.module)
+        reproduce = f"python -c 'import llsa_gen; print(llsa_gen.compile({self.spec.canonical()!r}))'"
+        return KernelCompileError(
+            found.reason, found.function, found.line, found.template, self.spec.name, reproduce
+        ).with_traceback(error.__traceback__)
 
     def __reduce__(self) -> "tuple[object, tuple[Spec]]":
         """Copies and pickles, as part of a model for example, are the operator compiled from the same spec."""

@@ -9,10 +9,10 @@ from rich.table import Table
 from rich.text import Text
 
 from llsa_gen.cost import Cost, Totals, dense, evaluate
+from llsa_gen.errors import LlsaGenError
 from llsa_gen.growth import growth, top_share, with_another_level
 from llsa_gen.plan import Kernel, lower
 from llsa_gen.schedule import schedule, target
-from llsa_gen.sizes import MAX_TOKENS
 from llsa_gen.spec import Spec
 from llsa_gen.units import human_bytes, human_flops
 
@@ -33,16 +33,18 @@ Data = dict[str, Any]
 def explain(spec: Spec, n_tokens: int, heads: int, dtype: str) -> Data:
     """All that is known about the cost of a spec at a length, for `heads` heads (B*H), as data that json can write.
 
-    FLOPs and bytes are counted as `llsa_gen.cost` says. Raises ValueError for a length out of range.
+    FLOPs and bytes are counted as `llsa_gen.cost` says. Raises LlsaGenError for a length that the operator refuses.
     """
-    if not 1 <= n_tokens <= MAX_TOKENS:
-        raise ValueError(f"n: expected 1 to {MAX_TOKENS} tokens, got {n_tokens}")
     cost = _cost(spec, dtype)
+    longest = cost.plan.max_tokens
+    if not 1 <= n_tokens <= longest:
+        raise LlsaGenError(f"n: expected 1 to {longest} tokens, the most that {spec.name} takes, got {n_tokens}")
     grows = growth(cost)
     sparse, full = _totals(cost.totals, n_tokens, heads), _totals(dense(spec.head_dim, cost.element), n_tokens, heads)
     return {
         "spec": spec.name,
         "n_tokens": n_tokens,
+        "max_tokens": longest,
         "heads": heads,
         "head_dim": spec.head_dim,
         "dtype": dtype,
@@ -132,8 +134,8 @@ def tables(data: Data) -> RenderableType:
     parts: list[RenderableType] = [Text(f"{head}\n", style="bold"), _levels_table(data), Text(), _cost_table(data)]
     grows = data["growth"]
     beyond = f"The quadratic part is the larger one beyond {grows['quadratic_beyond']:,} tokens"
-    if grows["quadratic_beyond"] > MAX_TOKENS:
-        beyond = f"The quadratic part stays the smaller one up to {MAX_TOKENS:,} tokens, the most there can be"
+    if grows["quadratic_beyond"] > data["max_tokens"]:
+        beyond = f"The quadratic part stays the smaller one up to {data['max_tokens']:,} tokens, the most there can be"
     parts.append(Text.assemble(("\nGrowth  ", "bold"), grows["text"], ", dense attention N^2"))
     parts.append(Text(f"        {beyond}"))
     parts.append(Text(f"        With a level more whenever N grows by a block: {grows['with_more_levels']}"))

@@ -1,9 +1,10 @@
 """What a case's results should be, and how far from that they may be.
 
-The truth is the formula of docs/semantics.md and its derivatives written out, in float64, a chunk of queries at a time, so
-that long sequences fit too; weights, pooling and selection are those of `llsa_gen.reference`, and the tests compare it
-with autograd through `reference.attention`. With each result comes its *size*: the same sum with the absolute value of
-every term. It is what rounding errors are proportional to, also where the terms cancel and little or nothing remains.
+The truth is the formula of docs/semantics.md and its derivatives, in float64, a chunk of queries at a time, so that
+long sequences fit too; weights, pooling and selection are those of `llsa_gen.reference`, and the tests compare it
+with autograd through `reference.attention`. With each result comes its *size*: the same sum with the absolute value
+of every term. It is what rounding errors are proportional to, also where the terms cancel and little or nothing
+remains.
 """
 
 from __future__ import annotations
@@ -132,7 +133,7 @@ def judge_lse(case: Case, lse: Tensor, true: Truth) -> Verdict:
 
 
 def judge(case: Case, name: str, found: Tensor, true: Truth, torchs: Mapping[str, Tensor] | None) -> list[Verdict]:
-    """`found`, one of o, dq, dk, dv, by the two rules of docs/semantics.md; `torchs` is the `yardstick`, None to do without.
+    """`found`, one of o, dq, dk, dv, by the two rules of docs/semantics.md; `torchs` is the `yardstick` or None.
 
     On standard normal inputs the error is at most `reference.tolerance` times the norm of the truth. Where almost
     everything cancels in the truth (one key, so that dq and dk are zero), a part of its size stands for it: 1/256,

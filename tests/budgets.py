@@ -129,6 +129,8 @@ def main() -> int:
     options = parser.parse_args()
     only = set(options.only)
     chosen = [cell for cell in CELLS if all(not only & set(kind) or name in only for kind, name in _kinds(cell))]
+    for cell in CELLS:  # now, and not in the workers: so all measure the same templates, even if somebody edits them
+        _launched(cell)
     content = stored()
     budgets: dict[str, dict[str, Row]] = content["budgets"]
     with ProcessPoolExecutor(options.jobs) as pool:

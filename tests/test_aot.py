@@ -286,6 +286,27 @@ def test_a_kernel_that_does_not_compile_is_told_with_its_place_and_its_template(
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)
 
 
+def test_a_kernel_that_fails_at_its_first_launch_names_its_template(monkeypatch: pytest.MonkeyPatch) -> None:
+    good = shipped("topk_l2")
+    text = good.source.replace("slot = place // BLOCK", "slot = places // BLOCK")
+    assert text != good.source
+    module = load_text("topk_l2", hashlib.sha256(text.encode()).hexdigest(), text)
+    with pytest.raises(KernelCompileError) as caught:
+        aot.compile_kernels(module, "cuda:90", torch.bfloat16, kernels=["attend_kernel"])
+    triton_error = caught.value.__cause__
+    assert triton_error is not None
+
+    def launch(*args: object, **kwargs: object) -> None:
+        raise triton_error
+
+    monkeypatch.setattr(module, "attention", launch)
+    q = torch.zeros(1, 1, 3, 64)
+    with pytest.raises(KernelCompileError, match=r"tiles\.py\.j2") as caught:
+        Attention(good.spec, module, text, None)(q, q, q)
+    assert caught.value.line == text.splitlines().index("    slot = places // BLOCK") + 1
+    assert "spec topk_l2" in str(caught.value) and "reproduce" in str(caught.value)
+
+
 def test_an_assembler_that_fails_is_told_too(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: object, **kwargs: object) -> None:
         raise RuntimeError("PassManager::run failed\nsomewhere")

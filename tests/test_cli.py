@@ -282,6 +282,16 @@ def test_explain_prints_the_plan(place: Path) -> None:
         assert re.search(rf"^ ?{name} +{re.escape('[' + ', '.join(buffer['shape']) + ']')} ", result.out, re.MULTILINE)
 
 
+def test_a_length_that_the_operator_refuses_is_one_message(place: Path) -> None:
+    (place / "spec" / "tiny.yaml").write_text(SPEC.replace("topk: 2", "topk: 512"))
+    most = lower(load("spec/tiny.yaml")).max_tokens
+    assert call(f"explain tiny -n {most}").code == 0
+    for command in ("explain", "build"):
+        result = call(f"{command} tiny -n {most + 1}")
+        assert (result.code, result.err.count("\n")) == (1, 1)
+        assert result.err.startswith(f"n: expected 1 to {most} tokens, the most that tiny takes, got {most + 1}")
+
+
 # ---- build and export -------------------------------------------------------------------------------------------
 
 

@@ -217,3 +217,13 @@ def test_a_stream_of_its_own() -> None:
         found = results(attention, inputs)
     torch.cuda.synchronize()
     assert all(fuzz.same_bits(x, y) for x, y in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("values", ["normal", "integers"])
+def test_large_top_k(values: fuzz.Values, dtype: fuzz.DType) -> None:
+    """More is kept than a sorting network holds: the rank of the last one is searched, ties included."""
+    levels = (llsa_gen.Level(block=8, topk=512), llsa_gen.Level(block=32, topk=100))
+    spec = llsa_gen.Spec(name="large_k", head_dim=32, levels=levels)
+    for n in (700, 9000, 33_000):
+        fuzz.run(fuzz.Case(spec, n=n, dtype=dtype, values=values, device="cuda")).raise_if_failed()

@@ -20,7 +20,8 @@ from llsa_gen.errors import CheckFailed
 # 27 tokens: the last one of level 1 covers 3 of 4, the last one of level 2 as many of 12
 TAILS = fuzz.Case(spec("tails", 16, (4, 2), (3, 2)), n=27, heads=2)
 THREE_LEVELS = fuzz.Case(spec("three", 16, (2, 2), (2, 2), (3, 2)), n=33)
-# no number is given to the keys that the queries do not tell apart
+HALF = fuzz.Case(spec("half", 16, (64, 1)), n=190, dtype="float16")
+# every score is the same
 TIES = fuzz.Case(TAILS.spec, n=48, values="zero_queries")
 # the second token of level 2 has one child, and three are wanted
 FEW = fuzz.Case(spec("few", 16, (4, 4), (3, 1)), n=14, heads=4)
@@ -28,6 +29,7 @@ FEW = fuzz.Case(spec("few", 16, (4, 4), (3, 1)), n=14, heads=4)
 POPULAR = fuzz.Case(spec("popular", 16, (2, 1)), n=40, popular=True)
 # few keys at the top, so that 48 queries are shared out over several programs
 SHARES = fuzz.Case(spec("shares", 16, (16, 2), (4, 1)), n=48)
+STRIDES = fuzz.Case(TAILS.spec, n=13, heads=2, layouts=("contiguous", "transposed", "contiguous", "contiguous"))
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,13 @@ KERNELS = (
         "grad_k += load_rows(grad_k_l{{ above }}_ptr + to_above, coarse, HEAD_DIM, exists)",
         "grad_k += 0.0",
     ),
+    mutation(
+        "sums in half precision",
+        "pool.py",
+        "total += load_rows(x_ptr, row, stride_n, inside & (row < n_tokens)).to(tl.float32)",
+        "total = (total + load_rows(x_ptr, row, stride_n, inside & (row < n_tokens))).to(tl.float16).to(tl.float32)",
+        HALF,
+    ),
     mutation("sums of another tensor", "pool.py", "(tensor.to(tl.int64) * heads + head)", "(head * 1)", THREE_LEVELS),
     # selection
     mutation(
@@ -130,7 +139,9 @@ KERNELS = (
         "for part in range(tl.load(extra_ptr), tl.load(extra_ptr)):",
         POPULAR,
     ),
-    mutation("strides of another tensor", "host.py", "*strided(k), *strided(v)", "*strided(k), v, *strided(k)[1:]"),
+    mutation(
+        "strides of another tensor", "host.py", "*strided(k), *strided(v)", "*strided(k), v, *strided(k)[1:]", STRIDES
+    ),
 )
 
 TORCH = (
@@ -201,6 +212,7 @@ def test_the_kernels_as_they_are_pass(case: fuzz.Case) -> None:
 
 
 @pytest.mark.interpret
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numbers that a fault makes
 @pytest.mark.parametrize("fault", KERNELS, ids=by_name)
 def test_a_fault_in_the_kernels_is_caught(fault: Mutation, tmp_path: Path) -> None:
     with broken(fault, tmp_path / "templates"):
