@@ -27,7 +27,7 @@ SPEC = {
     "name": "llsa_l2",
     "reweight": True,
 }
-OPERATOR = "llsa_l2_a7af788f56d8d9e0"  # in torch.ops.llsa: the name of the spec and the hash of this text
+OPERATOR = "llsa_l2_b6fdefe644bbfc7b"  # in torch.ops.llsa: the name of the spec and the hash of this text
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 MAX_TOKENS = 1073741824  # tokens and the entries of index lists are counted in 32 bits
 
@@ -125,6 +125,19 @@ def log_weight(token, inside, n_tokens, SPAN: tl.constexpr):
 
 
 @triton.jit
+def add_product(a, b, acc):
+    """acc + a b, in float32.
+
+    A tile of float32 products is summed on its own first: many equal terms, added one by one to a large sum, would all
+    be rounded the same way. Half precision has no use for such care, and matrix units add to `acc` for nothing.
+    """
+    if a.dtype == tl.float32:
+        return acc + tl.dot(a, b, input_precision="ieee")
+    else:
+        return tl.dot(a, b, acc)
+
+
+@triton.jit
 def softmax_step(logits, v, peak, total, acc):
     """Fold one tile of keys into the running softmax of its rows.
 
@@ -135,7 +148,7 @@ def softmax_step(logits, v, peak, total, acc):
     p = tl.exp2(logits - tl.expand_dims(new_peak, -1))
     shrink = tl.exp2(peak - new_peak)
     total = total * shrink + tl.sum(p, len(logits.shape) - 1)
-    acc = tl.dot(p.to(v.dtype), v, acc * tl.expand_dims(shrink, -1), input_precision="ieee")
+    acc = add_product(p.to(v.dtype), v, acc * tl.expand_dims(shrink, -1))
     return new_peak, total, acc
 
 
@@ -565,7 +578,7 @@ def grad_q_kernel(
         logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2e + bias[None, :]
         p = tl.exp2(logits - peak[:, None]) * inverse[:, None]
         dp = tl.dot(grad_o, tl.trans(v), input_precision="ieee")
-        grad_q = tl.dot((p * (dp - delta[:, None])).to(k.dtype), k, grad_q, input_precision="ieee")
+        grad_q = add_product((p * (dp - delta[:, None])).to(k.dtype), k, grad_q)
 
     # level 1: the children of what the queries' level-2 token keeps
     k_base = k_l1_ptr + head * n_l1 * HEAD_DIM
@@ -579,7 +592,7 @@ def grad_q_kernel(
         logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2e + bias[None, :]
         p = tl.exp2(logits - peak[:, None]) * inverse[:, None]
         dp = tl.dot(grad_o, tl.trans(v), input_precision="ieee")
-        grad_q = tl.dot((p * (dp - delta[:, None])).to(k.dtype), k, grad_q, input_precision="ieee")
+        grad_q = add_product((p * (dp - delta[:, None])).to(k.dtype), k, grad_q)
 
     q_blocks = tl.reshape(q, [GROUP, BLOCK_M, PAD_DIM])
     grad_o_blocks = tl.reshape(grad_o, [GROUP, BLOCK_M, PAD_DIM])
@@ -599,7 +612,7 @@ def grad_q_kernel(
         logits = tl.dot(q_blocks, tl.permute(k, (0, 2, 1)), input_precision="ieee") * scale_log2e + bias[:, None, :]
         p = tl.exp2(logits - peak) * inverse
         dp = tl.dot(grad_o_blocks, tl.permute(v, (0, 2, 1)), input_precision="ieee")
-        grad_q = tl.dot((p * (dp - delta)).to(k.dtype), k, grad_q, input_precision="ieee")
+        grad_q = add_product((p * (dp - delta)).to(k.dtype), k, grad_q)
     grad_q = tl.reshape(grad_q, [GROUP * BLOCK_M, PAD_DIM])
 
     store_rows(grad_q_ptr + head * n_tokens * HEAD_DIM, token, HEAD_DIM, inside, grad_q * scale)
@@ -610,9 +623,9 @@ def grad_step(q, grad_o, k, v, bias, scale_log2e, peak, inverse, delta, grad_k, 
     """Add a tile of queries [M] to the gradients of a tile of keys [N]: dv += p^T do, dk += p^T (do.v - delta) q."""
     logits = tl.dot(k, tl.trans(q), input_precision="ieee") * scale_log2e + bias[:, None]
     p = tl.exp2(logits - peak[None, :]) * inverse[None, :]
-    grad_v = tl.dot(p.to(q.dtype), grad_o, grad_v, input_precision="ieee")
+    grad_v = add_product(p.to(q.dtype), grad_o, grad_v)
     dp = tl.dot(v, tl.trans(grad_o), input_precision="ieee")
-    grad_k = tl.dot((p * (dp - delta[None, :])).to(q.dtype), q, grad_k, input_precision="ieee")
+    grad_k = add_product((p * (dp - delta[None, :])).to(q.dtype), q, grad_k)
     return grad_k, grad_v
 
 

@@ -26,7 +26,7 @@ SPEC = {
     "name": "topk_l1",
     "reweight": True,
 }
-OPERATOR = "topk_l1_96c89d2842de5d7c"  # in torch.ops.llsa: the name of the spec and the hash of this text
+OPERATOR = "topk_l1_3c851ba85356ac98"  # in torch.ops.llsa: the name of the spec and the hash of this text
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 MAX_TOKENS = 1073741824  # tokens and the entries of index lists are counted in 32 bits
 
@@ -105,6 +105,19 @@ def children(kept_ptr, place, width, n_tokens, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def add_product(a, b, acc):
+    """acc + a b, in float32.
+
+    A tile of float32 products is summed on its own first: many equal terms, added one by one to a large sum, would all
+    be rounded the same way. Half precision has no use for such care, and matrix units add to `acc` for nothing.
+    """
+    if a.dtype == tl.float32:
+        return acc + tl.dot(a, b, input_precision="ieee")
+    else:
+        return tl.dot(a, b, acc)
+
+
+@triton.jit
 def softmax_step(logits, v, peak, total, acc):
     """Fold one tile of keys into the running softmax of its rows.
 
@@ -115,7 +128,7 @@ def softmax_step(logits, v, peak, total, acc):
     p = tl.exp2(logits - tl.expand_dims(new_peak, -1))
     shrink = tl.exp2(peak - new_peak)
     total = total * shrink + tl.sum(p, len(logits.shape) - 1)
-    acc = tl.dot(p.to(v.dtype), v, acc * tl.expand_dims(shrink, -1), input_precision="ieee")
+    acc = add_product(p.to(v.dtype), v, acc * tl.expand_dims(shrink, -1))
     return new_peak, total, acc
 
 
@@ -418,7 +431,7 @@ def grad_q_kernel(
         logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2e + bias[None, :]
         p = tl.exp2(logits - peak[:, None]) * inverse[:, None]
         dp = tl.dot(grad_o, tl.trans(v), input_precision="ieee")
-        grad_q = tl.dot((p * (dp - delta[:, None])).to(k.dtype), k, grad_q, input_precision="ieee")
+        grad_q = add_product((p * (dp - delta[:, None])).to(k.dtype), k, grad_q)
 
     store_rows(grad_q_ptr + head * n_tokens * HEAD_DIM, token, HEAD_DIM, inside, grad_q * scale)
 
@@ -428,9 +441,9 @@ def grad_step(q, grad_o, k, v, bias, scale_log2e, peak, inverse, delta, grad_k, 
     """Add a tile of queries [M] to the gradients of a tile of keys [N]: dv += p^T do, dk += p^T (do.v - delta) q."""
     logits = tl.dot(k, tl.trans(q), input_precision="ieee") * scale_log2e + bias[:, None]
     p = tl.exp2(logits - peak[None, :]) * inverse[None, :]
-    grad_v = tl.dot(p.to(q.dtype), grad_o, grad_v, input_precision="ieee")
+    grad_v = add_product(p.to(q.dtype), grad_o, grad_v)
     dp = tl.dot(v, tl.trans(grad_o), input_precision="ieee")
-    grad_k = tl.dot((p * (dp - delta[None, :])).to(q.dtype), q, grad_k, input_precision="ieee")
+    grad_k = add_product((p * (dp - delta[None, :])).to(q.dtype), q, grad_k)
     return grad_k, grad_v
 
 

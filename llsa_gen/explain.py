@@ -157,7 +157,7 @@ def _levels_table(data: Data) -> Table:
     most = "" if data["keys"]["exact"] else "at most "
     table.add_section()
     table.add_row("all", "", "", "", "", "", f"{most}{keys:,}", "100.0%")
-    table.add_row("dense attention", "", "", "", "", "", f"{n_tokens:,}", "")
+    table.add_row("dense", "", "", "", "", "", f"{n_tokens:,}", "")
     return table
 
 
@@ -167,6 +167,7 @@ def _cost_table(data: Data) -> Table:
         human = human_flops if name.endswith("flops") else human_bytes
         ratio = data["dense_over_cost"].get(name)
         table.add_row(NAMES[name], human(value), human(data["dense"][name]), f"{ratio:,.3g}x" if ratio else "-")
+    table.caption, table.caption_justify = "* beside q, k, v and o, which both save", "left"
     return table
 
 
@@ -175,7 +176,7 @@ NAMES = {
     "backward_flops": "FLOPs, backward",
     "forward_bytes_moved": "bytes moved, forward",
     "backward_bytes_moved": "bytes moved, backward",
-    "saved_bytes": "saved for the backward pass, beside q, k, v, o",
+    "saved_bytes": "saved for the backward pass *",
     "forward_scratch_bytes": "scratch, forward",
     "backward_scratch_bytes": "scratch, backward",
 }

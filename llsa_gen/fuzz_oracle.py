@@ -140,8 +140,8 @@ def judge(case: Case, name: str, found: Tensor, true: Truth, torchs: Mapping[str
     less than what remains when terms merely have random signs. In float32 that allows 0.7 roundoffs of the size.
 
     On any inputs the error is at most twice that of the yardstick, which may by luck have none at all (a softmax over
-    one key is exactly 1), and so two roundoffs of the size more: what the last two operations of a sum may lose. A
-    mistake in the formula changes results by a fraction of their norm, some 10^4 times as much in float32. Where the
+    one key is exactly 1, equal terms may add up without rounding), and so eight roundoffs of the size more: four are
+    a GPU's exponential (2 ulp), the others what the division and the last operations of a sum may lose. A mistake in the formula changes results by a fraction of their norm, some 10^4 times as much in float32. Where the
     yardstick overflows (float16 does), the roundoff of the logits takes its place.
     """
     dtype, size, roundoff = case.torch_dtype, _norm(true.sizes[name]), torch.finfo(case.torch_dtype).eps / 2
@@ -154,7 +154,7 @@ def judge(case: Case, name: str, found: Tensor, true: Truth, torchs: Mapping[str
         torch_error = _norm(torchs[name].double() - true.values[name])
         if math.isfinite(torch_error):
             verdicts.append(
-                Verdict(error, 2 * torch_error + 2 * roundoff * size, "twice torch's own error in that dtype")
+                Verdict(error, 2 * torch_error + 8 * roundoff * size, "twice torch's own error in that dtype")
             )
         else:
             logits = 16 * 2.0**-24 * float(true.sizes["lse"].max())

@@ -24,6 +24,9 @@ BRANCHES = (
     spec("l2_unweighted", 16, (6, 2), (2, 3), reweight=False),
     spec("l2_wide", 16, (64, 2), (2, 1)),
     spec("l2_wide_above", 16, (2, 3), (30, 1)),
+    # a K too large to sort for, at the top and below it
+    spec("l1_large", 8, (2, 65)),
+    spec("l2_large", 8, (2, 65), (70, 1)),
     # three: the pyramid goes on after its first two levels; levels between others left out
     spec("l3", 16, (4, 2), (2, 3), (3, 2)),
     spec("l3_outer", 16, (3, 2), (2, 2), (3, 2), enrich=(1, 3)),

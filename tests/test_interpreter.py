@@ -38,6 +38,8 @@ def test_the_specs_take_every_branch() -> None:
         (False, False, True, False, False),
         (False, False, True, False, True),
     }
+    sorting = {(level == plan.top, level in plan.sorted_levels) for plan in plans for level in plan.levels}
+    assert sorting == {(True, True), (True, False), (False, True), (False, False)}
     assert {len(plan.pool_steps[-1]) for plan in plans if plan.top > 2} == {1, 2}
     assert {plan.spec.reweight for plan in plans if plan.attends_top and plan.top > 1} == {True, False}
     above = {(level > 0, plan.enriched_above(level) is not None) for plan in plans for level in plan.listed}
@@ -48,6 +50,8 @@ def test_the_specs_take_every_branch() -> None:
 def test_kernels_agree_with_the_reference(chosen: Spec) -> None:
     # two blocks of the second level and one token more, so that every level has a tail
     n = chosen.span(min(2, chosen.num_levels)) * 2 + 1
+    if max(level.topk for level in chosen.levels) > 64:
+        n = 139  # 70 candidates, and one block of them
     fuzz.run(fuzz.Case(chosen, n=37 if n < 20 else n, layouts=MIXED)).raise_if_failed()
 
 
@@ -61,7 +65,9 @@ def test_lengths_around_one_token_of_the_top(n: int) -> None:
     fuzz.run(fuzz.Case(spec("l2", 16, (4, 2), (3, 2)), n=n, batch=2)).raise_if_failed()
 
 
-@pytest.mark.parametrize("chosen", [BRANCHES[i] for i in (1, 5, 11, 13, 16)], ids=by_name)
+@pytest.mark.parametrize(
+    "chosen", [chosen for chosen in BRANCHES if chosen.name in ("l1_none", "l2", "l3", "l3_outer", "l4")], ids=by_name
+)
 def test_popular_keys_are_shared_out(chosen: Spec, monkeypatch: pytest.MonkeyPatch) -> None:
     # Lists are cut into parts where they are long: here, where they are longer than two.
     for target in compile(chosen).module.SCHEDULES.values():

