@@ -14,7 +14,6 @@ at its end; there are T_l = ceil(N / P_l). Each query token of a level keeps at 
 
 import contextlib
 import functools
-import math
 
 import torch
 import triton
@@ -28,8 +27,9 @@ SPEC = {
     "name": "llsa_l3",
     "reweight": True,
 }
-OPERATOR = "llsa_l3_552811f3c4caef0b"  # in torch.ops.llsa: the name of the spec and the hash of this text
+OPERATOR = "llsa_l3_ef507d35bcf51d6a"  # in torch.ops.llsa: the name of the spec and the hash of this text
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
+MAX_SCALE = 3.0e38  # of float32, in which the kernels compute
 MAX_TOKENS = 1073741824  # tokens and the entries of index lists are counted in 32 bits
 
 HEAD_DIM = tl.constexpr(64)  # D
@@ -1897,7 +1897,7 @@ def register():
     return library
 
 
-LIBRARY = register()
+LIBRARY = register() or globals().get("LIBRARY")  # which a reload of this module must not drop
 
 
 def check(tensors):
@@ -1906,14 +1906,14 @@ def check(tensors):
     for name, x in tensors.items():
         if not isinstance(x, torch.Tensor):
             raise TypeError(f"{name}: expected a tensor [B, H, N, {HEAD_DIM.value}], got {type(x).__name__}")
+        if x.layout is not torch.strided or x.is_nested:
+            raise TypeError(f"{name}: expected a dense tensor, got {'a nested one' if x.is_nested else x.layout}")
         if x.dim() != 4:
             raise ValueError(f"{name}: expected 4 dimensions [B, H, N, {HEAD_DIM.value}], got shape {list(x.shape)}")
         if x.shape[3] != HEAD_DIM.value:
             raise ValueError(f"{name}: expected head dim {HEAD_DIM.value}, got {x.shape[3]} in shape {list(x.shape)}")
         if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
             raise TypeError(f"{name}: expected torch.float32, torch.float16 or torch.bfloat16, got {x.dtype}")
-        if x.layout is not torch.strided:
-            raise TypeError(f"{name}: expected a dense tensor, got layout {x.layout}")
         if x.shape != q.shape:
             raise ValueError(f"{name}: expected shape {list(q.shape)} like {first} (self-attention), got {list(x.shape)}")
         if x.dtype != q.dtype:
@@ -1937,7 +1937,7 @@ def attention(q, k, v, *, scale=None, return_lse=False):
         scale = HEAD_DIM.value**-0.5
     elif isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise TypeError(f"scale: expected a number or None, got {type(scale).__name__}")
-    elif not math.isfinite(scale):
+    elif not abs(scale) <= MAX_SCALE:  # nor NaN, nor an integer that no float can hold
         raise ValueError(f"scale: expected a finite number, got {scale}")
     o, lse, *_ = getattr(torch.ops.llsa, OPERATOR)(q, k, v, float(scale))
     return (o, lse.detach().view(q.shape[:3])) if return_lse else o

@@ -13,7 +13,6 @@ at its end; there are T_l = ceil(N / P_l). Each query token of a level keeps at 
 
 import contextlib
 import functools
-import math
 
 import torch
 import triton
@@ -27,8 +26,9 @@ SPEC = {
     "name": "uneven",
     "reweight": True,
 }
-OPERATOR = "uneven_3910db7ae9cda9ea"  # in torch.ops.llsa: the name of the spec and the hash of this text
+OPERATOR = "uneven_ac002b61bf4c89f8"  # in torch.ops.llsa: the name of the spec and the hash of this text
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
+MAX_SCALE = 3.0e38  # of float32, in which the kernels compute
 MAX_TOKENS = 1073741824  # tokens and the entries of index lists are counted in 32 bits
 
 HEAD_DIM = tl.constexpr(80)  # D
@@ -1044,7 +1044,7 @@ def pool_and_select(q, k, v, schedule):
     q_l1 = q.new_empty((heads, tokens[1], 80))
     k_l1 = q.new_empty((heads, tokens[1], 80))
     v_l1 = q.new_empty((heads, tokens[1], 80))
-    kept_l1 = q.new_empty((heads, tokens[1], min(5 * min(3, tokens[2]), 7, tokens[1])), dtype=torch.int32)
+    kept_l1 = q.new_empty((heads, tokens[1], min(7, tokens[1])), dtype=torch.int32)
     q_l2 = q.new_empty((heads, tokens[2], 80))
     k_l2 = q.new_empty((heads, tokens[2], 80))
     v_l2 = q.new_empty((heads, tokens[2], 80))
@@ -1112,13 +1112,13 @@ def invert_kernels(kept_l1, kept_l2, n_tokens, schedule):
     counts_l1 = q.new_empty((heads, tokens[1]), dtype=torch.int32).zero_()
     offsets_l1 = q.new_empty((heads, tokens[1] + 1), dtype=torch.int32)
     extra_l1 = q.new_empty((heads, tokens[1] + 1), dtype=torch.int32)
-    keepers_l1 = q.new_empty((heads, tokens[1] * min(5 * min(3, tokens[2]), 7, tokens[1])), dtype=torch.int32)
+    keepers_l1 = q.new_empty((heads, tokens[1] * min(7, tokens[1])), dtype=torch.int32)
     counts_l2 = q.new_empty((heads, tokens[2]), dtype=torch.int32).zero_()
     offsets_l2 = q.new_empty((heads, tokens[2] + 1), dtype=torch.int32)
     extra_l2 = q.new_empty((heads, tokens[2] + 1), dtype=torch.int32)
     keepers_l2 = q.new_empty((heads, tokens[2] * min(3, tokens[2])), dtype=torch.int32)
     tile = schedule["count"]
-    grid = (heads * triton.cdiv(tokens[1] * min(5 * min(3, tokens[2]), 7, tokens[1]), tile["BLOCK"]),)
+    grid = (heads * triton.cdiv(tokens[1] * min(7, tokens[1]), tile["BLOCK"]),)
     count_kernel[grid](kept_l1, counts_l1, kept_l1.shape[2], tokens[1], **tile)
     grid = (heads * triton.cdiv(tokens[2] * min(3, tokens[2]), tile["BLOCK"]),)
     count_kernel[grid](kept_l2, counts_l2, kept_l2.shape[2], tokens[2], **tile)
@@ -1200,7 +1200,7 @@ def grad_kernels(grad_o, q, k, v, o, peak, total, k_l1, v_l1, k_l2, v_l2, kept_l
     grad_v = q.new_empty((heads, n_tokens, 80))
     offsets, extra, keepers = lists[1]
     tile = schedule["grad_kv_l0"]
-    parts = ((tokens[1] * min(5 * min(3, tokens[2]), 7, tokens[1])) // tile["PART"])
+    parts = ((tokens[1] * min(7, tokens[1])) // tile["PART"])
     extra_grad_l0 = q.new_empty((2, heads, parts, 12, 80), dtype=torch.float32)
     if parts:
         grid = (heads * parts * triton.cdiv(12, tile["BLOCK_N"]),)
@@ -1476,7 +1476,7 @@ def empty_outputs(q):
         q.new_empty((heads, tokens[1], 80)),  # v_l1
         q.new_empty((heads, tokens[2], 80)),  # k_l2
         q.new_empty((heads, tokens[2], 80)),  # v_l2
-        q.new_empty((heads, tokens[1], min(5 * min(3, tokens[2]), 7, tokens[1])), dtype=torch.int32),  # kept_l1
+        q.new_empty((heads, tokens[1], min(7, tokens[1])), dtype=torch.int32),  # kept_l1
         q.new_empty((heads, tokens[2], min(3, tokens[2])), dtype=torch.int32),  # kept_l2
     )
 
@@ -1485,7 +1485,7 @@ def empty_selection(q, k):
     """The kept tokens of each level, finest first, not filled in."""
     heads, tokens = q.shape[0] * q.shape[1], level_tokens(q.shape[2])
     return [
-        q.new_empty((heads, tokens[1], min(5 * min(3, tokens[2]), 7, tokens[1])), dtype=torch.int32),
+        q.new_empty((heads, tokens[1], min(7, tokens[1])), dtype=torch.int32),
         q.new_empty((heads, tokens[2], min(3, tokens[2])), dtype=torch.int32),
     ]
 
@@ -1565,7 +1565,7 @@ def register():
     return library
 
 
-LIBRARY = register()
+LIBRARY = register() or globals().get("LIBRARY")  # which a reload of this module must not drop
 
 
 def check(tensors):
@@ -1574,14 +1574,14 @@ def check(tensors):
     for name, x in tensors.items():
         if not isinstance(x, torch.Tensor):
             raise TypeError(f"{name}: expected a tensor [B, H, N, {HEAD_DIM.value}], got {type(x).__name__}")
+        if x.layout is not torch.strided or x.is_nested:
+            raise TypeError(f"{name}: expected a dense tensor, got {'a nested one' if x.is_nested else x.layout}")
         if x.dim() != 4:
             raise ValueError(f"{name}: expected 4 dimensions [B, H, N, {HEAD_DIM.value}], got shape {list(x.shape)}")
         if x.shape[3] != HEAD_DIM.value:
             raise ValueError(f"{name}: expected head dim {HEAD_DIM.value}, got {x.shape[3]} in shape {list(x.shape)}")
         if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
             raise TypeError(f"{name}: expected torch.float32, torch.float16 or torch.bfloat16, got {x.dtype}")
-        if x.layout is not torch.strided:
-            raise TypeError(f"{name}: expected a dense tensor, got layout {x.layout}")
         if x.shape != q.shape:
             raise ValueError(f"{name}: expected shape {list(q.shape)} like {first} (self-attention), got {list(x.shape)}")
         if x.dtype != q.dtype:
@@ -1605,7 +1605,7 @@ def attention(q, k, v, *, scale=None, return_lse=False):
         scale = HEAD_DIM.value**-0.5
     elif isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise TypeError(f"scale: expected a number or None, got {type(scale).__name__}")
-    elif not math.isfinite(scale):
+    elif not abs(scale) <= MAX_SCALE:  # nor NaN, nor an integer that no float can hold
         raise ValueError(f"scale: expected a finite number, got {scale}")
     o, lse, *_ = getattr(torch.ops.llsa, OPERATOR)(q, k, v, float(scale))
     return (o, lse.detach().view(q.shape[:3])) if return_lse else o

@@ -7,6 +7,7 @@ as named constants. What a template may ask is the plan, plus the few printers b
 import hashlib
 import json
 import re
+import shlex
 import traceback
 from collections.abc import Mapping
 from functools import cache
@@ -23,7 +24,8 @@ from llsa_gen.schedule import Schedules, pad
 
 ROOT = Path(__file__).parent
 TEMPLATES = next(path for path in (ROOT / "templates", ROOT.parent / "templates") if path.is_dir())
-PLACEHOLDER = "@" * 16
+PLACEHOLDER = "\0" * 16
+"""Stands for the hash; no spec can contain it, since its texts are escaped."""
 
 
 def generator_version() -> str:
@@ -98,9 +100,10 @@ def render(plan: Plan, schedules: Schedules) -> str:
                 schedules=schedules_literal(schedules),
             )
         )
-    except (jinja2.TemplateError, TypeError, KeyError, ValueError, AttributeError) as error:
+    except Exception as error:  # whatever an expression in a template may raise
         template, line = place(error)
-        reproduce = f"python -c 'import llsa_gen; llsa_gen.compile({plan.spec.canonical()!r})'"
+        code = f"import llsa_gen; llsa_gen.compile({json.loads(plan.spec.canonical())!r})"
+        reproduce = f"python -c {shlex.quote(code)}"
         raise TemplateError(f"{type(error).__name__}: {error}", template, line, plan.spec.name, reproduce) from error
     text = tidy(text)
     digest = hashlib.sha256(text.encode()).hexdigest()
@@ -116,8 +119,13 @@ def place(error: Exception) -> tuple[str, int]:
 
 
 def literal(spec: Mapping[str, object]) -> str:
-    """A spec as a Python dict, one field a line; json escapes whatever its texts contain."""
-    values = {name: repr(value) if isinstance(value, bool) else json.dumps(value) for name, value in spec.items()}
+    """A spec as a Python dict, one field a line, its texts escaped."""
+
+    def escaped(value: object) -> str:
+        # not json's own escapes: beyond the first 2^16 characters they are not Python's
+        return json.dumps(value, ensure_ascii=False).encode("ascii", "backslashreplace").decode("ascii")
+
+    values = {name: repr(value) if isinstance(value, bool) else escaped(value) for name, value in spec.items()}
     return "{\n" + "".join(f'    "{name}": {value},\n' for name, value in values.items()) + "}"
 
 

@@ -141,8 +141,9 @@ def judge(case: Case, name: str, found: Tensor, true: Truth, torchs: Mapping[str
 
     On any inputs the error is at most twice that of the yardstick, which may by luck have none at all (a softmax over
     one key is exactly 1, equal terms may add up without rounding), and so eight roundoffs of the size more: four are
-    a GPU's exponential (2 ulp), the others what the division and the last operations of a sum may lose. A mistake in the formula changes results by a fraction of their norm, some 10^4 times as much in float32. Where the
-    yardstick overflows (float16 does), the roundoff of the logits takes its place.
+    a GPU's exponential (2 ulp), the others what the division and the last operations of a sum may lose. A mistake in
+    the formula changes results by a fraction of their norm, some 10^4 times as much in float32. Where the yardstick
+    overflows (float16 does), the roundoff of the logits takes its place.
     """
     dtype, size, roundoff = case.torch_dtype, _norm(true.sizes[name]), torch.finfo(case.torch_dtype).eps / 2
     error = _norm(found.double() - true.values[name])

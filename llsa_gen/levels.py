@@ -72,11 +72,13 @@ class Levels:
         return ceil_div(N, self.span(level)) if level else N
 
     def width(self, level: int) -> sympy.Expr:
-        """Columns of the index list of a level: the most tokens that a query token of that level can keep."""
-        candidates = self.tokens(level)
-        if level < self.top:
-            candidates = sympy.Min(candidates, self.width(level + 1) * self.block(level + 1))
-        return sympy.Min(self.topk(level), candidates)
+        """Columns of the index list of a level: the most tokens that a query token of that level can keep.
+
+        min(K_l, T_l, b_(l+1) width_(l+1)), where T_l is never more than b_(l+1) T_(l+1): so the smallest of a few
+        numbers, and T_l.
+        """
+        most = min(self.topk(above) * self.parent_ratio(level, above) for above in range(level, self.top + 1))
+        return sympy.Min(most, self.tokens(level))
 
     def enriched_above(self, level: int) -> int | None:
         """The next enriched level above `level`: the one whose gradient flows down into it through the pooling."""
