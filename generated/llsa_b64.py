@@ -26,7 +26,7 @@ SPEC = {
     "name": "llsa_b64",
     "reweight": True,
 }
-OPERATOR = "llsa_b64_e3af951b9209d387"  # in torch.ops.llsa: the name of the spec and the hash of this text
+OPERATOR = "llsa_b64_0d59ad990219bbf2"  # in torch.ops.llsa: the name of the spec and the hash of this text
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 MAX_SCALE = 3.0e38  # of float32, in which the kernels compute
 MAX_TOKENS = 1073741824  # tokens and the entries of index lists are counted in 32 bits
@@ -1540,7 +1540,7 @@ def check(tensors):
         if not isinstance(x, torch.Tensor):
             raise TypeError(f"{name}: expected a tensor [B, H, N, {HEAD_DIM.value}], got {type(x).__name__}")
         if x.layout is not torch.strided or x.is_nested:
-            raise TypeError(f"{name}: expected a dense tensor, got {'a nested one' if x.is_nested else x.layout}")
+            raise TypeError(f"{name}: expected a dense tensor, got {'a nested one' if x.is_nested else f'layout {x.layout}'}")
         if x.dim() != 4:
             raise ValueError(f"{name}: expected 4 dimensions [B, H, N, {HEAD_DIM.value}], got shape {list(x.shape)}")
         if x.shape[3] != HEAD_DIM.value:
