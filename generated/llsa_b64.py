@@ -26,7 +26,7 @@ SPEC = {
     "name": "llsa_b64",
     "reweight": True,
 }
-OPERATOR = "llsa_b64_0d59ad990219bbf2"  # in torch.ops.llsa: the name of the spec and the hash of this text
+OPERATOR = "llsa_b64_4e7c3d205b214e54"  # in torch.ops.llsa: the name of the spec and the hash of this text
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 MAX_SCALE = 3.0e38  # of float32, in which the kernels compute
 MAX_TOKENS = 1073741824  # tokens and the entries of index lists are counted in 32 bits
@@ -1342,19 +1342,42 @@ class Pyramid:
         return self.k_levels[-1], self.v_levels[-1], log_weights(LEVELS, token, token >= 0, self.n_tokens)
 
 
-def attend_blocks(queries, keys, values, weights, top, scale):
-    """o [H, R, b_1, D] and lse [H, R, b_1] of query blocks [H, R, b_1, D]: one softmax over all their keys."""
+def softmax_blocks(queries, keys, weights, top, scale):
+    """Softmax weights over all keys, a list of [H, R, b_1, C], and lse [H, R, b_1], of query blocks [H, R, b_1, D]."""
     logits = [queries @ k.mT * scale + weight[:, :, None] for k, weight in zip(keys, weights, strict=True)]
-    k_top, v_top, weights_top = top
+    k_top, _, weights_top = top
     logits.append((queries.flatten(1, 2) @ k_top.mT).unflatten(1, queries.shape[1:3]) * scale + weights_top)
     sizes = [part.shape[-1] for part in logits]
     logits = torch.cat(logits, dim=-1)
     p = logits.softmax(-1)
     lse = logits.amax(-1) - p.amax(-1).log()  # the largest weight is e^(peak - lse)
-    p = p.split(sizes, dim=-1)
+    return p.split(sizes, dim=-1), lse
+
+
+def attend_blocks(queries, keys, values, weights, top, scale):
+    """o [H, R, b_1, D] and lse [H, R, b_1] of query blocks [H, R, b_1, D]: one softmax over all their keys."""
+    p, lse = softmax_blocks(queries, keys, weights, top, scale)
     o = sum(part @ v for part, v in zip(p, values, strict=False))
+    _, v_top, _ = top
     o = o + (p[-1].flatten(1, 2) @ v_top).unflatten(1, queries.shape[1:3])
     return o, lse
+
+
+def grad_attend_blocks(grad_o, queries, keys, values, weights, top, scale):
+    """dq, then dk and dv as lists like keys and values; those of the top level last, from the gradient of o [H, R, b_1, D]."""
+    p, _ = softmax_blocks(queries, keys, weights, top, scale)
+    dp = [grad_o @ v.mT for v in values]
+    k_top, v_top, _ = top
+    dp.append((grad_o.flatten(1, 2) @ v_top.mT).unflatten(1, queries.shape[1:3]))
+    delta = sum((part * grad).sum(-1, keepdim=True) for part, grad in zip(p, dp, strict=True))
+    ds = [part * (grad - delta) * scale for part, grad in zip(p, dp, strict=True)]
+    dq = sum(part @ k for part, k in zip(ds, keys, strict=False))
+    dk = [part.mT @ queries for part in ds[: len(keys)]]
+    dv = [part.mT @ grad_o for part in p[: len(keys)]]
+    dq = dq + (ds[-1].flatten(1, 2) @ k_top).unflatten(1, queries.shape[1:3])
+    dk.append(ds[-1].flatten(1, 2).mT @ queries.flatten(1, 2))
+    dv.append(p[-1].flatten(1, 2).mT @ grad_o.flatten(1, 2))
+    return dq, dk, dv
 
 
 def attend_torch(q, k, v, scale):
@@ -1375,30 +1398,25 @@ def attend_torch(q, k, v, scale):
 
 
 def grad_torch(grad_o, q, k, v, kept, scale):
-    """dq, dk, dv in torch: every run of query blocks once more, with autograd, then the pooling backwards."""
+    """dq, dk, dv in torch: the softmax of every run of query blocks once more, then the pooling backwards."""
     pyramid = Pyramid(q, k, v, kept)
     n_tokens = pyramid.n_tokens
     grad_blocks = blocks_of(grad_o.flatten(0, 1).float(), BLOCKS[0])
     grad_q = []
     grad_k = [torch.zeros_like(blocks) for blocks in pyramid.k_blocks]
     grad_v = [torch.zeros_like(blocks) for blocks in pyramid.v_blocks]
-    k_top, v_top, weights_top = pyramid.top()
-    k_top, v_top = k_top.requires_grad_(), v_top.requires_grad_()
-    grad_k_top, grad_v_top = torch.zeros_like(k_top), torch.zeros_like(v_top)
+    top = pyramid.top()
+    grad_k_top, grad_v_top = torch.zeros_like(top[0]), torch.zeros_like(top[1])
     for run in pyramid.runs():
         lists = pyramid.lists(run)
-        keys, values, weights = pyramid.gather(lists)
-        queries, *gathered = (x.detach().requires_grad_() for x in (pyramid.q_blocks[:, run], *keys, *values))
-        keys, values = gathered[: len(LISTED)], gathered[len(LISTED) :]
-        with torch.enable_grad():
-            o, _ = attend_blocks(queries, keys, values, weights, (k_top, v_top, weights_top), scale)
-        leaves = (queries, *gathered, k_top, v_top)
-        dq, *parts, dk_top, dv_top = torch.autograd.grad(o, leaves, grad_blocks[:, run])
-        grad_k_top += dk_top
-        grad_v_top += dv_top
+        run_keys = pyramid.gather(lists)
+        dq, dk, dv = grad_attend_blocks(grad_blocks[:, run], pyramid.q_blocks[:, run], *run_keys, top, scale)
         grad_q.append(dq)
-        for total, kept_above, part in zip((*grad_k, *grad_v), (*lists, *lists), parts, strict=True):
-            scatter_add_blocks(total, kept_above, part)
+        for total_k, total_v, kept_above, part_k, part_v in zip(grad_k, grad_v, lists, dk, dv, strict=False):
+            scatter_add_blocks(total_k, kept_above, part_k)
+            scatter_add_blocks(total_v, kept_above, part_v)
+        grad_k_top += dk[-1]
+        grad_v_top += dv[-1]
 
     grad_q = torch.cat(grad_q, dim=1).flatten(1, 2)[:, :n_tokens]
     grad_k = [blocks.flatten(1, 2) for blocks in grad_k]
@@ -1540,7 +1558,7 @@ def check(tensors):
         if not isinstance(x, torch.Tensor):
             raise TypeError(f"{name}: expected a tensor [B, H, N, {HEAD_DIM.value}], got {type(x).__name__}")
         if x.layout is not torch.strided or x.is_nested:
-            raise TypeError(f"{name}: expected a dense tensor, got {'a nested one' if x.is_nested else f'layout {x.layout}'}")
+            raise TypeError(f"{name}: expected a dense tensor, got layout {x.layout}{', nested' * x.is_nested}")
         if x.dim() != 4:
             raise ValueError(f"{name}: expected 4 dimensions [B, H, N, {HEAD_DIM.value}], got shape {list(x.shape)}")
         if x.shape[3] != HEAD_DIM.value:

@@ -26,7 +26,7 @@ SPEC = {
     "name": "topk_l2",
     "reweight": True,
 }
-OPERATOR = "topk_l2_1013a13d0b6977f0"  # in torch.ops.llsa: the name of the spec and the hash of this text
+OPERATOR = "topk_l2_10adf6b85f338b86"  # in torch.ops.llsa: the name of the spec and the hash of this text
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 MAX_SCALE = 3.0e38  # of float32, in which the kernels compute
 MAX_TOKENS = 1073741824  # tokens and the entries of index lists are counted in 32 bits
@@ -1016,16 +1016,33 @@ class Pyramid:
         return keys, values, weights
 
 
-def attend_blocks(queries, keys, values, weights, scale):
-    """o [H, R, b_1, D] and lse [H, R, b_1] of query blocks [H, R, b_1, D]: one softmax over all their keys."""
+def softmax_blocks(queries, keys, weights, scale):
+    """Softmax weights over all keys, a list of [H, R, b_1, C], and lse [H, R, b_1], of query blocks [H, R, b_1, D]."""
     logits = [queries @ k.mT * scale + weight[:, :, None] for k, weight in zip(keys, weights, strict=True)]
     sizes = [part.shape[-1] for part in logits]
     logits = torch.cat(logits, dim=-1)
     p = logits.softmax(-1)
     lse = logits.amax(-1) - p.amax(-1).log()  # the largest weight is e^(peak - lse)
-    p = p.split(sizes, dim=-1)
+    return p.split(sizes, dim=-1), lse
+
+
+def attend_blocks(queries, keys, values, weights, scale):
+    """o [H, R, b_1, D] and lse [H, R, b_1] of query blocks [H, R, b_1, D]: one softmax over all their keys."""
+    p, lse = softmax_blocks(queries, keys, weights, scale)
     o = sum(part @ v for part, v in zip(p, values, strict=False))
     return o, lse
+
+
+def grad_attend_blocks(grad_o, queries, keys, values, weights, scale):
+    """dq, then dk and dv as lists like keys and values, from the gradient of o [H, R, b_1, D]."""
+    p, _ = softmax_blocks(queries, keys, weights, scale)
+    dp = [grad_o @ v.mT for v in values]
+    delta = sum((part * grad).sum(-1, keepdim=True) for part, grad in zip(p, dp, strict=True))
+    ds = [part * (grad - delta) * scale for part, grad in zip(p, dp, strict=True)]
+    dq = sum(part @ k for part, k in zip(ds, keys, strict=False))
+    dk = [part.mT @ queries for part in ds[: len(keys)]]
+    dv = [part.mT @ grad_o for part in p[: len(keys)]]
+    return dq, dk, dv
 
 
 def attend_torch(q, k, v, scale):
@@ -1043,7 +1060,7 @@ def attend_torch(q, k, v, scale):
 
 
 def grad_torch(grad_o, q, k, v, kept, scale):
-    """dq, dk, dv in torch: every run of query blocks once more, with autograd, then the pooling backwards."""
+    """dq, dk, dv in torch: the softmax of every run of query blocks once more, then the pooling backwards."""
     pyramid = Pyramid(q, k, v, kept)
     n_tokens = pyramid.n_tokens
     grad_blocks = blocks_of(grad_o.flatten(0, 1).float(), BLOCKS[0])
@@ -1052,15 +1069,12 @@ def grad_torch(grad_o, q, k, v, kept, scale):
     grad_v = [torch.zeros_like(blocks) for blocks in pyramid.v_blocks]
     for run in pyramid.runs():
         lists = pyramid.lists(run)
-        keys, values, weights = pyramid.gather(lists)
-        queries, *gathered = (x.detach().requires_grad_() for x in (pyramid.q_blocks[:, run], *keys, *values))
-        keys, values = gathered[: len(LISTED)], gathered[len(LISTED) :]
-        with torch.enable_grad():
-            o, _ = attend_blocks(queries, keys, values, weights, scale)
-        dq, *parts = torch.autograd.grad(o, (queries, *gathered), grad_blocks[:, run])
+        run_keys = pyramid.gather(lists)
+        dq, dk, dv = grad_attend_blocks(grad_blocks[:, run], pyramid.q_blocks[:, run], *run_keys, scale)
         grad_q.append(dq)
-        for total, kept_above, part in zip((*grad_k, *grad_v), (*lists, *lists), parts, strict=True):
-            scatter_add_blocks(total, kept_above, part)
+        for total_k, total_v, kept_above, part_k, part_v in zip(grad_k, grad_v, lists, dk, dv, strict=False):
+            scatter_add_blocks(total_k, kept_above, part_k)
+            scatter_add_blocks(total_v, kept_above, part_v)
 
     grad_q = torch.cat(grad_q, dim=1).flatten(1, 2)[:, :n_tokens]
     grad_k = [blocks.flatten(1, 2) for blocks in grad_k]
@@ -1190,7 +1204,7 @@ def check(tensors):
         if not isinstance(x, torch.Tensor):
             raise TypeError(f"{name}: expected a tensor [B, H, N, {HEAD_DIM.value}], got {type(x).__name__}")
         if x.layout is not torch.strided or x.is_nested:
-            raise TypeError(f"{name}: expected a dense tensor, got {'a nested one' if x.is_nested else f'layout {x.layout}'}")
+            raise TypeError(f"{name}: expected a dense tensor, got layout {x.layout}{', nested' * x.is_nested}")
         if x.dim() != 4:
             raise ValueError(f"{name}: expected 4 dimensions [B, H, N, {HEAD_DIM.value}], got shape {list(x.shape)}")
         if x.shape[3] != HEAD_DIM.value:
