@@ -398,7 +398,9 @@ def test_a_gradient_penalty_is_refused_and_not_silently_wrong(attention: Attenti
         (o.sum() + grad.square().sum()).backward()
 
 
-@pytest.mark.xfail(reason="torch gives no sign of forward-mode differentiation to an operator: its tangent is zero", strict=True)
+@pytest.mark.xfail(
+    reason="torch gives no sign of forward-mode differentiation to an operator: its tangent is zero", strict=True
+)
 def test_forward_mode_is_refused_and_not_silently_zero(attention: Attention, quietly: None) -> None:
     import torch.autograd.forward_ad as forward_ad
 
@@ -494,4 +496,4 @@ def test_the_first_result_comes_soon_cold_and_sooner_warm(tmp_path: Path) -> Non
     assert seconds(grad=True) < 40
     assert len(list(tmp_path.glob("*/llsa_l3.py"))) == 1
     warm = [seconds(grad=False) for _ in range(3)]
-    assert min(warm) < 2, ff"{warm}"
+    assert min(warm) < 2, f"{warm}"
