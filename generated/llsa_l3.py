@@ -27,7 +27,7 @@ SPEC = {
     "name": "llsa_l3",
     "reweight": True,
 }
-OPERATOR = "llsa_l3_42779c3521f0e769"  # in torch.ops.llsa: the name of the spec and the hash of this text
+OPERATOR = "llsa_l3_e2f6193abb284355"  # in torch.ops.llsa: the name of the spec and the hash of this text
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 MAX_SCALE = 3.0e38  # of float32, in which the kernels compute
 MAX_TOKENS = 1073741824  # tokens and the entries of index lists are counted in 32 bits
@@ -1766,8 +1766,8 @@ def grad_torch(grad_o, q, k, v, kept, scale):
     n_tokens = pyramid.n_tokens
     grad_blocks = blocks_of(grad_o.flatten(0, 1).float(), BLOCKS[0])
     grad_q = []
-    grad_k = [torch.zeros_like(blocks) for blocks in pyramid.k_blocks]
-    grad_v = [torch.zeros_like(blocks) for blocks in pyramid.v_blocks]
+    grad_k = [torch.zeros_like(blocks, memory_format=torch.contiguous_format) for blocks in pyramid.k_blocks]
+    grad_v = [torch.zeros_like(blocks, memory_format=torch.contiguous_format) for blocks in pyramid.v_blocks]
     top = pyramid.top()
     grad_k_top, grad_v_top = torch.zeros_like(top[0]), torch.zeros_like(top[1])
     for run in pyramid.runs():

@@ -25,7 +25,7 @@ SPEC = {
     "name": "topk_l1",
     "reweight": True,
 }
-OPERATOR = "topk_l1_7a9a95e0cbbe499a"  # in torch.ops.llsa: the name of the spec and the hash of this text
+OPERATOR = "topk_l1_44a692a4c1e04c3c"  # in torch.ops.llsa: the name of the spec and the hash of this text
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 MAX_SCALE = 3.0e38  # of float32, in which the kernels compute
 MAX_TOKENS = 1073741824  # tokens and the entries of index lists are counted in 32 bits
@@ -934,8 +934,8 @@ def grad_torch(grad_o, q, k, v, kept, scale):
     n_tokens = pyramid.n_tokens
     grad_blocks = blocks_of(grad_o.flatten(0, 1).float(), BLOCKS[0])
     grad_q = []
-    grad_k = [torch.zeros_like(blocks) for blocks in pyramid.k_blocks]
-    grad_v = [torch.zeros_like(blocks) for blocks in pyramid.v_blocks]
+    grad_k = [torch.zeros_like(blocks, memory_format=torch.contiguous_format) for blocks in pyramid.k_blocks]
+    grad_v = [torch.zeros_like(blocks, memory_format=torch.contiguous_format) for blocks in pyramid.v_blocks]
     for run in pyramid.runs():
         lists = pyramid.lists(run)
         run_keys = pyramid.gather(lists)

@@ -26,7 +26,7 @@ SPEC = {
     "name": "topk_l2",
     "reweight": True,
 }
-OPERATOR = "topk_l2_10adf6b85f338b86"  # in torch.ops.llsa: the name of the spec and the hash of this text
+OPERATOR = "topk_l2_e7f52594fc72bd6d"  # in torch.ops.llsa: the name of the spec and the hash of this text
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 MAX_SCALE = 3.0e38  # of float32, in which the kernels compute
 MAX_TOKENS = 1073741824  # tokens and the entries of index lists are counted in 32 bits
@@ -1065,8 +1065,8 @@ def grad_torch(grad_o, q, k, v, kept, scale):
     n_tokens = pyramid.n_tokens
     grad_blocks = blocks_of(grad_o.flatten(0, 1).float(), BLOCKS[0])
     grad_q = []
-    grad_k = [torch.zeros_like(blocks) for blocks in pyramid.k_blocks]
-    grad_v = [torch.zeros_like(blocks) for blocks in pyramid.v_blocks]
+    grad_k = [torch.zeros_like(blocks, memory_format=torch.contiguous_format) for blocks in pyramid.k_blocks]
+    grad_v = [torch.zeros_like(blocks, memory_format=torch.contiguous_format) for blocks in pyramid.v_blocks]
     for run in pyramid.runs():
         lists = pyramid.lists(run)
         run_keys = pyramid.gather(lists)
