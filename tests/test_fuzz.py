@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from examples import BRANCHES, spec
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -98,20 +98,19 @@ def test_the_truth_is_that_of_autograd_through_the_reference(case: Case, chunk: 
 @settings(max_examples=40)
 @given(case=fuzz.cases(SMALL), name=st.sampled_from(["o", "lse", "dq", "dk", "dv"]))
 def test_no_tolerance_hides_a_mistake(case: Case, name: str) -> None:
-    # Results off by as little as a weight of 1.2 for 1 would make them are refused, in all dtypes and for all inputs.
+    # Results off by two percent are refused: in float32 for all inputs, in half precision for standard normal ones.
+    if case.dtype != "float32":
+        case = dataclasses.replace(case, values="normal", std=1.0, popular=False, scale=None)
     q, k, v, grad_o = case.tensors()
     kept = list(reference.select(case.spec, q, k))
     true = fuzz_oracle.truth(case.spec, q, k, v, grad_o, kept, case.softmax_scale)
     found = {key: x.to(torch.float32 if key == "lse" else case.torch_dtype) for key, x in true.values.items()}
     assert fuzz.compare(case, (q, k, v, grad_o), kept, found)[0] == []
-    if float(true.values[name].norm()) < 0.02 * float(true.sizes[name].norm()) and name != "lse":
-        return  # almost everything cancels: nothing that could be multiplied
-    found[name] = found[name] + 0.2 if name == "lse" else found[name] * 1.2
-    torchs = fuzz_oracle.yardstick(case, q, k, v, grad_o, kept)
-    if name != "lse" and not reference.relative_error(torchs[name], true.values[name]) < 0.05:
-        return  # torch's own results in this dtype say nothing either
-    if name == "lse" and case.dtype != "float32" and case.std > 1:
-        return  # half a unit of the last place of such keys
+    if name == "lse":
+        found[name] += 0.1
+    else:
+        assume(true.values[name].norm() > 0.005 * true.sizes[name].norm())  # else there is nothing to multiply
+        found[name] *= 1.02
     assert fuzz.compare(case, (q, k, v, grad_o), kept, found)[0] != []
 
 

@@ -100,4 +100,4 @@ def test_more_is_kept_than_a_tile_holds() -> None:
 
 
 def test_drawn_cases() -> None:
-    fuzz.check(examples=5, seed=20240607)
+    fuzz.check(examples=3, seed=20240607)
