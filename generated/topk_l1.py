@@ -25,7 +25,7 @@ SPEC = {
     "name": "topk_l1",
     "reweight": True,
 }
-OPERATOR = "topk_l1_44a692a4c1e04c3c"  # in torch.ops.llsa: the name of the spec and the hash of this text
+OPERATOR = "topk_l1_2803ee1d0d96d84d"  # in torch.ops.llsa: the name of the spec and the hash of this text
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 MAX_SCALE = 3.0e38  # of float32, in which the kernels compute
 MAX_TOKENS = 1073741824  # tokens and the entries of index lists are counted in 32 bits
@@ -152,7 +152,7 @@ def pool_l1_tile(
     store_rows(mean_l1_ptr, token, HEAD_DIM, inside, total / covered[:, None])
 
 
-@triton.jit(do_not_specialize=["heads", "n_tokens"])
+@triton.jit(do_not_specialize=["heads_per_batch", "heads", "n_tokens"])
 def pool_l1_kernel(
     q_ptr, stride_qb, stride_qh, stride_qn,  # [B, H, N, D]
     k_ptr, stride_kb, stride_kh, stride_kn,  # [B, H, N, D]
@@ -600,9 +600,78 @@ def grad_kv_l0_kernel(
 # ---- launches --------------------------------------------------------------------------------------------------------
 
 
+def ceil_div(a, b):
+    """ceil(a / b)."""
+    return -(-a // b)
+
+
 def level_tokens(n_tokens):
     """T_l, the tokens of every level l = 0..L."""
-    return n_tokens, triton.cdiv(n_tokens, 16)
+    return n_tokens, ceil_div(n_tokens, 16)
+
+
+class Prepared:
+    """What depends on shapes, strides and the device alone, worked out at the first call with them.
+
+    shapes: sizes of every buffer. grids: programs and tile shapes of every launch. ready: what Triton made of a launch,
+    so that from the second one on it does not look for it anew.
+    """
+
+    def __init__(self, heads, n_tokens, tiles):
+        tokens = self.tokens = level_tokens(n_tokens)
+        tile = tiles["grad_kv_l0"]
+        parts_l0 = self.parts_l0 = ((tokens[1] * min(8, tokens[1])) // tile["PART"])
+        self.part_lengths = {0: tiles["grad_kv_l0"]["PART"]}
+        self.shapes = {
+            "o": (heads, n_tokens, 64),
+            "lse": (heads, n_tokens),
+            "peak": (heads, n_tokens),
+            "total": (heads, n_tokens),
+            "q_l1": (heads, tokens[1], 64),
+            "k_l1": (heads, tokens[1], 64),
+            "kept_l1": (heads, tokens[1], min(8, tokens[1])),
+            "grad_q": (heads, n_tokens, 64),
+            "grad_k": (heads, n_tokens, 64),
+            "grad_v": (heads, n_tokens, 64),
+            "delta": (heads, n_tokens),
+            "counts_l1": (heads, tokens[1]),
+            "offsets_l1": (heads, tokens[1] + 1),
+            "keepers_l1": (heads, tokens[1] * min(8, tokens[1])),
+            "extra_l1": (heads, tokens[1] + 1),
+            "extra_grad_l0": (2, heads, parts_l0, 16, 64),
+        }
+        self.grids = {}
+        tile = tiles["pool"]
+        self.grids["pool_l1_kernel"] = 2 * heads * ceil_div(tokens[1], tile["CHILDREN"]), tile
+        tile = tiles["select_l1"]
+        self.grids["select_l1_kernel"] = heads * ceil_div(tokens[1], tile["BLOCK_M"]), tile
+        tile = tiles["attend"]
+        self.grids["attend_kernel"] = heads * tokens[1] * ceil_div(16, tile["BLOCK_M"]), tile
+        tile = tiles["count"]
+        self.grids["count_kernel, level 1"] = heads * ceil_div(tokens[1] * min(8, tokens[1]), tile["BLOCK"]), tile
+        tile = tiles["scan"]
+        self.grids["scan_parts_kernel, level 1"] = heads, tile
+        tile = tiles["invert_l1"]
+        self.grids["invert_l1_kernel"] = heads * ceil_div(tokens[1], tile["KEYS"]), tile
+        tile = tiles["grad_q"]
+        self.grids["grad_q_kernel"] = heads * tokens[1] * ceil_div(16, tile["BLOCK_M"]), tile
+        tile = tiles["grad_kv_l0"]
+        self.grids["grad_kv_l0_extra_kernel"] = heads * parts_l0 * ceil_div(16, tile["BLOCK_N"]), tile
+        self.grids["grad_kv_l0_kernel"] = heads * tokens[1] * ceil_div(16, tile["BLOCK_N"]), tile
+        self.ready = {}
+
+    def launch(self, kernel, name, *arguments):
+        """Launch `kernel` with the grid and the tile shapes of that name."""
+        if name in self.ready:
+            run, shapes = self.ready[name]
+            run(*arguments, *shapes)
+            return
+        programs, tile = self.grids[name]
+        compiled = kernel[(programs,)](*arguments, **tile)
+        # nothing comes from the interpreter; on ROCm, Triton also tells large tensors from small ones
+        if compiled is not None and not torch.version.hip:
+            shapes = [tile[parameter] for parameter in kernel.arg_names[len(arguments) :]]
+            self.ready[name] = compiled[(programs, 1, 1)], shapes
 
 
 def unit_stride(x):
@@ -627,34 +696,47 @@ def target_of(device):
     return f"cuda:{max((arch for arch in known if arch <= 10 * major + minor), default=min(known))}"
 
 
-def schedule_for(x):
-    """Tile shapes of every kernel for the device and dtype of `x`."""
-    return SCHEDULES[target_of(x.device)][x.element_size()]
+def schedule_for(device, dtype):
+    """Tile shapes of every kernel for a device and a dtype."""
+    return SCHEDULES[target_of(device)][dtype.itemsize]
 
 
-def pool_and_select(q, k, schedule):
+def prepare(tensors, made=()):
+    """The `Prepared` for q, k, ... [B, H, N, D] and for what an earlier call `made` of them.
+
+    Triton also tells apart where a row begins: at a multiple of 16 bytes or not.
+    """
+    q = tensors[0]
+    starts = tuple(x.data_ptr() % 16 for x in (*tensors, *made))
+    return prepared(q.device, q.dtype, q.shape, tuple(x.stride() for x in tensors), starts)
+
+
+@functools.lru_cache(maxsize=1024)
+def prepared(device, dtype, shape, strides, starts):
+    """One `Prepared` for all calls that Triton does not tell apart."""
+    return Prepared(shape[0] * shape[1], shape[2], schedule_for(device, dtype))
+
+
+def pool_and_select(q, k, at):
     """The pyramid and, from the coarsest level down, the tokens that are kept.
 
     Takes [B, H, N, D] tensors of unit stride; returns the kept tokens,
     [B*H, T_l, width] int32: lists over the levels, finest first.
     """
     batch, heads_per_batch, n_tokens, _ = q.shape
-    heads, tokens = batch * heads_per_batch, level_tokens(n_tokens)
-    q_l1 = q.new_empty((heads, tokens[1], 64))
-    k_l1 = q.new_empty((heads, tokens[1], 64))
-    kept_l1 = q.new_empty((heads, tokens[1], min(8, tokens[1])), dtype=torch.int32)
+    q_l1 = q.new_empty(at.shapes["q_l1"])
+    k_l1 = q.new_empty(at.shapes["k_l1"])
+    kept_l1 = q.new_empty(at.shapes["kept_l1"], dtype=torch.int32)
 
-    tile = schedule["pool"]
-    grid = (2 * heads * triton.cdiv(tokens[1], tile["CHILDREN"]),)
-    pool_l1_kernel[grid](
+    at.launch(
+        pool_l1_kernel, "pool_l1_kernel",
         *strided(q), *strided(k),
         q_l1, k_l1,
-        heads_per_batch, heads, n_tokens, **tile,
+        heads_per_batch, batch * heads_per_batch, n_tokens,
     )
-    tile = schedule["select_l1"]
-    grid = (heads * triton.cdiv(tokens[1], tile["BLOCK_M"]),)
-    select_l1_kernel[grid](
-        q_l1, k_l1, kept_l1, kept_l1.shape[2], n_tokens, **tile,
+    at.launch(
+        select_l1_kernel, "select_l1_kernel",
+        q_l1, k_l1, kept_l1, kept_l1.shape[2], n_tokens,
     )
     return [kept_l1]
 
@@ -662,50 +744,45 @@ def pool_and_select(q, k, schedule):
 def select_kernels(q, k):
     """The kept tokens of each level, finest first, by the Triton kernels."""
     q, k = unit_stride(q), unit_stride(k)
-    kept = pool_and_select(q, k, schedule_for(q))
+    kept = pool_and_select(q, k, prepare((q, k)))
     return kept
 
 
 def attend_kernels(q, k, v, scale):
     """o, lse and what the backward pass needs, in the order of the operator's outputs, by the Triton kernels."""
-    schedule = schedule_for(q)
     q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
-    batch, heads_per_batch, n_tokens, _ = q.shape
-    heads, tokens = batch * heads_per_batch, level_tokens(n_tokens)
-    kept = pool_and_select(q, k, schedule)
+    at = prepare((q, k, v))
+    _, heads_per_batch, n_tokens, _ = q.shape
+    kept = pool_and_select(q, k, at)
     [kept_l1] = kept
-    o = q.new_empty((heads, n_tokens, 64))
-    lse = q.new_empty((heads, n_tokens), dtype=torch.float32)
-    peak = q.new_empty((heads, n_tokens), dtype=torch.float32)
-    total = q.new_empty((heads, n_tokens), dtype=torch.float32)
-    tile = schedule["attend"]
-    grid = (heads * tokens[1] * triton.cdiv(16, tile["BLOCK_M"]),)
-    attend_kernel[grid](
+    o = q.new_empty(at.shapes["o"])
+    lse = q.new_empty(at.shapes["lse"], dtype=torch.float32)
+    peak = q.new_empty(at.shapes["peak"], dtype=torch.float32)
+    total = q.new_empty(at.shapes["total"], dtype=torch.float32)
+    at.launch(
+        attend_kernel, "attend_kernel",
         *strided(q), *strided(k), *strided(v),
         kept_l1, kept_l1.shape[2],
-        o, lse, peak, total, scale, heads_per_batch, n_tokens, **tile,
+        o, lse, peak, total, scale, heads_per_batch, n_tokens,
     )
     return o.view(q.shape), lse, peak, total, kept_l1
 
 
-def invert_kernels(kept_l1, n_tokens, schedule):
+def invert_kernels(kept_l1, n_tokens, at):
     """The query tokens that keep each key token, by level: where each list begins, where its extra parts do, the lists."""
-    q = kept_l1  # the device and the number of heads
-    heads, tokens = q.shape[0], level_tokens(n_tokens)
-    counts_l1 = q.new_empty((heads, tokens[1]), dtype=torch.int32).zero_()
-    offsets_l1 = q.new_empty((heads, tokens[1] + 1), dtype=torch.int32)
-    extra_l1 = q.new_empty((heads, tokens[1] + 1), dtype=torch.int32)
-    keepers_l1 = q.new_empty((heads, tokens[1] * min(8, tokens[1])), dtype=torch.int32)
-    tile = schedule["count"]
-    grid = (heads * triton.cdiv(tokens[1] * min(8, tokens[1]), tile["BLOCK"]),)
-    count_kernel[grid](kept_l1, counts_l1, kept_l1.shape[2], tokens[1], **tile)
-    tile = schedule["scan"]
-    part = schedule["grad_kv_l0"]["PART"]
-    scan_parts_kernel[(heads,)](counts_l1, offsets_l1, extra_l1, tokens[1], part, **tile)
-    tile = schedule["invert_l1"]
-    grid = (heads * triton.cdiv(tokens[1], tile["KEYS"]),)
-    invert_l1_kernel[grid](
-        kept_l1, kept_l1.shape[2], offsets_l1, keepers_l1, n_tokens, **tile,
+    q = kept_l1  # the device
+    counts_l1 = q.new_empty(at.shapes["counts_l1"], dtype=torch.int32).zero_()
+    offsets_l1 = q.new_empty(at.shapes["offsets_l1"], dtype=torch.int32)
+    extra_l1 = q.new_empty(at.shapes["extra_l1"], dtype=torch.int32)
+    keepers_l1 = q.new_empty(at.shapes["keepers_l1"], dtype=torch.int32)
+    at.launch(count_kernel, "count_kernel, level 1", kept_l1, counts_l1, kept_l1.shape[2], at.tokens[1])
+    at.launch(
+        scan_parts_kernel, "scan_parts_kernel, level 1",
+        counts_l1, offsets_l1, extra_l1, at.tokens[1], at.part_lengths[0],
+    )
+    at.launch(
+        invert_l1_kernel, "invert_l1_kernel",
+        kept_l1, kept_l1.shape[2], offsets_l1, keepers_l1, n_tokens,
     )
     return {
         1: (offsets_l1, extra_l1, keepers_l1),
@@ -714,39 +791,35 @@ def invert_kernels(kept_l1, n_tokens, schedule):
 
 def grad_kernels(grad_o, q, k, v, o, peak, total, kept_l1, scale):
     """dq, dk, dv by the Triton kernels."""
-    schedule = schedule_for(q)
     grad_o, q, k, v = unit_stride(grad_o), unit_stride(q), unit_stride(k), unit_stride(v)
-    batch, heads_per_batch, n_tokens, _ = q.shape
-    heads, tokens = batch * heads_per_batch, level_tokens(n_tokens)
-    lists = invert_kernels(kept_l1, n_tokens, schedule)
+    at = prepare((q, k, v, grad_o), (o, peak, total, kept_l1))
+    _, heads_per_batch, n_tokens, _ = q.shape
+    lists = invert_kernels(kept_l1, n_tokens, at)
 
-    grad_q = q.new_empty((heads, n_tokens, 64))
-    delta = q.new_empty((heads, n_tokens), dtype=torch.float32)
-    tile = schedule["grad_q"]
-    grid = (heads * tokens[1] * triton.cdiv(16, tile["BLOCK_M"]),)
-    grad_q_kernel[grid](
+    grad_q = q.new_empty(at.shapes["grad_q"])
+    delta = q.new_empty(at.shapes["delta"], dtype=torch.float32)
+    at.launch(
+        grad_q_kernel, "grad_q_kernel",
         *strided(q), *strided(k), *strided(v),
         kept_l1, kept_l1.shape[2],
-        o, *strided(grad_o), peak, total, grad_q, delta, scale, heads_per_batch, n_tokens, **tile,
+        o, *strided(grad_o), peak, total, grad_q, delta, scale, heads_per_batch, n_tokens,
     )
 
-    grad_k = q.new_empty((heads, n_tokens, 64))
-    grad_v = q.new_empty((heads, n_tokens, 64))
+    grad_k = q.new_empty(at.shapes["grad_k"])
+    grad_v = q.new_empty(at.shapes["grad_v"])
     offsets, extra, keepers = lists[1]
-    tile = schedule["grad_kv_l0"]
-    parts = ((tokens[1] * min(8, tokens[1])) // tile["PART"])
-    extra_grad_l0 = q.new_empty((2, heads, parts, 16, 64), dtype=torch.float32)
-    if parts:
-        grid = (heads * parts * triton.cdiv(16, tile["BLOCK_N"]),)
-        grad_kv_l0_extra_kernel[grid](
+    extra_grad_l0 = q.new_empty(at.shapes["extra_grad_l0"], dtype=torch.float32)
+    if at.parts_l0:
+        at.launch(
+            grad_kv_l0_extra_kernel, "grad_kv_l0_extra_kernel",
             *strided(q), *strided(grad_o), peak, total, delta, *strided(k), *strided(v),
-            keepers, kept_l1.shape[2], offsets, extra, *extra_grad_l0, parts, scale, heads_per_batch, n_tokens, **tile,
+            keepers, kept_l1.shape[2], offsets, extra, *extra_grad_l0, at.parts_l0, scale, heads_per_batch, n_tokens,
         )
-    grid = (heads * tokens[1] * triton.cdiv(16, tile["BLOCK_N"]),)
-    grad_kv_l0_kernel[grid](
+    at.launch(
+        grad_kv_l0_kernel, "grad_kv_l0_kernel",
         *strided(q), *strided(grad_o), peak, total, delta, *strided(k), *strided(v),
         keepers, kept_l1.shape[2], offsets, extra, *extra_grad_l0,
-        grad_k, grad_v, parts, scale, heads_per_batch, n_tokens, **tile,
+        grad_k, grad_v, at.parts_l0, scale, heads_per_batch, n_tokens,
     )
     return grad_q, grad_k, grad_v
 

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import sympy
 
 from llsa_gen.plan import Buffer, Kernel, Plan, Role
-from llsa_gen.sizes import HEADS, PARTS, SPLITS, N, tile
+from llsa_gen.sizes import HEADS, SPLITS, N, parts, tile
 
 __all__ = ["Cost", "Pass", "Share", "Totals", "dense", "evaluate"]
 
@@ -152,8 +152,8 @@ class Cost:
         size = buffer.elements * BYTES.get(buffer.dtype, self.element)
         if buffer.name.startswith("extra_grad_l"):
             level = int(buffer.name.removeprefix("extra_grad_l"))
-            parts = plan.extra_parts(level).subs(tile("PART"), self.schedule[f"grad_kv_l{level}"]["PART"])
-            size = size.subs(PARTS, parts)
+            most = plan.extra_parts(level).subs(tile("PART"), self.schedule[f"grad_kv_l{level}"]["PART"])
+            size = size.subs(parts(level), most)
         splits = sympy.Max(1, sympy.floor(N / (SHARE_OF_Q * plan.tokens(plan.top))))
         return size.subs(SPLITS, splits)
 

@@ -37,14 +37,14 @@ def generator_version() -> str:
 
 
 class HostPrinter(PythonCodePrinter):
-    """Prints sizes as host code: `triton.cdiv(n_tokens, 256)`, tile shapes looked up in the schedule entry `tile`."""
+    """Prints sizes as host code: `ceil_div(n_tokens, 256)`, tile shapes looked up in the schedule entry `tile`."""
 
     def _print_Symbol(self, expr: sympy.Symbol) -> str:  # noqa: N802
         return f'tile["{expr.name}"]' if expr.name.isupper() else expr.name
 
     def _print_ceiling(self, expr: sympy.ceiling) -> str:
         numerator, divisor = sympy.fraction(expr.args[0])
-        return f"triton.cdiv({self._print(numerator)}, {self._print(divisor)})"
+        return f"ceil_div({self._print(numerator)}, {self._print(divisor)})"
 
     def _print_floor(self, expr: sympy.floor) -> str:
         numerator, divisor = sympy.fraction(expr.args[0])

@@ -31,8 +31,8 @@ RESULTS = ("o", "lse", "dq", "dk", "dv")
 class Truth:
     """o, dq, dk, dv, float64 [B, H, N, D], and lse, float64 [B, H, N], with the size of each.
 
-    `through_o` is the part of an error in o, relative to it and independent from element to element, that reaches dq and
-    dk: the backward pass reads o, as rounded, for delta = grad_o . o.
+    `through_o` is the part of an error in o, relative to it and independent from element to element, that reaches dq
+    and dk: the backward pass reads o, as rounded, for delta = grad_o . o.
     """
 
     values: Mapping[str, Tensor]
@@ -51,7 +51,9 @@ def truth(
     n = k.shape[2]
     keys, values = (_with_coarse(spec, x) for x in (k, v))
     q, grad_o = q.double(), grad_o.double()
-    rows_of_results: dict[str, list[Tensor]] = {name: [] for name in ("o", "lse", "dq", "|o|", "|lse|", "|dq|", "dq(o)")}
+    rows_of_results: dict[str, list[Tensor]] = {
+        name: [] for name in ("o", "lse", "dq", "|o|", "|lse|", "|dq|", "dq(o)")
+    }
     sums = {name: torch.zeros_like(keys) for name in ("dk", "dv", "|dk|", "|dv|", "dk(o)")}
     for rows in torch.arange(n, device=q.device).split(max(1, CHUNK_ELEMENTS // (keys[..., 0].numel()))):
         query, grad = q[:, :, rows], grad_o[:, :, rows]
@@ -150,9 +152,9 @@ def judge(case: Case, name: str, found: Tensor, true: Truth, torchs: Mapping[str
 
     On standard normal inputs the error is at most `reference.tolerance` times the norm of the truth. Where almost
     everything cancels in the truth (one key, so that dq and dk are zero), a part of its size stands for it: 1/256,
-    less than what remains when terms merely have random signs. In float32 that allows 0.7 roundoffs of the size. dq and
-    dk may be off by what a roundoff of o makes of them besides: nothing beside the tolerance, but for a few tokens whose
-    gradients nearly cancel.
+    less than what remains when terms merely have random signs. In float32 that allows 0.7 roundoffs of the size. dq
+    and dk may be off by what a roundoff of o makes of them besides: little beside the tolerance, but for a few tokens
+    whose gradients nearly cancel.
 
     On any inputs the error is at most twice that of the yardstick, which may by luck have none at all (a softmax over
     one key is exactly 1, equal terms may add up without rounding), and so eight roundoffs of the size more: four are

@@ -128,7 +128,9 @@ def _rehearsal(module: ModuleType, target: str, note: Note) -> dict[str, Callabl
     for name, value in vars(module).items():
         if isinstance(value, JITFunction):
             namespace[name] = _Recorder(value, note)
-        elif isinstance(value, FunctionType) and value.__globals__ is vars(module):
+            continue
+        value = getattr(value, "__wrapped__", value)  # without the cache around a function: what is cached is for real
+        if isinstance(value, FunctionType) and value.__globals__ is vars(module):
             twin = FunctionType(value.__code__, namespace, name, value.__defaults__, value.__closure__)
             twin.__kwdefaults__ = value.__kwdefaults__
             namespace[name] = twin

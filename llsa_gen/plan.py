@@ -14,7 +14,7 @@ from functools import cached_property
 import sympy
 
 from llsa_gen.levels import Levels
-from llsa_gen.sizes import HEADS, PARTS, SPLITS, N, ceil_div, tile
+from llsa_gen.sizes import HEADS, SPLITS, N, ceil_div, parts, tile
 from llsa_gen.spec import Spec
 
 
@@ -96,7 +96,7 @@ class Plan(Levels):
             if level - 1 in self.listed:
                 yield Buffer(f"extra_l{level}", (HEADS, tokens + 1), "int32", Role.SCRATCH)
         for level in self.listed:
-            shape = (sympy.Integer(2), HEADS, PARTS, sympy.Integer(self.block(level + 1)), d)
+            shape = (sympy.Integer(2), HEADS, parts(level), sympy.Integer(self.block(level + 1)), d)
             yield Buffer(f"extra_grad_l{level}", shape, "float32", Role.SCRATCH)
         if self.attends_top:
             shape = (sympy.Integer(2), HEADS, SPLITS, self.tokens(self.top), d)
@@ -266,7 +266,7 @@ class Plan(Levels):
             yield Kernel(
                 f"grad_kv_l{level}_extra_kernel", f"grad_kv_l{level}",
                 f"dk, dv of level {level}: what the first part of a popular list leaves over",
-                HEADS * PARTS * tiles, reads, (extra,),
+                HEADS * parts(level) * tiles, reads, (extra,),
             )  # fmt: skip
             yield Kernel(
                 f"grad_kv_l{level}_kernel", f"grad_kv_l{level}", f"dk, dv of level {level}",

@@ -5,14 +5,16 @@ import sympy
 N = sympy.Symbol("n_tokens", integer=True, positive=True)
 HEADS = sympy.Symbol("heads", integer=True, positive=True)
 
-PARTS = sympy.Symbol("parts", integer=True, nonnegative=True)
-"""Room for the extra parts of popular lists: `Plan.extra_parts`, computed by the host code."""
-
 SPLITS = sympy.Symbol("splits", integer=True, positive=True)
 """How many programs share the queries of one tile of top-level keys: the host code's choice."""
 
 MAX_TOKENS = 2**30
 """Longest sequence. Kernels keep token numbers in 32 bits; a level that spans more than this has exactly one token."""
+
+
+def parts(level: int) -> sympy.Symbol:
+    """Room for the extra parts of a level's popular lists: `Plan.extra_parts`, computed by the host code."""
+    return sympy.Symbol(f"parts_l{level}", integer=True, nonnegative=True)
 
 
 def tile(name: str) -> sympy.Symbol:

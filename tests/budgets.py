@@ -32,7 +32,10 @@ TARGETS = ("cuda:90", "cuda:80", "cuda:100", "hip:gfx942")
 DTYPES = ("bfloat16", "float32", "float16")
 
 Row = dict[str, int]
-"""registers, spilled_bytes and shared_memory of a kernel: the most of its variants."""
+"""What a kernel takes, by the names of `LIMITS`: the most of its variants."""
+
+LIMITS = {"registers": 1.0, "spilled_bytes": 1.0, "shared_memory": 1.0, "instructions": 1.1}
+"""How many times its stored value each figure may be before the test fails."""
 
 
 @dataclass(frozen=True)
@@ -95,10 +98,23 @@ def rows(reports: list[aot.Report]) -> dict[str, Row]:
     """The row of every kernel."""
     found: dict[str, Row] = {}
     for report in reports:
-        row = found.setdefault(report.kernel, {"registers": 0, "spilled_bytes": 0, "shared_memory": 0})
+        row = found.setdefault(report.kernel, dict.fromkeys(LIMITS, 0))
         for name in row:
             row[name] = max(row[name], getattr(report, name))
     return found
+
+
+def overruns(budget: dict[str, Row], found: dict[str, Row]) -> list[str]:
+    """What the kernels of a cell take beyond their budget, or that they have none, a line each."""
+    problems = []
+    for kernel, row in found.items():
+        if kernel not in budget:
+            problems.append(f"{kernel} has no budget")
+            continue
+        for name, factor in LIMITS.items():
+            if row[name] > factor * budget[kernel][name]:
+                problems.append(f"{kernel}: {row[name]} {name}, the budget is {budget[kernel][name]}")
+    return problems
 
 
 def stored() -> dict[str, Any]:

@@ -1,0 +1,175 @@
+"""The host code on a GPU that is pretended: Triton compiles and launches as ever, but nothing runs.
+
+Triton is given a driver that notes every launch. From the second call with the same shapes on, the host code launches
+without Triton's own search for the kernel: these tests hold both ways against each other.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from llsa_gen import compile
+
+ROOT = Path(__file__).resolve().parents[1]
+TARGET = "cuda:90"
+
+
+@dataclass
+class Launched:
+    """One launch as the driver gets it."""
+
+    programs: tuple[int, int, int]
+    function: int
+    name: str
+    arguments: tuple[object, ...]
+
+    def told_apart(self) -> tuple[object, ...]:
+        """All of it, with shapes for tensors: equal for calls with equal inputs."""
+        shapes = tuple(
+            (tuple(x.shape), x.stride(), x.dtype, x.data_ptr() % 16) if isinstance(x, Tensor) else x
+            for x in self.arguments
+        )
+        return self.programs, self.function, self.name, shapes
+
+
+class PretendedGpu:
+    """What Triton asks of a driver: one H100, on which every binary loads and every launch succeeds."""
+
+    def __init__(self) -> None:
+        self.log: list[Launched] = []
+        self.loaded: list[str] = []
+        self.utils = SimpleNamespace(
+            load_binary=self._load, get_device_properties=lambda device: {"max_shared_mem": 232_448}
+        )
+
+    def _load(self, name: str, binary: bytes, shared: int, device: int) -> tuple[str, int, int, int, int]:
+        self.loaded.append(name)
+        return name, len(self.loaded), 0, 0, 1024  # module, function, registers, spills, threads at most
+
+    def launcher_cls(self, source: object, metadata: Any) -> Callable[..., None]:
+        def launch(x: int, y: int, z: int, stream: int, function: int, *rest: object) -> None:
+            _metadata, _for_hooks, _enter, _leave, *arguments = rest
+            self.log.append(Launched((x, y, z), function, metadata.name, tuple(arguments)))
+
+        return launch
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> PretendedGpu:
+    pretended = PretendedGpu()
+    monkeypatch.setattr(driver, "_active", pretended)  # reset_active() would look for a real one
+    return pretended
+
+
+@pytest.fixture
+def module(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    found = compile(ROOT / "spec" / "llsa_l2.yaml").module
+    monkeypatch.setattr(found, "target_of", lambda device: TARGET)
+    found.prepared.cache_clear()
+    return found
+
+
+@pytest.fixture(autouse=True)
+def forget(module: ModuleType) -> Iterator[None]:
+    yield
+    module.prepared.cache_clear()  # functions of a GPU that is gone
+    for value in vars(module).values():
+        if hasattr(value, "device_caches"):
+            value.device_caches.clear()
+
+
+def draw(n: int, batch: int = 1, heads: int = 2, offset: int = 0) -> list[Tensor]:
+    """q, k, v and the gradient of o, bfloat16 [batch, heads, n, 64]; q begins `offset` elements into its memory."""
+    made = [torch.zeros(batch * heads * n * 64 + 64, dtype=torch.bfloat16) for _ in range(4)]
+    at = [offset, 0, 0, 0]
+    return [x[i : i + batch * heads * n * 64].view(batch, heads, n, 64) for x, i in zip(made, at, strict=True)]
+
+
+def step(module: ModuleType, tensors: list[Tensor]) -> None:
+    """Forward and backward, as the operator does them on a GPU."""
+    q, k, v, grad_o = tensors
+    o, _, *saved = module.attend_kernels(q, k, v, 0.125)
+    module.grad_kernels(grad_o, q, k, v, o, *saved, 0.125)
+
+
+def launches(gpu: PretendedGpu, module: ModuleType, tensors: list[Tensor]) -> list[tuple[object, ...]]:
+    gpu.log.clear()
+    step(module, tensors)
+    return [launch.told_apart() for launch in gpu.log]
+
+
+def test_the_second_call_launches_what_triton_launched_in_the_first(gpu: PretendedGpu, module: ModuleType) -> None:
+    tensors = draw(4096)
+    first = launches(gpu, module, tensors)
+    assert len(first) == 17
+    assert {x.data_ptr() for x in tensors} <= {
+        x.data_ptr() for launch in gpu.log for x in launch.arguments if isinstance(x, Tensor)
+    }
+    assert launches(gpu, module, tensors) == first
+    assert launches(gpu, module, draw(4096)) == first, "other tensors of the same shapes"
+
+
+def test_calls_do_not_get_in_each_others_way(gpu: PretendedGpu, module: ModuleType) -> None:
+    # lengths with and without remainders, other heads, a q that does not begin at a multiple of 16 bytes, strides
+    calls = {
+        "plain": draw(4096),
+        "one more": draw(4097),
+        "short": draw(5),
+        "heads": draw(4096, batch=2, heads=1),
+        "offset": draw(4096, offset=1),
+        "transposed": [x.transpose(1, 2).contiguous().transpose(1, 2) for x in draw(4096)],
+    }
+    alone = {}
+    for name, tensors in calls.items():
+        module.prepared.cache_clear()
+        alone[name] = launches(gpu, module, tensors)
+    assert len({str(found) for found in alone.values()}) == len(calls)
+    module.prepared.cache_clear()
+    for _ in range(3):
+        for name, tensors in calls.items():
+            assert launches(gpu, module, tensors) == alone[name], name
+
+
+def test_another_length_compiles_nothing(gpu: PretendedGpu, module: ModuleType) -> None:
+    step(module, draw(4096))
+    compiled = list(gpu.loaded)
+    assert len(compiled) == 15, "count_kernel and scan_parts_kernel serve two levels each"
+    for n in (4097, 8191, 65_536, 100_003):
+        step(module, draw(n, heads=1))
+    assert gpu.loaded == compiled
+
+
+def test_from_the_second_call_on_little_python_runs(gpu: PretendedGpu, module: ModuleType) -> None:
+    # Calls of functions instead of microseconds, which differ from run to run. Triton's own search takes 2,200 here.
+    tensors = draw(4096)
+    step(module, tensors)
+    count = 0
+
+    def note(frame: object, event: str, argument: object) -> None:
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    sys.setprofile(note)
+    try:
+        step(module, tensors)
+    finally:
+        sys.setprofile(None)
+    assert count < 600, count
