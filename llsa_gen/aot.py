@@ -8,7 +8,6 @@ import hashlib
 import json
 import os
 import shlex
-import tempfile
 import time
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
@@ -30,6 +29,7 @@ from llsa_gen.binary import ASSEMBLY, resources
 from llsa_gen.compiler import Attention
 from llsa_gen.errors import KernelCompileError
 from llsa_gen.failure import locate
+from llsa_gen.files import write_whole
 from llsa_gen.launches import Launch, dtype_name, module_of, record
 from llsa_gen.spec import load
 
@@ -238,7 +238,7 @@ def export(
         "versions": {"llsa_gen": emit.generator_version(), "torch": version("torch"), "triton": version("triton")},
         "kernels": [_describe(one, _write_binaries(folder, one)) for one in compiled],
     }
-    _write(folder / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
+    write_whole(folder / MANIFEST, json.dumps(manifest, indent=2) + "\n")
     for name in before - _files_of(folder):
         with suppress(OSError):
             (folder / name).unlink()
@@ -275,23 +275,9 @@ def _write_binaries(folder: Path, compiled: _Compiled) -> dict[str, dict[str, st
         data = data.encode() if isinstance(data, str) else data
         digest = hashlib.sha256(data).hexdigest()
         name = f"{compiled.launch.kernel}.{digest[:12]}.{kind}"
-        _write(folder / name, data)
+        write_whole(folder / name, data)
         files[kind] = {"file": name, "sha256": digest}
     return files
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Write a file so that it is there whole or not at all."""
-    handle, staged = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.chmod(staged, 0o644)
-        os.replace(staged, path)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(staged)
-        raise
 
 
 def _files_of(folder: Path) -> set[str]:

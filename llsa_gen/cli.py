@@ -12,7 +12,8 @@ import typer
 from llsa_gen import cli_cache
 from llsa_gen.cli_check import check
 from llsa_gen.errors import LlsaGenError, SpecError
-from llsa_gen.terminal import Commands, DType, Json, SpecArgument, console, load_spec, print_json, warn
+from llsa_gen.files import write_whole
+from llsa_gen.terminal import Commands, DType, Json, SpecArgument, between, console, load_spec, print_json, warn
 
 if TYPE_CHECKING:
     from llsa_gen.compiler import Attention
@@ -32,8 +33,10 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Tokens = Annotated[int, typer.Option("-n", "--tokens", min=1, max=2**30, help="Sequence length N, in tokens.")]
-Heads = Annotated[int, typer.Option("--heads", min=1, help="Heads of all batch entries, B*H.")]
+Tokens = Annotated[
+    int, typer.Option("-n", "--tokens", callback=between(1, 2**30), help="Sequence length N, in tokens.")
+]
+Heads = Annotated[int, typer.Option("--heads", callback=between(1), help="Heads of all batch entries, B*H.")]
 DTypeOption = Annotated[DType, typer.Option("--dtype", help="Dtype of q, k and v.")]
 
 
@@ -69,9 +72,9 @@ def new(
         raise LlsaGenError(f"NAME: {error.mistakes[0].message}") from None
     if path.exists() and not force:
         raise LlsaGenError(f"{path}: exists already; --force replaces it")
-    path.write_text(text, encoding="utf-8")
+    write_whole(path, text)
     if not schema.exists():
-        schema.write_text(schema_text(), encoding="utf-8")
+        write_whole(schema, schema_text())
     typer.echo(f"{path}: edit it, then: llsa-gen explain {path} -n 65536")
 
 
@@ -162,7 +165,7 @@ def export(
     if path.exists() and not force and MODULE_MARK not in path.read_text(encoding="utf-8", errors="replace"):
         raise LlsaGenError(f"{path}: exists already and is no module that llsa-gen made; --force replaces it")
     directory.mkdir(parents=True, exist_ok=True)
-    path.write_text(attention.source, encoding="utf-8")
+    write_whole(path, attention.source)
     manifests = {target: str(_export_for(attention, directory, target, dtype)) for target in targets or ()}
     if as_json:
         print_json({"spec": attention.spec.name, "module": str(path), "manifests": manifests})

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from llsa_gen.errors import CheckFailed, LlsaGenError
-from llsa_gen.terminal import Json, load_spec, print_json
+from llsa_gen.terminal import Json, between, load_spec, print_json
 
 EXAMPLES = 100
 
@@ -22,14 +22,14 @@ def check(
     ] = None,
     examples: Annotated[
         int | None,
-        typer.Option(min=1, help=f"Stop after so many cases; {EXAMPLES} unless --seconds is given."),
+        typer.Option(callback=between(1), help=f"Stop after so many cases; {EXAMPLES} unless --seconds is given."),
     ] = None,
     seconds: Annotated[float | None, typer.Option(min=0.1, help="Stop after so many seconds.")] = None,
     device: Annotated[str, typer.Option(help="Where the tensors are: cpu, cuda, cuda:1.")] = "cpu",
     interpret: Annotated[
         bool, typer.Option("--interpret", help="Run the Triton kernels on the CPU, in Triton's interpreter. Slow.")
     ] = False,
-    seed: Annotated[int | None, typer.Option(min=0, help="Draw the same cases again.")] = None,
+    seed: Annotated[int | None, typer.Option(callback=between(0), help="Draw the same cases again.")] = None,
     as_json: Json = False,
 ) -> None:
     """Fuzz a spec against the dense float64 reference: o, dq, dk, dv, selection, and that two runs give the same bits.
@@ -77,11 +77,15 @@ def _must_exist(device: str) -> None:
 
     expected = f"--device: expected cpu or a GPU such as cuda, got {device!r}"
     try:
-        kind = torch.empty(0, device=device).device.type
+        known = torch.device(device).type in ("cpu", "cuda")
+    except RuntimeError:
+        known = False
+    if not known:
+        raise LlsaGenError(expected)
+    try:
+        torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # the latter from a torch without CUDA
         raise LlsaGenError(f"{expected}: {str(error).partition(': ')[0]}") from None
-    if kind not in ("cpu", "cuda"):
-        raise LlsaGenError(expected)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from llsa_gen.growth import growth, top_share, with_another_level
 from llsa_gen.plan import Kernel, lower
 from llsa_gen.schedule import schedule, target
 from llsa_gen.spec import Spec
-from llsa_gen.units import human_bytes, human_flops
+from llsa_gen.units import counted, human_bytes, human_flops
 
 __all__ = ["ELEMENT", "explain", "plan_tables", "tables"]
 
@@ -70,7 +70,7 @@ def _cost(spec: Spec, dtype: str) -> Cost:
 
 
 def _totals(totals: Totals, n_tokens: int, heads: int) -> dict[str, int]:
-    counted = {
+    totals_of = {
         "forward_flops": totals.forward.flops,
         "backward_flops": totals.backward.flops,
         "forward_bytes_moved": totals.forward.moved,
@@ -79,7 +79,7 @@ def _totals(totals: Totals, n_tokens: int, heads: int) -> dict[str, int]:
         "forward_scratch_bytes": totals.forward.scratch,
         "backward_scratch_bytes": totals.backward.scratch,
     }
-    return {name: evaluate(expr, n_tokens, heads) for name, expr in counted.items()}
+    return {name: evaluate(expr, n_tokens, heads) for name, expr in totals_of.items()}
 
 
 def _level(cost: Cost, level: int, n_tokens: int, heads: int) -> Data:
@@ -128,8 +128,8 @@ def _table(title: str, columns: Mapping[str, str]) -> Table:
 def tables(data: Data) -> RenderableType:
     """The tables of `explain`."""
     head = (
-        f"{data['spec']} at {data['n_tokens']:,} tokens, {data['heads']} heads of {data['head_dim']} (batch included), "
-        f"{data['dtype']}"
+        f"{data['spec']} at {counted(data['n_tokens'], 'token')}, {counted(data['heads'], 'head')} of "
+        f"{data['head_dim']} (batch included), {data['dtype']}"
     )
     parts: list[RenderableType] = [Text(f"{head}\n", style="bold"), _levels_table(data), Text(), _cost_table(data)]
     grows = data["growth"]

@@ -8,6 +8,7 @@ one, which `CheckFailed.reproducer` runs again when it is pasted.
 from __future__ import annotations
 
 import secrets
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -27,6 +28,7 @@ from llsa_gen.errors import CheckFailed
 from llsa_gen.fuzz_cases import Case, DType, Values, cases, on_interpreter, specs
 from llsa_gen.reference_selection import SpecSource
 from llsa_gen.spec import load
+from llsa_gen.store import Store
 
 __all__ = [
     "Case",
@@ -87,14 +89,14 @@ class Report:
     """For o, lse, dq, dk, dv the largest error met, as a fraction of what was allowed."""
 
 
-def run(case: Case) -> Outcome:
+def run(case: Case, store: Store | None = None) -> Outcome:
     """Compile the case's spec, attend forward and backward, and compare.
 
     Selection is compared by value, and by index where scores tie exactly; o, lse, dq, dk and dv with the float64
     reference, selection held fixed; and, but in the interpreter, a second run bit by bit. The first run gets its memory
-    full of NaN. What the compiled operator raises comes through as it is.
+    full of NaN. What the compiled operator raises comes through as it is. `store` as for `llsa_gen.compile`.
     """
-    attention = compile(case.spec)
+    attention = compile(case.spec, store=store)
     q, k, v, grad_o = case.tensors()
     with poisoned_memory():
         first = attend(attention, case, q, k, v, grad_o)
@@ -208,14 +210,16 @@ def check(
     """
     if examples is None and seconds is None:
         examples = 100
-    search = _Search(device, examples, seconds, progress)
     chosen = None if spec is None else load(spec)
     seed = secrets.randbelow(2**32) if seed is None else seed
     drawn_from = seed
-    while not search.done:
-        search.draw(cases(chosen, device), drawn_from)
-        drawn_from += 1
-    return search.report(seed)
+    with tempfile.TemporaryDirectory(prefix="llsa_gen_fuzz_") as folder:
+        # nobody wants to find specs that were drawn in their cache
+        search = _Search(device, examples, seconds, progress, None if chosen else Store(folder))
+        while not search.done:
+            search.draw(cases(chosen, device), drawn_from)
+            drawn_from += 1
+        return search.report(seed)
 
 
 class _Over(BaseException):
@@ -225,8 +229,15 @@ class _Over(BaseException):
 class _Search:
     """Draws cases until their number or the time is reached; after a failure, draws smaller ones for a while."""
 
-    def __init__(self, device: str, examples: int | None, seconds: float | None, progress: Progress | None) -> None:
-        self.device, self.examples, self.progress = device, examples, progress
+    def __init__(
+        self,
+        device: str,
+        examples: int | None,
+        seconds: float | None,
+        progress: Progress | None,
+        store: Store | None,
+    ) -> None:
+        self.device, self.examples, self.progress, self.store = device, examples, progress, store
         self.start = time.monotonic()
         self.end = None if seconds is None else self.start + seconds
         self.seen: set[Case] = set()
@@ -278,7 +289,7 @@ class _Search:
     def _failure(self, case: Case) -> str | None:
         """What is wrong with a case, if anything."""
         try:
-            outcome = run(case)
+            outcome = run(case, self.store)
         except torch.AcceleratorError as error:  # nothing works in this process any more
             self.smallest = (case, f"{type(error).__name__}: {error}")
             raise _Over from error

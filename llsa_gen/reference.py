@@ -56,9 +56,13 @@ TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
 
 
 def _check_indices(spec: Spec, indices: Sequence[Tensor], q: Tensor, n: int) -> None:
+    if not isinstance(indices, (list, tuple)):
+        raise TypeError(f"indices: expected {spec.num_levels} tensors, one a level, got {type(indices).__name__}")
     if len(indices) != spec.num_levels:
         raise ValueError(f"indices: expected {spec.num_levels} tensors, one a level, got {len(indices)}")
     for level, ids in enumerate(indices, start=1):
+        if not isinstance(ids, Tensor):
+            raise TypeError(f"indices, level {level}: expected a tensor of integers, got {type(ids).__name__}")
         rows, tokens = num_tokens(spec, level, q.shape[2]), num_tokens(spec, level, n)
         if ids.ndim != 4 or ids.shape[:3] != (*q.shape[:2], rows) or ids.is_floating_point():
             expected = [*q.shape[:2], rows, "*"]
@@ -106,7 +110,13 @@ def _weighted_softmax(q: Tensor, keys: Tensor, values: Tensor, weights: Tensor, 
 
 
 def _scale(spec: Spec, scale: float | None) -> float:
-    return 1.0 / math.sqrt(spec.head_dim) if scale is None else scale
+    if scale is None:
+        return 1.0 / math.sqrt(spec.head_dim)
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        raise TypeError(f"scale: expected a number or None, got {type(scale).__name__}")
+    if not math.isfinite(scale):
+        raise ValueError(f"scale: expected a finite number, got {scale}")
+    return scale
 
 
 @overload

@@ -41,13 +41,17 @@ TINY = torch.finfo(torch.float32).tiny
 
 
 def check_tensors(spec: Spec, q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Raises ValueError unless q is ``[B, H, M, D]``, k and v are ``[B, H, N, D]``, all of one floating dtype."""
+    """Raises TypeError or ValueError unless q is ``[B, H, M, D]``, k and v ``[B, H, N, D]``, of one floating dtype."""
     for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name}: expected a tensor [B, H, N >= 1, {spec.head_dim}], got {type(x).__name__}")
+        if not x.is_floating_point():
+            raise TypeError(f"{name}: expected a floating dtype, got {x.dtype}")
         if x.ndim != 4 or x.shape[3] != spec.head_dim or x.shape[2] < 1:
             raise ValueError(f"{name}: expected [B, H, N >= 1, {spec.head_dim}], got {list(x.shape)}")
-        if (x.dtype, x.device, x.shape[:2]) != (q.dtype, q.device, q.shape[:2]) or not x.is_floating_point():
+        if (x.dtype, x.device, x.shape[:2]) != (q.dtype, q.device, q.shape[:2]):
             raise ValueError(
-                f"{name}: expected the floating dtype, device and [B, H] of q ({q.dtype}, {q.device}, "
+                f"{name}: expected the dtype, device and [B, H] of q ({q.dtype}, {q.device}, "
                 f"{list(q.shape[:2])}), got {x.dtype}, {x.device}, {list(x.shape[:2])}"
             )
     if k.shape != v.shape:

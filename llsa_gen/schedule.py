@@ -49,10 +49,15 @@ def targets() -> dict[str, Target]:
     }
 
 
+def _by_age(name: str) -> tuple[str, int, str]:
+    backend, _, arch = name.partition(":")
+    return backend, int(arch) if arch.isdigit() else 0, arch
+
+
 def target(name: str) -> Target:
     """The target of a name, or one clear error."""
     if name not in targets():
-        raise UnknownTargetError(f"target: expected one of {', '.join(targets())}, got {name!r}")
+        raise UnknownTargetError(f"target: expected one of {', '.join(sorted(targets(), key=_by_age))}, got {name!r}")
     return targets()[name]
 
 

@@ -4,7 +4,7 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from llsa_gen.spec import Spec
 
-__all__ = ["Commands", "DType", "Json", "SpecArgument", "console", "load_spec", "print_json", "warn"]
+__all__ = ["Commands", "DType", "Json", "SpecArgument", "between", "console", "load_spec", "print_json", "warn"]
 
 
 class DType(StrEnum):
@@ -40,10 +40,22 @@ def load_spec(text: str) -> "Spec":
     from llsa_gen.spec import load
 
     path = Path(text)
-    if path.is_file() or path.suffix or os.sep in text:
+    if path.is_file() or path.suffix or os.sep in text or path.name in ("", ".."):
         return load(text)
     here, there = Path(f"{text}.yaml"), Path("spec") / f"{text}.yaml"
     return load(there if there.is_file() or (there.parent.is_dir() and not here.is_file()) else here)
+
+
+def between(low: int, high: int | None = None) -> Callable[[int | None], int | None]:
+    """A callback for an option that is an integer in this range, or not given."""
+
+    def check(value: int | None) -> int | None:
+        if value is None or (value >= low and (high is None or value <= high)):
+            return value
+        most = "" if high is None else f" and <= {high}"
+        raise typer.BadParameter(f"expected an integer >= {low}{most}, got {value}")
+
+    return check
 
 
 # ---- printing ---------------------------------------------------------------------------------------------------
@@ -82,9 +94,10 @@ class Commands(TyperGroup):
             except LlsaGenError as error:
                 _complain(error)
             except OSError as error:
-                if error.filename is None:
+                if isinstance(error, BrokenPipeError):  # who reads the output has seen enough: typer leaves quietly
                     raise
-                _complain(f"{error.filename}: {error.strerror}")
+                place = "" if error.filename is None else f"{error.filename}: "
+                _complain(f"{place}{error.strerror or error}")
         raise typer.Exit(1)
 
 

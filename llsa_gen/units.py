@@ -2,7 +2,12 @@
 
 from rich.filesize import pick_unit_and_suffix
 
-__all__ = ["human_bytes", "human_flops"]
+__all__ = ["counted", "human_bytes", "human_flops"]
+
+
+def counted(number: int, what: str) -> str:
+    """`1 token`, `65,536 tokens`."""
+    return f"{number:,} {what}{'s' * (number != 1)}"
 
 
 def human_bytes(size: int) -> str:

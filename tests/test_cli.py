@@ -364,6 +364,33 @@ def test_export_to_where_nothing_can_be_written(place: Path) -> None:
     assert result.err.startswith("/proc/nothing: ")
 
 
+def test_a_full_disk_is_one_message_and_what_was_there_stays(place: Path) -> None:
+    (place / "out").mkdir()
+    for command, path in (("new mine --force", place / "mine.yaml"), ("export tiny -o out", place / "out" / "tiny.py")):
+        path.write_text("# Made by llsa_gen\n")
+        limited = f"ulimit -f 1; {shlex.quote(sys.executable)} -m llsa_gen {command}"
+        done = subprocess.run(["bash", "-c", limited], capture_output=True, text=True, env={**os.environ, "LLSA_GEN_CACHE_DIR": "cache"})
+        assert done.returncode == 1
+        assert done.stderr.splitlines()[-1] == f"{path.relative_to(place)}: File too large"
+        assert path.read_text() == "# Made by llsa_gen\n"
+        assert not list(path.parent.glob(".*"))
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("explain tiny -n 0", "expected an integer >= 1 and <= 1073741824, got 0"),
+        ("explain tiny -n 5 --heads -2", "expected an integer >= 1, got -2"),
+        ("check tiny --seed -1", "expected an integer >= 0, got -1"),
+        ("check tiny --examples 0", "expected an integer >= 1, got 0"),
+    ],
+)
+def test_an_integer_out_of_range(command: str, message: str, place: Path) -> None:
+    result = call(command)
+    assert result.code == 2
+    assert message in " ".join(result.err.replace("\u2502", " ").split())
+
+
 def test_export_finds_out_about_a_target_first(place: Path) -> None:
     result = call("export tiny -o out --target cuda:90 --target cuda:9000")
     assert (result.code, result.out) == (1, "")

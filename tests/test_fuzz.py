@@ -18,6 +18,7 @@ from torch import Tensor
 from llsa_gen import Level, Spec, fuzz, fuzz_cases, fuzz_oracle, reference
 from llsa_gen.errors import CheckFailed
 from llsa_gen.fuzz import Case
+from llsa_gen.store import Store
 
 SMALL = spec("small", 8, (3, 2), (2, 2))
 
@@ -217,12 +218,18 @@ def test_a_check_draws_what_its_seed_says() -> None:
     for seed in (3, 3, 4):
         with pytest.MonkeyPatch.context() as patch:
             seen: list[Case] = []
-            patch.setattr(fuzz, "run", lambda case, seen=seen: seen.append(case) or fuzz.Outcome(case, (), {}))
+            patch.setattr(fuzz, "run", lambda case, store, seen=seen: seen.append(case) or fuzz.Outcome(case, (), {}))
             fuzz.check(SMALL, examples=30, seed=seed)
         drawn.append(seen)
     assert drawn[0] == drawn[1] != drawn[2]
     assert len(drawn[0]) == len(set(drawn[0])) == 30
     assert {case.spec for case in drawn[0]} == {SMALL}
+
+
+def test_specs_that_are_drawn_do_not_fill_the_users_cache() -> None:
+    before = Store().entries()
+    report = fuzz.check(examples=2, seed=11)
+    assert report.specs > 0 and Store().entries() == before
 
 
 def test_a_check_reports_what_it_did() -> None:
@@ -249,7 +256,7 @@ def test_a_check_takes_whatever_a_spec_comes_from(tmp_path: Path) -> None:
 
 
 def test_a_failing_check_shrinks(monkeypatch: pytest.MonkeyPatch) -> None:
-    def run(case: Case) -> fuzz.Outcome:
+    def run(case: Case, store: Store | None) -> fuzz.Outcome:
         wrong = case.n >= 7 and case.spec.num_levels >= 2
         return fuzz.Outcome(case, ("dq: wrong",) if wrong else (), {})
 
@@ -263,7 +270,7 @@ def test_a_failing_check_shrinks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_whatever_an_operator_raises_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
-    def run(case: Case) -> fuzz.Outcome:
+    def run(case: Case, store: Store | None) -> fuzz.Outcome:
         raise IndexError("out of range")
 
     monkeypatch.setattr(fuzz, "run", run)
@@ -274,7 +281,7 @@ def test_whatever_an_operator_raises_is_a_failure(monkeypatch: pytest.MonkeyPatc
 def test_a_gpu_that_is_lost_ends_the_search_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Case] = []
 
-    def run(case: Case) -> fuzz.Outcome:
+    def run(case: Case, store: Store | None) -> fuzz.Outcome:
         calls.append(case)
         raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
 

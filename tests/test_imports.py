@@ -36,6 +36,7 @@ def room(modules: str = "", libraries: str = "") -> Room:
 ROOMS = {
     # the five stages, each knowing only what is before it
     "errors": room(),
+    "files": room(),
     "spec_mistakes": room("", "pydantic"),
     "spec_yaml": room("spec_mistakes", "yaml"),
     "spec": room("spec_mistakes spec_yaml", "pydantic pydantic_core"),
@@ -57,16 +58,16 @@ ROOMS = {
     "explain": room("spec plan schedule cost growth units", "rich"),
     "fuzz_cases": room("spec", "torch triton hypothesis"),
     "fuzz_oracle": room("spec reference fuzz_cases", "torch"),
-    "fuzz": room("spec reference reference_selection compiler fuzz_cases fuzz_oracle", "torch hypothesis"),
+    "fuzz": room("spec reference reference_selection compiler store fuzz_cases fuzz_oracle", "torch hypothesis"),
     "launches": room("schedule compiler", "torch triton"),
     "binary": room("", "triton"),
     "origin": room("emit"),
     "failure": room("origin", "triton"),
-    "aot": room("spec schedule emit compiler launches binary failure", "torch triton"),
+    "aot": room("spec schedule emit compiler launches binary failure files", "torch triton"),
     "golden": room("spec plan schedule emit"),
     # what people call
     "terminal": room("spec", "typer rich"),
-    "cli": room("__init__ spec cli_cache cli_check terminal plan schedule compiler explain units aot", "typer"),
+    "cli": room("__init__ spec cli_cache cli_check terminal files plan schedule compiler explain units aot", "typer"),
     "cli_cache": room("terminal plan schedule compiler store units", "typer rich"),
     "cli_check": room("terminal fuzz", "typer rich torch"),
     "demo": room("__init__ spec plan schedule compiler reference cost demo_photo demo_picture", "torch rich typer"),

@@ -380,7 +380,7 @@ def test_padding_is_ignored_and_wrong_arguments_are_refused() -> None:
     wrong: list[tuple[str, Callable[[], object]]] = [
         ("q: expected .*, 8], got", lambda: reference.attention(spec, q[..., :7], q, q)),
         ("v: expected the shape of k", lambda: reference.attention(spec, q, q, q[:, :, :5])),
-        ("k: expected the floating dtype", lambda: reference.select(spec, q, q.double())),
+        ("k: expected the dtype", lambda: reference.select(spec, q, q.double())),
         ("indices: expected 2 tensors", lambda: reference.attention(spec, q, q, q, indices=kept[:1])),
         ("indices, level 1: expected integers", lambda: reference.attention(spec, q, q, q, indices=kept[::-1])),
         ("indices, level 1: .* below 5", lambda: reference.attention(spec, q, q, q, indices=(kept[0] + 4, kept[1]))),
@@ -390,8 +390,20 @@ def test_padding_is_ignored_and_wrong_arguments_are_refused() -> None:
                 make_spec((2, 2), enrich="none"), q, q, q, indices=(torch.full_like(kept[0], -1),)
             ),
         ),
+        ("scale: expected a finite number, got nan", lambda: reference.attention(spec, q, q, q, scale=math.nan)),
         ("relative_error: expected the shape", lambda: reference.relative_error(q, q[0])),
     ]
     for message, call in wrong:
         with pytest.raises(ValueError, match=message):
+            call()
+    no: Any = None
+    of_the_wrong_type = [
+        (r"^q: expected a tensor \[B, H, N >= 1, 8\], got NoneType", lambda: reference.select(spec, no, q)),
+        ("^v: expected a floating dtype, got torch.int64", lambda: reference.attention(spec, q, q, q.long())),
+        ("^indices: expected 2 tensors, one a level, got int", lambda: reference.attention(spec, q, q, q, indices=no or 3)),
+        ("^indices, level 1: expected a tensor of integers, got N", lambda: reference.attention(spec, q, q, q, indices=(no, no))),
+        ("^scale: expected a number or None, got str", lambda: reference.attention(spec, q, q, q, scale=no or "x")),
+    ]
+    for message, call in of_the_wrong_type:
+        with pytest.raises(TypeError, match=message):
             call()
