@@ -59,12 +59,13 @@ def _where(row: Row) -> str:
 def _table(title: str, columns: Sequence[str]) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, show_edge=False)
     for name in columns:
-        table.add_column(name, justify="left" if name in ("implementation", "kernel") else "right")
+        named = name in ("implementation", "kernel")
+        table.add_column(name, justify="left" if named else "right", no_wrap=named)  # numbers make room for names
     return table
 
 
 def _times(title: str, rows: Sequence[Row]) -> Table:
-    columns = ["tokens", "implementation", "forward ms", "20-80%", "x", "forward+backward ms", "20-80%", "x"]
+    columns = ["tokens", "implementation", "forward ms", "20-80%", "x", "fwd+bwd ms", "20-80%", "x"]
     table = _table(title, [*columns, "runs", "host us", "peak memory"])
     lengths = sorted({row.n_tokens for row in rows})
     for n in lengths:
