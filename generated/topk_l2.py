@@ -1,6 +1,6 @@
 """Log-linear sparse attention compiled from the spec `topk_l2`: attention(q, k, v) and select(q, k).
 
-Made by llsa_gen 0.1.0 from spec e0cc955638152b16; do not edit: `llsa-gen export topk_l2.yaml` makes it again.
+Made by llsa_gen 0.1.0 from spec e0cc955638152b16; do not edit: `llsa-gen export topk_l2` makes it again.
 
     level   block b_l      span P_l   Top-K K_l   attended
         2          16           256           8   no
@@ -13,6 +13,7 @@ at its end; there are T_l = ceil(N / P_l). Each query token of a level keeps at 
 
 import contextlib
 import functools
+import numbers
 
 import torch
 import triton
@@ -26,9 +27,10 @@ SPEC = {
     "name": "topk_l2",
     "reweight": True,
 }
-OPERATOR = "topk_l2_73e6ec120ad3429f"  # in torch.ops.llsa: the name of the spec and the hash of this text
+OPERATOR = "topk_l2_2164053f6185f766"  # in torch.ops.llsa: the name of the spec and the hash of this text
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
-MAX_SCALE = 3.0e38  # of float32, in which the kernels compute
+DTYPES = torch.float32, torch.float16, torch.bfloat16
+MAX_SCALE = 2.3e38  # times log2(e), the largest float32
 MAX_TOKENS = 1073741824  # tokens and the entries of index lists are counted in 32 bits
 
 HEAD_DIM = tl.constexpr(64)  # D
@@ -299,7 +301,6 @@ def attend_kernel(
     k_ptr, stride_kb, stride_kh, stride_kn,
     v_ptr, stride_vb, stride_vh, stride_vn,
     kept_l1_ptr, width_l1,  # [B*H, T_1, width] int32
-
     o_ptr,  # [B*H, N, D], out
     lse_ptr,  # [B*H, N] float32, out: natural logarithm of the sum of weights
     peak_ptr, total_ptr,  # [B*H, N] float32, out: the same as 2^peak * total, without its rounding, for the backward pass
@@ -317,7 +318,6 @@ def attend_kernel(
     place = tl.program_id(0) % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
     token = block * BLOCK_1 + place
     inside = (place < BLOCK_1) & (token < n_tokens)
-
 
     q = load_rows(head_base(q_ptr, head, stride_qb, stride_qh, heads_per_batch), token, stride_qn, inside)
     scale *= LOG2E
@@ -488,7 +488,6 @@ def grad_q_kernel(
     k_ptr, stride_kb, stride_kh, stride_kn,
     v_ptr, stride_vb, stride_vh, stride_vn,
     kept_l1_ptr, width_l1,  # [B*H, T_1, width] int32
-
     o_ptr,  # [B*H, N, D]
     grad_o_ptr, stride_gb, stride_gh, stride_gn,  # [B, H, N, D]
     peak_ptr, total_ptr,  # [B*H, N] float32, of the forward pass
@@ -508,7 +507,6 @@ def grad_q_kernel(
     place = tl.program_id(0) % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
     token = block * BLOCK_1 + place
     inside = (place < BLOCK_1) & (token < n_tokens)
-
 
     q = load_rows(head_base(q_ptr, head, stride_qb, stride_qh, heads_per_batch), token, stride_qn, inside)
     grad_o = load_rows(head_base(grad_o_ptr, head, stride_gb, stride_gh, heads_per_batch), token, stride_gn, inside)
@@ -799,7 +797,7 @@ def strided(x):
 
 @functools.cache
 def target_of(device):
-    """A GPU as the schedules name it, `cuda:90` or `hip:gfx942`; for one that they do not know, the nearest older one."""
+    """A GPU as the schedules name it, `cuda:90` or `hip:gfx942`; for one that they do not know, the nearest older one, or the oldest."""
     if device.type != "cuda":
         return "cuda:80"  # the interpreter, for which any schedule will do
     if torch.version.hip:
@@ -891,14 +889,13 @@ def attend_kernels(q, k, v, scale):
 
 def invert_kernels(kept_l1, kept_l2, n_tokens, at):
     """The query tokens that keep each key token, by level: where each list begins, where its extra parts do, the lists."""
-    q = kept_l1  # the device
-    counts_l1 = q.new_empty(at.shapes["counts_l1"], dtype=torch.int32).zero_()
-    offsets_l1 = q.new_empty(at.shapes["offsets_l1"], dtype=torch.int32)
-    extra_l1 = q.new_empty(at.shapes["extra_l1"], dtype=torch.int32)
-    keepers_l1 = q.new_empty(at.shapes["keepers_l1"], dtype=torch.int32)
-    counts_l2 = q.new_empty(at.shapes["counts_l2"], dtype=torch.int32).zero_()
-    offsets_l2 = q.new_empty(at.shapes["offsets_l2"], dtype=torch.int32)
-    keepers_l2 = q.new_empty(at.shapes["keepers_l2"], dtype=torch.int32)
+    counts_l1 = kept_l1.new_empty(at.shapes["counts_l1"], dtype=torch.int32).zero_()
+    offsets_l1 = kept_l1.new_empty(at.shapes["offsets_l1"], dtype=torch.int32)
+    extra_l1 = kept_l1.new_empty(at.shapes["extra_l1"], dtype=torch.int32)
+    keepers_l1 = kept_l1.new_empty(at.shapes["keepers_l1"], dtype=torch.int32)
+    counts_l2 = kept_l1.new_empty(at.shapes["counts_l2"], dtype=torch.int32).zero_()
+    offsets_l2 = kept_l1.new_empty(at.shapes["offsets_l2"], dtype=torch.int32)
+    keepers_l2 = kept_l1.new_empty(at.shapes["keepers_l2"], dtype=torch.int32)
     at.launch(count_kernel, "count_kernel, level 1", kept_l1, counts_l1, kept_l1.shape[2], at.tokens[1])
     at.launch(count_kernel, "count_kernel, level 2", kept_l2, counts_l2, kept_l2.shape[2], at.tokens[2])
     at.launch(
@@ -1173,6 +1170,11 @@ def on_device_of(x):
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
+def without_autocast():
+    """What the CPU path multiplies is float32 on purpose, and autocast would round it."""
+    return torch.autocast("cpu", enabled=False)
+
+
 def runs_kernels(x):
     """Whether the Triton kernels take `x`: on a GPU, or anywhere in Triton's interpreter."""
     return x.is_cuda or INTERPRETED
@@ -1206,7 +1208,8 @@ def forward(q, k, v, scale):
     if q.numel() == 0:
         return empty_outputs(q)
     if not runs_kernels(q):
-        return attend_torch(q, k, v, scale)
+        with without_autocast():
+            return attend_torch(q, k, v, scale)
     with on_device_of(q):
         return attend_kernels(q, k, v, scale)
 
@@ -1216,7 +1219,8 @@ def backward(grad_o, q, k, v, o, saved, scale):
     if q.numel() == 0:
         return tuple(q.new_empty(q.shape) for _ in range(3))
     if not runs_kernels(q):
-        return grad_torch(grad_o, q, k, v, saved[-LEVELS:], scale)
+        with without_autocast():
+            return grad_torch(grad_o, q, k, v, saved[-LEVELS:], scale)
     with on_device_of(q):
         return tuple(x.view(q.shape) for x in grad_kernels(grad_o, q, k, v, o, *saved, scale))
 
@@ -1226,7 +1230,8 @@ def select_forward(q, k):
     if q.numel() == 0:
         return empty_selection(q, k)
     if not runs_kernels(q):
-        return select_torch(q, k)
+        with without_autocast():
+            return select_torch(q, k)
     with on_device_of(q):
         return select_kernels(q, k)
 
@@ -1282,6 +1287,7 @@ LIBRARY = register() or globals().get("LIBRARY")  # which a reload of this modul
 def check(tensors):
     """One clear error for tensors that the operator does not take."""
     first, q = next(iter(tensors.items()))
+    tracing = torch.compiler.is_compiling()
     for name, x in tensors.items():
         if not isinstance(x, torch.Tensor):
             raise TypeError(f"{name}: expected a tensor [B, H, N, {HEAD_DIM.value}], got {type(x).__name__}")
@@ -1291,7 +1297,7 @@ def check(tensors):
             raise ValueError(f"{name}: expected 4 dimensions [B, H, N, {HEAD_DIM.value}], got shape {list(x.shape)}")
         if x.shape[3] != HEAD_DIM.value:
             raise ValueError(f"{name}: expected head dim {HEAD_DIM.value}, got {x.shape[3]} in shape {list(x.shape)}")
-        if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        if x.dtype not in DTYPES:
             raise TypeError(f"{name}: expected torch.float32, torch.float16 or torch.bfloat16, got {x.dtype}")
         if x.shape != q.shape:
             raise ValueError(f"{name}: expected shape {list(q.shape)} like {first} (self-attention), got {list(x.shape)}")
@@ -1299,31 +1305,44 @@ def check(tensors):
             raise TypeError(f"{name}: expected {q.dtype} like {first}, got {x.dtype}")
         if x.device != q.device:
             raise ValueError(f"{name}: expected device {q.device} like {first}, got {x.device}")
+        if not tracing and torch.autograd.forward_ad.unpack_dual(x).tangent is not None:
+            raise NotImplementedError(f"{name}: forward-mode derivatives are not available, got a dual tensor")
     if q.device.type not in ("cpu", "cuda"):
         raise ValueError(f"{first}: expected a tensor on the CPU or a GPU (cuda), got device {q.device}")
     if not 1 <= q.shape[2] <= MAX_TOKENS:
         raise ValueError(f"{first}: expected 1 to {MAX_TOKENS} tokens, got N = {q.shape[2]} in shape {list(q.shape)}")
 
 
+def autocast(x):
+    """`x` in the dtype of torch.autocast where that is on, as torch's own attention takes it."""
+    if isinstance(x, torch.Tensor) and x.dtype in DTYPES and x.device.type in ("cpu", "cuda"):
+        if torch.is_autocast_enabled(x.device.type):
+            return x.to(torch.get_autocast_dtype(x.device.type))
+    return x
+
+
 def attention(q, k, v, *, scale=None, return_lse=False):
     """Log-linear sparse attention over q, k, v [B, H, N, 64]: o [B, H, N, 64], differentiable.
 
-    Any strides; float32, float16 or bfloat16, on a GPU or the CPU. The logits are `scale` * q.k, 1/sqrt(64) unless
+    Any strides; float32, float16 or bfloat16, on a GPU or the CPU; under torch.autocast in its dtype. The logits are `scale` * q.k, 1/sqrt(64) unless
     given. With return_lse also the natural logarithm of the sum of weights, [B, H, N] float32, without gradient.
     """
+    q, k, v = autocast(q), autocast(k), autocast(v)
     check({"q": q, "k": k, "v": v})
     if scale is None:
         scale = HEAD_DIM.value**-0.5
-    elif isinstance(scale, bool) or not isinstance(scale, (int, float)):
+    elif isinstance(scale, bool) or not isinstance(scale, numbers.Real):
         raise TypeError(f"scale: expected a number or None, got {type(scale).__name__}")
-    elif not abs(scale) <= MAX_SCALE:  # nor NaN, nor an integer that no float can hold
-        raise ValueError(f"scale: expected a finite number, got {scale}")
+    elif not abs(scale) <= MAX_SCALE:  # nor NaN
+        came = "a larger one" if isinstance(scale, int) else scale  # which may have thousands of digits
+        raise ValueError(f"scale: expected a number from -{MAX_SCALE} to {MAX_SCALE}, got {came}")
     o, lse, *_ = getattr(torch.ops.llsa, OPERATOR)(q, k, v, float(scale))
     return (o, lse.detach().view(q.shape[:3])) if return_lse else o
 
 
 def select(q, k):
     """What `attention` selects: per level, finest first, [B, H, T_l, width] int32 kept key tokens, -1 where fewer."""
+    q, k = autocast(q), autocast(k)
     check({"q": q, "k": k})
     kept = getattr(torch.ops.llsa, OPERATOR + "_select")(q, k)
     return tuple(x.view(*q.shape[:2], *x.shape[1:]) for x in kept)

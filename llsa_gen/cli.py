@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from llsa_gen import cli_cache
+from llsa_gen.cli_bench import bench
 from llsa_gen.cli_check import check
 from llsa_gen.errors import LlsaGenError, SpecError
 from llsa_gen.files import write_whole
@@ -182,6 +183,7 @@ def _export_for(attention: "Attention", directory: Path, target: str, dtype: DTy
     return Path(aot.export(attention, directory, target, dtype.value)["folder"]) / aot.MANIFEST
 
 
+app.command(epilog="Example: llsa-gen bench llsa_l2 -n 4096 -n 65536 --json rows.json --plot rows.png")(bench)
 app.add_typer(cli_cache.app, name="cache")
 
 

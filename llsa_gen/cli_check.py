@@ -39,9 +39,10 @@ def check(
     source = None if spec is None else load_spec(spec)
     if interpret:
         _interpret(device)
-    _must_exist(device)
     from llsa_gen import fuzz
+    from llsa_gen.devices import must_exist
 
+    must_exist(device)
     examples = EXAMPLES if examples is None and seconds is None else examples
     try:
         with _progress(examples, seconds) as step:
@@ -69,23 +70,6 @@ def _interpret(device: str) -> None:
     if "triton" in sys.modules:  # never so in a process of its own
         raise LlsaGenError("--interpret: triton is imported already, and interprets its kernels or does not")
     os.environ["TRITON_INTERPRET"] = "1"
-
-
-def _must_exist(device: str) -> None:
-    """One clear error for a device that cannot be used: to the fuzzer it would look like a failing case."""
-    import torch
-
-    expected = f"--device: expected cpu or a GPU such as cuda, got {device!r}"
-    try:
-        known = torch.device(device).type in ("cpu", "cuda")
-    except RuntimeError:
-        known = False
-    if not known:
-        raise LlsaGenError(expected)
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # the latter from a torch without CUDA
-        raise LlsaGenError(f"{expected}: {str(error).partition(': ')[0]}") from None
 
 
 @contextmanager

@@ -144,7 +144,21 @@ class Cost:
         """FLOPs of all kernels of one stage of the plan."""
         return sympy.Add(*(share.flops for share in self.shares if share.stage == stage))
 
+    def kernel_flops(self, kernel: Kernel) -> sympy.Expr:
+        """FLOPs of one launch. Parts of popular lists are counted where their lists are: in the kernel that follows."""
+        if self._only_extra(kernel):
+            return sympy.Integer(0)
+        shares = [share for share in self.shares if share.stage == kernel.stage]
+        if kernel.stage == "pool":  # one launch for every two levels
+            shares = [share for share in shares if f"k_l{share.level}" in kernel.writes]
+        return sympy.Add(*(share.flops for share in shares))
+
     # ---- bytes --------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def _only_extra(kernel: Kernel) -> bool:
+        """Whether a kernel computes nothing but parts of popular lists, of which there are usually none."""
+        return any(name.startswith("extra_grad") for name in kernel.writes)
 
     def buffer_bytes(self, buffer: Buffer) -> sympy.Expr:
         """Bytes of a buffer; for the shares of the top level's gradient, as many as it may get at most."""
@@ -159,7 +173,7 @@ class Cost:
 
     def kernel_bytes(self, kernel: Kernel) -> sympy.Expr:
         """Bytes that one launch moves. Parts of popular lists (`extra_grad`) are left out: usually there are none."""
-        if any(name.startswith("extra_grad") for name in kernel.writes):
+        if self._only_extra(kernel):
             return sympy.Integer(0)
         names = (name for name in (*kernel.reads, *kernel.writes) if not name.startswith("extra_grad"))
         return sympy.Add(*(self.buffer_bytes(self.plan.buffers[name]) for name in names))

@@ -42,11 +42,19 @@ class Truth:
 
 @torch.no_grad()
 def truth(
-    spec: Spec, q: Tensor, k: Tensor, v: Tensor, grad_o: Tensor, kept: Sequence[Tensor], scale: float
-) -> Truth:  # fmt: skip
+    spec: Spec,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    grad_o: Tensor,
+    kept: Sequence[Tensor],
+    scale: float,
+    queries: Tensor | None = None,
+) -> Truth:
     """The results for q, k, v and grad_o [B, H, N, D], with the selection `kept` held fixed.
 
-    Time N (N + sum T_l) D; memory `CHUNK_ELEMENTS` at a time.
+    With `queries`, integers [R], o, lse and dq are those of these queries alone, and dk and dv what they contribute:
+    all there is where grad_o is zero for every other query. Time R (N + sum T_l) D; memory `CHUNK_ELEMENTS` at a time.
     """
     n = k.shape[2]
     keys, values = (_with_coarse(spec, x) for x in (k, v))
@@ -55,7 +63,8 @@ def truth(
         name: [] for name in ("o", "lse", "dq", "|o|", "|lse|", "|dq|", "dq(o)")
     }
     sums = {name: torch.zeros_like(keys) for name in ("dk", "dv", "|dk|", "|dv|", "dk(o)")}
-    for rows in torch.arange(n, device=q.device).split(max(1, CHUNK_ELEMENTS // (keys[..., 0].numel()))):
+    queries = torch.arange(n, device=q.device) if queries is None else queries
+    for rows in queries.split(max(1, CHUNK_ELEMENTS // (keys[..., 0].numel()))):
         query, grad = q[:, :, rows], grad_o[:, :, rows]
         bias = reference.weight_rows(spec, kept, rows, n).log()  # -inf: not attended
         logits = scale * (query @ keys.mT) + bias

@@ -86,7 +86,7 @@ def real(command: str, **environment: str) -> Result:
     return Result(result.returncode, result.stdout, result.stderr)
 
 
-COMMANDS = ("new", "build", "check", "explain", "export", "cache", "cache ls", "cache clear", "cache why")
+COMMANDS = ("new", "build", "bench", "check", "explain", "export", "cache", "cache ls", "cache clear", "cache why")
 
 
 # ---- help -------------------------------------------------------------------------------------------------------
@@ -192,7 +192,9 @@ def test_a_file_here_comes_first(place: Path) -> None:
     assert call("explain other -n 10 --json").json["spec"] == "other"
 
 
-@pytest.mark.parametrize("command", ["build {}", "check {}", "explain {} -n 10", "export {}", "cache why {}"])
+@pytest.mark.parametrize(
+    "command", ["build {}", "bench {}", "check {}", "explain {} -n 10", "export {}", "cache why {}"]
+)
 def test_a_missing_spec_is_one_message(command: str, place: Path) -> None:
     for said, message in {
         "tinny": "spec/tinny.yaml: expected a spec file, got no such file; did you mean spec/tiny.yaml?\n",
@@ -205,7 +207,9 @@ def test_a_missing_spec_is_one_message(command: str, place: Path) -> None:
         assert result.err.replace("\n", " ").split() == message.split(), said
 
 
-@pytest.mark.parametrize("command", ["build {}", "check {}", "explain {} -n 10", "export {}", "cache why {}"])
+@pytest.mark.parametrize(
+    "command", ["build {}", "bench {}", "check {}", "explain {} -n 10", "export {}", "cache why {}"]
+)
 def test_a_wrong_spec_is_told_with_all_its_mistakes(command: str, place: Path) -> None:
     (place / "spec" / "wrong.yaml").write_text(WRONG)
     result = call(command.format("wrong"))
@@ -369,7 +373,9 @@ def test_a_full_disk_is_one_message_and_what_was_there_stays(place: Path) -> Non
     for command, path in (("new mine --force", place / "mine.yaml"), ("export tiny -o out", place / "out" / "tiny.py")):
         path.write_text("# Made by llsa_gen\n")
         limited = f"ulimit -f 1; {shlex.quote(sys.executable)} -m llsa_gen {command}"
-        done = subprocess.run(["bash", "-c", limited], capture_output=True, text=True, env={**os.environ, "LLSA_GEN_CACHE_DIR": "cache"})
+        done = subprocess.run(
+            ["bash", "-c", limited], capture_output=True, text=True, env={**os.environ, "LLSA_GEN_CACHE_DIR": "cache"}
+        )
         assert done.returncode == 1
         assert done.stderr.splitlines()[-1] == f"{path.relative_to(place)}: File too large"
         assert path.read_text() == "# Made by llsa_gen\n"

@@ -135,6 +135,29 @@ def test_the_shares_name_stages_of_the_plan_and_leave_out_none(name: str) -> Non
     assert by_level == evaluate(cost.totals.flops, 5000, 3)
 
 
+@settings(max_examples=40)
+@given(st.data(), st.integers(1, 5))
+def test_the_kernels_add_up_to_the_passes(data: st.DataObject, heads: int) -> None:
+    spec = data.draw(specs(max_levels=6))
+    n = data.draw(lengths(spec, 3000))
+    cost = cost_of(spec)
+    for kernels, counted in ((cost.plan.forward, cost.totals.forward), (cost.plan.backward, cost.totals.backward)):
+        flops = [evaluate(cost.kernel_flops(kernel), n, heads) for kernel in kernels]
+        moved = [evaluate(cost.kernel_bytes(kernel), n, heads) for kernel in kernels]
+        assert sum(flops) == evaluate(counted.flops, n, heads)
+        assert sum(moved) == evaluate(counted.moved, n, heads)
+        matmuls = [count for kernel, count in zip(kernels, flops, strict=True) if kernel.name == "attend_kernel"]
+        assert all(matmuls)
+
+
+def test_each_launch_of_the_pyramid_counts_its_own_levels() -> None:
+    level = Level(block=4, topk=2)
+    cost = cost_of(Spec(name="four", head_dim=16, levels=(level,) * 4))
+    first, second = (kernel for kernel in cost.plan.kernels if kernel.stage == "pool")
+    assert evaluate(cost.kernel_flops(first), 1024) == 3 * 16 * (1024 + 256)
+    assert evaluate(cost.kernel_flops(second), 1024) == 3 * 16 * (64 + 16)
+
+
 def test_the_floor_that_the_speed_targets_are_measured_by() -> None:
     """69 GFLOP forward for N = 65,536, 8 heads of 64, two levels of 16, K = 8: 512 keys a query."""
     cost = shipped("llsa_l2")

@@ -59,17 +59,36 @@ ROOMS = {
     "fuzz_cases": room("spec", "torch triton hypothesis"),
     "fuzz_oracle": room("spec reference fuzz_cases", "torch"),
     "fuzz": room("spec reference reference_selection compiler store fuzz_cases fuzz_oracle", "torch hypothesis"),
+    "devices": room("", "torch"),
     "launches": room("schedule compiler", "torch triton"),
     "binary": room("", "triton"),
     "origin": room("emit"),
     "failure": room("origin", "triton"),
     "aot": room("spec schedule emit compiler launches binary failure files", "torch triton"),
     "golden": room("spec plan schedule emit"),
+    "bench_rows": room("", "pydantic"),
+    "bench_machine": room("emit bench_rows", "torch"),
+    "bench_timing": room("bench_rows", "torch"),
+    "bench_rivals": room("bench_rows", "torch"),
+    "bench_check": room("reference compiler fuzz fuzz_cases fuzz_oracle bench_rivals", "torch"),
+    "bench_kernels": room("cost bench_rows bench_timing", "torch"),
+    "bench_cell": room(
+        "plan schedule compiler cost fuzz_cases bench_rows bench_timing bench_rivals bench_check bench_kernels", "torch"
+    ),
+    "bench": room(
+        "spec plan compiler fuzz_cases bench_rows bench_machine bench_timing bench_rivals bench_kernels bench_cell",
+        "torch",
+    ),
+    "bench_table": room("bench_rows units", "rich"),
+    "bench_plot": room("bench_rows bench_table", "matplotlib"),
     # what people call
     "terminal": room("spec", "typer rich"),
-    "cli": room("__init__ spec cli_cache cli_check terminal files plan schedule compiler explain units aot", "typer"),
+    "cli": room(
+        "__init__ spec cli_bench cli_cache cli_check terminal files plan schedule compiler explain units aot", "typer"
+    ),
     "cli_cache": room("terminal plan schedule compiler store units", "typer rich"),
-    "cli_check": room("terminal fuzz", "typer rich torch"),
+    "cli_bench": room("terminal files devices bench bench_rows bench_table bench_plot", "typer rich torch"),
+    "cli_check": room("terminal devices fuzz", "typer rich"),
     "demo": room("__init__ spec plan schedule compiler reference cost demo_photo demo_picture", "torch rich typer"),
     "demo_photo": room("spec", "torch matplotlib"),
     "demo_picture": room("spec demo_photo", "torch matplotlib"),
@@ -172,6 +191,11 @@ def test_nothing_but_main_knows_the_command_line() -> None:
     assert {name for name, row in ROOMS.items() if "cli" in row.modules} == {"__main__"}
 
 
+def draws(name: str) -> bool:
+    """Whether a module may need matplotlib, which is an extra: nothing else may import it but when it is asked to."""
+    return name.startswith("demo") or name == "bench_plot"
+
+
 def test_what_is_imported_is_declared() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
@@ -180,7 +204,7 @@ def test_what_is_imported_is_declared() -> None:
 
     always = declared(project["dependencies"])
     for name, row in ROOMS.items():
-        allowed = always | declared(project["optional-dependencies"]["demo"]) if name.startswith("demo") else always
+        allowed = always | declared(project["optional-dependencies"]["demo"]) if draws(name) else always
         missing = {DISTRIBUTIONS.get(library, library) for library in row.libraries} - allowed
         assert not missing, f"pyproject.toml does not declare {sorted(missing)}, which {name} may import"
 
@@ -231,7 +255,7 @@ def test_source_is_emitted_and_stored_without_torch(tmp_path: Path) -> None:
 
 def test_importing_every_module_leaves_nothing_behind(tmp_path: Path) -> None:
     # matplotlib makes a folder of its own when it is imported
-    names = [name for name in ROOMS if not name.startswith(("demo", "__"))]
+    names = [name for name in ROOMS if not draws(name) and not name.startswith("__")]
     run_fresh("import " + ", ".join(f"llsa_gen.{name}" for name in sorted(names)), tmp_path)
     assert list(tmp_path.iterdir()) == []
 

@@ -400,8 +400,14 @@ def test_padding_is_ignored_and_wrong_arguments_are_refused() -> None:
     of_the_wrong_type = [
         (r"^q: expected a tensor \[B, H, N >= 1, 8\], got NoneType", lambda: reference.select(spec, no, q)),
         ("^v: expected a floating dtype, got torch.int64", lambda: reference.attention(spec, q, q, q.long())),
-        ("^indices: expected 2 tensors, one a level, got int", lambda: reference.attention(spec, q, q, q, indices=no or 3)),
-        ("^indices, level 1: expected a tensor of integers, got N", lambda: reference.attention(spec, q, q, q, indices=(no, no))),
+        (
+            "^indices: expected 2 tensors, one a level, got int",
+            lambda: reference.attention(spec, q, q, q, indices=no or 3),
+        ),
+        (
+            "^indices, level 1: expected a tensor of integers, got N",
+            lambda: reference.attention(spec, q, q, q, indices=(no, no)),
+        ),
         ("^scale: expected a number or None, got str", lambda: reference.attention(spec, q, q, q, scale=no or "x")),
     ]
     for message, call in of_the_wrong_type:

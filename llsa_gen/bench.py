@@ -1,0 +1,100 @@
+"""Bench: a compiled spec and torch's dense attention in one process, each checked first and then timed.
+
+For every dtype and length the implementations are called on the same inputs, forward and forward with backward, from
+Python and as CUDA graphs; what comes of it is a `Row` for each. A wrong result ends the bench with an error, and no row
+is returned. What another implementation cannot do leaves an empty cell with the reason.
+"""
+
+import contextlib
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+import torch
+
+from llsa_gen import bench_kernels, bench_rivals
+from llsa_gen.bench_cell import OURS, Cell, Session, Step
+from llsa_gen.bench_machine import machine
+from llsa_gen.bench_rows import Mode, Row
+from llsa_gen.bench_timing import CpuStopwatch, GpuStopwatch
+from llsa_gen.compiler import compile
+from llsa_gen.errors import LlsaGenError
+from llsa_gen.fuzz_cases import Case, DType
+from llsa_gen.plan import lower
+from llsa_gen.spec import Spec
+
+__all__ = ["Request", "bench"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to measure: q, k, v are [batch, heads, n, D] for each of the lengths, in each of the dtypes."""
+
+    spec: Spec
+    lengths: tuple[int, ...]
+    dtypes: tuple[DType, ...]
+    device: str = "cpu"
+    batch: int = 2
+    heads: int = 4
+    modes: tuple[Mode, ...] = ("eager",)
+    against: tuple[str, ...] = ()
+    """Further implementations, each `module:function`."""
+    dense_up_to: int = 262_144
+    """Longest sequence for dense attention, in tokens."""
+    breakdown: bool = True
+    """Whether our kernels are profiled one by one, on a GPU."""
+
+    def __post_init__(self) -> None:
+        """Raises LlsaGenError for what can not be measured."""
+        if "graph" in self.modes and not self.on_gpu:
+            raise LlsaGenError(f"--mode graph: expected a GPU to capture a CUDA graph on, got --device {self.device}")
+        longest = lower(self.spec).max_tokens
+        for n in self.lengths:
+            if not 1 <= n <= longest:
+                raise LlsaGenError(f"n: expected 1 to {longest} tokens, the most that {self.spec.name} takes, got {n}")
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether it is measured on a GPU."""
+        return torch.device(self.device).type == "cuda"
+
+    @property
+    def cells(self) -> int:
+        """How many rows there will be."""
+        return len(self.modes) * sum(len(_names(self, dtype, n)) for dtype in self.dtypes for n in self.lengths)
+
+
+def _names(request: Request, dtype: DType, n: int) -> tuple[str, ...]:
+    """The implementations at a length and dtype, in order."""
+    rivals = bench_rivals.dense(request.device, dtype) if n <= request.dense_up_to else ()
+    return (OURS, *(rival.name for rival in rivals), *request.against)
+
+
+def bench(request: Request, step: Step = lambda _: None) -> tuple[Row, ...]:
+    """Measure everything that is asked for; `Request.cells` rows, ours first at every length.
+
+    `step` is called with what is measured next, and at the end with an empty text: once more than there are rows.
+    Raises CheckFailed where ours disagrees with the reference, LlsaGenError where another implementation is wrong or
+    cannot be called at all.
+    """
+    others = tuple(map(bench_rivals.named, request.against))
+    attention = compile(request.spec)
+    date, where = datetime.now(UTC).isoformat(timespec="seconds"), machine(request.device)
+    rows: list[Row] = []
+    with torch.cuda.device(request.device) if request.on_gpu else contextlib.nullcontext():
+        watch = GpuStopwatch(torch.device(request.device)) if request.on_gpu else CpuStopwatch()
+        for dtype in request.dtypes:
+            profiling = request.on_gpu and request.breakdown
+            limits = bench_kernels.ceilings(watch, request.device, dtype) if profiling else None
+            session = Session(attention, request.modes, watch, limits, date, where)
+            for n in request.lengths:
+                case = Case(
+                    request.spec, n, batch=request.batch, heads=request.heads, dtype=dtype, device=request.device
+                )
+                inputs = case.tensors()
+                dense = bench_rivals.dense(request.device, dtype) if n <= request.dense_up_to else ()
+                for one in (session.ours, *dense, *others):
+                    rows += Cell(session, case, inputs, one).rows(step)
+                    if request.on_gpu:
+                        torch.cuda.empty_cache()
+    step("")
+    return tuple(rows)
