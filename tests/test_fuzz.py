@@ -99,9 +99,10 @@ def test_the_truth_is_that_of_autograd_through_the_reference(case: Case, chunk: 
 @settings(max_examples=40)
 @given(case=fuzz.cases(SMALL), name=st.sampled_from(["o", "lse", "dq", "dk", "dv"]))
 def test_no_tolerance_hides_a_mistake(case: Case, name: str) -> None:
-    # Results off by two percent are refused: in float32 for all inputs, in half precision for standard normal ones.
+    # Results off by two percent are refused: in float32 for all inputs, in half precision for standard normal ones of
+    # some length. (Of two tokens nearly all of dq cancels, and what is left is made of the rounding of o.)
     if case.dtype != "float32":
-        case = dataclasses.replace(case, values="normal", std=1.0, popular=False, scale=None)
+        case = dataclasses.replace(case, n=64 + case.n, values="normal", std=1.0, popular=False, scale=None)
     q, k, v, grad_o = case.tensors()
     kept = list(reference.select(case.spec, q, k))
     true = fuzz_oracle.truth(case.spec, q, k, v, grad_o, kept, case.softmax_scale)

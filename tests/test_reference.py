@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -396,19 +396,19 @@ def test_padding_is_ignored_and_wrong_arguments_are_refused() -> None:
     for message, call in wrong:
         with pytest.raises(ValueError, match=message):
             call()
-    no: Any = None
+    no, number, text = cast(Any, (None, 3, "x"))
     of_the_wrong_type = [
         (r"^q: expected a tensor \[B, H, N >= 1, 8\], got NoneType", lambda: reference.select(spec, no, q)),
         ("^v: expected a floating dtype, got torch.int64", lambda: reference.attention(spec, q, q, q.long())),
         (
             "^indices: expected 2 tensors, one a level, got int",
-            lambda: reference.attention(spec, q, q, q, indices=no or 3),
+            lambda: reference.attention(spec, q, q, q, indices=number),
         ),
         (
             "^indices, level 1: expected a tensor of integers, got N",
             lambda: reference.attention(spec, q, q, q, indices=(no, no)),
         ),
-        ("^scale: expected a number or None, got str", lambda: reference.attention(spec, q, q, q, scale=no or "x")),
+        ("^scale: expected a number or None, got str", lambda: reference.attention(spec, q, q, q, scale=text)),
     ]
     for message, call in of_the_wrong_type:
         with pytest.raises(TypeError, match=message):
