@@ -1,0 +1,51 @@
+"""What the README shows is what a reader gets: the outputs of commands, and the Python that builds on each other."""
+
+import re
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from llsa_gen.cli import app
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```\n", README, re.DOTALL)
+
+BAD = """\
+# what the README calls bad.yaml
+name: bad
+levels:
+  - {block: 16, topk: 8}
+  - {block: 16, topk: eight}
+enrichh: all
+head_dim: 64
+"""
+
+
+@pytest.mark.parametrize("command", ["explain llsa_l2 -n 65536", "explain bad.yaml -n 4096"])
+def test_an_output_is_that_of_the_command(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (shown,) = [text.split("\n", 1)[1] for _, text in BLOCKS if text.startswith(f"$ llsa-gen {command}\n")]
+    monkeypatch.chdir(ROOT)
+    if "bad.yaml" in command:
+        monkeypatch.chdir(tmp_path)
+        Path("bad.yaml").write_text(BAD)
+    result = CliRunner().invoke(app, command.split())
+    assert [line.rstrip() for line in result.output.splitlines()] == [line.rstrip() for line in shown.splitlines()]
+
+
+def test_the_python_runs_in_its_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (spec,) = [text for language, text in BLOCKS if language == "yaml"]
+    Path("pixels.yaml").write_text(spec)
+    scripts = [text for language, text in BLOCKS if language == "python"]
+    assert len(scripts) >= 3
+    for script in scripts:
+        exec(compile(script, "README.md", "exec"), {})
+
+
+def test_the_links_lead_somewhere() -> None:
+    links = re.findall(r"\]\(([^)]+)\)", README)
+    assert links
+    for link in links:
+        assert link.startswith("https://") or (ROOT / link).exists(), link
