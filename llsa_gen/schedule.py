@@ -134,9 +134,9 @@ def _walk(plan: Plan, goal: Target, element: int, stage: str) -> Entry:
         rows = min(rows, 128 if tall else 64)
         entry = {"BLOCK_M": rows, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
     if element == 4:
-        rows = min(rows, 32)
         entry |= {"BLOCK_N": 32 if width <= 64 else 16, "num_warps": 8, "num_stages": 2}
-        entry["BLOCK_M"] = min(entry["BLOCK_M"], 32)
+        if not plan.grouped:  # a grouped block is one tile, whatever its size
+            rows = entry["BLOCK_M"] = min(rows, 32)
     elif width == 256:
         entry |= {"num_warps": 8, "num_stages": 2}
     return _fit(entry, goal, width, element, rows)
