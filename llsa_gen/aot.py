@@ -24,7 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from llsa_gen import emit, schedule
+from llsa_gen import emit, schedule, schedule_table
 from llsa_gen.binary import ASSEMBLY, resources
 from llsa_gen.compiler import Attention
 from llsa_gen.errors import KernelCompileError
@@ -94,8 +94,9 @@ def compile_kernels(
     """Compile every distinct kernel of a module for `target`, or those named in `kernels`, and report on each.
 
     A kernel is distinct when its constexprs, options or argument types are. The launches are those for q, k, v
-    [batch, heads, n_tokens, D]; without `n_tokens` those of 65,536 tokens and, for kernels that only longer sequences
-    need, those of the longest. Needs no GPU. Raises KernelCompileError where Triton fails, and what `record` raises.
+    [batch, heads, n_tokens, D]; without `n_tokens` those of 65,536 tokens and, for kernels or tile shapes that only
+    other sequences need, those of the longest or of a short one. Needs no GPU. Raises KernelCompileError where Triton
+    fails, and what `record` raises.
     """
     return [compiled.report for compiled in _compile(attention, target, dtype, n_tokens, batch, heads, kernels)]
 
@@ -112,9 +113,11 @@ def _compile(
     module = module_of(attention)
     launches = record(module, USUAL_TOKENS if n_tokens is None else n_tokens, dtype, target, batch=batch, heads=heads)
     if n_tokens is None:
-        seen = {launch.kernel for launch in launches}
-        longest = record(module, module.MAX_TOKENS, dtype, target, batch=batch, heads=heads)
-        launches += [launch for launch in longest if launch.kernel not in seen]
+        seen = set(map(_variant, launches))
+        for other in (module.MAX_TOKENS, schedule_table.LENGTHS["short"]):
+            more = record(module, other, dtype, target, batch=batch, heads=heads)
+            launches += [launch for launch in more if _variant(launch) not in seen]
+            seen.update(map(_variant, more))
     missing = sorted(set(kernels or ()) - {launch.kernel for launch in launches})
     if missing:
         raise ValueError(f"kernels: {module.SPEC['name']} launches no {', '.join(missing)}")
@@ -137,6 +140,12 @@ def _compile(
     return list(done.values())
 
 
+def _variant(launch: Launch) -> tuple[object, ...]:
+    """A kernel and its tile shapes."""
+    shapes = {name: value for name, value in launch.arguments.items() if name.isupper()}
+    return (launch.kernel, *shapes.items(), *launch.options.items())
+
+
 def specialise(launch: Launch, gpu: GPUTarget) -> tuple[ASTSource, dict[str, Any]]:
     """What Triton compiles for a launch, and the options it compiles with: the steps of `JITFunction.run`."""
     function = launch.function
@@ -150,6 +159,18 @@ def specialise(launch: Launch, gpu: GPUTarget) -> tuple[ASTSource, dict[str, Any
     bound, specialization, _ = binder(**launch.arguments, **options)
     full, signature, constexprs, attrs = function._pack_args(backend, options, bound, specialization, None)
     return ASTSource(function, signature, constexprs, attrs), dict(full.__dict__)
+
+
+def compile_launch(launch: Launch, target: str, dtype: torch.dtype | str, gpu: GPUTarget | None = None) -> Report:
+    """Compile one recorded launch and report on it; `gpu` may be another GPU, which uses the schedules of `target`.
+
+    What Triton raises comes through as it is.
+    """
+    gpu = gpu or gpu_target(target)
+    begin = time.perf_counter()
+    source, options = specialise(launch, gpu)
+    result = triton.compile(source, target=gpu, options=options)
+    return _report(launch, source, result, target, dtype, time.perf_counter() - begin)
 
 
 def _report(

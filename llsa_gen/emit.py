@@ -20,7 +20,7 @@ from sympy.printing.pycode import PythonCodePrinter
 
 from llsa_gen.errors import TemplateError
 from llsa_gen.plan import Plan
-from llsa_gen.schedule import Schedules, pad
+from llsa_gen.schedule import Schedule, Schedules, pad
 
 ROOT = Path(__file__).parent
 TEMPLATES = next(path for path in (ROOT / "templates", ROOT.parent / "templates") if path.is_dir())
@@ -98,6 +98,7 @@ def render(plan: Plan, schedules: Schedules) -> str:
                 spec_literal=literal(json.loads(plan.spec.canonical())),
                 pad_dim=pad(plan.head_dim),
                 schedules=schedules_literal(schedules),
+                by_length=differ_by_length(schedules),
             )
         )
     except Exception as error:  # whatever an expression in a template may raise
@@ -129,21 +130,47 @@ def literal(spec: Mapping[str, object]) -> str:
     return "{\n" + "".join(f'    "{name}": {value},\n' for name, value in values.items()) + "}"
 
 
+def differ_by_length(schedules: Schedules) -> bool:
+    """Whether any target has other tile shapes for long sequences than for short ones."""
+    return any(len(runs(lengths)) > 1 for by_size in schedules.values() for lengths in by_size.values())
+
+
+def runs(lengths: Mapping[int, Schedule]) -> dict[int, Schedule]:
+    """Length buckets with what they have in common said once: neighbours with the same schedule become one."""
+    ends = sorted(lengths)
+    return {
+        end: lengths[end]
+        for end, above in zip(ends, [*ends[1:], None], strict=True)
+        if above is None or lengths[end] != lengths[above]
+    }
+
+
 def schedules_literal(schedules: Schedules) -> str:
-    """The schedules as the statement `SCHEDULES = {...}`, one line a kernel, equal tables written once."""
+    """The schedules as the statement `SCHEDULES = {...}`, one line a kernel, equal tables written once.
+
+    {target: {bytes of an element: tiles}}; where lengths differ {target: {bytes of an element: {most tokens: tiles}}}.
+    """
+    by_length = differ_by_length(schedules)
     names: dict[str, str] = {}
     lines: list[str] = []
     rows: list[str] = []
+
+    def name_of(kernels: Schedule) -> str:
+        body = "".join(f"    {kernel!r}: {entry_literal(entry)},\n" for kernel, entry in kernels.items())
+        if body not in names:
+            names[body] = f"TILES_{len(names) + 1}"
+            lines.append(f"{names[body]} = {{\n{body}}}\n")
+        return names[body]
+
     for target, by_size in schedules.items():
         entries = []
-        for size, kernels in by_size.items():
-            body = "".join(f"    {kernel!r}: {entry_literal(entry)},\n" for kernel, entry in kernels.items())
-            if body not in names:
-                names[body] = f"TILES_{len(names) + 1}"
-                lines.append(f"{names[body]} = {{\n{body}}}\n")
-            entries.append(f"{size}: {names[body]}")
+        for size, lengths in by_size.items():
+            buckets = [(end, name_of(kernels)) for end, kernels in runs(lengths).items()]
+            told = ", ".join(f"{'MAX_TOKENS' if end == max(lengths) else end}: {name}" for end, name in buckets)
+            entries.append(f"{size}: {{{told}}}" if by_length else f"{size}: {buckets[0][1]}")
         rows.append(f"    {target!r}: {{{', '.join(entries)}}},\n")
-    return ("".join(lines) + f"SCHEDULES = {{\n{''.join(rows)}}}").replace("'", '"')
+    comment = "  # the schedule of a length is the first whose key, in tokens, it does not exceed" if by_length else ""
+    return ("".join(lines) + f"SCHEDULES = {{{comment}\n{''.join(rows)}}}").replace("'", '"')
 
 
 def entry_literal(entry: Mapping[str, int]) -> str:

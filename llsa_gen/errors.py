@@ -10,10 +10,12 @@ from typing import NamedTuple
 __all__ = [
     "CacheError",
     "CheckFailed",
+    "DeviceLost",
     "KernelCompileError",
     "LlsaGenError",
     "MissingSpecFile",
     "Mistake",
+    "ScheduleTableError",
     "SpecError",
     "TemplateError",
     "UnknownTargetError",
@@ -86,6 +88,14 @@ class CacheError(LlsaGenError):
 
 class UnknownTargetError(LlsaGenError):
     """A compile target that llsa_gen does not know, such as `cuda:9000`."""
+
+
+class ScheduleTableError(LlsaGenError, ValueError):
+    """A table of tile shapes that says something it may not say: the file, the row, what came, what was expected."""
+
+
+class DeviceLost(LlsaGenError):
+    """A kernel failed in a way after which nothing runs on the GPU any more in this process."""
 
 
 class CheckFailed(LlsaGenError):

@@ -1,93 +1,98 @@
-"""Schedule: tile shapes, warps and pipeline stages of every kernel, for a target and the bytes of an element.
+"""Schedule: tile shapes, warps and pipeline stages of every kernel, for a target, the bytes of an element and a length.
 
-A target is `cuda:<compute capability * 10>` or `hip:<gfx name>`. Its table, `schedules/<target>.json`, holds the shared
-memory that a program may use and rows that override the rules below: what a row says under `set` goes wherever stage,
-element size and tile are as it says under `when`. Nothing here knows what a kernel computes.
+A target is `cuda:<compute capability * 10>` or `hip:<gfx name>`. The last row of its table that matches decides
+(`llsa_gen.schedule_table`); where no row does, or what it says does not fit, the rules below. They know no GPU but the
+size of its shared memory, so a spec or a head dim that nobody has measured still gets tiles that suit it. A GPU that
+has no table gets that of the nearest older one, at run time: `target_of` in the generated module. Nothing here knows
+what a kernel computes.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
-from typing import Any
 
-from llsa_gen.errors import UnknownTargetError
 from llsa_gen.plan import Plan
+from llsa_gen.schedule_fit import misfit, shared_memory
+from llsa_gen.schedule_table import LENGTHS, Target, bucket, facts_of, pad, stage_kind, target, targets
 
-DIRECTORY = Path(__file__).parent / "schedules"
+__all__ = [
+    "Choice", "Entry", "Schedule", "Schedules", "Target",
+    "choices", "pad", "schedule", "schedules", "target", "targets",
+]  # fmt: skip
 
 Entry = dict[str, int]
 """Tile shapes of one kernel as keyword arguments of its launch, `num_warps` and `num_stages` among them."""
 
 Schedule = dict[str, Entry]
-Schedules = dict[str, dict[int, Schedule]]
-"""{target: {bytes of an element: {stage of the plan: entry}}}"""
+"""{stage of the plan: entry}"""
 
+Schedules = dict[str, dict[int, dict[int, Schedule]]]
+"""{target: {bytes of an element: {most tokens of a length bucket: schedule}}}"""
 
-def pad(size: int, least: int = 16) -> int:
-    """`size` rounded up to a power of two, and to the smallest tile that matrix units take."""
-    return max(least, 1 << (size - 1).bit_length())
+USUAL_TOKENS = LENGTHS["medium"]
+"""The length meant where none is given."""
 
 
 @dataclass(frozen=True)
-class Target:
-    """A GPU architecture: its name, bytes of shared memory a program may use, and rows of its table."""
+class Choice:
+    """The entry of one stage, the row or rule that it came from, and what was meant instead but does not fit."""
 
-    name: str
-    shared_memory: int
-    rows: tuple[Mapping[str, Any], ...]
+    entry: Entry
+    origin: str
+    pruned: tuple[str, ...] = ()
 
 
-@cache
-def targets() -> dict[str, Target]:
-    """Every target that has a table."""
-    tables = [json.loads(path.read_text()) for path in sorted(DIRECTORY.glob("*.json"))]
+def schedules(plan: Plan, tables: Mapping[str, Target] | None = None) -> Schedules:
+    """The schedules of a plan for every target, element size and length; `tables` are the shipped ones unless given."""
+    goals = targets() if tables is None else tables
     return {
-        table["target"]: Target(table["target"], table["shared_memory"], tuple(table.get("rows", ())))
-        for table in tables
+        name: {size: {most: schedule(plan, goal, size, most) for most in LENGTHS.values()} for size in (2, 4)}
+        for name, goal in goals.items()
     }
 
 
-def _by_age(name: str) -> tuple[str, int, str]:
-    backend, _, arch = name.partition(":")
-    return backend, int(arch) if arch.isdigit() else 0, arch
+def schedule(plan: Plan, goal: Target, element: int, n_tokens: int = USUAL_TOKENS) -> Schedule:
+    """Tile shapes of every stage of `plan` on one target, for elements of `element` bytes and a length's bucket."""
+    return {stage: choice.entry for stage, choice in choices(plan, goal, element, n_tokens).items()}
 
 
-def target(name: str) -> Target:
-    """The target of a name, or one clear error."""
-    if name not in targets():
-        raise UnknownTargetError(f"target: expected one of {', '.join(sorted(targets(), key=_by_age))}, got {name!r}")
-    return targets()[name]
+def choices(plan: Plan, goal: Target, element: int, n_tokens: int = USUAL_TOKENS) -> dict[str, Choice]:
+    """The same, with where each entry comes from."""
+    found: dict[str, Choice] = {}
+    for stage, (entry, pruned) in _rules(plan, goal, element).items():
+        kind, facts = stage_kind(plan, stage), facts_of(plan, stage, element, bucket(n_tokens))
+        origin = "rule"
+        for row in reversed(goal.rows):
+            if row.matches(kind, facts):
+                chosen = {**entry, **row.set}
+                reason = misfit(plan, stage, entry, chosen, element, goal.shared_memory)
+                if reason is None:
+                    entry, origin = chosen, f"{row.place}: {row.reason}"
+                    break
+                pruned = (*pruned, f"{row.place}: {reason}")
+        found[stage] = Choice(entry, origin, pruned)
+    return found
 
 
-def schedules(plan: Plan) -> Schedules:
-    """The schedules of a plan for every target and element size."""
-    return {name: {size: schedule(plan, goal, size) for size in (2, 4)} for name, goal in targets().items()}
+# ---- rules ------------------------------------------------------------------------------------------------------
 
 
-def schedule(plan: Plan, goal: Target, element: int) -> Schedule:
-    """Tile shapes of every stage of `plan` on one target, for elements of `element` bytes."""
-    result: Schedule = {"pool": _pool(plan)}
+def _rules(plan: Plan, goal: Target, element: int) -> dict[str, tuple[Entry, tuple[str, ...]]]:
+    """What the rules say of every stage, and how it had to be cut to fit."""
+    result: dict[str, tuple[Entry, tuple[str, ...]]] = {"pool": (_pool(plan), ())}
     for level in plan.levels:
-        result[f"select_l{level}"] = _select(plan, goal, element, level)
+        result[f"select_l{level}"] = _select(plan, element, level), ()
     result["attend"] = _walk(plan, goal, element, "attend")
-    result["count"] = {"BLOCK": 1024, "num_warps": 4}
-    result["scan"] = {"BLOCK": 1024, "num_warps": 4}
+    result["count"] = {"BLOCK": 1024, "num_warps": 4}, ()
+    result["scan"] = {"BLOCK": 1024, "num_warps": 4}, ()
     for level in plan.levels:
         keys = 32 if level == plan.top else pad(plan.block(level + 1), 2)
-        result[f"invert_l{level}"] = {"BLOCK_M": max(8, min(128, 4096 // keys)), "KEYS": keys, "num_warps": 4}
+        result[f"invert_l{level}"] = {"BLOCK_M": max(8, min(128, 4096 // keys)), "KEYS": keys, "num_warps": 4}, ()
     result["grad_q"] = _walk(plan, goal, element, "grad_q")
     if plan.attends_top:
-        result[f"grad_kv_l{plan.top}"] = _grad_top(plan, goal, element)
-        result["grad_sum"] = {"BLOCK": 8, "num_warps": 4}
+        result[f"grad_kv_l{plan.top}"] = _grad_top(plan, element), ()
+        result["grad_sum"] = {"BLOCK": 8, "num_warps": 4}, ()
     for level in reversed(plan.listed):
-        result[f"grad_kv_l{level}"] = _grad_listed(plan, goal, element, level)
-    facts = {"element": element, "pad_dim": pad(plan.head_dim)}
-    for stage, entry in result.items():
-        for row in goal.rows:
-            if row["when"].items() <= {"stage": stage, **facts, **entry}.items():
-                entry.update(row["set"])
+        result[f"grad_kv_l{level}"] = _grad_listed(plan, element, level), ()
     return result
 
 
@@ -96,7 +101,7 @@ def _pool(plan: Plan) -> Entry:
     return {"CHILDREN": max(4, 1024 // width), "num_warps": 4 if width >= 64 else 2}
 
 
-def _select(plan: Plan, goal: Target, element: int, level: int) -> Entry:
+def _select(plan: Plan, element: int, level: int) -> Entry:
     if level not in plan.sorted_levels:
         return {"BLOCK_M": 16, "BLOCK_N": 64 if element == 2 else 32, "num_warps": 4, "num_stages": 2}
     keep = pad(plan.topk(level), 1)
@@ -106,17 +111,19 @@ def _select(plan: Plan, goal: Target, element: int, level: int) -> Entry:
     }  # fmt: skip
 
 
-def _fit(entry: Entry, goal: Target, width: int, element: int, rows: int) -> Entry:
-    """Halve BLOCK_N until two tiles of queries and what is in flight of two tiles of keys fit into shared memory."""
-    while entry["BLOCK_N"] > 16:
-        keys = entry.get("GROUP", 1) * entry["BLOCK_N"] * max(1, entry["num_stages"] - 1)
-        if 2 * (rows + keys) * width * element <= goal.shared_memory:
-            break
-        entry["BLOCK_N"] //= 2
-    return entry
+def _fit(entry: Entry, goal: Target, stage: str, width: int, element: int) -> tuple[Entry, tuple[str, ...]]:
+    """Halve BLOCK_N until the tiles fit into shared memory; also says so."""
+    wanted, fits = entry["BLOCK_N"], entry
+    while fits["BLOCK_N"] > 16 and shared_memory(stage, fits, width, element) > goal.shared_memory:
+        fits = {**fits, "BLOCK_N": fits["BLOCK_N"] // 2}
+    if fits is entry:
+        return entry, ()
+    needed = shared_memory(stage, entry, width, element)
+    cut = f"rule: BLOCK_N {wanted} takes {needed:,} bytes of shared memory, and there are {goal.shared_memory:,}"
+    return fits, (cut,)
 
 
-def _walk(plan: Plan, goal: Target, element: int, stage: str) -> Entry:
+def _walk(plan: Plan, goal: Target, element: int, stage: str) -> tuple[Entry, tuple[str, ...]]:
     """`attend` and `grad_q`: for a tile of queries, over tiles of keys."""
     width = pad(plan.head_dim)
     rows = pad(plan.block(1))
@@ -125,7 +132,6 @@ def _walk(plan: Plan, goal: Target, element: int, stage: str) -> Entry:
         if plan.blocks_sharing is not None:
             group = min(group, pad(plan.blocks_sharing, 1))
         entry = {"GROUP": group, "BLOCK_M": rows, "BLOCK_N": 32}
-        rows *= group
         entry |= {"num_warps": 2, "num_stages": 2} if width <= 64 else {"num_warps": 4, "num_stages": 3}
     elif rows < 64:
         entry = {"BLOCK_M": rows, "BLOCK_N": 32, "num_warps": rows // 16 if width <= 64 else rows // 8, "num_stages": 2}
@@ -136,13 +142,13 @@ def _walk(plan: Plan, goal: Target, element: int, stage: str) -> Entry:
     if element == 4:
         entry |= {"BLOCK_N": 32 if width <= 64 else 16, "num_warps": 8, "num_stages": 2}
         if not plan.grouped:  # a grouped block is one tile, whatever its size
-            rows = entry["BLOCK_M"] = min(rows, 32)
+            entry["BLOCK_M"] = min(rows, 32)
     elif width == 256:
         entry |= {"num_warps": 8, "num_stages": 2}
-    return _fit(entry, goal, width, element, rows)
+    return _fit(entry, goal, stage, width, element)
 
 
-def _grad_top(plan: Plan, goal: Target, element: int) -> Entry:
+def _grad_top(plan: Plan, element: int) -> Entry:
     """dk, dv of the coarsest level: for a tile of keys, over all queries."""
     width = pad(plan.head_dim)
     if element == 4:
@@ -151,7 +157,7 @@ def _grad_top(plan: Plan, goal: Target, element: int) -> Entry:
     return {"BLOCK_M": rows, "BLOCK_N": keys, "num_warps": 4, "num_stages": 2}
 
 
-def _grad_listed(plan: Plan, goal: Target, element: int, level: int) -> Entry:
+def _grad_listed(plan: Plan, element: int, level: int) -> Entry:
     """dk, dv of the other levels: for the children of a key token, over the queries that keep it."""
     width = pad(plan.head_dim)
     children = pad(plan.block(level + 1))

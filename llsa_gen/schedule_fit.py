@@ -1,0 +1,64 @@
+"""What fits: which tile shapes a kernel can be launched with, and whether they can fit into shared memory.
+
+Both are known before anything is compiled. What the compiler really takes is found out by `llsa_gen.aot`.
+"""
+
+from collections.abc import Mapping
+
+from llsa_gen.plan import Plan
+from llsa_gen.schedule_table import pad, stage_kind
+
+__all__ = ["misfit", "shared_memory"]
+
+DOT = 16
+"""Rows and columns of the smallest product that matrix units take."""
+
+
+def shared_memory(kind: str, tiles: Mapping[str, int], width: int, element: int) -> int:
+    """Bytes of shared memory that a kernel of this kind takes, about: what it holds, and what is in flight.
+
+    Of the tiles that a loop streams through, `num_stages - 1` are in flight; `width` is the padded head dim. Kernels
+    that keep everything in registers take none.
+    """
+    if "BLOCK_N" not in tiles:
+        return 0
+    in_flight = max(1, tiles.get("num_stages", 2) - 1)
+    queries = tiles.get("GROUP", 1) * tiles["BLOCK_M"]
+    keys = tiles.get("GROUP", 1) * tiles["BLOCK_N"]
+    if kind.startswith("select"):  # q; k streams
+        rows = queries + keys * in_flight
+    elif kind.startswith("grad_kv"):  # k and v; q and the gradient of o stream
+        rows = 2 * (keys + queries * in_flight)
+    else:  # q, and the gradient of o or the accumulator; k and v stream
+        rows = 2 * (queries + keys * in_flight)
+    return rows * width * element
+
+
+def misfit(
+    plan: Plan, stage: str, known: Mapping[str, int], tiles: Mapping[str, int], element: int, limit: int
+) -> str | None:
+    """Why `tiles` cannot be what this stage of the plan is launched with; None where nothing speaks against it.
+
+    `known` is a legal entry, for the names that the kernel takes; `limit` is the target's shared memory in bytes.
+    """
+    strangers = [name for name in tiles if name not in {*known, "num_warps", "num_stages"}]
+    if strangers:
+        return f"the kernel takes no {', '.join(strangers)}"
+    kind = stage_kind(plan, stage)
+    if kind in ("select_top", "select", "attend", "grad_q", "grad_kv_top", "grad_kv_coarse", "grad_kv_tokens"):
+        for name in ("BLOCK_M", "BLOCK_N"):
+            if tiles[name] < DOT:
+                return f"{name} {tiles[name]}: products need {DOT} rows and columns"
+    if kind in ("attend", "grad_q") and plan.grouped:
+        rows = pad(plan.block(1))
+        if tiles["BLOCK_M"] != rows:
+            return f"BLOCK_M {tiles['BLOCK_M']}: a block of {plan.block(1)} grouped tokens is a tile of {rows} rows"
+        sharing = plan.blocks_sharing
+        if sharing is not None and tiles["GROUP"] > pad(sharing, 1):
+            return f"GROUP {tiles['GROUP']}: only {sharing} query blocks share their coarse keys"
+    if tiles.get("KEEP", 0) > tiles.get("BLOCK_N", 0):
+        return f"BLOCK_N {tiles['BLOCK_N']}: Top-{tiles['KEEP']} of a tile needs as many candidates"
+    needed = shared_memory(kind, tiles, pad(plan.head_dim), element)
+    if needed > limit:
+        return f"its tiles take {needed:,} bytes of shared memory, and there are {limit:,}"
+    return None
