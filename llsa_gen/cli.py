@@ -12,6 +12,7 @@ import typer
 from llsa_gen import cli_cache
 from llsa_gen.cli_bench import bench
 from llsa_gen.cli_check import check
+from llsa_gen.cli_tune import tune
 from llsa_gen.errors import LlsaGenError, SpecError
 from llsa_gen.files import write_whole
 from llsa_gen.terminal import Commands, DType, Json, SpecArgument, between, console, load_spec, print_json, warn
@@ -113,6 +114,7 @@ def build(spec: SpecArgument, n: Tokens = 65536, heads: Heads = 8, as_json: Json
 
 
 app.command(epilog="Example: llsa-gen check llsa_l2 --seconds 60")(check)
+app.command(epilog="Example: llsa-gen tune llsa_l2 -n 65536 --stage attend --seconds 120")(tune)
 
 
 @app.command(epilog="Example: llsa-gen explain llsa_l2 -n 65536 --heads 8")
@@ -121,24 +123,32 @@ def explain(
     n: Tokens,
     heads: Heads = 8,
     dtype: DTypeOption = DType.BFLOAT16,
-    plan: Annotated[bool, typer.Option("--plan", help="Print the plan: kernels in order, and buffers.")] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="Print the plan: kernels, tile shapes, buffers.")] = False,
+    on: Annotated[
+        str | None, typer.Option("--target", help="GPU whose tile shapes --plan prints: cuda:90, ...")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Show levels, keys a query sees, FLOPs, bytes, memory and growth order, against dense attention.
 
     Counted are matrix products (2 FLOPs a multiply-add) and pooling; bytes moved, each buffer once a kernel.
     """
-    from llsa_gen.explain import explain, plan_tables, tables
+    from llsa_gen import tuned
+    from llsa_gen.explain import TARGET, explain, plan_tables, schedule_data, tables
     from llsa_gen.plan import lower
+    from llsa_gen.schedule import target as known
+    from llsa_gen.store import Store
 
     source = load_spec(spec)
     data = explain(source, n, heads, dtype)
+    goal = tuned.targets(Store())[known(on or TARGET).name]
     if as_json:
-        print_json(data | ({"plan": lower(source).to_dict()} if plan else {}))
+        more = {"plan": lower(source).to_dict(), "schedule": schedule_data(source, n, dtype, goal)}
+        print_json(data | (more if plan else {}))
         return
     console().print(tables(data))
     if plan:
-        console().print("\n", plan_tables(source, n, heads, dtype), sep="")
+        console().print("\n", plan_tables(source, n, heads, dtype, goal), sep="")
 
 
 @app.command(epilog="Example: llsa-gen export llsa_l2 -o build --target cuda:90 --target hip:gfx942")

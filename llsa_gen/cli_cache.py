@@ -17,21 +17,25 @@ app = typer.Typer(
 
 @app.command(epilog="Example: llsa-gen cache ls --json")
 def ls(as_json: Json = False) -> None:
-    """List the stored modules, newest first."""
+    """List the stored modules, newest first, and the files of tuned schedules."""
     from rich import box
     from rich.table import Table
 
+    from llsa_gen import tuned
     from llsa_gen.store import Store
     from llsa_gen.units import human_bytes
 
     store = Store()
     entries = store.entries()
+    files = [str(file) for file in tuned.files(store)]
     if as_json:
         fields = ("name", "digest", "created", "size_bytes", "intact")
         rows = [{name: getattr(entry, name) for name in fields} | {"path": str(entry.path)} for entry in entries]
-        print_json({"directory": str(store.root), "entries": rows})
+        print_json({"directory": str(store.root), "entries": rows, "tuned": files})
         return
     typer.echo(f"{store.root}: {_counted(len(entries))}")
+    for file in files:
+        typer.echo(f"tuned schedules: {file}")
     if not entries:
         return
     table = Table("name", "key", "made (UTC)", box=box.SIMPLE_HEAD, show_edge=False)
@@ -48,17 +52,25 @@ def ls(as_json: Json = False) -> None:
 def clear(
     name: Annotated[str | None, typer.Argument(metavar="NAME", help="Only modules of this spec name.")] = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    and_tuned: Annotated[bool, typer.Option("--tuned", help="Also remove what llsa-gen tune has found.")] = False,
 ) -> None:
-    """Remove stored modules: those of one spec, or all."""
+    """Remove stored modules: those of one spec, or all. Tuned schedules stay, unless --tuned is given."""
+    from llsa_gen import tuned
     from llsa_gen.store import Store
 
     store = Store()
     doomed = [entry for entry in store.entries() if name is None or entry.name == name]
     if name is not None and not doomed:
         raise LlsaGenError(f"{name}: {store.root} holds no module of this name")
-    if doomed and not yes:
-        typer.confirm(f"Remove {_counted(len(doomed))} from {store.root}?", abort=True)
+    files = tuned.files(store)
+    if (doomed or (and_tuned and files)) and not yes:
+        more = " and the tuned schedules" * (and_tuned and bool(files))
+        typer.confirm(f"Remove {_counted(len(doomed))}{more} from {store.root}?", abort=True)
     typer.echo(f"removed {_counted(store.clear(name))} from {store.root}")
+    if and_tuned:
+        typer.echo(f"removed the tuned schedules of {tuned.remove(store)} targets")
+    elif files:
+        typer.echo(f"tuned schedules stay, in {files[0].parent}; --tuned removes them too")
 
 
 def _counted(modules: int) -> str:
@@ -68,16 +80,12 @@ def _counted(modules: int) -> str:
 @app.command(epilog="Example: llsa-gen cache why llsa_l2")
 def why(spec: SpecArgument, as_json: Json = False) -> None:
     """Say whether compiling a spec would find it stored, and if not, which part of the key differs."""
-    from llsa_gen.compiler import cache_key
-    from llsa_gen.plan import lower
-    from llsa_gen.schedule import schedules
-    from llsa_gen.store import Store
+    from llsa_gen.compiler import explain_miss
 
-    plan = lower(load_spec(spec))
-    explanation = Store().why(cache_key(plan, schedules(plan)))
+    explanation = explain_miss(load_spec(spec))
     if as_json:
         differences = [difference._asdict() for difference in explanation.differences]
-        answer = {"spec": plan.spec.name, "outcome": explanation.outcome, "detail": explanation.detail}
+        answer = {"spec": explanation.key.name, "outcome": explanation.outcome, "detail": explanation.detail}
         print_json(answer | {"differences": differences})
     else:
         typer.echo(explanation)

@@ -9,17 +9,19 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from llsa_gen import emit, schedule
+from llsa_gen import emit, schedule, tuned
 from llsa_gen.errors import KernelCompileError
 from llsa_gen.loading import load_text
 from llsa_gen.plan import Plan, lower
 from llsa_gen.spec import Spec, load
-from llsa_gen.store import Key, Store
+from llsa_gen.store import Explanation, Key, Store
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-GENERATORS = ("sizes.py", "levels.py", "plan.py", "schedule.py", "emit.py")
+GENERATORS = (
+    "sizes.py", "levels.py", "plan.py", "schedule_table.py", "schedule_fit.py", "schedule.py", "emit.py",
+)  # fmt: skip
 """Modules of this package that decide what is emitted."""
 
 _compiled: dict[str, "Attention"] = {}
@@ -83,15 +85,16 @@ class Attention:
 def compile(source: str | os.PathLike[str] | Mapping[str, object] | Spec, *, store: Store | None = None) -> Attention:
     """Compile a spec: a path, a dict or a Spec to the operator; the same object for the same spec next time.
 
-    Raises MissingSpecFile or SpecError for what is wrong with the spec.
+    Tile shapes are the shipped ones, and those that `llsa-gen tune` has put into the store. Raises MissingSpecFile or
+    SpecError for what is wrong with the spec.
     """
-    spec = load(source)
+    spec, store = load(source), store or Store()
     plan = lower(spec)
-    schedules = schedule.schedules(plan)
+    schedules = schedule.schedules(plan, tuned.targets(store))
     key = cache_key(plan, schedules)
     with _lock:
         if key.digest not in _compiled:
-            text, path = (store or Store()).fetch(key, lambda: emit.render(plan, schedules))
+            text, path = store.fetch(key, lambda: emit.render(plan, schedules))
             module = load_text(spec.name, key.digest, text, path)
             _compiled[key.digest] = Attention(spec, module, text, path)
         return _compiled[key.digest]
@@ -108,10 +111,12 @@ def cache_key(plan: Plan, schedules: schedule.Schedules) -> Key:
     return Key(plan.spec.name, parts)
 
 
-def explain_miss(source: str | os.PathLike[str] | Mapping[str, object] | Spec, store: Store | None = None) -> str:
+def explain_miss(
+    source: str | os.PathLike[str] | Mapping[str, object] | Spec, store: Store | None = None
+) -> Explanation:
     """Why the next `compile` of a spec would hit or miss the store."""
-    plan = lower(load(source))
-    return str((store or Store()).why(cache_key(plan, schedule.schedules(plan))))
+    plan, store = lower(load(source)), store or Store()
+    return store.why(cache_key(plan, schedule.schedules(plan, tuned.targets(store))))
 
 
 def _digest(data: bytes) -> str:

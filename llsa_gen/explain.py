@@ -12,11 +12,12 @@ from llsa_gen.cost import Cost, Totals, dense, evaluate
 from llsa_gen.errors import LlsaGenError
 from llsa_gen.growth import growth, top_share, with_another_level
 from llsa_gen.plan import Kernel, lower
-from llsa_gen.schedule import schedule, target
+from llsa_gen.schedule import Choice, Target, choices, schedule, target
+from llsa_gen.schedule_table import bucket
 from llsa_gen.spec import Spec
 from llsa_gen.units import counted, human_bytes, human_flops
 
-__all__ = ["ELEMENT", "explain", "plan_tables", "tables"]
+__all__ = ["ELEMENT", "explain", "plan_tables", "schedule_data", "tables"]
 
 ELEMENT = {"bfloat16": 2, "float16": 2, "float32": 4}
 """Bytes of an element by dtype."""
@@ -182,17 +183,39 @@ NAMES = {
 }
 
 
-def plan_tables(spec: Spec, n_tokens: int, heads: int, dtype: str) -> RenderableType:
-    """The plan: the kernels in launch order and the buffers, with sizes at a length."""
+def schedule_data(spec: Spec, n_tokens: int, dtype: str, goal: Target) -> Data:
+    """The entry of every stage on a target at a length: its tiles, the row or rule it is from, what did not fit."""
+    stages = choices(lower(spec), goal, ELEMENT[dtype], n_tokens)
+    return {
+        "target": goal.name,
+        "length": bucket(n_tokens),
+        "stages": {name: vars(one) for name, one in stages.items()},
+    }
+
+
+def plan_tables(spec: Spec, n_tokens: int, heads: int, dtype: str, goal: Target) -> RenderableType:
+    """The plan: the kernels in launch order, their tile shapes on a target, and the buffers, with sizes at a length."""
     cost = _cost(spec, dtype)
     plan = cost.plan
+    stages = choices(plan, goal, ELEMENT[dtype], n_tokens)
     return Group(
         Text("Kernels, in launch order (tile shapes in capitals)", style="bold"),
         *_kernels("forward", plan.forward),
         *_kernels("backward", plan.backward),
+        Text(f"\nTile shapes on {goal.name}, {dtype}, for {bucket(n_tokens)} sequences", style="bold"),
+        *_tiles(stages),
         Text(),
         _buffers(cost, n_tokens, heads, dtype),
     )
+
+
+def _tiles(stages: Mapping[str, Choice]) -> Iterable[RenderableType]:
+    width = max(map(len, stages))
+    for stage, choice in stages.items():
+        yield Text(f"  {stage:<{width}}  {', '.join(f'{name} {value}' for name, value in choice.entry.items())}")
+        yield Text(f"  {'':<{width}}    from {choice.origin}", style="dim")
+        for reason in choice.pruned:
+            yield Text(f"  {'':<{width}}    not {reason}", style="dim")
 
 
 def _kernels(name: str, kernels: Iterable[Kernel]) -> Iterable[RenderableType]:

@@ -2,10 +2,12 @@
 
 The host code of a generated module runs on meta tensors, which have shapes and strides but no memory, in a copy of the
 module's namespace where a launch is written down instead of made. So grids, arguments and tile shapes come from the
-one place that decides them, the module itself is left alone, and other threads may use it meanwhile.
+one place that decides them, the module itself is left alone, and other threads may use it meanwhile. `perform` does the
+same with real tensors, and makes the launches too.
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from types import FunctionType, ModuleType
 from typing import Literal
@@ -21,7 +23,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 Phase = Literal["forward", "backward", "select"]
 
-_HOST_CODE = ("target_of", "attend_kernels", "grad_kernels", "select_kernels")
+_HOST_CODE = ("target_of", "schedule_for", "attend_kernels", "grad_kernels", "select_kernels")
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Launch:
     function: JITFunction  # type: ignore[type-arg]
     grid: tuple[int, ...]
     arguments: Mapping[str, object]
-    """By parameter, in order: meta tensors, numbers, and the tile shapes that are constexpr."""
+    """By parameter, in order: tensors (meta ones, but for `perform`), numbers, and constexpr tile shapes."""
     options: Mapping[str, int]
     """`num_warps` and, where the schedule says, `num_stages`."""
 
@@ -47,14 +49,19 @@ def module_of(source: Attention | ModuleType) -> ModuleType:
 
     Raises TypeError for anything else, LlsaGenError where Triton's interpreter has taken the place of its compiler.
     """
-    module = source.module if isinstance(source, Attention) else source
-    if not isinstance(module, ModuleType) or any(not hasattr(module, name) for name in _HOST_CODE):
-        raise TypeError(f"attention: expected a compiled attention or a generated module, got {source!r}")
+    module = _any_module(source)
     if knobs.runtime.interpret or not any(isinstance(value, JITFunction) for value in vars(module).values()):
         raise LlsaGenError(
             f"{module.SPEC['name']}: its kernels run in Triton's interpreter and cannot be compiled; "
             "start Python with TRITON_INTERPRET unset"
         )
+    return module
+
+
+def _any_module(source: Attention | ModuleType) -> ModuleType:
+    module = source.module if isinstance(source, Attention) else source
+    if not isinstance(module, ModuleType) or any(not hasattr(module, name) for name in _HOST_CODE):
+        raise TypeError(f"attention: expected a compiled attention or a generated module, got {source!r}")
     return module
 
 
@@ -74,8 +81,11 @@ def record(
     *,
     batch: int = 2,
     heads: int = 4,
+    tiles: schedule.Schedule | None = None,
 ) -> list[Launch]:
     """Every launch for q, k, v [batch, heads, n_tokens, D] of `dtype` on `target`: forward, backward, then `select`.
+
+    `tiles` takes the place of the module's own schedule.
 
     Needs no GPU and no memory. Raises UnknownTargetError for a target without a schedule, TypeError or ValueError for
     a dtype or lengths that the operator does not take, LlsaGenError under TRITON_INTERPRET=1.
@@ -91,12 +101,12 @@ def record(
     phase: Phase = "forward"
 
     def note(function: JITFunction, grid: tuple[int, ...], args: tuple[object, ...], kwargs: dict[str, int]) -> None:  # type: ignore[type-arg]
-        options = {name: value for name, value in kwargs.items() if name not in function.arg_names}
-        shapes = {name: value for name, value in kwargs.items() if name in function.arg_names}
-        arguments = function.signature.bind(*args, **shapes).arguments
-        log.append(Launch(phase, function, tuple(grid), arguments, options))
+        log.append(_launch(phase, function, grid, args, kwargs))
 
-    host = _rehearsal(module, target, note)
+    stand_ins: dict[str, object] = {"target_of": lambda device: target}
+    if tiles is not None:
+        stand_ins["schedule_for"] = lambda *_: tiles
+    host = _rehearsal(module, stand_ins, note)
     head_dim = module.HEAD_DIM.value
     shape = (batch, heads, n_tokens, head_dim)
     q, k, v, grad_o = (torch.empty(shape, dtype=element, device="meta") for _ in range(4))
@@ -107,6 +117,35 @@ def record(
     phase = "select"
     host["select_kernels"](q, k)
     return log
+
+
+def perform(
+    source: Attention | ModuleType,
+    tiles: schedule.Schedule,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    grad_o: torch.Tensor,
+    scale: float,
+) -> tuple[tuple[torch.Tensor, ...], list[Launch]]:
+    """Attend forward and backward with the tile shapes `tiles`; also every launch that was made, with its tensors.
+
+    Tensors are [B, H, N, D], on a GPU or, in Triton's interpreter, the CPU, where no launches are noted. Returns dq,
+    dk, dv and o, [B, H, N, D]; lse [B*H, N]; and what the forward pass saves, in the order of the plan.
+    """
+    log: list[Launch] = []
+    phase: Phase = "forward"
+
+    def note(function: JITFunction, grid: tuple[int, ...], args: tuple[object, ...], kwargs: dict[str, int]) -> None:  # type: ignore[type-arg]
+        log.append(_launch(phase, function, grid, args, kwargs))
+        function[grid](*args, **kwargs)
+
+    host = _rehearsal(_any_module(source), {"schedule_for": lambda *_: tiles}, note)
+    with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
+        o, lse, *saved = host["attend_kernels"](q, k, v, scale)
+        phase = "backward"
+        grads = host["grad_kernels"](grad_o, q, k, v, o, *saved, scale)
+    return (*(grad.view(q.shape) for grad in grads), o, lse, *saved), log
 
 
 Note = Callable[[JITFunction, tuple[int, ...], tuple[object, ...], dict[str, int]], None]  # type: ignore[type-arg]
@@ -122,8 +161,23 @@ class _Recorder:
         return lambda *args, **kwargs: self._note(self._function, grid, args, kwargs)
 
 
-def _rehearsal(module: ModuleType, target: str, note: Note) -> dict[str, Callable[..., list[torch.Tensor]]]:
-    """The host functions of a module in a copy of its namespace: `target` for a device, recorders for kernels."""
+def _launch(
+    phase: Phase,
+    function: JITFunction,  # type: ignore[type-arg]
+    grid: tuple[int, ...],
+    args: tuple[object, ...],
+    kwargs: dict[str, int],
+) -> Launch:
+    options = {name: value for name, value in kwargs.items() if name not in function.arg_names}
+    shapes = {name: value for name, value in kwargs.items() if name in function.arg_names}
+    arguments = function.signature.bind(*args, **shapes).arguments
+    return Launch(phase, function, tuple(grid), arguments, options)
+
+
+def _rehearsal(
+    module: ModuleType, stand_ins: Mapping[str, object], note: Note
+) -> dict[str, Callable[..., list[torch.Tensor]]]:
+    """The host functions of a module in a copy of its namespace, with stand-ins for some and recorders for kernels."""
     namespace = dict(vars(module))
     for name, value in vars(module).items():
         if isinstance(value, JITFunction):
@@ -134,5 +188,5 @@ def _rehearsal(module: ModuleType, target: str, note: Note) -> dict[str, Callabl
             twin = FunctionType(value.__code__, namespace, name, value.__defaults__, value.__closure__)
             twin.__kwdefaults__ = value.__kwdefaults__
             namespace[name] = twin
-    namespace["target_of"] = lambda device: target
+    namespace.update(stand_ins)
     return namespace

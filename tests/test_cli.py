@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from llsa_gen import __version__, compiler, fuzz, load
+from llsa_gen import Spec, __version__, compiler, fuzz, load, tuned
 from llsa_gen.cli import app
 from llsa_gen.cost import Cost, evaluate
 from llsa_gen.errors import CheckFailed
@@ -86,7 +87,9 @@ def real(command: str, **environment: str) -> Result:
     return Result(result.returncode, result.stdout, result.stderr)
 
 
-COMMANDS = ("new", "build", "bench", "check", "explain", "export", "cache", "cache ls", "cache clear", "cache why")
+COMMANDS = (
+    "new", "build", "bench", "check", "tune", "explain", "export", "cache", "cache ls", "cache clear", "cache why",
+)  # fmt: skip
 
 
 # ---- help -------------------------------------------------------------------------------------------------------
@@ -502,6 +505,71 @@ def test_the_cache_from_empty_to_cleared(place: Path) -> None:
     assert re.search(r"spec +changed", call("cache why tiny").out)
     assert call("cache clear --yes").out == f"removed 1 module from {place / 'cache'}\n"
     assert call("cache ls --json").json["entries"] == []
+
+
+def test_tuned_schedules_are_listed_and_stay_unless_asked(place: Path) -> None:
+    row = {"stage": "attend", "when": {"element": 2}, "set": {"num_warps": 8}, "why": "a test"}
+    file = place / "cache" / "schedules" / "cuda_90.json"
+    assert call("build tiny").code == 0 and call("cache ls --json").json["tuned"] == []
+    assert tuned.add(Store(), "cuda:90", [row]) == file
+    data = call("cache why tiny --json").json
+    assert (data["outcome"], [row["part"] for row in data["differences"]]) == ("differs", ["schedule"])
+    assert f"tuned schedules: {file}\n" in call("cache ls").out
+    assert call("cache ls --json").json["tuned"] == [str(file)]
+    assert (
+        "num_warps 8" in call("explain tiny -n 1000 --plan").out and "a test" in call("explain tiny -n 1000 --plan").out
+    )
+    assert call("explain tiny -n 1000 --plan --json").json["schedule"]["stages"]["attend"]["entry"]["num_warps"] == 8
+    assert "num_warps 8" not in call("explain tiny -n 1000 --plan --target cuda:80").out
+    assert "tuned schedules stay" in call("cache clear --yes").out and file.exists()
+    refused = call("cache clear --tuned", answer="n\n")
+    assert refused.code == 1 and "Remove 0 modules and the tuned schedules" in refused.out + refused.err
+    assert "removed the tuned schedules of 1 target" in call("cache clear --tuned --yes").out and not file.exists()
+
+
+def test_a_broken_file_of_tuned_schedules_is_one_warning(place: Path) -> None:
+    file = place / "cache" / "schedules" / "cuda_90.json"
+    file.parent.mkdir(parents=True)
+    file.write_text("broken")
+    tuned._told.clear()
+    result = call("build tiny")
+    assert result.code == 0
+    assert (
+        result.err.startswith(f"warning: tuned schedules are ignored: {file}: ")
+        and result.err.count("tuned schedules") == 1
+    )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_tune_without_a_gpu_is_one_clear_error(place: Path) -> None:
+    result = call("tune tiny --stage attend --seconds 5")
+    assert (result.code, result.out) == (1, "")
+    assert result.err == "tune: expected a CUDA or ROCm GPU to measure on, and torch finds none\n"
+    assert call("tune gone").code == 1 and call("tune tiny --seconds 0").code == call("tune").code == 2
+
+
+def test_what_tune_prints(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from llsa_gen import tune
+    from llsa_gen.tune_search import StageResult, Trial
+
+    def fake(spec: Spec, **asked: object) -> tune.Report:
+        assert (asked["n_tokens"], asked["stages"], asked["seconds"]) == (4096, ["attend", "count"], 5)
+        before, after = {"BLOCK_N": 32, "num_warps": 2}, {"BLOCK_N": 64, "num_warps": 2}
+        trials = [Trial(after, 50.0), Trial(before, reason="wrong: o")]
+        results = (StageResult("attend", before, 100.0, after, 50.0, trials), StageResult("count", {}, 9.0, {}, 9.0))
+        rows = ({"stage": "attend", "set": after},)
+        return tune.Report(spec.name, "cuda:90", "A GPU", 4096, "bfloat16", results, rows, Path("cuda_90.json"))
+
+    monkeypatch.setattr(tune, "tune", fake)
+    words = "tune tiny -n 4096 --stage attend --stage count --seconds 5"
+    text = call(words).out
+    assert "tiny at 4,096 tokens, bfloat16, on A GPU (cuda:90)" in text
+    assert re.search(r"attend +100.0 +50.0 +1 +1 +BLOCK_N 64", text) and re.search(
+        r"count +9.0 +- +0 +0 +as it was", text
+    )
+    assert text.endswith('{"stage": "attend", "set": {"BLOCK_N": 64, "num_warps": 2}}\n')
+    data = call(words + " --json").json
+    assert data["stages"][0]["trials"][1]["reason"] == "wrong: o" and data["path"] == "cuda_90.json"
 
 
 def test_clear_asks_first_and_clears_only_what_is_named(place: Path) -> None:

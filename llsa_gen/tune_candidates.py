@@ -1,0 +1,67 @@
+"""What to try: the tile shapes around an entry, nearest first, and why some of them are not worth compiling.
+
+Nothing here knows a GPU but the size of its shared memory; whether a candidate is right and how fast it is, others say.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import combinations, product
+
+from llsa_gen.plan import Plan
+from llsa_gen.schedule import Entry
+from llsa_gen.schedule_fit import misfit
+from llsa_gen.schedule_table import STAGES, facts_of, stage_kind
+
+__all__ = ["Candidate", "candidates", "settable"]
+
+RANGES = {
+    "GROUP": (1, 32), "BLOCK_M": (8, 256), "BLOCK_N": (16, 256), "BLOCK": (1, 8192), "KEYS": (8, 256),
+    "CHILDREN": (1, 256), "PART": (4, 4096), "num_warps": (1, 16), "num_stages": (1, 5),
+}  # fmt: skip
+"""Smallest and largest value of each that is tried."""
+
+PIPELINED = ("select_top", "select", "attend", "grad_q", "grad_kv_top", "grad_kv_coarse", "grad_kv_tokens")
+"""Kinds of kernels with a loop of loads and products, for which `num_stages` matters."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Tile shapes to try; `reason` says why they are left out, where that is known before compiling them."""
+
+    entry: Entry
+    reason: str | None = None
+
+
+def settable(kind: str) -> tuple[str, ...]:
+    """What may be varied of a kind of kernel, tiles first."""
+    return (*STAGES[kind].tiles, "num_warps", *(("num_stages",) if kind in PIPELINED else ()))
+
+
+def candidates(plan: Plan, stage: str, entry: Entry, element: int, limit: int) -> Iterator[Candidate]:
+    """The entries one step from `entry`, then those two steps from it: a step halves or doubles one number.
+
+    `limit` is the shared memory that a program may use, in bytes.
+    """
+    names = [name for name in settable(stage_kind(plan, stage)) if name in entry]
+    for steps in (1, 2):
+        for changed in combinations(names, steps):
+            for values in product(*(_moves(name, entry[name]) for name in changed)):
+                made = {**entry, **dict(zip(changed, values, strict=True))}
+                reason = _wasteful(plan, stage, made, entry) or misfit(plan, stage, entry, made, element, limit)
+                yield Candidate(made, reason)
+
+
+def _moves(name: str, value: int) -> list[int]:
+    low, high = RANGES[name]
+    around = (value - 1, value + 1) if name == "num_stages" else (value // 2, value * 2)
+    return [new for new in around if low <= new <= high]
+
+
+def _wasteful(plan: Plan, stage: str, made: Mapping[str, int], entry: Mapping[str, int]) -> str | None:
+    """Why a tile is larger than anything that could fill it."""
+    rows = facts_of(plan, stage, 2, "long").get("rows")
+    kind = stage_kind(plan, stage)
+    name = "BLOCK_N" if kind in ("grad_kv_coarse", "grad_kv_tokens") else "BLOCK_M"
+    if rows is None or kind == "invert" or made[name] <= max(int(rows), entry[name]):
+        return None
+    return f"{name} {made[name]}: a block fills {rows} rows at the most"
