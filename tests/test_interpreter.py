@@ -1,7 +1,11 @@
 """Every kernel in Triton's interpreter, by specs that take every branch of the templates, against the reference."""
 
+from typing import Any
+
+import numpy as np
 import pytest
 from examples import BRANCHES, spec
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from llsa_gen import Spec, fuzz
 from llsa_gen.compiler import compile
@@ -76,6 +80,21 @@ def test_popular_keys_are_shared_out(chosen: Spec, monkeypatch: pytest.MonkeyPat
                 if "PART" in stage:
                     monkeypatch.setitem(stage, "PART", 2)
     fuzz.run(fuzz.Case(chosen, n=51, popular=True)).raise_if_failed()
+
+
+def one_multiply_add_after_another(self: Any, a: Any, b: Any, d: Any, *_: object) -> TensorHandle:
+    """A product of float32 tiles in the order in which a GPU without float32 matrix units sums it: a chain for each."""
+    total = d.data.astype(np.float32)
+    for k in range(a.data.shape[-1]):  # exact in float64, so rounded once, as a fused multiply-add is
+        product = a.data[..., :, k, None].astype(np.float64) * b.data[..., k, None, :].astype(np.float64)
+        total = (total + product).astype(np.float32)
+    return TensorHandle(total, d.dtype.scalar)
+
+
+def test_equal_terms_in_the_order_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A chain over all keys rounds every equal term the same way: of 512 keys, hundreds of roundoffs.
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", one_multiply_add_after_another)
+    fuzz.run(fuzz.Case(spec("l2", 16, (16, 8), (16, 8)), n=512, values="constant")).raise_if_failed()
 
 
 @pytest.mark.parametrize("seed", range(4))
