@@ -98,10 +98,10 @@ EXTREMES = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("name", EXTREMES)
-def test_extreme_specs_compile_and_fit(name: str, dtype: str) -> None:
-    reports = aot.compile_kernels(compile({"name": name, **EXTREMES[name]}), "cuda:90", dtype)
+def test_extreme_specs_compile_and_fit(name: str) -> None:
+    # in float32, whose tiles take the most memory
+    reports = aot.compile_kernels(compile({"name": name, **EXTREMES[name]}), "cuda:90", "float32")
     too_large = {report.kernel: report.shared_memory for report in reports if not report.fits}
     assert not too_large
 
@@ -173,7 +173,7 @@ def test_an_exported_module_is_recorded_like_a_compiled_one() -> None:
 def test_wrong_arguments_are_told_in_one_sentence() -> None:
     attention = shipped("topk_l1")
     with pytest.raises(
-        UnknownTargetError, match=r"expected one of cuda:100, cuda:80, cuda:90, hip:gfx942, got 'cuda:70'"
+        UnknownTargetError, match=r"expected one of cuda:80, cuda:90, cuda:100, hip:gfx942, got 'cuda:70'"
     ):
         aot.compile_kernels(attention, "cuda:70", torch.float16)
     with pytest.raises(TypeError, match=r"dtype: expected float32, float16, bfloat16, got torch.float64"):
