@@ -27,7 +27,7 @@ SPEC = {
     "name": "topk_l2",
     "reweight": True,
 }
-OPERATOR = "topk_l2_2164053f6185f766"  # in torch.ops.llsa: the name of the spec and the hash of this text
+OPERATOR = "topk_l2_101903d3972431a8"  # in torch.ops.llsa: the name of the spec and the hash of this text
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -54,7 +54,7 @@ TILES_1 = {
     "invert_l1": {"BLOCK_M": 128, "KEYS": 16, "num_warps": 4},
     "invert_l2": {"BLOCK_M": 128, "KEYS": 32, "num_warps": 4},
     "grad_q": {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 1, "num_stages": 2},
-    "grad_kv_l0": {"PART": 64, "BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 1, "num_stages": 2},
+    "grad_kv_l0": {"PART": 64, "BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 1, "num_stages": 2},
 }
 TILES_2 = {
     "pool": {"CHILDREN": 16, "num_warps": 4},
@@ -102,15 +102,30 @@ def head_base(ptr, head, stride_batch, stride_head, heads_per_batch):
 
 
 @triton.jit
-def children(kept_ptr, place, width, n_tokens, BLOCK: tl.constexpr):
-    """The tokens at `place` in the concatenated children of a list of kept tokens, and which of them exist.
+def parents(list_ptr, start, within, width, BLOCK: tl.constexpr):
+    """The tokens of a list whose children, BLOCK each and one after the other, are at `start + within`; -1 beyond it.
 
-    kept_ptr points to a list of `width` tokens, -1 where fewer, each with BLOCK children; n_tokens of them in all.
+    list_ptr points to `width` tokens. `within` counts up from 0 along a tile; tiles start at multiples of their length.
     """
-    slot = place // BLOCK
-    parent = tl.load(kept_ptr + slot, mask=slot < width, other=-1)
-    token = parent * BLOCK + place % BLOCK
-    return token, (token >= 0) & (token < n_tokens)
+    if within.shape[-1] == BLOCK:  # a tile is the children of one token, which is loaded once
+        slot = start // BLOCK + tl.zeros([1] * len(within.shape), tl.int32)
+    else:
+        slot = (start + within) // BLOCK
+    return tl.load(list_ptr + slot, mask=slot < width, other=-1)
+
+
+@triton.jit
+def children(parent, start, within, n_tokens, BLOCK: tl.constexpr, WHOLE: tl.constexpr):
+    """The tokens at `start + within` in the children of a list, of which `parents` are known, and which of them exist.
+
+    Lists have -1 where there are fewer to keep; n_tokens of the children's level exist. Where WHOLE, all do, and the
+    compiler drops the masks made of it.
+    """
+    token = parent * BLOCK + (start + within) % BLOCK
+    if WHOLE:
+        return token, tl.full(token.shape, True, tl.int1)
+    else:
+        return token, (token >= 0) & (token < n_tokens)
 
 
 @triton.jit
@@ -121,7 +136,7 @@ def add_product(a, b, acc):
     be rounded the same way. Half precision has no use for such care, and matrix units add to `acc` for nothing.
     """
     if a.dtype == tl.float32:
-        return acc + tl.dot(a, b, input_precision="ieee")
+        return acc - tl.dot(-a, b, input_precision="ieee")  # Triton would make one chain of acc + tl.dot(a, b) again
     else:
         return tl.dot(a, b, acc)
 
@@ -283,8 +298,9 @@ def select_l1_kernel(
 
     best = tl.full([BLOCK_M, KEEP], EMPTY, tl.int64)
     for start in range(0, n_candidates, BLOCK_N):
-        place = start + tl.arange(0, BLOCK_N)
-        token, candidate = children(kept_above_ptr, place, width_above, n_l1, BLOCK_2)
+        within = tl.arange(0, BLOCK_N)
+        kept_above = parents(kept_above_ptr, start, within, width_above, BLOCK_2)
+        token, candidate = children(kept_above, start, within, n_l1, BLOCK_2, False)
         k = load_rows(k_ptr, token, HEAD_DIM, candidate)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
         keys = rank_keys(scores, token[None, :], candidate[None, :])
@@ -303,9 +319,9 @@ def attend_kernel(
     kept_l1_ptr, width_l1,  # [B*H, T_1, width] int32
     o_ptr,  # [B*H, N, D], out
     lse_ptr,  # [B*H, N] float32, out: natural logarithm of the sum of weights
-    peak_ptr, total_ptr,  # [B*H, N] float32, out: the same as 2^peak * total, without its rounding, for the backward pass
+    peak_ptr, total_ptr,  # [B*H, N] float32, out: the same as 2^peak * total, for the backward pass
     scale, heads_per_batch, n_tokens,  # s, H, N
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WHOLE: tl.constexpr,
 ):
     """o_i = sum_j w_j exp(s q_i.k_j) v_j / sum_j w_j exp(s q_i.k_j) over the keys of level 0.
 
@@ -329,8 +345,11 @@ def attend_kernel(
     k_base = head_base(k_ptr, head, stride_kb, stride_kh, heads_per_batch)
     v_base = head_base(v_ptr, head, stride_vb, stride_vh, heads_per_batch)
     list_ptr = kept_l1_ptr + (head * n_l1 + block) * width_l1
+    place = tl.arange(0, BLOCK_N)
+    parent = parents(list_ptr, 0, place, width_l1, BLOCK_1)
     for start in range(0, width_l1 * BLOCK_1, BLOCK_N):
-        key, exists = children(list_ptr, start + tl.arange(0, BLOCK_N), width_l1, n_tokens, BLOCK_1)
+        key, exists = children(parent, start, place, n_tokens, BLOCK_1, WHOLE)
+        parent = parents(list_ptr, start + BLOCK_N, place, width_l1, BLOCK_1)  # of the next tile, in time
         bias = tl.where(exists, 0.0, float("-inf"))
         k = load_rows(k_base, key, stride_kn, exists)
         v = load_rows(v_base, key, stride_vn, exists)
@@ -338,7 +357,11 @@ def attend_kernel(
         peak, total, acc = softmax_step(logits, v, peak, total, acc)
 
     store_rows(o_ptr + head * n_tokens * HEAD_DIM, token, HEAD_DIM, inside, acc / total[:, None])
-    tl.store(lse_ptr + head * n_tokens + token, (peak + tl.log2(total)) * LN2, mask=inside)
+    log_sum = peak + tl.log2(total)
+    tl.store(lse_ptr + head * n_tokens + token, log_sum * LN2, mask=inside)
+    if q.dtype != tl.float32:  # half precision rounds more than this sum: the backward pass is spared a product
+        peak = log_sum
+        total = tl.full([BLOCK_M], 1.0, tl.float32)
     tl.store(peak_ptr + head * n_tokens + token, peak, mask=inside)
     tl.store(total_ptr + head * n_tokens + token, total, mask=inside)
 
@@ -478,7 +501,9 @@ def invert_l1_kernel(
     kept_ptr = kept_l1_ptr + head * n_l1 * width
     keepers_ptr = keepers_l1_ptr + head * n_l1 * width
     for start in range(0, count * BLOCK_2, BLOCK_M):
-        row, inside = children(list_ptr, start + tl.arange(0, BLOCK_M), count, n_l1, BLOCK_2)
+        within = tl.arange(0, BLOCK_M)
+        keeper = parents(list_ptr, start, within, count, BLOCK_2)
+        row, inside = children(keeper, start, within, n_l1, BLOCK_2, False)
         cursor = scatter_keepers(keepers_ptr, cursor, key, kept_ptr, row, width, inside)
 
 
@@ -494,7 +519,7 @@ def grad_q_kernel(
     grad_q_ptr,  # [B*H, N, D], out
     delta_ptr,  # [B*H, N] float32, out
     scale, heads_per_batch, n_tokens,  # s, H, N
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WHOLE: tl.constexpr,
 ):
     """dq_i = s sum_j p_ij (do_i.v_j - delta_i) k_j, with delta_i = o_i.do_i, over the keys of level 0.
 
@@ -514,7 +539,7 @@ def grad_q_kernel(
     delta = tl.sum(o.to(tl.float32) * grad_o.to(tl.float32), 1)
     tl.store(delta_ptr + head * n_tokens + token, delta, mask=inside)
     peak = tl.load(peak_ptr + head * n_tokens + token, mask=inside, other=0.0)
-    inverse = 1.0 / tl.load(total_ptr + head * n_tokens + token, mask=inside, other=1.0)
+    total = tl.load(total_ptr + head * n_tokens + token, mask=inside, other=1.0)
     scale_log2e = scale * LOG2E
     grad_q = tl.zeros([BLOCK_M, PAD_DIM], tl.float32)
 
@@ -522,24 +547,30 @@ def grad_q_kernel(
     k_base = head_base(k_ptr, head, stride_kb, stride_kh, heads_per_batch)
     v_base = head_base(v_ptr, head, stride_vb, stride_vh, heads_per_batch)
     list_ptr = kept_l1_ptr + (head * n_l1 + block) * width_l1
+    place = tl.arange(0, BLOCK_N)
+    parent = parents(list_ptr, 0, place, width_l1, BLOCK_1)
     for start in range(0, width_l1 * BLOCK_1, BLOCK_N):
-        key, exists = children(list_ptr, start + tl.arange(0, BLOCK_N), width_l1, n_tokens, BLOCK_1)
+        key, exists = children(parent, start, place, n_tokens, BLOCK_1, WHOLE)
+        parent = parents(list_ptr, start + BLOCK_N, place, width_l1, BLOCK_1)  # of the next tile, in time
         bias = tl.where(exists, 0.0, float("-inf"))
         k = load_rows(k_base, key, stride_kn, exists)
         v = load_rows(v_base, key, stride_vn, exists)
         logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2e + bias[None, :]
-        p = tl.exp2(logits - peak[:, None]) * inverse[:, None]
         dp = tl.dot(grad_o, tl.trans(v), input_precision="ieee")
-        grad_q = add_product((p * (dp - delta[:, None])).to(k.dtype), k, grad_q)
+        grad_logits = tl.exp2(logits - peak[:, None]) * (dp - delta[:, None])
+        grad_q = add_product(grad_logits.to(k.dtype), k, grad_q)
 
-    store_rows(grad_q_ptr + head * n_tokens * HEAD_DIM, token, HEAD_DIM, inside, grad_q * scale)
+    store_rows(grad_q_ptr + head * n_tokens * HEAD_DIM, token, HEAD_DIM, inside, grad_q * (scale / total)[:, None])
 
 
 @triton.jit
-def grad_step(q, grad_o, k, v, bias, scale_log2e, peak, inverse, delta, grad_k, grad_v):
+def grad_step(q, grad_o, k, v, bias, scale_log2e, peak, total, delta, grad_k, grad_v):
     """Add a tile of queries [M] to the gradients of a tile of keys [N]: dv += p^T do, dk += p^T (do.v - delta) q."""
     logits = tl.dot(k, tl.trans(q), input_precision="ieee") * scale_log2e + bias[:, None]
-    p = tl.exp2(logits - peak[None, :]) * inverse[None, :]
+    if q.dtype == tl.float32:
+        p = tl.exp2(logits - peak[None, :]) * (1.0 / total)[None, :]
+    else:  # `total` is 1
+        p = tl.exp2(logits - peak[None, :])
     grad_v = add_product(p.to(q.dtype), grad_o, grad_v)
     dp = tl.dot(v, tl.trans(grad_o), input_precision="ieee")
     grad_k = add_product((p * (dp - delta[None, :])).to(q.dtype), q, grad_k)
@@ -554,10 +585,10 @@ def grad_queries(
     """`grad_step` for the queries `token`, of one head, where `inside`."""
     q = load_rows(q_ptr, token, stride_qn, inside)
     grad_o = load_rows(grad_o_ptr, token, stride_gn, inside)
-    peak = tl.load(peak_ptr + token, mask=inside, other=0.0)
-    inverse = 1.0 / tl.load(total_ptr + token, mask=inside, other=float("inf"))  # so that p = 0 outside
+    peak = tl.load(peak_ptr + token, mask=inside, other=float("inf"))  # so that p = 0 outside
+    total = tl.load(total_ptr + token, mask=inside, other=1.0)
     delta = tl.load(delta_ptr + token, mask=inside, other=0.0)
-    return grad_step(q, grad_o, k, v, bias, scale_log2e, peak, inverse, delta, grad_k, grad_v)
+    return grad_step(q, grad_o, k, v, bias, scale_log2e, peak, total, delta, grad_k, grad_v)
 
 
 @triton.jit
@@ -592,13 +623,15 @@ def grad_kv_l0_part(
     last = tl.load(keepers_ptr + end - 1, mask=begin < end, other=0)
     n_queries = (end - 1 - begin) * SPAN_1 + tl.minimum(n_tokens - last * SPAN_1, SPAN_1)
     n_queries = tl.where(begin < end, n_queries, 0)
+    place = tl.arange(0, BLOCK_M)
+    keeper = parents(keepers_ptr + begin, 0, place, end - begin, SPAN_1)
     for start in range(0, n_queries, BLOCK_M):
-        place = start + tl.arange(0, BLOCK_M)
-        inside = place < n_queries
-        keeper = tl.load(keepers_ptr + begin + place // SPAN_1, mask=inside, other=0)
+        token, _ = children(keeper, start, place, n_tokens, SPAN_1, True)
+        inside = start + place < n_queries
+        keeper = parents(keepers_ptr + begin, start + BLOCK_M, place, end - begin, SPAN_1)  # of the next tile, in time
         grad_k, grad_v = grad_queries(
             q_ptr, stride_qn, grad_o_ptr, stride_gn, peak_ptr, total_ptr, delta_ptr,
-            keeper * SPAN_1 + place % SPAN_1, inside, k, v, bias, scale * LOG2E, grad_k, grad_v,
+            token, inside, k, v, bias, scale * LOG2E, grad_k, grad_v,
         )
     return grad_k * scale, grad_v
 
@@ -752,7 +785,7 @@ class Prepared:
         self.grids["select_l2_kernel"] = heads * ceil_div(tokens[2], tile["BLOCK_M"]), tile
         tile = tiles["select_l1"]
         self.grids["select_l1_kernel"] = heads * tokens[2] * ceil_div(min(16, tokens[1]), tile["BLOCK_M"]), tile
-        tile = tiles["attend"]
+        tile = tiles["attend"] | {"WHOLE": is_whole(tokens, tiles["attend"])}
         self.grids["attend_kernel"] = heads * tokens[1] * ceil_div(16, tile["BLOCK_M"]), tile
         tile = tiles["count"]
         self.grids["count_kernel, level 1"] = heads * ceil_div(tokens[1] * min(8, tokens[1]), tile["BLOCK"]), tile
@@ -764,7 +797,7 @@ class Prepared:
         self.grids["invert_l2_kernel"] = heads * ceil_div(tokens[2], tile["KEYS"]), tile
         tile = tiles["invert_l1"]
         self.grids["invert_l1_kernel"] = heads * tokens[2], tile
-        tile = tiles["grad_q"]
+        tile = tiles["grad_q"] | {"WHOLE": is_whole(tokens, tiles["grad_q"])}
         self.grids["grad_q_kernel"] = heads * tokens[1] * ceil_div(16, tile["BLOCK_M"]), tile
         tile = tiles["grad_kv_l0"]
         self.grids["grad_kv_l0_extra_kernel"] = heads * parts_l0 * ceil_div(16, tile["BLOCK_N"]), tile
@@ -783,6 +816,17 @@ class Prepared:
         if compiled is not None and not torch.version.hip:
             shapes = [tile[parameter] for parameter in kernel.arg_names[len(arguments) :]]
             self.ready[name] = compiled[(programs, 1, 1)], shapes
+        if compiled is not None and "WHOLE" in tile:  # another length may need the other: nothing is compiled then
+            kernel.warmup(*arguments, **tile | {"WHOLE": not tile["WHOLE"]}, grid=(programs,))
+
+
+def is_whole(tokens, tile):
+    """Whether nothing needs a mask: all tokens are whole, so that no list has gaps, and lists fill their tiles."""
+    n_tokens = tokens[0]
+    return (
+        n_tokens % 256 == 0
+        and min(8, tokens[1]) * 16 % tile["BLOCK_N"] == 0
+    )
 
 
 def unit_stride(x):

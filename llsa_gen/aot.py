@@ -95,8 +95,8 @@ def compile_kernels(
 
     A kernel is distinct when its constexprs, options or argument types are. The launches are those for q, k, v
     [batch, heads, n_tokens, D]; without `n_tokens` those of 65,536 tokens and, for kernels or tile shapes that only
-    other sequences need, those of the longest or of a short one. Needs no GPU. Raises KernelCompileError where Triton
-    fails, and what `record` raises.
+    other sequences need, those of one token less, of the longest or of a short one. Needs no GPU. Raises
+    KernelCompileError where Triton fails, and what `record` raises.
     """
     return [compiled.report for compiled in _compile(attention, target, dtype, n_tokens, batch, heads, kernels)]
 
@@ -114,7 +114,7 @@ def _compile(
     launches = record(module, USUAL_TOKENS if n_tokens is None else n_tokens, dtype, target, batch=batch, heads=heads)
     if n_tokens is None:
         seen = set(map(_variant, launches))
-        for other in (module.MAX_TOKENS, schedule_table.LENGTHS["short"]):
+        for other in (USUAL_TOKENS - 1, module.MAX_TOKENS, schedule_table.LENGTHS["short"]):
             more = record(module, other, dtype, target, batch=batch, heads=heads)
             launches += [launch for launch in more if _variant(launch) not in seen]
             seen.update(map(_variant, more))

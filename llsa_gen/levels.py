@@ -102,6 +102,11 @@ class Levels:
         return None if self.shared_level is None else self.parent_ratio(1, self.shared_level)
 
     @property
+    def lists_fill(self) -> bool:
+        """Whether every index list is full, without gaps, when all tokens are whole: K is at most the children kept."""
+        return all(self.topk(level) <= self.topk(level + 1) * self.block(level + 1) for level in range(1, self.top))
+
+    @property
     def sorted_levels(self) -> tuple[int, ...]:
         """Levels whose Top-K is found by sorting: K is small enough for a network in registers."""
         return tuple(level for level in self.levels if self.topk(level) <= MAX_SORTED)

@@ -112,14 +112,19 @@ def _select(plan: Plan, element: int, level: int) -> Entry:
 
 
 def _fit(entry: Entry, goal: Target, stage: str, width: int, element: int) -> tuple[Entry, tuple[str, ...]]:
-    """Halve BLOCK_N until the tiles fit into shared memory; also says so."""
-    wanted, fits = entry["BLOCK_N"], entry
-    while fits["BLOCK_N"] > 16 and shared_memory(stage, fits, width, element) > goal.shared_memory:
-        fits = {**fits, "BLOCK_N": fits["BLOCK_N"] // 2}
+    """Halve the tiles of keys until they fit into shared memory; also says so."""
+    wanted = {name: entry[name] for name in ("BLOCK_C", "BLOCK_N") if name in entry}
+    fits = entry
+    while shared_memory(stage, fits, width, element) > goal.shared_memory:
+        larger = max(wanted, key=lambda name: fits[name])
+        if fits[larger] <= 16:
+            break
+        fits = {**fits, larger: fits[larger] // 2}
     if fits is entry:
         return entry, ()
+    tiles = ", ".join(f"{name} {size}" for name, size in wanted.items())
     needed = shared_memory(stage, entry, width, element)
-    cut = f"rule: BLOCK_N {wanted} takes {needed:,} bytes of shared memory, and there are {goal.shared_memory:,}"
+    cut = f"rule: {tiles} take {needed:,} bytes of shared memory, and there are {goal.shared_memory:,}"
     return fits, (cut,)
 
 
@@ -131,8 +136,10 @@ def _walk(plan: Plan, goal: Target, element: int, stage: str) -> tuple[Entry, tu
         group = max(1, (64 if element == 2 and width <= 128 else 32) // rows)
         if plan.blocks_sharing is not None:
             group = min(group, pad(plan.blocks_sharing, 1))
-        entry = {"GROUP": group, "BLOCK_M": rows, "BLOCK_N": 32}
-        entry |= {"num_warps": 2, "num_stages": 2} if width <= 64 else {"num_warps": 4, "num_stages": 3}
+        # fine keys come by the block; of coarse ones, registers hold more where no gradient stands beside the sums
+        attend = stage == "attend"
+        entry = {"GROUP": group, "BLOCK_M": rows, "BLOCK_C": 64 if attend else 32, "BLOCK_N": rows}
+        entry |= {"num_warps": 2 if width <= 64 else 4, "num_stages": 2 if attend and width > 64 else 3}
     elif rows < 64:
         entry = {"BLOCK_M": rows, "BLOCK_N": 32, "num_warps": rows // 16 if width <= 64 else rows // 8, "num_stages": 2}
     else:
@@ -140,11 +147,16 @@ def _walk(plan: Plan, goal: Target, element: int, stage: str) -> tuple[Entry, tu
         rows = min(rows, 128 if tall else 64)
         entry = {"BLOCK_M": rows, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
     if element == 4:
-        entry |= {"BLOCK_N": 32 if width <= 64 else 16, "num_warps": 8, "num_stages": 2}
+        entry |= {"BLOCK_C": 32 if width <= 64 else 16, "BLOCK_N": 32 if width <= 64 else 16}
+        entry |= {"num_warps": 8, "num_stages": 2}
         if not plan.grouped:  # a grouped block is one tile, whatever its size
             entry["BLOCK_M"] = min(rows, 32)
     elif width == 256:
         entry |= {"num_warps": 8, "num_stages": 2}
+    if not plan.enriched:
+        entry.pop("BLOCK_C", None)
+    elif "BLOCK_C" not in entry:
+        entry["BLOCK_C"] = entry["BLOCK_N"]
     return _fit(entry, goal, stage, width, element)
 
 
@@ -161,13 +173,14 @@ def _grad_listed(plan: Plan, element: int, level: int) -> Entry:
     """dk, dv of the other levels: for the children of a key token, over the queries that keep it."""
     width = pad(plan.head_dim)
     children = pad(plan.block(level + 1))
-    # a list is cut where it is several times longer than the average, K entries
-    entry = {"PART": 8 * plan.topk(level + 1)}
+    # a list is cut where it is several times longer than the average, K entries, or of very many queries
+    entry = {"PART": max(1, min(8 * plan.topk(level + 1), 8192 // plan.span(level + 1)))}
     if element == 4:
         return entry | {"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 4 if width <= 64 else 8, "num_stages": 2}
     if children == 16 and width <= 128:
-        # one block of queries is 16 rows or so: gather a few; a token of a coarser level is a long run of them
-        return entry | ({"BLOCK_M": 128, "BLOCK_N": 16, "num_warps": 4, "num_stages": 2} if level else
-                        {"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 1, "num_stages": 2})  # fmt: skip
+        # one block of queries is 16 rows or so; a token of a coarser level is a long run of them
+        stages = 3 if width <= 64 else 2
+        return entry | ({"BLOCK_M": 128, "BLOCK_N": 16, "num_warps": 4, "num_stages": stages} if level else
+                        {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 1, "num_stages": 2})  # fmt: skip
     keys = min(children, 128 if width <= 64 else 64 if width == 128 else 32)
     return entry | {"BLOCK_M": 32 if keys != 64 or width > 64 else 64, "BLOCK_N": keys, "num_warps": 4, "num_stages": 2}

@@ -24,7 +24,7 @@ def shared_memory(kind: str, tiles: Mapping[str, int], width: int, element: int)
         return 0
     in_flight = max(1, tiles.get("num_stages", 2) - 1)
     queries = tiles.get("GROUP", 1) * tiles["BLOCK_M"]
-    keys = tiles.get("GROUP", 1) * tiles["BLOCK_N"]
+    keys = max(tiles.get("GROUP", 1) * tiles["BLOCK_N"], tiles.get("BLOCK_C", 0))
     if kind.startswith("select"):  # q; k streams
         rows = queries + keys * in_flight
     elif kind.startswith("grad_kv"):  # k and v; q and the gradient of o stream
@@ -46,8 +46,8 @@ def misfit(
         return f"the kernel takes no {', '.join(strangers)}"
     kind = stage_kind(plan, stage)
     if kind in ("select_top", "select", "attend", "grad_q", "grad_kv_top", "grad_kv_coarse", "grad_kv_tokens"):
-        for name in ("BLOCK_M", "BLOCK_N"):
-            if tiles[name] < DOT:
+        for name in ("BLOCK_M", "BLOCK_C", "BLOCK_N"):
+            if tiles.get(name, DOT) < DOT:
                 return f"{name} {tiles[name]}: products need {DOT} rows and columns"
     if kind in ("attend", "grad_q") and plan.grouped:
         rows = pad(plan.block(1))

@@ -48,7 +48,7 @@ class Stage:
     """What a row may set, beside num_warps and num_stages. Sizes that the spec dictates are not among them."""
 
 
-WALK = Stage(("rows", "grouped"), ("GROUP", "BLOCK_M", "BLOCK_N"))
+WALK = Stage(("rows", "grouped"), ("GROUP", "BLOCK_M", "BLOCK_C", "BLOCK_N"))
 
 STAGES = {
     "pool": Stage((), ("CHILDREN",)),

@@ -15,8 +15,8 @@ from llsa_gen.schedule_table import STAGES, facts_of, stage_kind
 __all__ = ["Candidate", "candidates", "settable"]
 
 RANGES = {
-    "GROUP": (1, 32), "BLOCK_M": (8, 256), "BLOCK_N": (16, 256), "BLOCK": (1, 8192), "KEYS": (8, 256),
-    "CHILDREN": (1, 256), "PART": (4, 4096), "num_warps": (1, 16), "num_stages": (1, 5),
+    "GROUP": (1, 32), "BLOCK_M": (8, 256), "BLOCK_C": (16, 256), "BLOCK_N": (16, 256), "BLOCK": (1, 8192),
+    "KEYS": (8, 256), "CHILDREN": (1, 256), "PART": (1, 4096), "num_warps": (1, 16), "num_stages": (1, 5),
 }  # fmt: skip
 """Smallest and largest value of each that is tried."""
 

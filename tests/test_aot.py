@@ -243,6 +243,19 @@ def test_kernels_that_only_long_sequences_need_are_compiled_too() -> None:
     assert {report.kernel for report in reports} == rare
 
 
+def test_products_of_float32_are_not_summed_in_one_chain() -> None:
+    # Triton makes tl.dot(a, b, acc) of acc + tl.dot(a, b): many equal terms, one chain, every one rounded the same way.
+    gpu = aot.gpu_target("cuda:90")
+    for launch in aot.record(shipped("topk_l1"), 4096, "float32", "cuda:90"):
+        if launch.kernel in ("attend_kernel", "grad_q_kernel", "grad_kv_l0_kernel"):
+            source, options = aot.specialise(launch, gpu)
+            text = triton.compile(source, target=gpu, options=options).asm["ttir"]
+            sums = re.findall(r"= tt\.dot %[^,]+, %[^,]+, (%\w+)", text)
+            assert sums and all(re.search(rf"{name} = arith\.constant dense<0\.0", text) for name in sums), (
+                launch.kernel
+            )
+
+
 def test_the_figures_are_those_of_the_toolchain(tmp_path: Path) -> None:
     (report,) = aot.compile_kernels(shipped("topk_l1"), "cuda:90", "bfloat16", kernels=["select_l1_kernel"])
     launch = next(x for x in aot.record(shipped("topk_l1"), 65536, "bfloat16", "cuda:90") if x.kernel == report.kernel)

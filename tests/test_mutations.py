@@ -21,6 +21,8 @@ from llsa_gen.errors import CheckFailed
 TAILS = fuzz.Case(spec("tails", 16, (4, 2), (3, 2)), n=27, heads=2)
 THREE_LEVELS = fuzz.Case(spec("three", 16, (2, 2), (2, 2), (3, 2)), n=33)
 HALF = fuzz.Case(spec("half", 16, (64, 1)), n=190, dtype="float16", values="constant", std=8.0)
+# lists of 64 keys, several tiles
+LONG_LISTS = fuzz.Case(spec("long", 16, (16, 4)), n=80)
 # every score is the same
 TIES = fuzz.Case(TAILS.spec, n=48, values="zero_queries")
 # the second token of level 2 has one child, and three are wanted
@@ -46,25 +48,26 @@ def mutation(name: str, template: str, old: str, new: str, case: fuzz.Case = TAI
 
 KERNELS = (
     # weights
-    mutation("weight dropped", "tiles.py", "tl.log2(covered.to(tl.float32)), float", "0.0, float"),
-    mutation("weight of a tail", "tiles.py", "tl.minimum(n_tokens - token * SPAN, SPAN), 1)", "SPAN, 1)"),
+    mutation("weight dropped", "tiles.py", "tl.log2(weight), float", "0.0, float"),
+    mutation("weight of a tail", "tiles.py", "if not WHOLE:", "if False:"),
     mutation(
         "weight of another level",
         "walk",
-        "bias = log_weight(key, exists, n_tokens, SPAN_{{ level }})",
-        "bias = log_weight(key, exists, n_tokens, SPAN_1)",
+        "bias = log_weight(key, exists, n_tokens, SPAN_{{ level }}, WHOLE)",
+        "bias = log_weight(key, exists, n_tokens, SPAN_1, WHOLE)",
     ),
     mutation(
         "coarse dk without weight",
         "grad_kv.py",
-        "bias = log_weight(key, exists, n_tokens, SPAN_{{ top }})",
+        "bias = log_weight(key, exists, n_tokens, SPAN_{{ top }}, False)",
         'bias = tl.where(exists, 0.0, float("-inf"))',
     ),
     # the softmax
     mutation("sum not rescaled", "tiles.py", "total * shrink +", "total +"),
     mutation("values not rescaled", "tiles.py", "acc * tl.expand_dims(shrink, -1)", "acc"),
-    mutation("lse in base 2", "attend.py", "(peak + tl.log2(total)) * LN2", "peak + tl.log2(total)"),
+    mutation("lse in base 2", "attend.py", "log_sum * LN2", "log_sum"),
     # tails
+    mutation("list of a tile before", "walk", "(list_ptr, start + BLOCK_N,", "(list_ptr, start,", LONG_LISTS),
     mutation("last coarse key", "walk", "exists = key < n_l{{ level }}", "exists = key < n_l{{ level }} - 1"),
     mutation("keys that do not exist", "walk", 'tl.where(exists, 0.0, float("-inf"))', "tl.where(exists, 0.0, 0.0)"),
     mutation("last query", "grad_kv.py", "* rows_per_split, n_tokens)", "* rows_per_split, n_tokens - 1)", SHARES),

@@ -137,13 +137,13 @@ def test_the_search_climbs_to_the_fastest_and_no_time_counts_unchecked() -> None
 
 def test_a_candidate_with_wrong_results_never_wins() -> None:
     bench = Fake(
-        times=lambda stage, entry: 1.0 if entry["BLOCK_N"] > 32 else 50.0 if entry["num_warps"] == 4 else 100.0,
-        wrong=lambda entry: "o: a row is off" if entry["BLOCK_N"] > 32 else None,
+        times=lambda stage, entry: 1.0 if entry["BLOCK_C"] > 64 else 50.0 if entry["num_warps"] == 4 else 100.0,
+        wrong=lambda entry: "o: a row is off" if entry["BLOCK_C"] > 64 else None,
     )
     (result,) = run(bench, "attend")
-    assert result.improved and result.after["BLOCK_N"] <= 32 and result.after["num_warps"] == 4
+    assert result.improved and result.after["BLOCK_C"] <= 64 and result.after["num_warps"] == 4
     assert "wrong: o: a row is off" in reasons(result)
-    assert all(entry["BLOCK_N"] <= 32 for entry in bench.timed)
+    assert all(entry["BLOCK_C"] <= 64 for entry in bench.timed)
 
 
 def test_a_winner_that_the_reference_contradicts_gives_way_to_the_next() -> None:
@@ -164,8 +164,8 @@ def test_failures_are_recorded_and_skipped() -> None:
             raise RuntimeError("out of resource: shared memory\nand a long story")
         return None
 
-    (result,) = run(Fake(lambda stage, entry: 50.0 if entry["BLOCK_N"] == 64 else 100.0, wrong), "attend")
-    assert result.improved and result.after["BLOCK_N"] == 64 and result.after["num_warps"] != 4
+    (result,) = run(Fake(lambda stage, entry: 50.0 if entry["BLOCK_N"] == 32 else 100.0, wrong), "attend")
+    assert result.improved and result.after["BLOCK_N"] == 32 and result.after["num_warps"] != 4
     assert "RuntimeError: out of resource: shared memory" in reasons(result)
 
 
@@ -328,11 +328,11 @@ def test_entries_are_checked_with_the_kernels_themselves(dtype: Any) -> None:
 def test_a_search_whose_times_alone_are_invented(tmp_path: Path) -> None:
     class Invented(DeviceBench):
         def microseconds(self, stage: str, entry: Entry) -> float:
-            return {16: 10.0, 64: 50.0}.get(entry["BLOCK_N"], 100.0)
+            return {32: 10.0, 128: 50.0}.get(entry["BLOCK_C"], 100.0)
 
         def _run(self, tiles: Schedule, inputs: Any, scale: float) -> Any:
             found, launches = super()._run(tiles, inputs, scale)
-            if tiles["attend"]["BLOCK_N"] == 16:  # the fastest are wrong, in one row
+            if tiles["attend"]["BLOCK_C"] == 32:  # the fastest are wrong, in one row
                 found["o"][0, 0, -1] *= 1.5
             return found, launches
 
@@ -343,8 +343,8 @@ def test_a_search_whose_times_alone_are_invented(tmp_path: Path) -> None:
     store = Store(tmp_path)
     report = tune(SMALL, n_tokens=29, dtype="float16", stages=["attend"], seconds=10, store=store, make_bench=make)
     (result,) = report.results
-    assert result.improved and result.after["BLOCK_N"] == 64
-    wrong = [trial for trial in result.trials if trial.entry["BLOCK_N"] == 16]
+    assert result.improved and result.after["BLOCK_C"] == 128
+    wrong = [trial for trial in result.trials if trial.entry["BLOCK_C"] == 32]
     assert any("o: a row is off by" in str(trial.reason) for trial in wrong)
     assert all(trial.microseconds is None for trial in wrong)
     attention, case = compile(SMALL, store=store), Case(SMALL, 29, dtype="float16")
@@ -377,6 +377,7 @@ def test_a_stage_is_tuned_on_the_gpu(tmp_path: Path) -> None:
         "    fuzz.run(fuzz.Case(spec, n=n, heads=2, dtype='bfloat16', device='cuda')).raise_if_failed()\n"
         "print(json.dumps([result.before_us, result.after_us, len(timed)]))\n"
     )
-    environment = os.environ | {"LLSA_GEN_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    environment = os.environ | {"LLSA_GEN_CACHE_DIR": str(tmp_path), "PYTHONPATH": path}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
