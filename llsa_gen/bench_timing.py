@@ -5,6 +5,7 @@ rewritten. On a GPU time is that between two events of the stream, so that a cal
 the GPU runs it is as slow as Python. How often a call is repeated follows from a budget of time.
 """
 
+import gc
 import statistics
 import time
 from collections.abc import Callable
@@ -124,6 +125,7 @@ def host_us(run: Run, milliseconds: float) -> float:
 
 def peak_bytes(run: Run) -> int:
     """Bytes that a call holds on the current GPU at its peak, beyond what was allocated before."""
+    gc.collect()  # what is garbage by now must not be taken for memory that the call gave back
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
