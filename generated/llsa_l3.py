@@ -28,7 +28,7 @@ SPEC = {
     "name": "llsa_l3",
     "reweight": True,
 }
-OPERATOR = "llsa_l3_30550c83cb7440c2"  # in torch.ops.llsa: the name of the spec and the hash of this text
+OPERATOR = "llsa_l3_c3285d07a4da066b"  # in torch.ops.llsa: the name of the spec and the hash of this text
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -1343,7 +1343,7 @@ class Prepared:
     """What depends on shapes, strides and the device alone, worked out at the first call with them.
 
     shapes: sizes of every buffer. grids: programs and tile shapes of every launch. ready: what Triton made of a launch,
-    so that from the second one on it does not look for it anew.
+    so that from the second one on it does not look for it anew. both: launches whose two variants are compiled.
     """
 
     def __init__(self, heads, n_tokens, tiles):
@@ -1444,6 +1444,7 @@ class Prepared:
         self.grids["grad_kv_l0_extra_kernel"] = heads * parts_l0 * ceil_div(16, tile["BLOCK_N"]), tile
         self.grids["grad_kv_l0_kernel"] = heads * tokens[1] * ceil_div(16, tile["BLOCK_N"]), tile
         self.ready = {}
+        self.both = set()
 
     def launch(self, kernel, name, *arguments):
         """Launch `kernel` with the grid and the tile shapes of that name."""
@@ -1457,7 +1458,9 @@ class Prepared:
         if compiled is not None and not torch.version.hip:
             shapes = [tile[parameter] for parameter in kernel.arg_names[len(arguments) :]]
             self.ready[name] = compiled[(programs, 1, 1)], shapes
-        if compiled is not None and "WHOLE" in tile:  # another length may need the other: nothing is compiled then
+        if compiled is not None and "WHOLE" in tile and name not in self.both:
+            # another length may need the other variant: nothing is compiled then
+            self.both.add(name)
             kernel.warmup(*arguments, **tile | {"WHOLE": not tile["WHOLE"]}, grid=(programs,))
 
 
