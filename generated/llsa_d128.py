@@ -13,6 +13,7 @@ at its end; there are T_l = ceil(N / P_l). Each query token of a level keeps at 
 
 import contextlib
 import functools
+import math
 import numbers
 
 import torch
@@ -27,7 +28,7 @@ SPEC = {
     "name": "llsa_d128",
     "reweight": True,
 }
-OPERATOR = "llsa_d128_c31e1f29eeccb04c"  # in torch.ops.llsa: the name of the spec and the hash of this text
+OPERATOR = "llsa_d128_240ae37917081d62"  # in torch.ops.llsa: the name of the spec and the hash of this text
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -449,52 +450,84 @@ def attend_kernel(
 # ---- gradients -------------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["width", "n_rows"])
-def count_kernel(
-    kept_ptr,  # [B*H, n_rows, width] int32
-    counts_ptr,  # [B*H, n_rows] int32, zero before
-    width, n_rows, BLOCK: tl.constexpr,
-):
-    """How many query tokens keep each key token. Integer sums are the same in any order.
-
-    Grid: B*H * ceil(n_rows * width / BLOCK).
-    """
-    tiles = tl.cdiv(n_rows * width, BLOCK)
-    head = (tl.program_id(0) // tiles).to(tl.int64)
-    entry = tl.program_id(0) % tiles * BLOCK + tl.arange(0, BLOCK)
-    token = tl.load(kept_ptr + head * n_rows * width + entry, mask=entry < n_rows * width, other=-1)
+@triton.jit
+def count_keepers(kept_ptr, counts_ptr, n_entries, n_rows, program, BLOCK: tl.constexpr):
+    """Add up how often each of `n_rows` key tokens is among BLOCK of the n_entries of a level's lists, of one head each."""
+    tiles = tl.cdiv(n_entries, BLOCK)
+    head = (program // tiles).to(tl.int64)
+    entry = program % tiles * BLOCK + tl.arange(0, BLOCK)
+    token = tl.load(kept_ptr + head * n_entries + entry, mask=entry < n_entries, other=-1)
     tl.atomic_add(counts_ptr + head * n_rows + token, 1, mask=token >= 0)
 
 
-@triton.jit
-def running_sum(to_ptr, values, at, n_rows, before):
-    """Write the exclusive running sum of a tile of `values` and, after the last row, the whole sum; return it so far."""
-    sums = before + tl.cumsum(values, 0)
-    tl.store(to_ptr + at, sums - values, mask=at < n_rows)
-    tl.store(to_ptr + n_rows + at * 0, sums, mask=at == n_rows - 1)
-    return before + tl.sum(values, 0)
-
-
-@triton.jit(do_not_specialize=["n_rows", "part"])
-def scan_parts_kernel(
-    counts_ptr,  # [B*H, n_rows] int32
-    offsets_ptr,  # [B*H, n_rows + 1] int32, out: where the list of each key token begins
-    extra_ptr,  # [B*H, n_rows + 1] int32, out: the same for the parts of `part` entries beyond the first of each list
-    n_rows, part, BLOCK: tl.constexpr,
+@triton.jit(do_not_specialize=["width_l1", "width_l2", "heads", "n_tokens"])
+def count_kernel(
+    kept_l1_ptr, width_l1,  # [B*H, T_1, width] int32
+    kept_l2_ptr, width_l2,  # [B*H, T_2, width] int32
+    counts_l1_ptr,  # [B*H, T_1] int32, zero before
+    counts_l2_ptr,  # [B*H, T_2] int32, zero before
+    heads, n_tokens, BLOCK: tl.constexpr,  # B*H, N
 ):
-    """Running sums of the counts, and of the parts that popular lists are cut into.
+    """How many query tokens keep each key token. Integer sums are the same in any order.
 
-    Grid: B*H.
+    Grid: B*H * the sum over levels of ceil(T_l * width_l / BLOCK), level 1 first.
     """
-    head = tl.program_id(0).to(tl.int64)
-    begin = 0
-    first_extra = 0
+    program = tl.program_id(0)
+
+    n_l1 = tl.cdiv(n_tokens, SPAN_1)
+    programs = heads * tl.cdiv(n_l1 * width_l1, BLOCK)
+    if (program >= 0) & (program < programs):
+        count_keepers(kept_l1_ptr, counts_l1_ptr, n_l1 * width_l1, n_l1, program, BLOCK)
+    program -= programs
+
+    n_l2 = tl.cdiv(n_tokens, SPAN_2)
+    programs = heads * tl.cdiv(n_l2 * width_l2, BLOCK)
+    if (program >= 0) & (program < programs):
+        count_keepers(kept_l2_ptr, counts_l2_ptr, n_l2 * width_l2, n_l2, program, BLOCK)
+
+
+@triton.jit
+def running_sum(counts_ptr, sums_ptr, head, n_rows, part, BLOCK: tl.constexpr):
+    """The exclusive running sum of one head's counts and, after the last row, the whole sum.
+
+    Where `part` is not 0, of the parts of `part` entries instead that a list has beyond its first.
+    """
+    before = 0
     for start in range(0, n_rows, BLOCK):
         row = start + tl.arange(0, BLOCK)
-        count = tl.load(counts_ptr + head * n_rows + row, mask=row < n_rows, other=0)
-        begin = running_sum(offsets_ptr + head * (n_rows + 1), count, row, n_rows, begin)
-        extra = tl.maximum(tl.cdiv(count, part) - 1, 0)
-        first_extra = running_sum(extra_ptr + head * (n_rows + 1), extra, row, n_rows, first_extra)
+        value = tl.load(counts_ptr + head * n_rows + row, mask=row < n_rows, other=0)
+        if part > 0:
+            value = tl.maximum(tl.cdiv(value, part) - 1, 0)
+        sums = before + tl.cumsum(value, 0)
+        tl.store(sums_ptr + head * (n_rows + 1) + row, sums - value, mask=row < n_rows)
+        before += tl.sum(value, 0)
+    tl.store(sums_ptr + head * (n_rows + 1) + n_rows, before)
+
+
+@triton.jit(do_not_specialize=["part_l1", "part_l2", "heads", "n_tokens"])
+def scan_kernel(
+    counts_l1_ptr,  # [B*H, T_1] int32
+    counts_l2_ptr,  # [B*H, T_2] int32
+    offsets_l1_ptr,  # [B*H, T_1 + 1] int32, out: where the list of each key token begins
+    extra_l1_ptr, part_l1,  # the same of the parts, part_l1 entries each, that popular lists are cut into
+    offsets_l2_ptr,  # [B*H, T_2 + 1] int32, out: where the list of each key token begins
+    extra_l2_ptr, part_l2,  # the same of the parts, part_l2 entries each, that popular lists are cut into
+    heads, n_tokens, BLOCK: tl.constexpr,  # B*H, N
+):
+    """Where lists begin, and their parts beyond the first: running sums, one a program.
+
+    Grid: B*H * 4.
+    """
+    head = (tl.program_id(0) % heads).to(tl.int64)
+    which = tl.program_id(0) // heads
+    if which == 0:
+        running_sum(counts_l1_ptr, offsets_l1_ptr, head, tl.cdiv(n_tokens, SPAN_1), 0, BLOCK)
+    if which == 1:
+        running_sum(counts_l1_ptr, extra_l1_ptr, head, tl.cdiv(n_tokens, SPAN_1), part_l1, BLOCK)
+    if which == 2:
+        running_sum(counts_l2_ptr, offsets_l2_ptr, head, tl.cdiv(n_tokens, SPAN_2), 0, BLOCK)
+    if which == 3:
+        running_sum(counts_l2_ptr, extra_l2_ptr, head, tl.cdiv(n_tokens, SPAN_2), part_l2, BLOCK)
 
 
 @triton.jit
@@ -1055,15 +1088,39 @@ def level_tokens(n_tokens):
     return n_tokens, ceil_div(n_tokens, 16), ceil_div(n_tokens, 256)
 
 
+# What lives within the backward pass, counts first: they are to be zero.
+SCRATCH = {
+    "counts_l1": torch.int32,
+    "counts_l2": torch.int32,
+    "delta": torch.float32,
+    "offsets_l1": torch.int32,
+    "keepers_l1": torch.int32,
+    "extra_l1": torch.int32,
+    "offsets_l2": torch.int32,
+    "keepers_l2": torch.int32,
+    "extra_l2": torch.int32,
+    "extra_grad_k_l0": torch.float32,
+    "extra_grad_v_l0": torch.float32,
+    "extra_grad_k_l1": torch.float32,
+    "extra_grad_v_l1": torch.float32,
+    "split_grad_k_l2": torch.float32,
+    "split_grad_v_l2": torch.float32,
+    "grad_k_l1": torch.float32,
+    "grad_v_l1": torch.float32,
+    "grad_k_l2": torch.float32,
+    "grad_v_l2": torch.float32,
+}
+
+
 class Prepared:
     """What depends on shapes, strides and the device alone, worked out at the first call with them.
 
-    shapes: sizes of every buffer. grids: programs and tile shapes of every launch. ready: what Triton made of a launch,
-    so that from the second one on it does not look for it anew. both: launches whose two variants are compiled.
+    shapes: sizes of every buffer; places: where those of the backward pass lie in its memory. grids: programs and tile
+    shapes of every launch. ready: what Triton made of a launch, so that from the second one on it does not look for it. both: launches whose two variants are compiled.
     """
 
     def __init__(self, heads, n_tokens, tiles):
-        tokens = self.tokens = level_tokens(n_tokens)
+        tokens = level_tokens(n_tokens)
         self.rows_per_split, splits = split_queries(heads, n_tokens, tokens[2], tiles["grad_kv_l2"])
         self.splits = splits
         tile = tiles["grad_kv_l0"]
@@ -1096,14 +1153,28 @@ class Prepared:
             "offsets_l2": (heads, tokens[2] + 1),
             "keepers_l2": (heads, tokens[2] * min(8, tokens[2])),
             "extra_l2": (heads, tokens[2] + 1),
-            "extra_grad_l0": (2, heads, parts_l0, 16, 128),
-            "extra_grad_l1": (2, heads, parts_l1, 16, 128),
-            "split_grad_l2": (2, heads, splits, tokens[2], 128),
+            "extra_grad_k_l0": (heads, parts_l0, 16, 128),
+            "extra_grad_v_l0": (heads, parts_l0, 16, 128),
+            "extra_grad_k_l1": (heads, parts_l1, 16, 128),
+            "extra_grad_v_l1": (heads, parts_l1, 16, 128),
+            "split_grad_k_l2": (heads, splits, tokens[2], 128),
+            "split_grad_v_l2": (heads, splits, tokens[2], 128),
             "grad_k_l1": (heads, tokens[1], 128),
             "grad_v_l1": (heads, tokens[1], 128),
             "grad_k_l2": (heads, tokens[2], 128),
             "grad_v_l2": (heads, tokens[2], 128),
         }
+        self.places = []  # first byte, last, dtype, shape
+        end = 0
+        for name, dtype in SCRATCH.items():
+            begin = ceil_div(end, 256) * 256
+            end = begin + math.prod(self.shapes[name]) * dtype.itemsize
+            self.places.append((begin, end, dtype, self.shapes[name]))
+            if name.startswith("counts"):
+                self.counts_end = end
+        self.scratch_bytes = end
+        self.launched = False  # whether the backward pass has made all its launches before
+
         self.grids = {}
         tile = tiles["pool"]
         self.grids["pool_l1_kernel"] = 3 * heads * tokens[2], tile
@@ -1114,11 +1185,9 @@ class Prepared:
         tile = tiles["attend"] | {"WHOLE": is_whole(tokens, tiles["attend"])}
         self.grids["attend_kernel"] = heads * tokens[2] * ceil_div(min(16, tokens[1]), tile["GROUP"]), tile
         tile = tiles["count"]
-        self.grids["count_kernel, level 1"] = heads * ceil_div(tokens[1] * min(8, tokens[1]), tile["BLOCK"]), tile
-        self.grids["count_kernel, level 2"] = heads * ceil_div(tokens[2] * min(8, tokens[2]), tile["BLOCK"]), tile
+        self.grids["count_kernel"] = heads * (ceil_div(tokens[1] * min(8, tokens[1]), tile["BLOCK"]) + ceil_div(tokens[2] * min(8, tokens[2]), tile["BLOCK"])), tile
         tile = tiles["scan"]
-        self.grids["scan_parts_kernel, level 1"] = heads, tile
-        self.grids["scan_parts_kernel, level 2"] = heads, tile
+        self.grids["scan_kernel"] = 4 * heads, tile
         tile = tiles["invert_l2"]
         self.grids["invert_l2_kernel"] = heads * ceil_div(tokens[2], tile["KEYS"]), tile
         tile = tiles["invert_l1"]
@@ -1137,6 +1206,17 @@ class Prepared:
         self.grids["grad_kv_l0_kernel"] = heads * tokens[1] * ceil_div(16, tile["BLOCK_N"]), tile
         self.ready = {}
         self.both = set()
+
+    def scratch(self, q):
+        """What lives within the backward pass: one piece of memory on q's device, and its buffers, as `SCRATCH` has them.
+
+        Triton needs to know a tensor's dtype only once: for launches that are ready, buffers are plain addresses.
+        """
+        memory = q.new_empty(self.scratch_bytes, dtype=torch.uint8)
+        if self.launched and self.ready:
+            first = memory.data_ptr()
+            return memory, [first + begin for begin, *_ in self.places]
+        return memory, [memory[begin:end].view(dtype).view(shape) for begin, end, dtype, shape in self.places]
 
     def launch(self, kernel, name, *arguments):
         """Launch `kernel` with the grid and the tile shapes of that name."""
@@ -1275,25 +1355,50 @@ def attend_kernels(q, k, v, scale):
     return o.view(q.shape), lse, peak, total, k_l1, v_l1, k_l2, v_l2, kept_l1, kept_l2
 
 
-def invert_kernels(kept_l1, kept_l2, n_tokens, at):
-    """The query tokens that keep each key token, by level: where each list begins, where its extra parts do, the lists."""
-    counts_l1 = kept_l1.new_empty(at.shapes["counts_l1"], dtype=torch.int32).zero_()
-    offsets_l1 = kept_l1.new_empty(at.shapes["offsets_l1"], dtype=torch.int32)
-    extra_l1 = kept_l1.new_empty(at.shapes["extra_l1"], dtype=torch.int32)
-    keepers_l1 = kept_l1.new_empty(at.shapes["keepers_l1"], dtype=torch.int32)
-    counts_l2 = kept_l1.new_empty(at.shapes["counts_l2"], dtype=torch.int32).zero_()
-    offsets_l2 = kept_l1.new_empty(at.shapes["offsets_l2"], dtype=torch.int32)
-    extra_l2 = kept_l1.new_empty(at.shapes["extra_l2"], dtype=torch.int32)
-    keepers_l2 = kept_l1.new_empty(at.shapes["keepers_l2"], dtype=torch.int32)
-    at.launch(count_kernel, "count_kernel, level 1", kept_l1, counts_l1, kept_l1.shape[2], at.tokens[1])
-    at.launch(count_kernel, "count_kernel, level 2", kept_l2, counts_l2, kept_l2.shape[2], at.tokens[2])
+def grad_kernels(grad_o, q, k, v, o, peak, total, k_l1, v_l1, k_l2, v_l2, kept_l1, kept_l2, scale):
+    """dq, dk, dv by the Triton kernels."""
+    grad_o, q, k, v = unit_stride(grad_o), unit_stride(q), unit_stride(k), unit_stride(v)
+    at = prepare((q, k, v, grad_o), (o, peak, total, k_l1, v_l1, k_l2, v_l2, kept_l1, kept_l2))
+    _, heads_per_batch, n_tokens, _ = q.shape
+    heads = q.shape[0] * heads_per_batch
+    grad_q, grad_k, grad_v = q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape)
+    memory, scratch = at.scratch(q)
+    (
+        counts_l1,
+        counts_l2,
+        delta,
+        offsets_l1,
+        keepers_l1,
+        extra_l1,
+        offsets_l2,
+        keepers_l2,
+        extra_l2,
+        extra_grad_k_l0,
+        extra_grad_v_l0,
+        extra_grad_k_l1,
+        extra_grad_v_l1,
+        split_grad_k_l2,
+        split_grad_v_l2,
+        grad_k_l1,
+        grad_v_l1,
+        grad_k_l2,
+        grad_v_l2,
+    ) = scratch
+    q_rows, k_rows, v_rows, grad_o_rows = strided(q), strided(k), strided(v), strided(grad_o)
+
+    memory[: at.counts_end].zero_()
     at.launch(
-        scan_parts_kernel, "scan_parts_kernel, level 1",
-        counts_l1, offsets_l1, extra_l1, at.tokens[1], at.part_lengths[0],
+        count_kernel, "count_kernel",
+        kept_l1, kept_l1.shape[2],
+        kept_l2, kept_l2.shape[2],
+        counts_l1, counts_l2, heads, n_tokens,
     )
     at.launch(
-        scan_parts_kernel, "scan_parts_kernel, level 2",
-        counts_l2, offsets_l2, extra_l2, at.tokens[2], at.part_lengths[1],
+        scan_kernel, "scan_kernel",
+        counts_l1, counts_l2,
+        offsets_l1, extra_l1, at.part_lengths[0],
+        offsets_l2, extra_l2, at.part_lengths[1],
+        heads, n_tokens,
     )
     at.launch(
         invert_l2_kernel, "invert_l2_kernel",
@@ -1303,76 +1408,49 @@ def invert_kernels(kept_l1, kept_l2, n_tokens, at):
         invert_l1_kernel, "invert_l1_kernel",
         kept_l1, kept_l1.shape[2], offsets_l1, offsets_l2, keepers_l2, kept_l2.shape[2], keepers_l1, n_tokens,
     )
-    return {
-        1: (offsets_l1, extra_l1, keepers_l1),
-        2: (offsets_l2, extra_l2, keepers_l2),
-    }
-
-
-def grad_kernels(grad_o, q, k, v, o, peak, total, k_l1, v_l1, k_l2, v_l2, kept_l1, kept_l2, scale):
-    """dq, dk, dv by the Triton kernels."""
-    grad_o, q, k, v = unit_stride(grad_o), unit_stride(q), unit_stride(k), unit_stride(v)
-    at = prepare((q, k, v, grad_o), (o, peak, total, k_l1, v_l1, k_l2, v_l2, kept_l1, kept_l2))
-    _, heads_per_batch, n_tokens, _ = q.shape
-    lists = invert_kernels(kept_l1, kept_l2, n_tokens, at)
-
-    grad_q = q.new_empty(at.shapes["grad_q"])
-    delta = q.new_empty(at.shapes["delta"], dtype=torch.float32)
     at.launch(
         grad_q_kernel, "grad_q_kernel",
-        *strided(q), *strided(k), *strided(v),
+        *q_rows, *k_rows, *v_rows,
         k_l1, v_l1,
         k_l2, v_l2,
         kept_l1, kept_l1.shape[2],
         kept_l2, kept_l2.shape[2],
-        o, *strided(grad_o), peak, total, grad_q, delta, scale, heads_per_batch, n_tokens,
+        o, *grad_o_rows, peak, total, grad_q, delta, scale, heads_per_batch, n_tokens,
     )
-    grad_k_l2 = q.new_empty(at.shapes["grad_k_l2"], dtype=torch.float32)
-    grad_v_l2 = q.new_empty(at.shapes["grad_v_l2"], dtype=torch.float32)
-    split_grad_l2 = q.new_empty(at.shapes["split_grad_l2"], dtype=torch.float32)
     at.launch(
         grad_kv_l2_kernel, "grad_kv_l2_kernel",
-        *strided(q), *strided(grad_o), peak, total, delta, k_l2, v_l2, *split_grad_l2,
+        *q_rows, *grad_o_rows, peak, total, delta, k_l2, v_l2, split_grad_k_l2, split_grad_v_l2,
         at.rows_per_split, at.splits, scale, heads_per_batch, n_tokens,
     )
     at.launch(
         grad_kv_l2_sum_kernel, "grad_kv_l2_sum_kernel",
-        *split_grad_l2, grad_k_l2, grad_v_l2, at.splits, n_tokens,
+        split_grad_k_l2, split_grad_v_l2, grad_k_l2, grad_v_l2, at.splits, n_tokens,
     )
-
-    grad_k_l1 = q.new_empty(at.shapes["grad_k_l1"], dtype=torch.float32)
-    grad_v_l1 = q.new_empty(at.shapes["grad_v_l1"], dtype=torch.float32)
-    offsets, extra, keepers = lists[2]
-    extra_grad_l1 = q.new_empty(at.shapes["extra_grad_l1"], dtype=torch.float32)
     if at.parts_l1:
         at.launch(
             grad_kv_l1_extra_kernel, "grad_kv_l1_extra_kernel",
-            *strided(q), *strided(grad_o), peak, total, delta, k_l1, v_l1,
-            keepers, kept_l2.shape[2], offsets, extra, *extra_grad_l1, at.parts_l1, scale, heads_per_batch, n_tokens,
+            *q_rows, *grad_o_rows, peak, total, delta, k_l1, v_l1,
+            keepers_l2, kept_l2.shape[2], offsets_l2, extra_l2, extra_grad_k_l1, extra_grad_v_l1, at.parts_l1, scale, heads_per_batch, n_tokens,
         )
     at.launch(
         grad_kv_l1_kernel, "grad_kv_l1_kernel",
-        *strided(q), *strided(grad_o), peak, total, delta, k_l1, v_l1,
-        keepers, kept_l2.shape[2], offsets, extra, *extra_grad_l1,
+        *q_rows, *grad_o_rows, peak, total, delta, k_l1, v_l1,
+        keepers_l2, kept_l2.shape[2], offsets_l2, extra_l2, extra_grad_k_l1, extra_grad_v_l1,
         grad_k_l2, grad_v_l2, grad_k_l1, grad_v_l1, at.parts_l1, scale, heads_per_batch, n_tokens,
     )
-
-    grad_k = q.new_empty(at.shapes["grad_k"])
-    grad_v = q.new_empty(at.shapes["grad_v"])
-    offsets, extra, keepers = lists[1]
-    extra_grad_l0 = q.new_empty(at.shapes["extra_grad_l0"], dtype=torch.float32)
     if at.parts_l0:
         at.launch(
             grad_kv_l0_extra_kernel, "grad_kv_l0_extra_kernel",
-            *strided(q), *strided(grad_o), peak, total, delta, *strided(k), *strided(v),
-            keepers, kept_l1.shape[2], offsets, extra, *extra_grad_l0, at.parts_l0, scale, heads_per_batch, n_tokens,
+            *q_rows, *grad_o_rows, peak, total, delta, *k_rows, *v_rows,
+            keepers_l1, kept_l1.shape[2], offsets_l1, extra_l1, extra_grad_k_l0, extra_grad_v_l0, at.parts_l0, scale, heads_per_batch, n_tokens,
         )
     at.launch(
         grad_kv_l0_kernel, "grad_kv_l0_kernel",
-        *strided(q), *strided(grad_o), peak, total, delta, *strided(k), *strided(v),
-        keepers, kept_l1.shape[2], offsets, extra, *extra_grad_l0,
+        *q_rows, *grad_o_rows, peak, total, delta, *k_rows, *v_rows,
+        keepers_l1, kept_l1.shape[2], offsets_l1, extra_l1, extra_grad_k_l0, extra_grad_v_l0,
         grad_k_l1, grad_v_l1, grad_k, grad_v, at.parts_l0, scale, heads_per_batch, n_tokens,
     )
+    at.launched = True
     return grad_q, grad_k, grad_v
 
 
@@ -1691,7 +1769,7 @@ def backward(grad_o, q, k, v, o, saved, scale):
         with without_autocast():
             return grad_torch(grad_o, q, k, v, saved[-LEVELS:], scale)
     with on_device_of(q):
-        return tuple(x.view(q.shape) for x in grad_kernels(grad_o, q, k, v, o, *saved, scale))
+        return grad_kernels(grad_o, q, k, v, o, *saved, scale)
 
 
 def select_forward(q, k):

@@ -164,8 +164,8 @@ class Cost:
         """Bytes of a buffer; for the shares of the top level's gradient, as many as it may get at most."""
         plan = self.plan
         size = buffer.elements * BYTES.get(buffer.dtype, self.element)
-        if buffer.name.startswith("extra_grad_l"):
-            level = int(buffer.name.removeprefix("extra_grad_l"))
+        if buffer.name.startswith("extra_grad"):
+            level = int(buffer.name.rpartition("_l")[2])
             most = plan.extra_parts(level).subs(tile("PART"), self.schedule[f"grad_kv_l{level}"]["PART"])
             size = size.subs(parts(level), most)
         splits = sympy.Max(1, sympy.floor(N / (SHARE_OF_Q * plan.tokens(plan.top))))

@@ -138,6 +138,6 @@ class Levels:
         return f"the keys of level{'s' * (len(levels) > 1)} {' and '.join(', '.join(map(str, levels)).rsplit(', ', 1))}"
 
     @property
-    def needs_plain_scan(self) -> bool:
-        """Whether some index list is inverted only to find the lists below it."""
-        return any(level - 1 not in self.listed for level in self.levels)
+    def parted(self) -> tuple[int, ...]:
+        """Levels whose inverted lists are read, in parts; those of the others only lead to the lists below them."""
+        return tuple(level for level in self.levels if level - 1 in self.listed)

@@ -51,7 +51,6 @@ class Kernel:
     programs: sympy.Expr
     reads: tuple[str, ...]
     writes: tuple[str, ...]
-    level: int = 0  # the level it is launched for, where one kernel serves every level
 
 
 @dataclass(frozen=True)
@@ -93,14 +92,16 @@ class Plan(Levels):
             yield Buffer(f"counts_l{level}", (HEADS, tokens), "int32", Role.SCRATCH)
             yield Buffer(f"offsets_l{level}", (HEADS, tokens + 1), "int32", Role.SCRATCH)
             yield Buffer(f"keepers_l{level}", (HEADS, tokens * self.width(level)), "int32", Role.SCRATCH)
-            if level - 1 in self.listed:
+            if level in self.parted:
                 yield Buffer(f"extra_l{level}", (HEADS, tokens + 1), "int32", Role.SCRATCH)
         for level in self.listed:
-            shape = (sympy.Integer(2), HEADS, parts(level), sympy.Integer(self.block(level + 1)), d)
-            yield Buffer(f"extra_grad_l{level}", shape, "float32", Role.SCRATCH)
+            shape = (HEADS, parts(level), sympy.Integer(self.block(level + 1)), d)
+            yield Buffer(f"extra_grad_k_l{level}", shape, "float32", Role.SCRATCH)
+            yield Buffer(f"extra_grad_v_l{level}", shape, "float32", Role.SCRATCH)
         if self.attends_top:
-            shape = (sympy.Integer(2), HEADS, SPLITS, self.tokens(self.top), d)
-            yield Buffer(f"split_grad_l{self.top}", shape, "float32", Role.SCRATCH)
+            shape = (HEADS, SPLITS, self.tokens(self.top), d)
+            yield Buffer(f"split_grad_k_l{self.top}", shape, "float32", Role.SCRATCH)
+            yield Buffer(f"split_grad_v_l{self.top}", shape, "float32", Role.SCRATCH)
         for level in self.enriched:
             shape = (HEADS, self.tokens(level), d)
             yield Buffer(f"grad_k_l{level}", shape, "float32", Role.SCRATCH)
@@ -120,10 +121,12 @@ class Plan(Levels):
         """Names of the tensors that the forward pass leaves to the backward pass, in the operator's order."""
         return tuple(name for name, buffer in self.buffers.items() if buffer.role is Role.SAVED)
 
-    def inversion_buffers(self, level: int) -> tuple[str, ...]:
-        """Buffers of the counting sort of one level."""
-        names = (f"counts_l{level}", f"offsets_l{level}", f"extra_l{level}", f"keepers_l{level}")
-        return tuple(name for name in names if name in self.buffers)
+    @property
+    def backward_scratch(self) -> tuple[str, ...]:
+        """Names of the tensors that live within the backward pass, the counts of the counting sort first."""
+        written = {name for kernel in self.backward for name in kernel.writes}
+        names = (name for name in self.buffers if name in written and self.buffers[name].role is Role.SCRATCH)
+        return tuple(sorted(names, key=lambda name: not name.startswith("counts")))
 
     # ---- kernels ------------------------------------------------------------------------------------------------
 
@@ -141,10 +144,6 @@ class Plan(Levels):
     def kernels(self) -> tuple[Kernel, ...]:
         """Every launch in order."""
         return (*self.forward, *self.backward)
-
-    def programs(self, name: str, level: int = 0) -> sympy.Expr:
-        """The grid of a kernel."""
-        return next(kernel.programs for kernel in self.kernels if (kernel.name, kernel.level) == (name, level))
 
     def _pool(self) -> Iterable[Kernel]:
         names = ("q", "k", "v")[: self.pooled_tensors]
@@ -208,18 +207,15 @@ class Plan(Levels):
         )
 
     def _invert(self) -> Iterable[Kernel]:
-        for level in self.levels:
-            entries = self.tokens(level) * self.width(level)
-            yield Kernel(
-                "count_kernel", "count", f"how many query tokens keep each key token of level {level}",
-                HEADS * ceil_div(entries, tile("BLOCK")), (f"kept_l{level}",), (f"counts_l{level}",), level,
-            )  # fmt: skip
-        for level in self.levels:
-            extra = (f"extra_l{level}",) * (level - 1 in self.listed)
-            yield Kernel(
-                f"scan{'_parts' * bool(extra)}_kernel", "scan", f"running sums of the counts of level {level}",
-                HEADS, (f"counts_l{level}",), (f"offsets_l{level}", *extra), level,
-            )  # fmt: skip
+        kept = tuple(f"kept_l{level}" for level in self.levels)
+        counts = tuple(f"counts_l{level}" for level in self.levels)
+        tiles = (ceil_div(self.tokens(level) * self.width(level), tile("BLOCK")) for level in self.levels)
+        yield Kernel(
+            "count_kernel", "count", "how many query tokens keep each key token, on all levels",
+            HEADS * sympy.Add(*tiles), kept, counts,
+        )  # fmt: skip
+        sums = (*(f"offsets_l{level}" for level in self.levels), *(f"extra_l{level}" for level in self.parted))
+        yield Kernel("scan_kernel", "scan", "running sums of the counts", HEADS * len(sums), counts, sums)
         for level in reversed(self.levels):
             reads = (f"kept_l{level}", f"offsets_l{level}")
             if level == self.top:
@@ -241,16 +237,16 @@ class Plan(Levels):
         if not self.attends_top:
             return
         top = self.top
-        split = f"split_grad_l{top}"
+        split = f"split_grad_k_l{top}", f"split_grad_v_l{top}"
         programs = HEADS * SPLITS * ceil_div(self.tokens(top), tile("BLOCK_N"))
         reads = ("q", f"k_l{top}", f"v_l{top}", "peak", "total", "delta", "grad_o")
         yield Kernel(
             f"grad_kv_l{top}_kernel", f"grad_kv_l{top}", f"dk, dv of level {top}, a share of the queries each",
-            programs, reads, (split,),
+            programs, reads, split,
         )  # fmt: skip
         yield Kernel(
             f"grad_kv_l{top}_sum_kernel", "grad_sum", f"dk, dv of level {top}: the shares summed in order",
-            HEADS * ceil_div(self.tokens(top), tile("BLOCK")), (split,), (f"grad_k_l{top}", f"grad_v_l{top}"),
+            HEADS * ceil_div(self.tokens(top), tile("BLOCK")), split, (f"grad_k_l{top}", f"grad_v_l{top}"),
         )  # fmt: skip
 
     def _grad_listed(self) -> Iterable[Kernel]:
@@ -261,16 +257,16 @@ class Plan(Levels):
             tiles = ceil_div(sympy.Integer(self.block(level + 1)), tile("BLOCK_N"))
             lists = (f"offsets_l{level + 1}", f"extra_l{level + 1}", f"keepers_l{level + 1}")
             reads = ("q", f"k{suffix}", f"v{suffix}", "peak", "total", "delta", "grad_o", *lists)
-            extra = f"extra_grad_l{level}"
+            extra = f"extra_grad_k_l{level}", f"extra_grad_v_l{level}"
             flow = (f"grad_k_l{above}", f"grad_v_l{above}") if above else ()
             yield Kernel(
                 f"grad_kv_l{level}_extra_kernel", f"grad_kv_l{level}",
                 f"dk, dv of level {level}: what the first part of a popular list leaves over",
-                HEADS * parts(level) * tiles, reads, (extra,),
+                HEADS * parts(level) * tiles, reads, extra,
             )  # fmt: skip
             yield Kernel(
                 f"grad_kv_l{level}_kernel", f"grad_kv_l{level}", f"dk, dv of level {level}",
-                HEADS * parents * tiles, (*reads, extra, *flow), (f"grad_k{suffix}", f"grad_v{suffix}"),
+                HEADS * parents * tiles, (*reads, *extra, *flow), (f"grad_k{suffix}", f"grad_v{suffix}"),
             )  # fmt: skip
 
     # ---- printing -----------------------------------------------------------------------------------------------

@@ -184,9 +184,9 @@ def test_an_expression_that_depends_on_more_is_no_number() -> None:
 
 def size_of(launches: list[Launch]) -> int:
     """Bytes of all tensors that launches are given, each once, however many views of it there are."""
-    tensors = (x for launch in launches for x in launch.arguments.values() if isinstance(x, torch.Tensor))
-    storages = (x.untyped_storage() for x in tensors)
-    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
+    given = (x for launch in launches for x in launch.arguments.values())
+    tensors = (x for x in given if isinstance(x, torch.Tensor) and x.nbytes)  # empty ones begin where others do
+    return sum({(x.untyped_storage()._cdata, x.storage_offset() * x.itemsize): x.nbytes for x in tensors}.values())
 
 
 def steps_of(cost: Cost, launches: list[Launch]) -> list[tuple[Kernel, Launch]]:
@@ -196,12 +196,12 @@ def steps_of(cost: Cost, launches: list[Launch]) -> list[tuple[Kernel, Launch]]:
 
 def spare_splits(cost: Cost, launches: list[Launch], n: int, heads: int) -> int:
     """Bytes by which the shares of the top level's gradient are counted higher than they are."""
-    split = next((buffer for name, buffer in cost.plan.buffers.items() if name.startswith("split_grad")), None)
+    split = next((buffer for name, buffer in cost.plan.buffers.items() if name.startswith("split_grad_k")), None)
     if split is None:
         return 0
     (splits,) = {launch.arguments["splits"] for launch in launches if "splits" in launch.arguments}
     real = 4 * evaluate(split.elements / SPLITS, n, heads) * int(str(splits))
-    spare = evaluate(cost.buffer_bytes(split), n, heads) - real
+    spare = 2 * (evaluate(cost.buffer_bytes(split), n, heads) - real)  # of keys and of values
     assert spare >= 0, "at most N / 8 rows of shares, or one split"
     return spare
 

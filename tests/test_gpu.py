@@ -65,8 +65,9 @@ def test_any_inputs(dtype: fuzz.DType) -> None:
         fuzz.run(fuzz.Case(spec, n=1500, heads=2, dtype=dtype, std=std, device=DEVICE)).raise_if_failed()
     for values in ("integers", "constant", "zero_queries"):
         fuzz.run(fuzz.Case(spec, n=1024, dtype=dtype, values=values, device=DEVICE)).raise_if_failed()
-    for scale in (0.0, 1.0, -0.3):
-        fuzz.run(fuzz.Case(spec, n=777, dtype=dtype, scale=scale, device=DEVICE)).raise_if_failed()
+    for scale in (1.0, 0.0, 1e-46, -0.3):
+        for n in (777, 768):
+            fuzz.run(fuzz.Case(spec, n=n, dtype=dtype, scale=scale, device=DEVICE)).raise_if_failed()
 
 
 @pytest.mark.parametrize("name", ["llsa_l1", "llsa_l2", "topk_b128", "uneven"])

@@ -145,15 +145,14 @@ def tensors_of(launch: Launch) -> Counter[tuple[int, torch.dtype]]:
 
 
 def planned_tensors(plan: Plan, kernel: Kernel, n: int, heads: int, **more: int) -> Counter[tuple[int, torch.dtype]]:
-    """The same as the plan has it; gradients of keys and of values share a buffer there."""
+    """The same as the plan has it."""
     dtypes = {"input": torch.float16, "float32": torch.float32, "int32": torch.int32}
 
     def sizes() -> Iterator[tuple[int, torch.dtype]]:
         for name in (*kernel.reads, *kernel.writes):
             buffer = plan.buffers[name]
             elements = value(buffer.elements, n, heads, **more)
-            halves = 2 if name.startswith(("extra_grad", "split_grad")) else 1
-            yield from [(elements // halves, dtypes[buffer.dtype])] * halves
+            yield elements, dtypes[buffer.dtype]
 
     return Counter(sizes())
 
