@@ -28,7 +28,7 @@ SPEC = {
     "name": "llsa_l2",
     "reweight": True,
 }
-OPERATOR = "llsa_l2_2e6891f3b9cca099"  # in torch.ops.llsa: the name of the spec and the hash of this text
+OPERATOR = "llsa_l2_368f7a5d7f219d08"  # in torch.ops.llsa: the name of the spec and the hash of this text
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -437,7 +437,7 @@ def attend_kernel(
 
 @triton.jit
 def count_keepers(kept_ptr, counts_ptr, n_entries, n_rows, program, BLOCK: tl.constexpr):
-    """Add up how often each of `n_rows` key tokens is among BLOCK of the n_entries of a level's lists, of one head each."""
+    """Count the key tokens, of n_rows a head, in BLOCK of the n_entries a head that a level's lists hold."""
     tiles = tl.cdiv(n_entries, BLOCK)
     head = (program // tiles).to(tl.int64)
     entry = program % tiles * BLOCK + tl.arange(0, BLOCK)
@@ -1100,8 +1100,9 @@ SCRATCH = {
 class Prepared:
     """What depends on shapes, strides and the device alone, worked out at the first call with them.
 
-    shapes: sizes of every buffer; places: where those of the backward pass lie in its memory. grids: programs and tile
-    shapes of every launch. ready: what Triton made of a launch, so that from the second one on it does not look for it. both: launches whose two variants are compiled.
+    shapes: sizes of every buffer. places: first byte and last of those in the memory of the backward pass. grids:
+    programs and tile shapes of every launch. ready: what Triton made of a launch, so that from the second one on it
+    does not look for it. both: launches whose two variants are compiled.
     """
 
     def __init__(self, heads, n_tokens, tiles):
@@ -1149,16 +1150,12 @@ class Prepared:
             "grad_k_l2": (heads, tokens[2], 64),
             "grad_v_l2": (heads, tokens[2], 64),
         }
-        self.places = []  # first byte, last, dtype, shape
+        self.places = {}
         end = 0
         for name, dtype in SCRATCH.items():
             begin = ceil_div(end, 256) * 256
             end = begin + math.prod(self.shapes[name]) * dtype.itemsize
-            self.places.append((begin, end, dtype, self.shapes[name]))
-            if name.startswith("counts"):
-                self.counts_end = end
-        self.scratch_bytes = end
-        self.launched = False  # whether the backward pass has made all its launches before
+            self.places[name] = begin, end
 
         self.grids = {}
         tile = tiles["pool"]
@@ -1193,15 +1190,21 @@ class Prepared:
         self.both = set()
 
     def scratch(self, q):
-        """What lives within the backward pass: one piece of memory on q's device, and its buffers, as `SCRATCH` has them.
+        """One piece of memory on q's device for what lives within the backward pass, and the buffers of `SCRATCH` in it.
 
-        Triton needs to know a tensor's dtype only once: for launches that are ready, buffers are plain addresses.
+        Counts are zero. Triton needs to know a tensor's dtype only once: where the last launch of the pass is ready, and
+        so are those before it, buffers are plain addresses.
         """
-        memory = q.new_empty(self.scratch_bytes, dtype=torch.uint8)
-        if self.launched and self.ready:
+        _, size = self.places["grad_v_l2"]
+        _, counts = self.places["counts_l2"]
+        memory = q.new_empty(size, dtype=torch.uint8)
+        memory[:counts].zero_()
+        if "grad_kv_l0_kernel" in self.ready:
             first = memory.data_ptr()
-            return memory, [first + begin for begin, *_ in self.places]
-        return memory, [memory[begin:end].view(dtype).view(shape) for begin, end, dtype, shape in self.places]
+            return memory, [first + begin for begin, _ in self.places.values()]
+        return memory, [
+            memory[begin:end].view(SCRATCH[name]).view(self.shapes[name]) for name, (begin, end) in self.places.items()
+        ]
 
     def launch(self, kernel, name, *arguments):
         """Launch `kernel` with the grid and the tile shapes of that name."""
@@ -1347,7 +1350,7 @@ def grad_kernels(grad_o, q, k, v, o, peak, total, k_l1, v_l1, k_l2, v_l2, kept_l
     _, heads_per_batch, n_tokens, _ = q.shape
     heads = q.shape[0] * heads_per_batch
     grad_q, grad_k, grad_v = q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape)
-    memory, scratch = at.scratch(q)
+    _memory, scratch = at.scratch(q)  # held until all is launched: buffers may be but addresses in it
     (
         counts_l1,
         counts_l2,
@@ -1371,7 +1374,6 @@ def grad_kernels(grad_o, q, k, v, o, peak, total, k_l1, v_l1, k_l2, v_l2, kept_l
     ) = scratch
     q_rows, k_rows, v_rows, grad_o_rows = strided(q), strided(k), strided(v), strided(grad_o)
 
-    memory[: at.counts_end].zero_()
     at.launch(
         count_kernel, "count_kernel",
         kept_l1, kept_l1.shape[2],
@@ -1435,7 +1437,6 @@ def grad_kernels(grad_o, q, k, v, o, peak, total, k_l1, v_l1, k_l2, v_l2, kept_l
         keepers_l1, kept_l1.shape[2], offsets_l1, extra_l1, extra_grad_k_l0, extra_grad_v_l0,
         grad_k_l1, grad_v_l1, grad_k, grad_v, at.parts_l0, scale, heads_per_batch, n_tokens,
     )
-    at.launched = True
     return grad_q, grad_k, grad_v
 
 

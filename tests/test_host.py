@@ -17,12 +17,12 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction, driver
 
-from llsa_gen import compile
+from llsa_gen import compile, fuzz
 
 ROOT = Path(__file__).resolve().parents[1]
 TARGET = "cuda:90"
 LOWEST_ADDRESS = 2**32
-"""Of memory; numbers that these tests hand to kernels are smaller."""
+"""Of memory; other numbers that these tests hand to kernels are smaller."""
 
 
 @dataclass
@@ -34,16 +34,23 @@ class Launched:
     name: str
     arguments: tuple[object, ...]
 
-    def told_apart(self) -> tuple[object, ...]:
-        """All of it, with the alignment of tensors and of plain addresses: equal for calls with equal inputs."""
+    @property
+    def addresses(self) -> list[int]:
+        """The arguments that are plain addresses."""
+        return [x for x in self.arguments if isinstance(x, int) and x >= LOWEST_ADDRESS]
 
-        def aligned(x: object) -> object:
-            address = (
-                x.data_ptr() if isinstance(x, Tensor) else x if isinstance(x, int) and x >= LOWEST_ADDRESS else None
-            )
-            return x if address is None else ("address", address % 16 if address else 0)
+    def told_apart(self, memory: int) -> tuple[object, ...]:
+        """All of it, with places for tensors and for addresses, which are in `memory`: equal for equal inputs."""
 
-        return self.programs, self.function, self.name, tuple(aligned(x) for x in self.arguments)
+        def place(x: object) -> object:
+            if isinstance(x, Tensor):  # bytes from where its memory begins, and whether that is aligned
+                begin = x.storage_offset() * x.itemsize
+                return "place", begin, (x.data_ptr() - begin) % 16 if x.numel() else 0
+            if isinstance(x, int) and x >= LOWEST_ADDRESS:
+                return "place", x - memory, memory % 16
+            return x
+
+        return self.programs, self.function, self.name, tuple(place(x) for x in self.arguments)
 
 
 class PretendedGpu:
@@ -118,7 +125,10 @@ def step(module: ModuleType, tensors: list[Tensor]) -> None:
 def launches(gpu: PretendedGpu, module: ModuleType, tensors: list[Tensor]) -> list[tuple[object, ...]]:
     gpu.log.clear()
     step(module, tensors)
-    return [launch.told_apart() for launch in gpu.log]
+    memory = min(
+        (x for launch in gpu.log for x in launch.addresses), default=0
+    )  # of the backward pass: counts are first
+    return [launch.told_apart(memory) for launch in gpu.log]
 
 
 def test_the_second_call_launches_what_triton_launched_in_the_first(gpu: PretendedGpu, module: ModuleType) -> None:
@@ -174,7 +184,9 @@ def test_buffers_of_the_backward_pass_have_their_own_part_of_its_memory(
 ) -> None:
     at = module.Prepared(2, n, module.schedule_for(torch.device("cuda"), torch.bfloat16))
     q = torch.empty(1, 2, n, 64, dtype=torch.bfloat16)
-    memory, tensors = at.scratch(q)
+    with fuzz.poisoned_memory():
+        memory, tensors = at.scratch(q)
+    assert memory[-1] == 255, "the rest is what it was"
     begins = [x.data_ptr() - memory.data_ptr() for x in tensors if x.numel()]
     ends = [begin + x.nbytes for begin, x in zip(begins, (x for x in tensors if x.numel()), strict=True)]
     assert all(begin % 256 == 0 for begin in begins), "as torch's own allocations"
@@ -182,10 +194,11 @@ def test_buffers_of_the_backward_pass_have_their_own_part_of_its_memory(
     assert [tuple(x.shape) for x in tensors] == [at.shapes[name] for name in module.SCRATCH]
     assert [x.dtype for x in tensors] == list(module.SCRATCH.values())
     counts = [x for name, x in zip(module.SCRATCH, tensors, strict=True) if name.startswith("counts")]
-    assert at.counts_end == counts[-1].data_ptr() + counts[-1].nbytes - memory.data_ptr()
-    at.launched, at.ready = True, {"grad_q_kernel": ()}
+    assert all(not x.any() for x in counts)
+    assert len(counts) == 2
+    at.ready["grad_kv_l0_kernel"] = ()
     memory, addresses = at.scratch(q)
-    places = [begin for begin, *_ in at.places]
+    places = [begin for begin, _ in at.places.values()]
     assert addresses == [memory.data_ptr() + begin for begin in places]
     assert [begin for begin, x in zip(places, tensors, strict=True) if x.numel()] == begins
 

@@ -34,6 +34,11 @@ def test_an_output_is_that_of_the_command(command: str, tmp_path: Path, monkeypa
     assert [line.rstrip() for line in result.output.splitlines()] == [line.rstrip() for line in shown.splitlines()]
 
 
+def test_the_module_is_as_long_as_it_says() -> None:
+    lines = (ROOT / "generated" / "llsa_l2.py").read_text(encoding="utf-8").count("\n")
+    assert re.findall(r"to a module of ([\d,]+) lines", README) == [f"{lines:,}"]
+
+
 def test_the_python_runs_in_its_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (spec,) = [text for language, text in BLOCKS if language == "yaml"]
