@@ -28,7 +28,7 @@ SPEC = {
     "name": "llsa_d128",
     "reweight": True,
 }
-OPERATOR = "llsa_d128_22ddc992f806b366"  # in torch.ops.llsa: the name of the spec and the hash of this text
+OPERATOR = "llsa_d128_5848c25030ff016b"  # in torch.ops.llsa: the name of the spec and the hash of this text
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -46,10 +46,10 @@ EMPTY = tl.constexpr(-(2**63))  # the rank of no token at all
 
 # Tile shapes: target, bytes of an element, kernel.
 TILES_1 = {
-    "pool": {"CHILDREN": 8, "num_warps": 4},
+    "pool": {"CHILDREN": 8, "ROWS": 8, "num_warps": 2},
     "select_l1": {"BLOCK_M": 16, "BLOCK_N": 32, "KEEP": 8, "num_warps": 1, "num_stages": 2},
     "select_l2": {"BLOCK_M": 16, "BLOCK_N": 32, "KEEP": 8, "num_warps": 1, "num_stages": 2},
-    "attend": {"GROUP": 4, "BLOCK_M": 16, "BLOCK_C": 64, "BLOCK_N": 16, "num_warps": 4, "num_stages": 2},
+    "attend": {"GROUP": 4, "BLOCK_M": 16, "BLOCK_C": 64, "BLOCK_N": 16, "num_warps": 4, "num_stages": 3},
     "count": {"BLOCK": 1024, "num_warps": 4},
     "scan": {"BLOCK": 1024, "num_warps": 4},
     "invert_l1": {"BLOCK_M": 128, "KEYS": 16, "num_warps": 4},
@@ -61,7 +61,7 @@ TILES_1 = {
     "grad_kv_l0": {"PART": 64, "BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 1, "num_stages": 2},
 }
 TILES_2 = {
-    "pool": {"CHILDREN": 8, "num_warps": 4},
+    "pool": {"CHILDREN": 8, "ROWS": 8, "num_warps": 2},
     "select_l1": {"BLOCK_M": 16, "BLOCK_N": 32, "KEEP": 8, "num_warps": 1, "num_stages": 2},
     "select_l2": {"BLOCK_M": 16, "BLOCK_N": 32, "KEEP": 8, "num_warps": 1, "num_stages": 2},
     "attend": {"GROUP": 2, "BLOCK_M": 16, "BLOCK_C": 16, "BLOCK_N": 16, "num_warps": 8, "num_stages": 2},
@@ -76,10 +76,10 @@ TILES_2 = {
     "grad_kv_l0": {"PART": 64, "BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 8, "num_stages": 2},
 }
 TILES_3 = {
-    "pool": {"CHILDREN": 8, "num_warps": 4},
+    "pool": {"CHILDREN": 8, "ROWS": 8, "num_warps": 2},
     "select_l1": {"BLOCK_M": 16, "BLOCK_N": 32, "KEEP": 8, "num_warps": 1, "num_stages": 2},
     "select_l2": {"BLOCK_M": 16, "BLOCK_N": 32, "KEEP": 8, "num_warps": 1, "num_stages": 2},
-    "attend": {"GROUP": 4, "BLOCK_M": 16, "BLOCK_C": 64, "BLOCK_N": 16, "num_warps": 4, "num_stages": 2},
+    "attend": {"GROUP": 4, "BLOCK_M": 16, "BLOCK_C": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 3},
     "count": {"BLOCK": 1024, "num_warps": 4},
     "scan": {"BLOCK": 1024, "num_warps": 4},
     "invert_l1": {"BLOCK_M": 128, "KEYS": 16, "num_warps": 4},
@@ -197,7 +197,7 @@ def softmax_step(logits, v, peak, total, acc):
 @triton.jit
 def pool_l1_tile(
     x_ptr, stride_n, mean_l1_ptr, mean_l2_ptr,
-    first, n_tokens, CHILDREN: tl.constexpr,
+    first, n_tokens, CHILDREN: tl.constexpr, ROWS: tl.constexpr,
 ):
     """Level-2 token `first` of one head: its mean, and the means of the level-1 tokens that it covers."""
     n_l1 = tl.cdiv(n_tokens, SPAN_1)
@@ -206,10 +206,13 @@ def pool_l1_tile(
         place = child + tl.arange(0, CHILDREN)
         token = first * BLOCK_2 + place
         inside = (place < BLOCK_2) & (token < n_l1)
-        total = tl.zeros([CHILDREN, PAD_DIM], tl.float32)
-        for part in range(BLOCK_1):
-            row = token * BLOCK_1 + part
-            total += load_rows(x_ptr, row, stride_n, inside & (row < n_tokens)).to(tl.float32)
+        total = tl.zeros([CHILDREN, ROWS, PAD_DIM], tl.float32)
+        for start in range(0, BLOCK_1, ROWS):
+            part = start + tl.arange(0, ROWS)
+            row = token[:, None] * BLOCK_1 + part[None, :]
+            exists = inside[:, None] & (part < BLOCK_1)[None, :] & (row < n_tokens)
+            total += load_rows(x_ptr, row, stride_n, exists).to(tl.float32)
+        total = tl.sum(total, 1)
         covered = tl.minimum(n_tokens - token * SPAN_1, SPAN_1).to(tl.float32)
         store_rows(mean_l1_ptr, token, HEAD_DIM, inside, total / covered[:, None])
         whole += tl.sum(total, 0)
@@ -226,7 +229,7 @@ def pool_l1_kernel(
     q_l1_ptr, k_l1_ptr, v_l1_ptr,  # [B*H, T_1, D] means
     q_l2_ptr, k_l2_ptr, v_l2_ptr,  # [B*H, T_2, D] means
     heads_per_batch, heads, n_tokens,  # H, B*H, N
-    CHILDREN: tl.constexpr,  # level-1 tokens summed at a time
+    CHILDREN: tl.constexpr, ROWS: tl.constexpr,  # level-1 tokens summed at a time, and rows of each
 ):
     """Means over the tokens that each token of level 1 and 2 covers: float32 sums, rounded once.
 
@@ -240,13 +243,13 @@ def pool_l1_kernel(
     to_l2 = head.to(tl.int64) * tl.cdiv(n_tokens, SPAN_2) * HEAD_DIM
     if tensor == 0:
         base = head_base(q_ptr, head, stride_qb, stride_qh, heads_per_batch)
-        pool_l1_tile(base, stride_qn, q_l1_ptr + to_l1, q_l2_ptr + to_l2, first, n_tokens, CHILDREN)
+        pool_l1_tile(base, stride_qn, q_l1_ptr + to_l1, q_l2_ptr + to_l2, first, n_tokens, CHILDREN, ROWS)
     elif tensor == 1:
         base = head_base(k_ptr, head, stride_kb, stride_kh, heads_per_batch)
-        pool_l1_tile(base, stride_kn, k_l1_ptr + to_l1, k_l2_ptr + to_l2, first, n_tokens, CHILDREN)
+        pool_l1_tile(base, stride_kn, k_l1_ptr + to_l1, k_l2_ptr + to_l2, first, n_tokens, CHILDREN, ROWS)
     else:
         base = head_base(v_ptr, head, stride_vb, stride_vh, heads_per_batch)
-        pool_l1_tile(base, stride_vn, v_l1_ptr + to_l1, v_l2_ptr + to_l2, first, n_tokens, CHILDREN)
+        pool_l1_tile(base, stride_vn, v_l1_ptr + to_l1, v_l2_ptr + to_l2, first, n_tokens, CHILDREN, ROWS)
 
 
 # ---- selection -------------------------------------------------------------------------------------------------------
@@ -1342,7 +1345,7 @@ def attend_kernels(q, k, v, scale):
     k_l1, v_l1 = k_means[0], v_means[0]
     k_l2, v_l2 = k_means[1], v_means[1]
     [kept_l1, kept_l2] = kept
-    o = q.new_empty(at.shapes["o"])
+    o = q.new_empty(q.shape)
     lse = q.new_empty(at.shapes["lse"], dtype=torch.float32)
     peak = q.new_empty(at.shapes["peak"], dtype=torch.float32)
     total = q.new_empty(at.shapes["total"], dtype=torch.float32)
@@ -1355,7 +1358,7 @@ def attend_kernels(q, k, v, scale):
         kept_l2, kept_l2.shape[2],
         o, lse, peak, total, scale, heads_per_batch, n_tokens,
     )
-    return o.view(q.shape), lse, peak, total, k_l1, v_l1, k_l2, v_l2, kept_l1, kept_l2
+    return o, lse, peak, total, k_l1, v_l1, k_l2, v_l2, kept_l1, kept_l2
 
 
 def grad_kernels(grad_o, q, k, v, o, peak, total, k_l1, v_l1, k_l2, v_l2, kept_l1, kept_l2, scale):
@@ -1662,7 +1665,7 @@ def attend_torch(q, k, v, scale):
         for run in pyramid.runs()
     ]
     o, lse = (torch.cat(part, dim=1).flatten(1, 2)[:, : pyramid.n_tokens] for part in zip(*parts, strict=True))
-    o, lse = o.to(q.dtype).contiguous().view(q.shape), lse.contiguous()
+    o, lse = q.new_empty(q.shape).copy_(o.unflatten(0, q.shape[:2])), lse.contiguous()  # autograd's outputs may be no views
     peak, total = lse * LOG2E.value, torch.ones_like(lse)
     k_l1, v_l1 = pyramid.k_levels[1].to(q.dtype), pyramid.v_levels[1].to(q.dtype)
     k_l2, v_l2 = pyramid.k_levels[2].to(q.dtype), pyramid.v_levels[2].to(q.dtype)
@@ -1709,9 +1712,34 @@ def grad_torch(grad_o, q, k, v, kept, scale):
 # ---- the operator ----------------------------------------------------------------------------------------------------
 
 
+try:
+    from torch._C import _len_torch_dispatch_stack, _len_torch_function_stack
+    from torch._C._functorch import peek_interpreter_stack
+except ImportError:  # torch's own names: where they are gone, every call is taken for a watched one
+    _len_torch_dispatch_stack = None
+
+
+def is_plain(*tensors):
+    """Whether nothing watches what happens to these tensors: no compiler, no mode, no transform, no subclass.
+
+    Torch's dispatcher then has nothing to add, and takes longer than the kernels up to some 16,000 tokens.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and _len_torch_dispatch_stack is not None
+        and all(type(x) is torch.Tensor or type(x) is torch.nn.Parameter for x in tensors)
+        and _len_torch_dispatch_stack() == 0
+        and _len_torch_function_stack() == 0
+        and peek_interpreter_stack() is None
+        and not torch.jit.is_tracing()
+    )
+
+
 def on_device_of(x):
     """Kernels are launched on the current GPU: make it that of `x`."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+    if x.is_cuda and x.device.index != torch.cuda.current_device():
+        return torch.cuda.device(x.device)
+    return contextlib.nullcontext()
 
 
 def without_autocast():
@@ -1799,7 +1827,21 @@ def differentiate(ctx, grad_o, *_):
     if torch.is_grad_enabled():  # create_graph=True: better an error than terms that are missing
         raise NotImplementedError(f"{OPERATOR}: second derivatives are not available; backward without create_graph")
     q, k, v, o, *saved = ctx.saved_tensors
-    return *getattr(torch.ops.llsa, OPERATOR + "_backward")(grad_o, q, k, v, o, saved, ctx.scale), None
+    run = backward if is_plain(grad_o, q) else getattr(torch.ops.llsa, OPERATOR + "_backward")
+    return *run(grad_o, q, k, v, o, saved, ctx.scale), None
+
+
+class Attend(torch.autograd.Function):
+    """The operator without torch's dispatcher: o and lse."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, scale):
+        output = forward(q, k, v, scale)
+        save_for_backward(ctx, (q, k, v, scale), output)
+        ctx.mark_non_differentiable(output[1])
+        return output[:2]
+
+    backward = staticmethod(differentiate)
 
 
 def register():
@@ -1884,7 +1926,13 @@ def attention(q, k, v, *, scale=None, return_lse=False):
     elif not abs(scale) <= MAX_SCALE:  # nor NaN
         came = "a larger one" if isinstance(scale, int) else scale  # which may have thousands of digits
         raise ValueError(f"scale: expected a number from -{MAX_SCALE} to {MAX_SCALE}, got {came}")
-    o, lse, *_ = getattr(torch.ops.llsa, OPERATOR)(q, k, v, float(scale))
+    if not is_plain(q, k, v):
+        run = getattr(torch.ops.llsa, OPERATOR)
+    elif torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        run = Attend.apply
+    else:
+        run = forward
+    o, lse, *_ = run(q, k, v, float(scale))
     return (o, lse.detach().view(q.shape[:3])) if return_lse else o
 
 
@@ -1892,5 +1940,5 @@ def select(q, k):
     """What `attention` selects: per level, finest first, [B, H, T_l, width] int32 kept key tokens, -1 where fewer."""
     q, k = autocast(q), autocast(k)
     check({"q": q, "k": k})
-    kept = getattr(torch.ops.llsa, OPERATOR + "_select")(q, k)
+    kept = (select_forward if is_plain(q, k) else getattr(torch.ops.llsa, OPERATOR + "_select"))(q, k)
     return tuple(x.view(*q.shape[:2], *x.shape[1:]) for x in kept)

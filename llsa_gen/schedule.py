@@ -92,13 +92,15 @@ def _rules(plan: Plan, goal: Target, element: int) -> dict[str, tuple[Entry, tup
         result[f"grad_kv_l{plan.top}"] = _grad_top(plan, element), ()
         result["grad_sum"] = {"BLOCK": 8, "num_warps": 4}, ()
     for level in reversed(plan.listed):
-        result[f"grad_kv_l{level}"] = _grad_listed(plan, element, level), ()
+        result[f"grad_kv_l{level}"] = _grad_listed(plan, goal, element, level), ()
     return result
 
 
 def _pool(plan: Plan) -> Entry:
     width = pad(plan.head_dim)
-    return {"CHILDREN": max(4, 1024 // width), "num_warps": 4 if width >= 64 else 2}
+    if plan.top == 1 and plan.block(1) >= 64:  # no level above to sum for: a program a token
+        return {"CHILDREN": 1, "ROWS": max(16, 4096 // width), "num_warps": 4}
+    return {"CHILDREN": max(4, 1024 // width), "ROWS": min(8, pad(plan.block(1), 1)), "num_warps": 2}
 
 
 def _select(plan: Plan, element: int, level: int) -> Entry:
@@ -139,13 +141,14 @@ def _walk(plan: Plan, goal: Target, element: int, stage: str) -> tuple[Entry, tu
         # fine keys come by the block; of coarse ones, registers hold more where no gradient stands beside the sums
         attend = stage == "attend"
         entry = {"GROUP": group, "BLOCK_M": rows, "BLOCK_C": 64 if attend else 32, "BLOCK_N": rows}
-        entry |= {"num_warps": 2 if width <= 64 else 4, "num_stages": 2 if attend and width > 64 else 3}
+        entry |= {"num_warps": 2 if width <= 64 else 4, "num_stages": 2 if attend and width <= 64 else 3}
     elif rows < 64:
         entry = {"BLOCK_M": rows, "BLOCK_N": 32, "num_warps": rows // 16 if width <= 64 else rows // 8, "num_stages": 2}
+        entry |= _capped(goal, 128) if width <= 64 and element == 2 else {}
     else:
         tall = stage == "attend" and width <= 64
         rows = min(rows, 128 if tall else 64)
-        entry = {"BLOCK_M": rows, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
+        entry = {"BLOCK_M": rows, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3 if width <= 64 else 2}
     if element == 4:
         entry |= {"BLOCK_C": 32 if width <= 64 else 16, "BLOCK_N": 32 if width <= 64 else 16}
         entry |= {"num_warps": 8, "num_stages": 2}
@@ -169,7 +172,7 @@ def _grad_top(plan: Plan, element: int) -> Entry:
     return {"BLOCK_M": rows, "BLOCK_N": keys, "num_warps": 4, "num_stages": 2}
 
 
-def _grad_listed(plan: Plan, element: int, level: int) -> Entry:
+def _grad_listed(plan: Plan, goal: Target, element: int, level: int) -> Entry:
     """dk, dv of the other levels: for the children of a key token, over the queries that keep it."""
     width = pad(plan.head_dim)
     children = pad(plan.block(level + 1))
@@ -179,8 +182,14 @@ def _grad_listed(plan: Plan, element: int, level: int) -> Entry:
         return entry | {"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 4 if width <= 64 else 8, "num_stages": 2}
     if children == 16 and width <= 128:
         # one block of queries is 16 rows or so; a token of a coarser level is a long run of them
-        stages = 3 if width <= 64 else 2
-        return entry | ({"BLOCK_M": 128, "BLOCK_N": 16, "num_warps": 4, "num_stages": stages} if level else
-                        {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 1, "num_stages": 2})  # fmt: skip
+        entry |= {"BLOCK_M": 128 if level else 32 if width <= 64 else 16, "BLOCK_N": 16}
+        entry |= {"num_warps": 4 if level else 1, "num_stages": 3 if width <= 64 else 2}
+        return entry | (_capped(goal, 168) if width <= 64 else {})
     keys = min(children, 128 if width <= 64 else 64 if width == 128 else 32)
-    return entry | {"BLOCK_M": 32 if keys != 64 or width > 64 else 64, "BLOCK_N": keys, "num_warps": 4, "num_stages": 2}
+    rows = 128 if level and keys <= 64 and width <= 64 else 32
+    return entry | {"BLOCK_M": rows, "BLOCK_N": keys, "num_warps": 4, "num_stages": 2}
+
+
+def _capped(goal: Target, registers: int) -> Entry:
+    """The most registers of a thread, where more warps at a time are worth a spill: 168 let in 12, 128 let in 16."""
+    return {"maxnreg": registers} if goal.name.startswith("cuda:") else {}

@@ -6,7 +6,7 @@ Both are known before anything is compiled. What the compiler really takes is fo
 from collections.abc import Mapping
 
 from llsa_gen.plan import Plan
-from llsa_gen.schedule_table import pad, stage_kind
+from llsa_gen.schedule_table import LIMITS, pad, stage_kind
 
 __all__ = ["misfit", "shared_memory"]
 
@@ -41,7 +41,7 @@ def misfit(
 
     `known` is a legal entry, for the names that the kernel takes; `limit` is the target's shared memory in bytes.
     """
-    strangers = [name for name in tiles if name not in {*known, "num_warps", "num_stages"}]
+    strangers = [name for name in tiles if name not in {*known, *LIMITS}]
     if strangers:
         return f"the kernel takes no {', '.join(strangers)}"
     kind = stage_kind(plan, stage)

@@ -45,13 +45,13 @@ class Stage:
 
     facts: tuple[str, ...]
     tiles: tuple[str, ...]
-    """What a row may set, beside num_warps and num_stages. Sizes that the spec dictates are not among them."""
+    """What a row may set, beside `LIMITS`. Sizes that the spec dictates are not among them."""
 
 
 WALK = Stage(("rows", "grouped"), ("GROUP", "BLOCK_M", "BLOCK_C", "BLOCK_N"))
 
 STAGES = {
-    "pool": Stage((), ("CHILDREN",)),
+    "pool": Stage((), ("CHILDREN", "ROWS")),
     "select_top": Stage(("keep",), ("BLOCK_M", "BLOCK_N")),  # the coarsest level
     "select": Stage(("rows", "keep"), ("BLOCK_M", "BLOCK_N")),  # the levels below it
     "attend": WALK,
@@ -66,10 +66,10 @@ STAGES = {
     "grad_sum": Stage((), ("BLOCK",)),
 }
 
-LIMITS = {"num_warps": 32, "num_stages": 8}
-"""The largest value of what is no tile; of a tile, 2^20."""
+LIMITS = {"num_warps": 32, "num_stages": 8, "maxnreg": 255}
+"""The largest value of what is no tile; of a tile, 2^20. maxnreg, the most registers of a thread, is CUDA's alone."""
 
-ANY_NUMBER = ("num_stages", "PART")
+ANY_NUMBER = ("num_stages", "maxnreg", "PART")
 """What needs to be no power of two."""
 
 MEASURED: dict[str, type | tuple[type, ...]] = {
@@ -179,10 +179,11 @@ def parse(data: Any, file: str, shared_memory: int | None = None) -> Target:
     where.need(_number(size), "shared_memory", "a number of bytes", size)
     rows = data.get("rows", [])
     where.need(isinstance(rows, list), "rows", "a list", rows)
-    return Target(data["target"], size, tuple(_row(row, f"{file}: rows[{at}]") for at, row in enumerate(rows)))
+    options = tuple(name for name in LIMITS if name != "maxnreg" or data["target"].startswith("cuda:"))
+    return Target(data["target"], size, tuple(_row(row, f"{file}: rows[{at}]", options) for at, row in enumerate(rows)))
 
 
-def _row(row: Any, place: str) -> Row:
+def _row(row: Any, place: str, options: tuple[str, ...]) -> Row:
     where = _Place(place)
     where.need(isinstance(row, dict), "", "an object with stage, when, set and why or measured", row)
     where.only(row, "", ("stage", "when", "set", "why", "measured"))
@@ -199,7 +200,7 @@ def _row(row: Any, place: str) -> Row:
             else:
                 where.power_of_two(value, f"when.{name}", 2**20)
     where.need(isinstance(tiles, dict) and bool(tiles), "set", "an object of tile shapes", tiles)
-    where.only(tiles, "set", (*stage.tiles, *LIMITS))
+    where.only(tiles, "set", (*stage.tiles, *options))
     for name, value in tiles.items():
         if name in ANY_NUMBER:
             most = LIMITS.get(name, 2**20)

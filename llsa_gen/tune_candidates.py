@@ -16,7 +16,8 @@ __all__ = ["Candidate", "candidates", "settable"]
 
 RANGES = {
     "GROUP": (1, 32), "BLOCK_M": (8, 256), "BLOCK_C": (16, 256), "BLOCK_N": (16, 256), "BLOCK": (1, 8192),
-    "KEYS": (8, 256), "CHILDREN": (1, 256), "PART": (1, 4096), "num_warps": (1, 16), "num_stages": (1, 5),
+    "KEYS": (8, 256), "CHILDREN": (1, 256), "ROWS": (1, 128), "PART": (1, 4096),
+    "num_warps": (1, 16), "num_stages": (1, 5),
 }  # fmt: skip
 """Smallest and largest value of each that is tried."""
 
@@ -32,9 +33,13 @@ class Candidate:
     reason: str | None = None
 
 
+REGISTERS = (96, 128, 168, 255)
+"""What of `maxnreg` is tried: 20, 16, 12 and 8 warps at a time on a multiprocessor of 65,536 registers."""
+
+
 def settable(kind: str) -> tuple[str, ...]:
     """What may be varied of a kind of kernel, tiles first."""
-    return (*STAGES[kind].tiles, "num_warps", *(("num_stages",) if kind in PIPELINED else ()))
+    return (*STAGES[kind].tiles, "num_warps", *(("num_stages", "maxnreg") if kind in PIPELINED else ()))
 
 
 def candidates(plan: Plan, stage: str, entry: Entry, element: int, limit: int) -> Iterator[Candidate]:
@@ -52,6 +57,8 @@ def candidates(plan: Plan, stage: str, entry: Entry, element: int, limit: int) -
 
 
 def _moves(name: str, value: int) -> list[int]:
+    if name == "maxnreg":
+        return [new for new in REGISTERS if new != value]
     low, high = RANGES[name]
     around = (value - 1, value + 1) if name == "num_stages" else (value // 2, value * 2)
     return [new for new in around if low <= new <= high]

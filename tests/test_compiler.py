@@ -516,3 +516,47 @@ def test_the_first_result_comes_soon_cold_and_sooner_warm(tmp_path: Path) -> Non
     assert len(list(tmp_path.glob("*/llsa_l3.py"))) == 1
     warm = [seconds(grad=False) for _ in range(3)]
     assert min(warm) < 2, f"{warm}"
+
+
+# ---- who sees the calls -----------------------------------------------------------------------------------------
+
+
+class Watch(TorchDispatchMode):
+    """Notes the names of this library's operators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "llsa":
+            self.seen.append(func._opname)
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_operators_are_there_for_who_watches_and_left_out_where_nobody_does(attention: Attention) -> None:
+    operator = attention.module.OPERATOR
+    q, k, v = qkv(grad=True)
+    with Watch() as watch:
+        o = output(attention, q, k, v)
+        attention.select(q, k)
+        o.sum().backward()
+    assert watch.seen == [operator, operator + "_select", operator + "_backward"]
+    watched = [x.grad for x in (q, k, v)]
+    q.grad = k.grad = v.grad = None
+    plain = output(attention, q, k, v)
+    assert type(plain.grad_fn).__name__ == "AttendBackward" and torch.equal(plain, o)
+    plain.sum().backward()
+    assert all(map(torch.equal, watched, (q.grad, k.grad, v.grad)))  # type: ignore[arg-type]
+    o = output(attention, q, k, v)
+    with Watch() as late:
+        o.sum().backward()
+    assert late.seen == [operator + "_backward"], "also where only the backward pass is watched"
+
+
+def test_a_changed_output_is_an_error_and_not_a_wrong_gradient(attention: Attention) -> None:
+    """o is kept for the backward pass, as by torch's own attention."""
+    o = output(attention, *qkv(grad=True))
+    o.mul_(2)
+    with pytest.raises(RuntimeError, match="has been modified by an inplace operation"):
+        o.sum().backward()

@@ -99,8 +99,8 @@ KERNELS = (
     mutation(
         "sums in half precision",
         "pool.py",
-        "total += load_rows(x_ptr, row, stride_n, inside & (row < n_tokens)).to(tl.float32)",
-        "total = (total + load_rows(x_ptr, row, stride_n, inside & (row < n_tokens))).to(tl.float16).to(tl.float32)",
+        "total = tl.sum(total, 1)",
+        "total = tl.sum(total.to(tl.float16), 1).to(tl.float32)",
         HALF,
     ),
     mutation("sums of another tensor", "pool.py", "(tensor.to(tl.int64) * heads + head)", "(head * 1)", THREE_LEVELS),

@@ -19,7 +19,7 @@ from llsa_gen.loading import load_text
 from llsa_gen.plan import lower
 from llsa_gen.schedule import Target, choices, schedule, schedules, target, targets
 from llsa_gen.schedule_fit import misfit
-from llsa_gen.schedule_table import LENGTHS, STAGES, bucket, facts_of, parse, stage_kind
+from llsa_gen.schedule_table import LENGTHS, LIMITS, STAGES, bucket, facts_of, parse, stage_kind
 
 ROOT = Path(__file__).resolve().parents[1]
 L2 = load(ROOT / "spec" / "llsa_l2.yaml")
@@ -55,7 +55,7 @@ GOOD = row("attend", {"BLOCK_N": 64}, element=2)
         ({"when": {"grouped": 1}}, "when.grouped: expected one of True, False, got 1"),
         ({"when": {"keep": 8}}, "when: expected one of"),
         ({"when": 7}, "rows[1]: when: expected an object of facts, got 7"),
-        ({"set": {"BLOCKN": 32}}, "set: expected one of GROUP, BLOCK_M, BLOCK_C, BLOCK_N, num_warps, num_stages, got"),
+        ({"set": {"BLOCKN": 32}}, "BLOCK_M, BLOCK_C, BLOCK_N, num_warps, num_stages, maxnreg, got"),
         ({"set": {"KEEP": 8}}, "got 'KEEP'"),
         ({"set": {"BLOCK_N": 48}}, "rows[1]: set.BLOCK_N: expected a power of two up to 1048576, got 48"),
         ({"set": {"BLOCK_N": "64"}}, "got '64'"),
@@ -112,8 +112,17 @@ def test_every_stage_has_a_kind_and_facts_and_rules_that_are_legal(chosen: Spec)
         for stage, choice in choices(plan, BARE, element).items():
             kind = stage_kind(plan, stage)
             assert set(facts_of(plan, stage, element, "short")) == {"element", "pad_dim", "length", *STAGES[kind].facts}
-            assert {*choice.entry} <= {*STAGES[kind].tiles, "num_warps", "num_stages", "KEEP", "KEYS"}
+            assert {*choice.entry} <= {*STAGES[kind].tiles, *LIMITS, "KEEP", "KEYS"}
             assert misfit(plan, stage, choice.entry, choice.entry, element, BARE.shared_memory) is None
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "spec").glob("*.yaml")), ids=lambda path: path.stem)
+def test_only_cuda_is_told_how_many_registers_to_use(path: Path) -> None:
+    with pytest.raises(ScheduleTableError, match="num_warps, num_stages, got 'maxnreg'"):
+        table(row("attend", {"maxnreg": 128}), name="hip:gfx942")
+    assert table(row("attend", {"maxnreg": 128})).rows[0].set == {"maxnreg": 128}
+    entries = schedule(lower(load(path)), targets()["hip:gfx942"], 2).values()
+    assert not any("maxnreg" in entry for entry in entries)
 
 
 # ---- which row decides ------------------------------------------------------------------------------------------
@@ -230,11 +239,11 @@ def test_a_module_is_compiled_once_a_bucket_at_the_most(buckets: tuple[str, ...]
 def test_a_module_by_length_is_compiled_for_its_lengths() -> None:
     plan = lower(L2)
     module = load_text("lengths", "f" * 64, emit.render(plan, schedules(plan, by_length("long"))))
-    for n, stages in ((8192, 3), (65537, 4)):
+    for n, stages in ((8192, 2), (65537, 4)):
         (report,) = aot.compile_kernels(module, "cuda:90", "bfloat16", n, kernels=["attend_kernel"])
         assert report.num_stages == stages
     reports = aot.compile_kernels(module, "cuda:90", "bfloat16", kernels=["attend_kernel"])
-    assert {report.num_stages for report in reports} == {3, 4}, "without a length, for every bucket"
+    assert {report.num_stages for report in reports} == {2, 4}, "without a length, for every bucket"
     assert {report.constexprs["WHOLE"] for report in reports} == {True, False}, "and for lengths with loose ends"
 
 
