@@ -75,17 +75,17 @@ def breakdown(
     total = sum(us.values())
     rows = []
     for name, spent in us.most_common():
-        known = needed.get(name)
+        known, each_us = needed.get(name), spent / passes
         floor_s = known and max(known.flops / limits.flops_per_s, known.moved_bytes / limits.bytes_per_s)
         rows.append(
             KernelRow(
                 kernel=name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 3]}...",
                 launches=launches[name] / passes,
-                us=spent / passes,
+                us=each_us,
                 share=spent / total if total else 0.0,
                 flops=known and known.flops,
                 moved_bytes=known and known.moved_bytes,
-                roofline=None if floor_s is None or not spent else 1e6 * floor_s / (spent / passes),
+                roofline=None if floor_s is None or not each_us else 1e6 * floor_s / each_us,
             )
         )
     return tuple(rows)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from bench_examples import CEILINGS, MACHINE, SPECS, h100, row
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from matplotlib import image
 from rich.console import Console
@@ -205,6 +205,7 @@ def test_a_profile_becomes_kernels_beside_the_roofline() -> None:
 
 
 @given(st.lists(st.builds(Event, st.sampled_from("abc"), st.floats(0, 1e4))), st.integers(1, 5))
+@example([Event("a", 5e-324)], 2)  # the smallest number there is: half of it is zero
 def test_nothing_of_a_profile_is_lost(happened: list[Event], passes: int) -> None:
     rows = breakdown(happened, passes, {"a": Work(1, 1)}, CEILINGS)
     assert sum(one.us for one in rows) * passes == pytest.approx(sum(event.us for event in happened))
