@@ -29,7 +29,7 @@ SPEC = {
     "name": "llsa_l3",
     "reweight": True,
 }
-OPERATOR = "llsa_l3_33d4680fbf40cada"  # in torch.ops.llsa: the name of the spec and the hash of this text
+OPERATOR = "llsa_l3_5ad153b10fb8c81c"  # in torch.ops.llsa: the name of the spec and the hash of this text
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -52,16 +52,16 @@ TILES_1 = {
     "pool": {"CHILDREN": 16, "ROWS": 8, "num_warps": 2},
     "select_l1": {"BLOCK_M": 16, "BLOCK_N": 32, "KEEP": 8, "num_warps": 1, "num_stages": 2},
     "select_l2": {"BLOCK_M": 16, "BLOCK_N": 32, "KEEP": 8, "num_warps": 1, "num_stages": 2},
-    "select_l3": {"BLOCK_M": 16, "BLOCK_N": 32, "KEEP": 8, "num_warps": 1, "num_stages": 2},
+    "select_l3": {"BLOCK_M": 16, "BLOCK_N": 64, "KEEP": 8, "num_warps": 1, "num_stages": 2},
     "attend": {"GROUP": 4, "BLOCK_M": 16, "BLOCK_C": 64, "BLOCK_N": 16, "num_warps": 2, "num_stages": 2},
-    "count": {"BLOCK": 1024, "num_warps": 4},
+    "count": {"BLOCK": 256, "num_warps": 8},
     "scan": {"BLOCK": 1024, "num_warps": 4},
     "invert_l1": {"BLOCK_M": 128, "KEYS": 16, "num_warps": 4},
     "invert_l2": {"BLOCK_M": 128, "KEYS": 16, "num_warps": 4},
     "invert_l3": {"BLOCK_M": 128, "KEYS": 32, "num_warps": 4},
     "grad_q": {"GROUP": 4, "BLOCK_M": 16, "BLOCK_C": 32, "BLOCK_N": 16, "num_warps": 2, "num_stages": 3},
     "grad_kv_l3": {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
-    "grad_sum": {"BLOCK": 8, "num_warps": 4},
+    "grad_sum": {"BLOCK": 1, "num_warps": 1},
     "grad_kv_l2": {"PART": 2, "BLOCK_M": 128, "BLOCK_N": 16, "num_warps": 4, "num_stages": 3, "maxnreg": 168},
     "grad_kv_l1": {"PART": 32, "BLOCK_M": 128, "BLOCK_N": 16, "num_warps": 4, "num_stages": 3, "maxnreg": 168},
     "grad_kv_l0": {"PART": 64, "BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 1, "num_stages": 3, "maxnreg": 168},
@@ -72,14 +72,14 @@ TILES_2 = {
     "select_l2": {"BLOCK_M": 16, "BLOCK_N": 32, "KEEP": 8, "num_warps": 1, "num_stages": 2},
     "select_l3": {"BLOCK_M": 16, "BLOCK_N": 32, "KEEP": 8, "num_warps": 1, "num_stages": 2},
     "attend": {"GROUP": 2, "BLOCK_M": 16, "BLOCK_C": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2},
-    "count": {"BLOCK": 1024, "num_warps": 4},
+    "count": {"BLOCK": 256, "num_warps": 8},
     "scan": {"BLOCK": 1024, "num_warps": 4},
     "invert_l1": {"BLOCK_M": 128, "KEYS": 16, "num_warps": 4},
     "invert_l2": {"BLOCK_M": 128, "KEYS": 16, "num_warps": 4},
     "invert_l3": {"BLOCK_M": 128, "KEYS": 32, "num_warps": 4},
     "grad_q": {"GROUP": 2, "BLOCK_M": 16, "BLOCK_C": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2},
     "grad_kv_l3": {"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 4, "num_stages": 2},
-    "grad_sum": {"BLOCK": 8, "num_warps": 4},
+    "grad_sum": {"BLOCK": 1, "num_warps": 1},
     "grad_kv_l2": {"PART": 2, "BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 4, "num_stages": 2},
     "grad_kv_l1": {"PART": 32, "BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 4, "num_stages": 2},
     "grad_kv_l0": {"PART": 64, "BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 4, "num_stages": 2},
@@ -88,16 +88,16 @@ TILES_3 = {
     "pool": {"CHILDREN": 16, "ROWS": 8, "num_warps": 2},
     "select_l1": {"BLOCK_M": 16, "BLOCK_N": 32, "KEEP": 8, "num_warps": 1, "num_stages": 2},
     "select_l2": {"BLOCK_M": 16, "BLOCK_N": 32, "KEEP": 8, "num_warps": 1, "num_stages": 2},
-    "select_l3": {"BLOCK_M": 16, "BLOCK_N": 32, "KEEP": 8, "num_warps": 1, "num_stages": 2},
+    "select_l3": {"BLOCK_M": 16, "BLOCK_N": 64, "KEEP": 8, "num_warps": 1, "num_stages": 2},
     "attend": {"GROUP": 4, "BLOCK_M": 16, "BLOCK_C": 64, "BLOCK_N": 16, "num_warps": 2, "num_stages": 2},
-    "count": {"BLOCK": 1024, "num_warps": 4},
+    "count": {"BLOCK": 256, "num_warps": 8},
     "scan": {"BLOCK": 1024, "num_warps": 4},
     "invert_l1": {"BLOCK_M": 128, "KEYS": 16, "num_warps": 4},
     "invert_l2": {"BLOCK_M": 128, "KEYS": 16, "num_warps": 4},
     "invert_l3": {"BLOCK_M": 128, "KEYS": 32, "num_warps": 4},
     "grad_q": {"GROUP": 4, "BLOCK_M": 16, "BLOCK_C": 32, "BLOCK_N": 16, "num_warps": 2, "num_stages": 3},
     "grad_kv_l3": {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
-    "grad_sum": {"BLOCK": 8, "num_warps": 4},
+    "grad_sum": {"BLOCK": 1, "num_warps": 1},
     "grad_kv_l2": {"PART": 2, "BLOCK_M": 128, "BLOCK_N": 16, "num_warps": 4, "num_stages": 3},
     "grad_kv_l1": {"PART": 32, "BLOCK_M": 128, "BLOCK_N": 16, "num_warps": 4, "num_stages": 3},
     "grad_kv_l0": {"PART": 64, "BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 1, "num_stages": 3},
@@ -1561,8 +1561,7 @@ class Prepared:
     def scratch(self, q):
         """One piece of memory on q's device for what lives within the backward pass, and the buffers of `SCRATCH` in it.
 
-        Counts are zero. Triton needs to know a tensor's dtype only once: where the last launch of the pass is ready, and
-        so are those before it, buffers are plain addresses.
+        Counts are zero. As `pointers`, buffers are plain addresses where nobody needs more.
         """
         _, size = self.places["grad_v_l3"]
         _, counts = self.places["counts_l3"]
@@ -1574,6 +1573,14 @@ class Prepared:
         return memory, [
             memory[begin:end].view(SCRATCH[name]).view(self.shapes[name]) for name, (begin, end) in self.places.items()
         ]
+
+    def pointers(self, last, *tensors):
+        """The tensors as launches take them, up to the one of name `last`: themselves or, from the second time on, addresses.
+
+        Triton needs to know a tensor's dtype only once: where a launch is ready, so are those before it. An address is
+        looked up once here, and by Triton and the driver at every launch.
+        """
+        return [x.data_ptr() for x in tensors] if last in self.ready else tensors
 
     def launch(self, kernel, name, *arguments):
         """Launch `kernel` with the grid and the tile shapes of that name."""
@@ -1609,9 +1616,9 @@ def unit_stride(x):
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def strided(x):
-    """x and the steps between its batches, heads and rows, as the kernels take them."""
-    return x, x.stride(0), x.stride(1), x.stride(2)
+def strided(x, pointer):
+    """A pointer to x and the steps between its batches, heads and rows, as the kernels take them."""
+    return pointer, *x.stride()[:3]
 
 
 @functools.cache
@@ -1667,31 +1674,34 @@ def pool_and_select(q, k, v, at):
     v_l3 = q.new_empty(at.shapes["v_l3"])
     kept_l3 = q.new_empty(at.shapes["kept_l3"], dtype=torch.int32)
     sums_l2 = q.new_empty(at.shapes["sums_l2"], dtype=torch.float32)
+    q_ptr, k_ptr, v_ptr, q_l1_ptr, k_l1_ptr, v_l1_ptr, kept_l1_ptr, q_l2_ptr, k_l2_ptr, v_l2_ptr, kept_l2_ptr, q_l3_ptr, k_l3_ptr, v_l3_ptr, kept_l3_ptr, sums_l2_ptr = at.pointers(
+        "select_l1_kernel", q, k, v, q_l1, k_l1, v_l1, kept_l1, q_l2, k_l2, v_l2, kept_l2, q_l3, k_l3, v_l3, kept_l3, sums_l2
+    )
 
     at.launch(
         pool_l1_kernel, "pool_l1_kernel",
-        *strided(q), *strided(k), *strided(v),
-        q_l1, k_l1, v_l1,
-        q_l2, k_l2, v_l2,
-        sums_l2, heads_per_batch, batch * heads_per_batch, n_tokens,
+        *strided(q, q_ptr), *strided(k, k_ptr), *strided(v, v_ptr),
+        q_l1_ptr, k_l1_ptr, v_l1_ptr,
+        q_l2_ptr, k_l2_ptr, v_l2_ptr,
+        sums_l2_ptr, heads_per_batch, batch * heads_per_batch, n_tokens,
     )
     at.launch(
         pool_l3_kernel, "pool_l3_kernel",
-        sums_l2,
-        q_l3, k_l3, v_l3,
+        sums_l2_ptr,
+        q_l3_ptr, k_l3_ptr, v_l3_ptr,
         batch * heads_per_batch, n_tokens,
     )
     at.launch(
         select_l3_kernel, "select_l3_kernel",
-        q_l3, k_l3, kept_l3, kept_l3.shape[2], n_tokens,
+        q_l3_ptr, k_l3_ptr, kept_l3_ptr, kept_l3.shape[2], n_tokens,
     )
     at.launch(
         select_l2_kernel, "select_l2_kernel",
-        q_l2, k_l2, kept_l3, kept_l3.shape[2], kept_l2, kept_l2.shape[2], n_tokens,
+        q_l2_ptr, k_l2_ptr, kept_l3_ptr, kept_l3.shape[2], kept_l2_ptr, kept_l2.shape[2], n_tokens,
     )
     at.launch(
         select_l1_kernel, "select_l1_kernel",
-        q_l1, k_l1, kept_l2, kept_l2.shape[2], kept_l1, kept_l1.shape[2], n_tokens,
+        q_l1_ptr, k_l1_ptr, kept_l2_ptr, kept_l2.shape[2], kept_l1_ptr, kept_l1.shape[2], n_tokens,
     )
     return [k_l1, k_l2, k_l3], [v_l1, v_l2, v_l3], [kept_l1, kept_l2, kept_l3]
 
@@ -1717,16 +1727,19 @@ def attend_kernels(q, k, v, scale):
     lse = q.new_empty(at.shapes["lse"], dtype=torch.float32)
     peak = q.new_empty(at.shapes["peak"], dtype=torch.float32)
     total = q.new_empty(at.shapes["total"], dtype=torch.float32)
+    q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, peak_ptr, total_ptr, k_l1_ptr, v_l1_ptr, k_l2_ptr, v_l2_ptr, k_l3_ptr, v_l3_ptr, kept_l1_ptr, kept_l2_ptr, kept_l3_ptr = at.pointers(
+        "attend_kernel", q, k, v, o, lse, peak, total, k_l1, v_l1, k_l2, v_l2, k_l3, v_l3, kept_l1, kept_l2, kept_l3
+    )
     at.launch(
         attend_kernel, "attend_kernel",
-        *strided(q), *strided(k), *strided(v),
-        k_l1, v_l1,
-        k_l2, v_l2,
-        k_l3, v_l3,
-        kept_l1, kept_l1.shape[2],
-        kept_l2, kept_l2.shape[2],
-        kept_l3, kept_l3.shape[2],
-        o, lse, peak, total, scale, heads_per_batch, n_tokens,
+        *strided(q, q_ptr), *strided(k, k_ptr), *strided(v, v_ptr),
+        k_l1_ptr, v_l1_ptr,
+        k_l2_ptr, v_l2_ptr,
+        k_l3_ptr, v_l3_ptr,
+        kept_l1_ptr, kept_l1.shape[2],
+        kept_l2_ptr, kept_l2.shape[2],
+        kept_l3_ptr, kept_l3.shape[2],
+        o_ptr, lse_ptr, peak_ptr, total_ptr, scale, heads_per_batch, n_tokens,
     )
     return o, lse, peak, total, k_l1, v_l1, k_l2, v_l2, k_l3, v_l3, kept_l1, kept_l2, kept_l3
 
@@ -1768,13 +1781,16 @@ def grad_kernels(grad_o, q, k, v, o, peak, total, k_l1, v_l1, k_l2, v_l2, k_l3, 
         grad_k_l3,
         grad_v_l3,
     ) = scratch
-    q_rows, k_rows, v_rows, grad_o_rows = strided(q), strided(k), strided(v), strided(grad_o)
+    q_ptr, k_ptr, v_ptr, grad_o_ptr, o_ptr, peak_ptr, total_ptr, k_l1_ptr, v_l1_ptr, k_l2_ptr, v_l2_ptr, k_l3_ptr, v_l3_ptr, kept_l1_ptr, kept_l2_ptr, kept_l3_ptr, grad_q_ptr, grad_k_ptr, grad_v_ptr = at.pointers(
+        "grad_kv_l0_kernel", q, k, v, grad_o, o, peak, total, k_l1, v_l1, k_l2, v_l2, k_l3, v_l3, kept_l1, kept_l2, kept_l3, grad_q, grad_k, grad_v
+    )
+    q_rows, k_rows, v_rows, grad_o_rows = strided(q, q_ptr), strided(k, k_ptr), strided(v, v_ptr), strided(grad_o, grad_o_ptr)
 
     at.launch(
         count_kernel, "count_kernel",
-        kept_l1, kept_l1.shape[2],
-        kept_l2, kept_l2.shape[2],
-        kept_l3, kept_l3.shape[2],
+        kept_l1_ptr, kept_l1.shape[2],
+        kept_l2_ptr, kept_l2.shape[2],
+        kept_l3_ptr, kept_l3.shape[2],
         counts_l1, counts_l2, counts_l3, heads, n_tokens,
     )
     at.launch(
@@ -1787,30 +1803,30 @@ def grad_kernels(grad_o, q, k, v, o, peak, total, k_l1, v_l1, k_l2, v_l2, k_l3, 
     )
     at.launch(
         invert_l3_kernel, "invert_l3_kernel",
-        kept_l3, kept_l3.shape[2], offsets_l3, keepers_l3, n_tokens,
+        kept_l3_ptr, kept_l3.shape[2], offsets_l3, keepers_l3, n_tokens,
     )
     at.launch(
         invert_l2_kernel, "invert_l2_kernel",
-        kept_l2, kept_l2.shape[2], offsets_l2, offsets_l3, keepers_l3, kept_l3.shape[2], keepers_l2, n_tokens,
+        kept_l2_ptr, kept_l2.shape[2], offsets_l2, offsets_l3, keepers_l3, kept_l3.shape[2], keepers_l2, n_tokens,
     )
     at.launch(
         invert_l1_kernel, "invert_l1_kernel",
-        kept_l1, kept_l1.shape[2], offsets_l1, offsets_l2, keepers_l2, kept_l2.shape[2], keepers_l1, n_tokens,
+        kept_l1_ptr, kept_l1.shape[2], offsets_l1, offsets_l2, keepers_l2, kept_l2.shape[2], keepers_l1, n_tokens,
     )
     at.launch(
         grad_q_kernel, "grad_q_kernel",
         *q_rows, *k_rows, *v_rows,
-        k_l1, v_l1,
-        k_l2, v_l2,
-        k_l3, v_l3,
-        kept_l1, kept_l1.shape[2],
-        kept_l2, kept_l2.shape[2],
-        kept_l3, kept_l3.shape[2],
-        o, *grad_o_rows, peak, total, grad_q, delta, scale, heads_per_batch, n_tokens,
+        k_l1_ptr, v_l1_ptr,
+        k_l2_ptr, v_l2_ptr,
+        k_l3_ptr, v_l3_ptr,
+        kept_l1_ptr, kept_l1.shape[2],
+        kept_l2_ptr, kept_l2.shape[2],
+        kept_l3_ptr, kept_l3.shape[2],
+        o_ptr, *grad_o_rows, peak_ptr, total_ptr, grad_q_ptr, delta, scale, heads_per_batch, n_tokens,
     )
     at.launch(
         grad_kv_l3_kernel, "grad_kv_l3_kernel",
-        *q_rows, *grad_o_rows, peak, total, delta, k_l3, v_l3, split_grad_k_l3, split_grad_v_l3,
+        *q_rows, *grad_o_rows, peak_ptr, total_ptr, delta, k_l3_ptr, v_l3_ptr, split_grad_k_l3, split_grad_v_l3,
         at.rows_per_split, at.splits, scale, heads_per_batch, n_tokens,
     )
     at.launch(
@@ -1820,38 +1836,38 @@ def grad_kernels(grad_o, q, k, v, o, peak, total, k_l1, v_l1, k_l2, v_l2, k_l3, 
     if at.parts_l2:
         at.launch(
             grad_kv_l2_extra_kernel, "grad_kv_l2_extra_kernel",
-            *q_rows, *grad_o_rows, peak, total, delta, k_l2, v_l2,
+            *q_rows, *grad_o_rows, peak_ptr, total_ptr, delta, k_l2_ptr, v_l2_ptr,
             keepers_l3, kept_l3.shape[2], offsets_l3, extra_l3, extra_grad_k_l2, extra_grad_v_l2, at.parts_l2, scale, heads_per_batch, n_tokens,
         )
     at.launch(
         grad_kv_l2_kernel, "grad_kv_l2_kernel",
-        *q_rows, *grad_o_rows, peak, total, delta, k_l2, v_l2,
+        *q_rows, *grad_o_rows, peak_ptr, total_ptr, delta, k_l2_ptr, v_l2_ptr,
         keepers_l3, kept_l3.shape[2], offsets_l3, extra_l3, extra_grad_k_l2, extra_grad_v_l2,
         grad_k_l3, grad_v_l3, grad_k_l2, grad_v_l2, at.parts_l2, scale, heads_per_batch, n_tokens,
     )
     if at.parts_l1:
         at.launch(
             grad_kv_l1_extra_kernel, "grad_kv_l1_extra_kernel",
-            *q_rows, *grad_o_rows, peak, total, delta, k_l1, v_l1,
+            *q_rows, *grad_o_rows, peak_ptr, total_ptr, delta, k_l1_ptr, v_l1_ptr,
             keepers_l2, kept_l2.shape[2], offsets_l2, extra_l2, extra_grad_k_l1, extra_grad_v_l1, at.parts_l1, scale, heads_per_batch, n_tokens,
         )
     at.launch(
         grad_kv_l1_kernel, "grad_kv_l1_kernel",
-        *q_rows, *grad_o_rows, peak, total, delta, k_l1, v_l1,
+        *q_rows, *grad_o_rows, peak_ptr, total_ptr, delta, k_l1_ptr, v_l1_ptr,
         keepers_l2, kept_l2.shape[2], offsets_l2, extra_l2, extra_grad_k_l1, extra_grad_v_l1,
         grad_k_l2, grad_v_l2, grad_k_l1, grad_v_l1, at.parts_l1, scale, heads_per_batch, n_tokens,
     )
     if at.parts_l0:
         at.launch(
             grad_kv_l0_extra_kernel, "grad_kv_l0_extra_kernel",
-            *q_rows, *grad_o_rows, peak, total, delta, *k_rows, *v_rows,
+            *q_rows, *grad_o_rows, peak_ptr, total_ptr, delta, *k_rows, *v_rows,
             keepers_l1, kept_l1.shape[2], offsets_l1, extra_l1, extra_grad_k_l0, extra_grad_v_l0, at.parts_l0, scale, heads_per_batch, n_tokens,
         )
     at.launch(
         grad_kv_l0_kernel, "grad_kv_l0_kernel",
-        *q_rows, *grad_o_rows, peak, total, delta, *k_rows, *v_rows,
+        *q_rows, *grad_o_rows, peak_ptr, total_ptr, delta, *k_rows, *v_rows,
         keepers_l1, kept_l1.shape[2], offsets_l1, extra_l1, extra_grad_k_l0, extra_grad_v_l0,
-        grad_k_l1, grad_v_l1, grad_k, grad_v, at.parts_l0, scale, heads_per_batch, n_tokens,
+        grad_k_l1, grad_v_l1, grad_k_ptr, grad_v_ptr, at.parts_l0, scale, heads_per_batch, n_tokens,
     )
     return grad_q, grad_k, grad_v
 

@@ -27,7 +27,7 @@ SPEC = {
     "name": "topk_b128",
     "reweight": True,
 }
-OPERATOR = "topk_b128_4b76148c769b30d9"  # in torch.ops.llsa: the name of the spec and the hash of this text
+OPERATOR = "topk_b128_ff90f46071382a98"  # in torch.ops.llsa: the name of the spec and the hash of this text
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -44,9 +44,9 @@ EMPTY = tl.constexpr(-(2**63))  # the rank of no token at all
 # Tile shapes: target, bytes of an element, kernel.
 TILES_1 = {
     "pool": {"CHILDREN": 1, "ROWS": 64, "num_warps": 4},
-    "select_l1": {"BLOCK_M": 16, "BLOCK_N": 32, "KEEP": 4, "num_warps": 1, "num_stages": 2},
-    "attend": {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
-    "count": {"BLOCK": 1024, "num_warps": 4},
+    "select_l1": {"BLOCK_M": 16, "BLOCK_N": 64, "KEEP": 4, "num_warps": 1, "num_stages": 2},
+    "attend": {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
+    "count": {"BLOCK": 256, "num_warps": 8},
     "scan": {"BLOCK": 1024, "num_warps": 4},
     "invert_l1": {"BLOCK_M": 128, "KEYS": 32, "num_warps": 4},
     "grad_q": {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
@@ -56,7 +56,7 @@ TILES_2 = {
     "pool": {"CHILDREN": 1, "ROWS": 64, "num_warps": 4},
     "select_l1": {"BLOCK_M": 16, "BLOCK_N": 32, "KEEP": 4, "num_warps": 1, "num_stages": 2},
     "attend": {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2},
-    "count": {"BLOCK": 1024, "num_warps": 4},
+    "count": {"BLOCK": 256, "num_warps": 8},
     "scan": {"BLOCK": 1024, "num_warps": 4},
     "invert_l1": {"BLOCK_M": 128, "KEYS": 32, "num_warps": 4},
     "grad_q": {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2},
@@ -64,19 +64,9 @@ TILES_2 = {
 }
 TILES_3 = {
     "pool": {"CHILDREN": 1, "ROWS": 64, "num_warps": 4},
-    "select_l1": {"BLOCK_M": 16, "BLOCK_N": 32, "KEEP": 4, "num_warps": 1, "num_stages": 2},
-    "attend": {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 4, "num_stages": 3},
-    "count": {"BLOCK": 1024, "num_warps": 4},
-    "scan": {"BLOCK": 1024, "num_warps": 4},
-    "invert_l1": {"BLOCK_M": 128, "KEYS": 32, "num_warps": 4},
-    "grad_q": {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
-    "grad_kv_l0": {"PART": 32, "BLOCK_M": 32, "BLOCK_N": 128, "num_warps": 4, "num_stages": 2},
-}
-TILES_4 = {
-    "pool": {"CHILDREN": 1, "ROWS": 64, "num_warps": 4},
-    "select_l1": {"BLOCK_M": 16, "BLOCK_N": 32, "KEEP": 4, "num_warps": 1, "num_stages": 2},
-    "attend": {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
-    "count": {"BLOCK": 1024, "num_warps": 4},
+    "select_l1": {"BLOCK_M": 16, "BLOCK_N": 64, "KEEP": 4, "num_warps": 1, "num_stages": 2},
+    "attend": {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
+    "count": {"BLOCK": 256, "num_warps": 8},
     "scan": {"BLOCK": 1024, "num_warps": 4},
     "invert_l1": {"BLOCK_M": 128, "KEYS": 32, "num_warps": 4},
     "grad_q": {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
@@ -85,8 +75,8 @@ TILES_4 = {
 SCHEDULES = {
     "cuda:100": {2: TILES_1, 4: TILES_2},
     "cuda:80": {2: TILES_1, 4: TILES_2},
-    "cuda:90": {2: TILES_3, 4: TILES_2},
-    "hip:gfx942": {2: TILES_4, 4: TILES_2},
+    "cuda:90": {2: TILES_1, 4: TILES_2},
+    "hip:gfx942": {2: TILES_3, 4: TILES_2},
 }
 
 # ---- tiles -----------------------------------------------------------------------------------------------------------
@@ -754,8 +744,7 @@ class Prepared:
     def scratch(self, q):
         """One piece of memory on q's device for what lives within the backward pass, and the buffers of `SCRATCH` in it.
 
-        Counts are zero. Triton needs to know a tensor's dtype only once: where the last launch of the pass is ready, and
-        so are those before it, buffers are plain addresses.
+        Counts are zero. As `pointers`, buffers are plain addresses where nobody needs more.
         """
         _, size = self.places["extra_grad_v_l0"]
         _, counts = self.places["counts_l1"]
@@ -767,6 +756,14 @@ class Prepared:
         return memory, [
             memory[begin:end].view(SCRATCH[name]).view(self.shapes[name]) for name, (begin, end) in self.places.items()
         ]
+
+    def pointers(self, last, *tensors):
+        """The tensors as launches take them, up to the one of name `last`: themselves or, from the second time on, addresses.
+
+        Triton needs to know a tensor's dtype only once: where a launch is ready, so are those before it. An address is
+        looked up once here, and by Triton and the driver at every launch.
+        """
+        return [x.data_ptr() for x in tensors] if last in self.ready else tensors
 
     def launch(self, kernel, name, *arguments):
         """Launch `kernel` with the grid and the tile shapes of that name."""
@@ -800,9 +797,9 @@ def unit_stride(x):
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def strided(x):
-    """x and the steps between its batches, heads and rows, as the kernels take them."""
-    return x, x.stride(0), x.stride(1), x.stride(2)
+def strided(x, pointer):
+    """A pointer to x and the steps between its batches, heads and rows, as the kernels take them."""
+    return pointer, *x.stride()[:3]
 
 
 @functools.cache
@@ -848,16 +845,19 @@ def pool_and_select(q, k, at):
     q_l1 = q.new_empty(at.shapes["q_l1"])
     k_l1 = q.new_empty(at.shapes["k_l1"])
     kept_l1 = q.new_empty(at.shapes["kept_l1"], dtype=torch.int32)
+    q_ptr, k_ptr, q_l1_ptr, k_l1_ptr, kept_l1_ptr = at.pointers(
+        "select_l1_kernel", q, k, q_l1, k_l1, kept_l1
+    )
 
     at.launch(
         pool_l1_kernel, "pool_l1_kernel",
-        *strided(q), *strided(k),
-        q_l1, k_l1,
+        *strided(q, q_ptr), *strided(k, k_ptr),
+        q_l1_ptr, k_l1_ptr,
         heads_per_batch, batch * heads_per_batch, n_tokens,
     )
     at.launch(
         select_l1_kernel, "select_l1_kernel",
-        q_l1, k_l1, kept_l1, kept_l1.shape[2], n_tokens,
+        q_l1_ptr, k_l1_ptr, kept_l1_ptr, kept_l1.shape[2], n_tokens,
     )
     return [kept_l1]
 
@@ -880,11 +880,14 @@ def attend_kernels(q, k, v, scale):
     lse = q.new_empty(at.shapes["lse"], dtype=torch.float32)
     peak = q.new_empty(at.shapes["peak"], dtype=torch.float32)
     total = q.new_empty(at.shapes["total"], dtype=torch.float32)
+    q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, peak_ptr, total_ptr, kept_l1_ptr = at.pointers(
+        "attend_kernel", q, k, v, o, lse, peak, total, kept_l1
+    )
     at.launch(
         attend_kernel, "attend_kernel",
-        *strided(q), *strided(k), *strided(v),
-        kept_l1, kept_l1.shape[2],
-        o, lse, peak, total, scale, heads_per_batch, n_tokens,
+        *strided(q, q_ptr), *strided(k, k_ptr), *strided(v, v_ptr),
+        kept_l1_ptr, kept_l1.shape[2],
+        o_ptr, lse_ptr, peak_ptr, total_ptr, scale, heads_per_batch, n_tokens,
     )
     return o, lse, peak, total, kept_l1
 
@@ -906,11 +909,14 @@ def grad_kernels(grad_o, q, k, v, o, peak, total, kept_l1, scale):
         extra_grad_k_l0,
         extra_grad_v_l0,
     ) = scratch
-    q_rows, k_rows, v_rows, grad_o_rows = strided(q), strided(k), strided(v), strided(grad_o)
+    q_ptr, k_ptr, v_ptr, grad_o_ptr, o_ptr, peak_ptr, total_ptr, kept_l1_ptr, grad_q_ptr, grad_k_ptr, grad_v_ptr = at.pointers(
+        "grad_kv_l0_kernel", q, k, v, grad_o, o, peak, total, kept_l1, grad_q, grad_k, grad_v
+    )
+    q_rows, k_rows, v_rows, grad_o_rows = strided(q, q_ptr), strided(k, k_ptr), strided(v, v_ptr), strided(grad_o, grad_o_ptr)
 
     at.launch(
         count_kernel, "count_kernel",
-        kept_l1, kept_l1.shape[2],
+        kept_l1_ptr, kept_l1.shape[2],
         counts_l1, heads, n_tokens,
     )
     at.launch(
@@ -921,25 +927,25 @@ def grad_kernels(grad_o, q, k, v, o, peak, total, kept_l1, scale):
     )
     at.launch(
         invert_l1_kernel, "invert_l1_kernel",
-        kept_l1, kept_l1.shape[2], offsets_l1, keepers_l1, n_tokens,
+        kept_l1_ptr, kept_l1.shape[2], offsets_l1, keepers_l1, n_tokens,
     )
     at.launch(
         grad_q_kernel, "grad_q_kernel",
         *q_rows, *k_rows, *v_rows,
-        kept_l1, kept_l1.shape[2],
-        o, *grad_o_rows, peak, total, grad_q, delta, scale, heads_per_batch, n_tokens,
+        kept_l1_ptr, kept_l1.shape[2],
+        o_ptr, *grad_o_rows, peak_ptr, total_ptr, grad_q_ptr, delta, scale, heads_per_batch, n_tokens,
     )
     if at.parts_l0:
         at.launch(
             grad_kv_l0_extra_kernel, "grad_kv_l0_extra_kernel",
-            *q_rows, *grad_o_rows, peak, total, delta, *k_rows, *v_rows,
+            *q_rows, *grad_o_rows, peak_ptr, total_ptr, delta, *k_rows, *v_rows,
             keepers_l1, kept_l1.shape[2], offsets_l1, extra_l1, extra_grad_k_l0, extra_grad_v_l0, at.parts_l0, scale, heads_per_batch, n_tokens,
         )
     at.launch(
         grad_kv_l0_kernel, "grad_kv_l0_kernel",
-        *q_rows, *grad_o_rows, peak, total, delta, *k_rows, *v_rows,
+        *q_rows, *grad_o_rows, peak_ptr, total_ptr, delta, *k_rows, *v_rows,
         keepers_l1, kept_l1.shape[2], offsets_l1, extra_l1, extra_grad_k_l0, extra_grad_v_l0,
-        grad_k, grad_v, at.parts_l0, scale, heads_per_batch, n_tokens,
+        grad_k_ptr, grad_v_ptr, at.parts_l0, scale, heads_per_batch, n_tokens,
     )
     return grad_q, grad_k, grad_v
 

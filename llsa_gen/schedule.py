@@ -82,15 +82,14 @@ def _rules(plan: Plan, goal: Target, element: int) -> dict[str, tuple[Entry, tup
     for level in plan.levels:
         result[f"select_l{level}"] = _select(plan, element, level), ()
     result["attend"] = _walk(plan, goal, element, "attend")
-    result["count"] = {"BLOCK": 1024, "num_warps": 4}, ()
+    result["count"] = {"BLOCK": 256, "num_warps": 8}, ()
     result["scan"] = {"BLOCK": 1024, "num_warps": 4}, ()
     for level in plan.levels:
-        keys = 32 if level == plan.top else pad(plan.block(level + 1), 2)
-        result[f"invert_l{level}"] = {"BLOCK_M": max(8, min(128, 4096 // keys)), "KEYS": keys, "num_warps": 4}, ()
+        result[f"invert_l{level}"] = _invert(plan, level), ()
     result["grad_q"] = _walk(plan, goal, element, "grad_q")
     if plan.attends_top:
         result[f"grad_kv_l{plan.top}"] = _grad_top(plan, element), ()
-        result["grad_sum"] = {"BLOCK": 8, "num_warps": 4}, ()
+        result["grad_sum"] = _grad_sum(plan), ()
     for level in reversed(plan.listed):
         result[f"grad_kv_l{level}"] = _grad_listed(plan, goal, element, level), ()
     return result
@@ -107,10 +106,19 @@ def _select(plan: Plan, element: int, level: int) -> Entry:
     if level not in plan.sorted_levels:
         return {"BLOCK_M": 16, "BLOCK_N": 64 if element == 2 else 32, "num_warps": 4, "num_stages": 2}
     keep = pad(plan.topk(level), 1)
-    # sorting networks live in registers: one warp where a row's candidates are few, four where they are many
-    return {
-        "BLOCK_M": 16, "BLOCK_N": max(32, keep), "KEEP": keep, "num_warps": 1 if keep <= 16 else 4, "num_stages": 2,
-    }  # fmt: skip
+    # sorting networks live in registers: few warps where a row's candidates are few, four where they are many
+    keys = max(64 if level == plan.top and keep <= 8 and element == 2 else 32, keep)
+    return {"BLOCK_M": 16, "BLOCK_N": keys, "KEEP": keep, "num_warps": 1 if keep <= 16 else 4, "num_stages": 2}
+
+
+def _invert(plan: Plan, level: int) -> Entry:
+    if level == plan.top:
+        return {"BLOCK_M": 128, "KEYS": 32, "num_warps": 4}
+    keys = pad(plan.block(level + 1), 2)
+    if keys <= 16:
+        return {"BLOCK_M": 128, "KEYS": keys, "num_warps": 4}
+    # many keys: small steps along the list, a few elements a thread, where a larger tile would take all its registers
+    return {"BLOCK_M": max(8, 1024 // keys), "KEYS": keys, "num_warps": min(16, keys // 4)}
 
 
 def _fit(entry: Entry, goal: Target, stage: str, width: int, element: int) -> tuple[Entry, tuple[str, ...]]:
@@ -146,9 +154,7 @@ def _walk(plan: Plan, goal: Target, element: int, stage: str) -> tuple[Entry, tu
         entry = {"BLOCK_M": rows, "BLOCK_N": 32, "num_warps": rows // 16 if width <= 64 else rows // 8, "num_stages": 2}
         entry |= _capped(goal, 128) if width <= 64 and element == 2 else {}
     else:
-        tall = stage == "attend" and width <= 64
-        rows = min(rows, 128 if tall else 64)
-        entry = {"BLOCK_M": rows, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3 if width <= 64 else 2}
+        entry = {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3 if width <= 64 else 2}
     if element == 4:
         entry |= {"BLOCK_C": 32 if width <= 64 else 16, "BLOCK_N": 32 if width <= 64 else 16}
         entry |= {"num_warps": 8, "num_stages": 2}
@@ -170,6 +176,12 @@ def _grad_top(plan: Plan, element: int) -> Entry:
         return {"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 4 if width <= 128 else 8, "num_stages": 2}
     rows, keys = (128, 64) if width <= 64 else (64, 64) if width == 128 else (32, 32)
     return {"BLOCK_M": rows, "BLOCK_N": keys, "num_warps": 4, "num_stages": 2}
+
+
+def _grad_sum(plan: Plan) -> Entry:
+    width = pad(plan.head_dim)
+    rows = 1 if width <= 64 else 2  # sums are few and long: many small programs
+    return {"BLOCK": rows, "num_warps": max(1, rows * width // 64)}
 
 
 def _grad_listed(plan: Plan, goal: Target, element: int, level: int) -> Entry:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -34,23 +35,27 @@ class Launched:
     name: str
     arguments: tuple[object, ...]
 
-    @property
-    def addresses(self) -> list[int]:
-        """The arguments that are plain addresses."""
-        return [x for x in self.arguments if isinstance(x, int) and x >= LOWEST_ADDRESS]
+    def told_apart(self, places: "Places") -> tuple[object, ...]:
+        """All of it, with places for tensors and for addresses: equal for equal inputs."""
+        return self.programs, self.function, self.name, tuple(map(places.of, self.arguments))
 
-    def told_apart(self, memory: int) -> tuple[object, ...]:
-        """All of it, with places for tensors and for addresses, which are in `memory`: equal for equal inputs."""
 
-        def place(x: object) -> object:
-            if isinstance(x, Tensor):  # bytes from where its memory begins, and whether that is aligned
-                begin = x.storage_offset() * x.itemsize
-                return "place", begin, (x.data_ptr() - begin) % 16 if x.numel() else 0
-            if isinstance(x, int) and x >= LOWEST_ADDRESS:
-                return "place", x - memory, memory % 16
-            return x
+class Places:
+    """Where arguments point to: which memory, counted in the order of appearance, and how many bytes from its start."""
 
-        return self.programs, self.function, self.name, tuple(place(x) for x in self.arguments)
+    def __init__(self, held: list[Tensor]) -> None:
+        storages = [x.untyped_storage() for x in held]  # all alive, so that no two are in the same place
+        self._sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
+        self._seen: dict[int, int] = {}
+
+    def of(self, argument: object) -> object:
+        """The place of a tensor or an address; any other argument as it is."""
+        if isinstance(argument, Tensor):
+            argument = argument.untyped_storage().data_ptr() + argument.storage_offset() * argument.itemsize
+        if not isinstance(argument, int) or argument < LOWEST_ADDRESS:
+            return argument
+        begin = next(begin for begin, size in self._sizes.items() if begin <= argument <= begin + size)
+        return "place", self._seen.setdefault(begin, len(self._seen)), argument - begin
 
 
 class PretendedGpu:
@@ -124,11 +129,22 @@ def step(module: ModuleType, tensors: list[Tensor]) -> None:
 
 def launches(gpu: PretendedGpu, module: ModuleType, tensors: list[Tensor]) -> list[tuple[object, ...]]:
     gpu.log.clear()
-    step(module, tensors)
-    memory = min(
-        (x for launch in gpu.log for x in launch.addresses), default=0
-    )  # of the backward pass: counts are first
-    return [launch.told_apart(memory) for launch in gpu.log]
+    held: list[Tensor] = []
+    pointers, scratch = module.Prepared.pointers, module.Prepared.scratch
+
+    def hold_pointers(at: Any, last: str, *made: Tensor) -> Any:
+        held.extend(made)
+        return pointers(at, last, *made)
+
+    def hold_scratch(at: Any, q: Tensor) -> Any:
+        memory, buffers = scratch(at, q)
+        held.append(memory)
+        return memory, buffers
+
+    with patch.multiple(module.Prepared, pointers=hold_pointers, scratch=hold_scratch):
+        step(module, tensors)
+    places = Places(held)
+    return [launch.told_apart(places) for launch in gpu.log]
 
 
 def test_the_second_call_launches_what_triton_launched_in_the_first(gpu: PretendedGpu, module: ModuleType) -> None:
@@ -139,6 +155,7 @@ def test_the_second_call_launches_what_triton_launched_in_the_first(gpu: Pretend
         x.data_ptr() for launch in gpu.log for x in launch.arguments if isinstance(x, Tensor)
     }
     assert launches(gpu, module, tensors) == first
+    assert not any(isinstance(x, Tensor) for launch in gpu.log for x in launch.arguments), "but addresses"
     assert launches(gpu, module, draw(4096)) == first, "other tensors of the same shapes"
 
 

@@ -147,9 +147,7 @@ KERNELS = (
         "for part in range(tl.load(extra_ptr), tl.load(extra_ptr)):",
         POPULAR,
     ),
-    mutation(
-        "strides of another tensor", "host.py", "*strided(k), *strided(v)", "*strided(k), v, *strided(k)[1:]", STRIDES
-    ),
+    mutation("strides of another tensor", "host.py", "*strided(v, v_ptr)", "*strided(k, v_ptr)", STRIDES),
 )
 
 TORCH = (
