@@ -27,7 +27,7 @@ SPEC = {
     "name": "llsa_l1",
     "reweight": True,
 }
-OPERATOR = "llsa_l1_4a1e6f148e18d66f"  # in torch.ops.llsa: the name of the spec and the hash of this text
+OPERATOR = "llsa_l1_514cc4d7eb4b1b8d"  # in torch.ops.llsa: the name of the spec and the hash of this text
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -836,7 +836,7 @@ class Prepared:
         self.rows_per_split, splits = split_queries(heads, n_tokens, tokens[1], tiles["grad_kv_l1"])
         self.splits = splits
         tile = tiles["grad_kv_l0"]
-        parts_l0 = self.parts_l0 = ((tokens[1] * min(8, tokens[1])) // tile["PART"])
+        parts_l0 = self.parts_l0 = min(((tokens[1] * min(8, tokens[1])) // tile["PART"]), tokens[1] * ((tokens[1] - 1) // tile["PART"]))
         self.part_lengths = {0: tiles["grad_kv_l0"]["PART"]}
         self.shapes = {
             "o": (heads, n_tokens, 64),
@@ -919,7 +919,7 @@ class Prepared:
         return [x.data_ptr() for x in tensors] if last in self.ready else tensors
 
     def launch(self, kernel, name, *arguments):
-        """Launch `kernel` with the grid and the tile shapes of that name."""
+        """Launch `kernel` with the grid and the tile shapes of that name; where it has no programs, only compile it."""
         if name in self.ready:
             run, shapes = self.ready[name]
             run(*arguments, *shapes)
@@ -1105,12 +1105,11 @@ def grad_kernels(grad_o, q, k, v, o, peak, total, k_l1, v_l1, kept_l1, scale):
         grad_kv_l1_sum_kernel, "grad_kv_l1_sum_kernel",
         split_grad_k_l1, split_grad_v_l1, grad_k_l1, grad_v_l1, at.splits, n_tokens,
     )
-    if at.parts_l0:
-        at.launch(
-            grad_kv_l0_extra_kernel, "grad_kv_l0_extra_kernel",
-            *q_rows, *grad_o_rows, peak_ptr, total_ptr, delta, *k_rows, *v_rows,
-            keepers_l1, kept_l1.shape[2], offsets_l1, extra_l1, extra_grad_k_l0, extra_grad_v_l0, at.parts_l0, scale, heads_per_batch, n_tokens,
-        )
+    at.launch(
+        grad_kv_l0_extra_kernel, "grad_kv_l0_extra_kernel",
+        *q_rows, *grad_o_rows, peak_ptr, total_ptr, delta, *k_rows, *v_rows,
+        keepers_l1, kept_l1.shape[2], offsets_l1, extra_l1, extra_grad_k_l0, extra_grad_v_l0, at.parts_l0, scale, heads_per_batch, n_tokens,
+    )
     at.launch(
         grad_kv_l0_kernel, "grad_kv_l0_kernel",
         *q_rows, *grad_o_rows, peak_ptr, total_ptr, delta, *k_rows, *v_rows,

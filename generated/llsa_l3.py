@@ -29,7 +29,7 @@ SPEC = {
     "name": "llsa_l3",
     "reweight": True,
 }
-OPERATOR = "llsa_l3_5ad153b10fb8c81c"  # in torch.ops.llsa: the name of the spec and the hash of this text
+OPERATOR = "llsa_l3_294979b1cf45cd2d"  # in torch.ops.llsa: the name of the spec and the hash of this text
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -1456,11 +1456,11 @@ class Prepared:
         self.rows_per_split, splits = split_queries(heads, n_tokens, tokens[3], tiles["grad_kv_l3"])
         self.splits = splits
         tile = tiles["grad_kv_l0"]
-        parts_l0 = self.parts_l0 = ((tokens[1] * min(8, tokens[1])) // tile["PART"])
+        parts_l0 = self.parts_l0 = min(((tokens[1] * min(8, tokens[1])) // tile["PART"]), tokens[1] * ((tokens[1] - 1) // tile["PART"]))
         tile = tiles["grad_kv_l1"]
-        parts_l1 = self.parts_l1 = ((tokens[2] * min(8, tokens[2])) // tile["PART"])
+        parts_l1 = self.parts_l1 = min(((tokens[2] * min(8, tokens[2])) // tile["PART"]), tokens[2] * ((tokens[2] - 1) // tile["PART"]))
         tile = tiles["grad_kv_l2"]
-        parts_l2 = self.parts_l2 = ((tokens[3] * min(8, tokens[3])) // tile["PART"])
+        parts_l2 = self.parts_l2 = min(((tokens[3] * min(8, tokens[3])) // tile["PART"]), tokens[3] * ((tokens[3] - 1) // tile["PART"]))
         self.part_lengths = {0: tiles["grad_kv_l0"]["PART"], 1: tiles["grad_kv_l1"]["PART"], 2: tiles["grad_kv_l2"]["PART"]}
         self.shapes = {
             "o": (heads, n_tokens, 64),
@@ -1583,7 +1583,7 @@ class Prepared:
         return [x.data_ptr() for x in tensors] if last in self.ready else tensors
 
     def launch(self, kernel, name, *arguments):
-        """Launch `kernel` with the grid and the tile shapes of that name."""
+        """Launch `kernel` with the grid and the tile shapes of that name; where it has no programs, only compile it."""
         if name in self.ready:
             run, shapes = self.ready[name]
             run(*arguments, *shapes)
@@ -1833,36 +1833,33 @@ def grad_kernels(grad_o, q, k, v, o, peak, total, k_l1, v_l1, k_l2, v_l2, k_l3, 
         grad_kv_l3_sum_kernel, "grad_kv_l3_sum_kernel",
         split_grad_k_l3, split_grad_v_l3, grad_k_l3, grad_v_l3, at.splits, n_tokens,
     )
-    if at.parts_l2:
-        at.launch(
-            grad_kv_l2_extra_kernel, "grad_kv_l2_extra_kernel",
-            *q_rows, *grad_o_rows, peak_ptr, total_ptr, delta, k_l2_ptr, v_l2_ptr,
-            keepers_l3, kept_l3.shape[2], offsets_l3, extra_l3, extra_grad_k_l2, extra_grad_v_l2, at.parts_l2, scale, heads_per_batch, n_tokens,
-        )
+    at.launch(
+        grad_kv_l2_extra_kernel, "grad_kv_l2_extra_kernel",
+        *q_rows, *grad_o_rows, peak_ptr, total_ptr, delta, k_l2_ptr, v_l2_ptr,
+        keepers_l3, kept_l3.shape[2], offsets_l3, extra_l3, extra_grad_k_l2, extra_grad_v_l2, at.parts_l2, scale, heads_per_batch, n_tokens,
+    )
     at.launch(
         grad_kv_l2_kernel, "grad_kv_l2_kernel",
         *q_rows, *grad_o_rows, peak_ptr, total_ptr, delta, k_l2_ptr, v_l2_ptr,
         keepers_l3, kept_l3.shape[2], offsets_l3, extra_l3, extra_grad_k_l2, extra_grad_v_l2,
         grad_k_l3, grad_v_l3, grad_k_l2, grad_v_l2, at.parts_l2, scale, heads_per_batch, n_tokens,
     )
-    if at.parts_l1:
-        at.launch(
-            grad_kv_l1_extra_kernel, "grad_kv_l1_extra_kernel",
-            *q_rows, *grad_o_rows, peak_ptr, total_ptr, delta, k_l1_ptr, v_l1_ptr,
-            keepers_l2, kept_l2.shape[2], offsets_l2, extra_l2, extra_grad_k_l1, extra_grad_v_l1, at.parts_l1, scale, heads_per_batch, n_tokens,
-        )
+    at.launch(
+        grad_kv_l1_extra_kernel, "grad_kv_l1_extra_kernel",
+        *q_rows, *grad_o_rows, peak_ptr, total_ptr, delta, k_l1_ptr, v_l1_ptr,
+        keepers_l2, kept_l2.shape[2], offsets_l2, extra_l2, extra_grad_k_l1, extra_grad_v_l1, at.parts_l1, scale, heads_per_batch, n_tokens,
+    )
     at.launch(
         grad_kv_l1_kernel, "grad_kv_l1_kernel",
         *q_rows, *grad_o_rows, peak_ptr, total_ptr, delta, k_l1_ptr, v_l1_ptr,
         keepers_l2, kept_l2.shape[2], offsets_l2, extra_l2, extra_grad_k_l1, extra_grad_v_l1,
         grad_k_l2, grad_v_l2, grad_k_l1, grad_v_l1, at.parts_l1, scale, heads_per_batch, n_tokens,
     )
-    if at.parts_l0:
-        at.launch(
-            grad_kv_l0_extra_kernel, "grad_kv_l0_extra_kernel",
-            *q_rows, *grad_o_rows, peak_ptr, total_ptr, delta, *k_rows, *v_rows,
-            keepers_l1, kept_l1.shape[2], offsets_l1, extra_l1, extra_grad_k_l0, extra_grad_v_l0, at.parts_l0, scale, heads_per_batch, n_tokens,
-        )
+    at.launch(
+        grad_kv_l0_extra_kernel, "grad_kv_l0_extra_kernel",
+        *q_rows, *grad_o_rows, peak_ptr, total_ptr, delta, *k_rows, *v_rows,
+        keepers_l1, kept_l1.shape[2], offsets_l1, extra_l1, extra_grad_k_l0, extra_grad_v_l0, at.parts_l0, scale, heads_per_batch, n_tokens,
+    )
     at.launch(
         grad_kv_l0_kernel, "grad_kv_l0_kernel",
         *q_rows, *grad_o_rows, peak_ptr, total_ptr, delta, *k_rows, *v_rows,

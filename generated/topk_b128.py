@@ -27,7 +27,7 @@ SPEC = {
     "name": "topk_b128",
     "reweight": True,
 }
-OPERATOR = "topk_b128_ff90f46071382a98"  # in torch.ops.llsa: the name of the spec and the hash of this text
+OPERATOR = "topk_b128_2ba590c757d3f8ee"  # in torch.ops.llsa: the name of the spec and the hash of this text
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -692,7 +692,7 @@ class Prepared:
     def __init__(self, heads, n_tokens, tiles):
         tokens = level_tokens(n_tokens)
         tile = tiles["grad_kv_l0"]
-        parts_l0 = self.parts_l0 = ((tokens[1] * min(4, tokens[1])) // tile["PART"])
+        parts_l0 = self.parts_l0 = min(((tokens[1] * min(4, tokens[1])) // tile["PART"]), tokens[1] * ((tokens[1] - 1) // tile["PART"]))
         self.part_lengths = {0: tiles["grad_kv_l0"]["PART"]}
         self.shapes = {
             "o": (heads, n_tokens, 64),
@@ -766,7 +766,7 @@ class Prepared:
         return [x.data_ptr() for x in tensors] if last in self.ready else tensors
 
     def launch(self, kernel, name, *arguments):
-        """Launch `kernel` with the grid and the tile shapes of that name."""
+        """Launch `kernel` with the grid and the tile shapes of that name; where it has no programs, only compile it."""
         if name in self.ready:
             run, shapes = self.ready[name]
             run(*arguments, *shapes)
@@ -935,12 +935,11 @@ def grad_kernels(grad_o, q, k, v, o, peak, total, kept_l1, scale):
         kept_l1_ptr, kept_l1.shape[2],
         o_ptr, *grad_o_rows, peak_ptr, total_ptr, grad_q_ptr, delta, scale, heads_per_batch, n_tokens,
     )
-    if at.parts_l0:
-        at.launch(
-            grad_kv_l0_extra_kernel, "grad_kv_l0_extra_kernel",
-            *q_rows, *grad_o_rows, peak_ptr, total_ptr, delta, *k_rows, *v_rows,
-            keepers_l1, kept_l1.shape[2], offsets_l1, extra_l1, extra_grad_k_l0, extra_grad_v_l0, at.parts_l0, scale, heads_per_batch, n_tokens,
-        )
+    at.launch(
+        grad_kv_l0_extra_kernel, "grad_kv_l0_extra_kernel",
+        *q_rows, *grad_o_rows, peak_ptr, total_ptr, delta, *k_rows, *v_rows,
+        keepers_l1, kept_l1.shape[2], offsets_l1, extra_l1, extra_grad_k_l0, extra_grad_v_l0, at.parts_l0, scale, heads_per_batch, n_tokens,
+    )
     at.launch(
         grad_kv_l0_kernel, "grad_kv_l0_kernel",
         *q_rows, *grad_o_rows, peak_ptr, total_ptr, delta, *k_rows, *v_rows,

@@ -36,7 +36,7 @@ from llsa_gen.spec import load
 __all__ = ["Launch", "Report", "compile_kernels", "export", "gpu_target", "record"]
 
 USUAL_TOKENS = 65_536
-"""Length whose launches are compiled unless one is given: long enough that few kernels sit idle, as in practice."""
+"""Length whose launches are compiled unless one is given: long enough that no kernel sits idle, as in practice."""
 
 MANIFEST = "manifest.json"
 
@@ -94,7 +94,7 @@ def compile_kernels(
     """Compile every distinct kernel of a module for `target`, or those named in `kernels`, and report on each.
 
     A kernel is distinct when its constexprs, options or argument types are. The launches are those for q, k, v
-    [batch, heads, n_tokens, D]; without `n_tokens` those of 65,536 tokens and, for kernels or tile shapes that only
+    [batch, heads, n_tokens, D]; without `n_tokens` those of 65,536 tokens and, for variants or tile shapes that only
     other sequences need, those of one token less, of the longest or of a short one. Needs no GPU. Raises
     KernelCompileError where Triton fails, and what `record` raises.
     """

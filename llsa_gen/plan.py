@@ -113,8 +113,13 @@ class Plan(Levels):
         return 3 if self.enriched else 2
 
     def extra_parts(self, level: int) -> sympy.Expr:
-        """Most parts beyond the first into which the lists of a level's keys can be cut, PART entries each."""
-        return sympy.floor(self.tokens(level + 1) * self.width(level + 1) / tile("PART"))
+        """Most parts beyond the first into which the lists of a level's keys can be cut, PART entries each.
+
+        There are as many lists as query tokens, none is longer than that, and all together have K entries a query token.
+        """
+        tokens = self.tokens(level + 1)
+        of_a_list = sympy.floor((tokens - 1) / tile("PART"))
+        return sympy.Min(sympy.floor(tokens * self.width(level + 1) / tile("PART")), tokens * of_a_list)
 
     @property
     def saved(self) -> tuple[str, ...]:

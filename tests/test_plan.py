@@ -17,7 +17,7 @@ from llsa_gen import Level, Spec, compile
 from llsa_gen.fuzz_cases import lengths, specs
 from llsa_gen.launches import Launch, record
 from llsa_gen.plan import Kernel, Plan, Role, lower
-from llsa_gen.sizes import HEADS, MAX_TOKENS, SPLITS, N, ceil_div
+from llsa_gen.sizes import HEADS, MAX_TOKENS, SPLITS, N, ceil_div, tile
 from llsa_gen.sizes import parts as parts_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -194,3 +194,15 @@ def test_equal_specs_have_equal_plans(spec: Spec) -> None:
     again = lower(Spec.model_validate_json(spec.model_dump_json()))
     assert lower(spec) == again
     assert lower(spec).to_dict() == again.to_dict()
+
+
+@given(tokens=st.integers(1, 60), topk=st.integers(1, 9), part=st.integers(1, 80), data=st.data())
+def test_there_is_room_for_every_part_of_a_popular_list(tokens: int, topk: int, part: int, data: st.DataObject) -> None:
+    plan = lower(Spec(name="s", head_dim=8, levels=(Level(block=2, topk=topk),)))
+    room = int(plan.extra_parts(0).subs({N: 2 * tokens, tile("PART"): part}))
+    width = min(topk, tokens)
+    popular = range(data.draw(st.integers(width, tokens), label="how many key tokens are kept at all"))
+    kept = data.draw(st.lists(st.permutations(popular), min_size=tokens, max_size=tokens))
+    entries = Counter(key for row in kept for key in row[:width])
+    assert sum(-(-count // part) - 1 for count in entries.values()) <= room
+    assert room == 0 or tokens > part, "a list is no longer than there are query tokens"
