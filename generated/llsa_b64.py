@@ -28,7 +28,7 @@ SPEC = {
     "name": "llsa_b64",
     "reweight": True,
 }
-OPERATOR = "llsa_b64_84f9790bed2ca235"  # in torch.ops.llsa: the name of the spec and the hash of this text
+OPERATOR = "llsa_b64_83cafab6d5418379"  # in torch.ops.llsa: the name of the spec and the hash of this text
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -36,6 +36,7 @@ MAX_TOKENS = 1073741824  # tokens and the entries of index lists are counted in 
 
 HEAD_DIM = tl.constexpr(64)  # D
 PAD_DIM = tl.constexpr(64)  # columns of a tile: D rounded up to a power of two, at least 16
+ROW_UNIT = tl.constexpr(8)  # rows of q, k, v and of the gradient of o begin at multiples of so many elements
 BLOCK_1 = tl.constexpr(64)  # b_1
 BLOCK_2 = tl.constexpr(64)  # b_2
 SPAN_1 = tl.constexpr(64)  # P_1
@@ -43,6 +44,12 @@ SPAN_2 = tl.constexpr(4096)  # P_2
 LOG2E = tl.constexpr(1.4426950408889634)  # the softmax works in base 2
 LN2 = tl.constexpr(0.6931471805599453)
 EMPTY = tl.constexpr(-(2**63))  # the rank of no token at all
+
+# What differs from call to call: Triton makes no kernel of its own where one of these is 1 or a multiple of 16.
+UNSPECIALISED = [
+    "heads", "heads_per_batch", "n_tokens", "width", "width_above", "parts", "rows_per_split", "splits",
+    "width_l1", "width_l2", "part_l1", "part_l2",
+]
 
 # Tile shapes: target, bytes of an element, kernel.
 TILES_1 = {
@@ -104,7 +111,8 @@ SCHEDULES = {
 def load_rows(ptr, row, stride, inside):
     """Rows `row` of a matrix [*, HEAD_DIM] as a tile [..., PAD_DIM]; zero where not `inside` and in the padding."""
     dim = tl.arange(0, PAD_DIM)
-    at = tl.expand_dims(row.to(tl.int64) * stride, -1) + dim
+    begin = tl.multiple_of(row.to(tl.int64) * stride, [ROW_UNIT] * len(row.shape))
+    at = tl.expand_dims(begin, -1) + dim
     return tl.load(ptr + at, mask=tl.expand_dims(inside, -1), other=0.0)
 
 
@@ -120,7 +128,8 @@ def store_rows(ptr, row, stride, inside, tile):
 def head_base(ptr, head, stride_batch, stride_head, heads_per_batch):
     """Start of one head of a [B, H, *, *] tensor of any strides; `head` counts over B*H."""
     batch = (head // heads_per_batch).to(tl.int64)
-    return ptr + batch * stride_batch + (head % heads_per_batch).to(tl.int64) * stride_head
+    begin = batch * stride_batch + (head % heads_per_batch).to(tl.int64) * stride_head
+    return ptr + tl.multiple_of(begin, [ROW_UNIT])
 
 
 @triton.jit
@@ -221,7 +230,7 @@ def pool_l1_tile(
     store_rows(mean_l2_ptr, token, HEAD_DIM, token >= 0, whole[None, :] / covered[:, None])
 
 
-@triton.jit(do_not_specialize=["heads_per_batch", "heads", "n_tokens"])
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def pool_l1_kernel(
     q_ptr, stride_qb, stride_qh, stride_qn,  # [B, H, N, D]
     k_ptr, stride_kb, stride_kh, stride_kn,  # [B, H, N, D]
@@ -282,7 +291,7 @@ def store_kept(kept_ptr, row, width, inside, best, KEEP: tl.constexpr):
     tl.store(kept_ptr + at, token, mask=inside[:, None] & (place < width)[None, :])
 
 
-@triton.jit(do_not_specialize=["width", "n_tokens"])
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def select_l2_kernel(
     q_l2_ptr, k_l2_ptr,  # [B*H, T_2, D]
     kept_l2_ptr, width,  # [B*H, T_2, width] int32, out
@@ -313,7 +322,7 @@ def select_l2_kernel(
     store_kept(kept_l2_ptr + head * n_l2 * width, row, width, inside, best, KEEP)
 
 
-@triton.jit(do_not_specialize=["width", "width_above", "n_tokens"])
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def select_l1_kernel(
     q_l1_ptr, k_l1_ptr,  # [B*H, T_1, D]
     kept_l2_ptr, width_above,  # [B*H, T_2, width_above] int32
@@ -353,7 +362,7 @@ def select_l1_kernel(
 # ---- attention -------------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["heads_per_batch", "n_tokens", "width_l1", "width_l2"])
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def attend_kernel(
     q_ptr, stride_qb, stride_qh, stride_qn,  # [B, H, N, D]
     k_ptr, stride_kb, stride_kh, stride_kn,
@@ -453,7 +462,7 @@ def count_keepers(kept_ptr, counts_ptr, n_entries, n_rows, program, BLOCK: tl.co
     tl.atomic_add(counts_ptr + head * n_rows + token, 1, mask=token >= 0)
 
 
-@triton.jit(do_not_specialize=["width_l1", "width_l2", "heads", "n_tokens"])
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def count_kernel(
     kept_l1_ptr, width_l1,  # [B*H, T_1, width] int32
     kept_l2_ptr, width_l2,  # [B*H, T_2, width] int32
@@ -497,7 +506,7 @@ def running_sum(counts_ptr, sums_ptr, head, n_rows, part, BLOCK: tl.constexpr):
     tl.store(sums_ptr + head * (n_rows + 1) + n_rows, before)
 
 
-@triton.jit(do_not_specialize=["part_l1", "part_l2", "heads", "n_tokens"])
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def scan_kernel(
     counts_l1_ptr,  # [B*H, T_1] int32
     counts_l2_ptr,  # [B*H, T_2] int32
@@ -539,7 +548,7 @@ def scatter_keepers(keepers_ptr, cursor, key, kept_ptr, row, width, inside):
     return cursor + tl.sum(keeps, 0)
 
 
-@triton.jit(do_not_specialize=["width", "n_tokens"])
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def invert_l2_kernel(
     kept_l2_ptr, width,  # [B*H, T_2, width] int32
     offsets_l2_ptr,  # [B*H, T_2 + 1] int32
@@ -562,7 +571,7 @@ def invert_l2_kernel(
         cursor = scatter_keepers(keepers_ptr, cursor, key, kept_ptr, row, width, row < n_l2)
 
 
-@triton.jit(do_not_specialize=["width", "width_above", "n_tokens"])
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def invert_l1_kernel(
     kept_l1_ptr, width,  # [B*H, T_1, width] int32
     offsets_l1_ptr,  # [B*H, T_1 + 1] int32
@@ -595,7 +604,7 @@ def invert_l1_kernel(
         cursor = scatter_keepers(keepers_ptr, cursor, key, kept_ptr, row, width, inside)
 
 
-@triton.jit(do_not_specialize=["heads_per_batch", "n_tokens", "width_l1", "width_l2"])
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def grad_q_kernel(
     q_ptr, stride_qb, stride_qh, stride_qn,  # [B, H, N, D]
     k_ptr, stride_kb, stride_kh, stride_kn,
@@ -715,7 +724,7 @@ def grad_queries(
     return grad_step(q, grad_o, k, v, bias, scale_log2e, peak, total, delta, grad_k, grad_v)
 
 
-@triton.jit(do_not_specialize=["heads_per_batch", "rows_per_split", "splits", "n_tokens"])
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def grad_kv_l2_kernel(
     q_ptr, stride_qb, stride_qh, stride_qn,  # [B, H, N, D]
     grad_o_ptr, stride_gb, stride_gh, stride_gn,
@@ -755,7 +764,7 @@ def grad_kv_l2_kernel(
     store_rows(split_grad_v_ptr + to_split, key, HEAD_DIM, exists, grad_v)
 
 
-@triton.jit(do_not_specialize=["splits", "n_tokens"])
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def grad_kv_l2_sum_kernel(
     split_grad_k_ptr, split_grad_v_ptr,  # [B*H, splits, T_2, D] float32
     grad_k_l2_ptr, grad_v_l2_ptr,  # [B*H, T_2, D] float32, out: per token covered
@@ -826,7 +835,7 @@ def grad_kv_l1_part(
     return grad_k * scale, grad_v
 
 
-@triton.jit(do_not_specialize=["width", "parts", "heads_per_batch", "n_tokens"])
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def grad_kv_l1_extra_kernel(
     q_ptr, stride_qb, stride_qh, stride_qn,  # [B, H, N, D]
     grad_o_ptr, stride_gb, stride_gh, stride_gn,
@@ -872,7 +881,7 @@ def grad_kv_l1_extra_kernel(
     store_rows(extra_grad_v_ptr + to_part, child, HEAD_DIM, child < BLOCK_2, grad_v)
 
 
-@triton.jit(do_not_specialize=["width", "parts", "heads_per_batch", "n_tokens"])
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def grad_kv_l1_kernel(
     q_ptr, stride_qb, stride_qh, stride_qn,  # [B, H, N, D]
     grad_o_ptr, stride_gb, stride_gh, stride_gn,
@@ -960,7 +969,7 @@ def grad_kv_l0_part(
     return grad_k * scale, grad_v
 
 
-@triton.jit(do_not_specialize=["width", "parts", "heads_per_batch", "n_tokens"])
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def grad_kv_l0_extra_kernel(
     q_ptr, stride_qb, stride_qh, stride_qn,  # [B, H, N, D]
     grad_o_ptr, stride_gb, stride_gh, stride_gn,
@@ -1006,7 +1015,7 @@ def grad_kv_l0_extra_kernel(
     store_rows(extra_grad_v_ptr + to_part, child, HEAD_DIM, child < BLOCK_1, grad_v)
 
 
-@triton.jit(do_not_specialize=["width", "parts", "heads_per_batch", "n_tokens"])
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def grad_kv_l0_kernel(
     q_ptr, stride_qb, stride_qh, stride_qn,  # [B, H, N, D]
     grad_o_ptr, stride_gb, stride_gh, stride_gn,
@@ -1240,9 +1249,10 @@ def is_whole(tokens, tile):
     )
 
 
-def unit_stride(x):
-    """`x`, copied only if the elements of a row do not lie side by side."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+def aligned(x):
+    """`x`, copied only if a row's elements do not lie side by side, or rows not at multiples of ROW_UNIT elements."""
+    batches, heads, rows, step = x.stride()
+    return x if step == 1 and (batches | heads | rows) % ROW_UNIT.value == 0 else x.contiguous()
 
 
 def strided(x, pointer):
@@ -1286,7 +1296,7 @@ def prepared(device, dtype, shape, strides, starts):
 def pool_and_select(q, k, v, at):
     """The pyramid and, from the coarsest level down, the tokens that are kept.
 
-    Takes [B, H, N, D] tensors of unit stride; returns the means of k and of v, [B*H, T_l, D], and the kept tokens,
+    Takes [B, H, N, D] tensors, `aligned`; returns the means of k and of v, [B*H, T_l, D], and the kept tokens,
     [B*H, T_l, width] int32: lists over the levels, finest first.
     """
     batch, heads_per_batch, n_tokens, _ = q.shape
@@ -1322,14 +1332,14 @@ def pool_and_select(q, k, v, at):
 
 def select_kernels(q, k):
     """The kept tokens of each level, finest first, by the Triton kernels."""
-    q, k = unit_stride(q), unit_stride(k)
+    q, k = aligned(q), aligned(k)
     *_, kept = pool_and_select(q, k, k, prepare((q, k, k)))  # k in place of v, whose means nobody will look at
     return kept
 
 
 def attend_kernels(q, k, v, scale):
     """o, lse and what the backward pass needs, in the order of the operator's outputs, by the Triton kernels."""
-    q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
+    q, k, v = aligned(q), aligned(k), aligned(v)
     at = prepare((q, k, v))
     _, heads_per_batch, n_tokens, _ = q.shape
     k_means, v_means, kept = pool_and_select(q, k, v, at)
@@ -1357,7 +1367,7 @@ def attend_kernels(q, k, v, scale):
 
 def grad_kernels(grad_o, q, k, v, o, peak, total, k_l1, v_l1, k_l2, v_l2, kept_l1, kept_l2, scale):
     """dq, dk, dv by the Triton kernels."""
-    grad_o, q, k, v = unit_stride(grad_o), unit_stride(q), unit_stride(k), unit_stride(v)
+    grad_o, q, k, v = aligned(grad_o), aligned(q), aligned(k), aligned(v)
     at = prepare((q, k, v, grad_o), (o, peak, total, k_l1, v_l1, k_l2, v_l2, kept_l1, kept_l2))
     _, heads_per_batch, n_tokens, _ = q.shape
     heads = q.shape[0] * heads_per_batch

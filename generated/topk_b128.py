@@ -27,7 +27,7 @@ SPEC = {
     "name": "topk_b128",
     "reweight": True,
 }
-OPERATOR = "topk_b128_2ba590c757d3f8ee"  # in torch.ops.llsa: the name of the spec and the hash of this text
+OPERATOR = "topk_b128_f2f149337278d4f4"  # in torch.ops.llsa: the name of the spec and the hash of this text
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -35,11 +35,18 @@ MAX_TOKENS = 1073741824  # tokens and the entries of index lists are counted in 
 
 HEAD_DIM = tl.constexpr(64)  # D
 PAD_DIM = tl.constexpr(64)  # columns of a tile: D rounded up to a power of two, at least 16
+ROW_UNIT = tl.constexpr(8)  # rows of q, k, v and of the gradient of o begin at multiples of so many elements
 BLOCK_1 = tl.constexpr(128)  # b_1
 SPAN_1 = tl.constexpr(128)  # P_1
 LOG2E = tl.constexpr(1.4426950408889634)  # the softmax works in base 2
 LN2 = tl.constexpr(0.6931471805599453)
 EMPTY = tl.constexpr(-(2**63))  # the rank of no token at all
+
+# What differs from call to call: Triton makes no kernel of its own where one of these is 1 or a multiple of 16.
+UNSPECIALISED = [
+    "heads", "heads_per_batch", "n_tokens", "width", "parts",
+    "width_l1", "part_l1",
+]
 
 # Tile shapes: target, bytes of an element, kernel.
 TILES_1 = {
@@ -86,7 +93,8 @@ SCHEDULES = {
 def load_rows(ptr, row, stride, inside):
     """Rows `row` of a matrix [*, HEAD_DIM] as a tile [..., PAD_DIM]; zero where not `inside` and in the padding."""
     dim = tl.arange(0, PAD_DIM)
-    at = tl.expand_dims(row.to(tl.int64) * stride, -1) + dim
+    begin = tl.multiple_of(row.to(tl.int64) * stride, [ROW_UNIT] * len(row.shape))
+    at = tl.expand_dims(begin, -1) + dim
     return tl.load(ptr + at, mask=tl.expand_dims(inside, -1), other=0.0)
 
 
@@ -102,7 +110,8 @@ def store_rows(ptr, row, stride, inside, tile):
 def head_base(ptr, head, stride_batch, stride_head, heads_per_batch):
     """Start of one head of a [B, H, *, *] tensor of any strides; `head` counts over B*H."""
     batch = (head // heads_per_batch).to(tl.int64)
-    return ptr + batch * stride_batch + (head % heads_per_batch).to(tl.int64) * stride_head
+    begin = batch * stride_batch + (head % heads_per_batch).to(tl.int64) * stride_head
+    return ptr + tl.multiple_of(begin, [ROW_UNIT])
 
 
 @triton.jit
@@ -183,7 +192,7 @@ def pool_l1_tile(
     store_rows(mean_l1_ptr, token, HEAD_DIM, inside, total / covered[:, None])
 
 
-@triton.jit(do_not_specialize=["heads_per_batch", "heads", "n_tokens"])
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def pool_l1_kernel(
     q_ptr, stride_qb, stride_qh, stride_qn,  # [B, H, N, D]
     k_ptr, stride_kb, stride_kh, stride_kn,  # [B, H, N, D]
@@ -238,7 +247,7 @@ def store_kept(kept_ptr, row, width, inside, best, KEEP: tl.constexpr):
     tl.store(kept_ptr + at, token, mask=inside[:, None] & (place < width)[None, :])
 
 
-@triton.jit(do_not_specialize=["width", "n_tokens"])
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def select_l1_kernel(
     q_l1_ptr, k_l1_ptr,  # [B*H, T_1, D]
     kept_l1_ptr, width,  # [B*H, T_1, width] int32, out
@@ -272,7 +281,7 @@ def select_l1_kernel(
 # ---- attention -------------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["heads_per_batch", "n_tokens", "width_l1"])
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def attend_kernel(
     q_ptr, stride_qb, stride_qh, stride_qn,  # [B, H, N, D]
     k_ptr, stride_kb, stride_kh, stride_kn,
@@ -340,7 +349,7 @@ def count_keepers(kept_ptr, counts_ptr, n_entries, n_rows, program, BLOCK: tl.co
     tl.atomic_add(counts_ptr + head * n_rows + token, 1, mask=token >= 0)
 
 
-@triton.jit(do_not_specialize=["width_l1", "heads", "n_tokens"])
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def count_kernel(
     kept_l1_ptr, width_l1,  # [B*H, T_1, width] int32
     counts_l1_ptr,  # [B*H, T_1] int32, zero before
@@ -376,7 +385,7 @@ def running_sum(counts_ptr, sums_ptr, head, n_rows, part, BLOCK: tl.constexpr):
     tl.store(sums_ptr + head * (n_rows + 1) + n_rows, before)
 
 
-@triton.jit(do_not_specialize=["part_l1", "heads", "n_tokens"])
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def scan_kernel(
     counts_l1_ptr,  # [B*H, T_1] int32
     offsets_l1_ptr,  # [B*H, T_1 + 1] int32, out: where the list of each key token begins
@@ -411,7 +420,7 @@ def scatter_keepers(keepers_ptr, cursor, key, kept_ptr, row, width, inside):
     return cursor + tl.sum(keeps, 0)
 
 
-@triton.jit(do_not_specialize=["width", "n_tokens"])
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def invert_l1_kernel(
     kept_l1_ptr, width,  # [B*H, T_1, width] int32
     offsets_l1_ptr,  # [B*H, T_1 + 1] int32
@@ -434,7 +443,7 @@ def invert_l1_kernel(
         cursor = scatter_keepers(keepers_ptr, cursor, key, kept_ptr, row, width, row < n_l1)
 
 
-@triton.jit(do_not_specialize=["heads_per_batch", "n_tokens", "width_l1"])
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def grad_q_kernel(
     q_ptr, stride_qb, stride_qh, stride_qn,  # [B, H, N, D]
     k_ptr, stride_kb, stride_kh, stride_kn,
@@ -563,7 +572,7 @@ def grad_kv_l0_part(
     return grad_k * scale, grad_v
 
 
-@triton.jit(do_not_specialize=["width", "parts", "heads_per_batch", "n_tokens"])
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def grad_kv_l0_extra_kernel(
     q_ptr, stride_qb, stride_qh, stride_qn,  # [B, H, N, D]
     grad_o_ptr, stride_gb, stride_gh, stride_gn,
@@ -609,7 +618,7 @@ def grad_kv_l0_extra_kernel(
     store_rows(extra_grad_v_ptr + to_part, child, HEAD_DIM, child < BLOCK_1, grad_v)
 
 
-@triton.jit(do_not_specialize=["width", "parts", "heads_per_batch", "n_tokens"])
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def grad_kv_l0_kernel(
     q_ptr, stride_qb, stride_qh, stride_qn,  # [B, H, N, D]
     grad_o_ptr, stride_gb, stride_gh, stride_gn,
@@ -792,9 +801,10 @@ def is_whole(tokens, tile):
     )
 
 
-def unit_stride(x):
-    """`x`, copied only if the elements of a row do not lie side by side."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+def aligned(x):
+    """`x`, copied only if a row's elements do not lie side by side, or rows not at multiples of ROW_UNIT elements."""
+    batches, heads, rows, step = x.stride()
+    return x if step == 1 and (batches | heads | rows) % ROW_UNIT.value == 0 else x.contiguous()
 
 
 def strided(x, pointer):
@@ -838,7 +848,7 @@ def prepared(device, dtype, shape, strides, starts):
 def pool_and_select(q, k, at):
     """The pyramid and, from the coarsest level down, the tokens that are kept.
 
-    Takes [B, H, N, D] tensors of unit stride; returns the kept tokens,
+    Takes [B, H, N, D] tensors, `aligned`; returns the kept tokens,
     [B*H, T_l, width] int32: lists over the levels, finest first.
     """
     batch, heads_per_batch, n_tokens, _ = q.shape
@@ -864,14 +874,14 @@ def pool_and_select(q, k, at):
 
 def select_kernels(q, k):
     """The kept tokens of each level, finest first, by the Triton kernels."""
-    q, k = unit_stride(q), unit_stride(k)
+    q, k = aligned(q), aligned(k)
     kept = pool_and_select(q, k, prepare((q, k)))
     return kept
 
 
 def attend_kernels(q, k, v, scale):
     """o, lse and what the backward pass needs, in the order of the operator's outputs, by the Triton kernels."""
-    q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
+    q, k, v = aligned(q), aligned(k), aligned(v)
     at = prepare((q, k, v))
     _, heads_per_batch, n_tokens, _ = q.shape
     kept = pool_and_select(q, k, at)
@@ -894,7 +904,7 @@ def attend_kernels(q, k, v, scale):
 
 def grad_kernels(grad_o, q, k, v, o, peak, total, kept_l1, scale):
     """dq, dk, dv by the Triton kernels."""
-    grad_o, q, k, v = unit_stride(grad_o), unit_stride(q), unit_stride(k), unit_stride(v)
+    grad_o, q, k, v = aligned(grad_o), aligned(q), aligned(k), aligned(v)
     at = prepare((q, k, v, grad_o), (o, peak, total, kept_l1))
     _, heads_per_batch, n_tokens, _ = q.shape
     heads = q.shape[0] * heads_per_batch

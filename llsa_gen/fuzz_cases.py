@@ -18,11 +18,12 @@ from llsa_gen.spec import Level, Spec
 
 DType = Literal["float32", "float16", "bfloat16"]
 
-Layout = Literal["contiguous", "transposed", "expanded", "sliced", "every_second", "columns"]
+Layout = Literal["contiguous", "transposed", "expanded", "sliced", "shifted", "every_second", "columns"]
 """How a [B, H, N, D] tensor lies in memory:
 
 contiguous; transposed from [B, N, H, D]; heads expanded from one (a gradient: expanded from a scalar a row); a slice of
-a wider last dimension, not aligned; every second token of twice as many; D before N, so that no row has unit stride.
+a wider last dimension, whose rows begin anywhere; such a slice whose rows all begin one element beyond where aligned
+ones do; every second token of twice as many; D before N, so that no row has unit stride.
 """
 
 Layouts = tuple[Layout, Layout, Layout, Layout]
@@ -129,6 +130,8 @@ def lay_out(x: Tensor, layout: Layout) -> Tensor:
     if layout == "sliced":
         wide = x.new_full((batch, heads, n, 2 * dim + 3), torch.nan)[..., 1 : dim + 1]
         return wide.copy_(x)
+    if layout == "shifted":
+        return x.new_full((batch, heads, n, 2 * dim), torch.nan)[..., 1 : dim + 1].copy_(x)
     if layout == "every_second":
         return x.new_full((batch, heads, 2 * n, dim), torch.nan)[:, :, ::2].copy_(x)
     return x.contiguous()

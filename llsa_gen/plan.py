@@ -6,6 +6,7 @@ K_l kept); it knows neither text nor GPUs. Sizes are sympy expressions in two le
 """
 
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
@@ -108,6 +109,11 @@ class Plan(Levels):
             yield Buffer(f"grad_v_l{level}", shape, "float32", Role.SCRATCH)
 
     @property
+    def row_unit(self) -> int:
+        """Rows of q, k and v begin at multiples of so many elements, of which 8 of two bytes load at once."""
+        return math.gcd(self.head_dim, 8)
+
+    @property
     def pooled_tensors(self) -> int:
         """How many of q, k, v have a pyramid: values need none where no coarse level is attended."""
         return 3 if self.enriched else 2
@@ -115,7 +121,7 @@ class Plan(Levels):
     def extra_parts(self, level: int) -> sympy.Expr:
         """Most parts beyond the first into which the lists of a level's keys can be cut, PART entries each.
 
-        There are as many lists as query tokens, none is longer than that, and all together have K entries a query token.
+        A level has as many lists as tokens, each no longer than that, with K entries a token in all.
         """
         tokens = self.tokens(level + 1)
         of_a_list = sympy.floor((tokens - 1) / tile("PART"))

@@ -232,6 +232,21 @@ def test_a_launch_is_specialised_as_triton_itself_does(target: str, monkeypatch:
         assert ours.hash == theirs.hash
 
 
+@pytest.mark.parametrize("n_tokens", [4096, 4099])
+@pytest.mark.parametrize("head_dim", [72, 80])
+def test_rows_are_loaded_sixteen_bytes_at_a_time(head_dim: int, n_tokens: int) -> None:
+    # D = 72 (DiT-XL, PixArt): strides are multiples of 8 but not of 16, of which Triton would take note by itself.
+    attention = compile({"name": "rows", "head_dim": head_dim, "levels": [{"block": 16, "topk": 8}]})
+    gpu = aot.gpu_target("cuda:90")
+    walked = {"pool_l1_kernel", "attend_kernel", "grad_q_kernel", "grad_kv_l1_kernel", "grad_kv_l0_kernel"}
+    for launch in aot.record(attention, n_tokens, "bfloat16", "cuda:90"):
+        if launch.kernel in walked:
+            source, options = aot.specialise(launch, gpu)
+            text = triton.compile(source, target=gpu, options=options).asm["ptx"]
+            assert not re.search(r"ld\.global[.\w]*\.[bu]16\b", text), f"{launch.kernel} loads element by element"
+            assert re.search(r"ld\.global[.\w]*\.v4\.b32|cp\.async\.c[ag]\.[^;]*, 0x10,", text), launch.kernel
+
+
 def test_products_of_float32_are_not_summed_in_one_chain() -> None:
     # Triton makes tl.dot(a, b, acc) of acc + tl.dot(a, b): many equal terms, one chain, every one rounded the same way.
     gpu = aot.gpu_target("cuda:90")

@@ -83,11 +83,21 @@ def test_popular_keys(name: str) -> None:
         ("transposed", "columns", "sliced", "every_second"),
         ("sliced", "expanded", "transposed", "expanded"),
         ("every_second", "sliced", "expanded", "columns"),
+        ("shifted", "contiguous", "shifted", "shifted"),
     ],
 )
-def test_strides(layouts: Layouts) -> None:
-    case = fuzz.Case(shipped("uneven"), n=700, heads=3, batch=2, layouts=layouts, dtype="float16", device=DEVICE)
+@pytest.mark.parametrize("head_dim", [80, 72])
+def test_strides(layouts: Layouts, head_dim: int) -> None:
+    spec = shipped("uneven").model_copy(update={"head_dim": head_dim})
+    case = fuzz.Case(spec, n=700, heads=3, batch=2, layouts=layouts, dtype="float16", device=DEVICE)
     fuzz.run(case).raise_if_failed()
+
+
+@pytest.mark.parametrize("head_dim", [40, 72, 88, 12])
+def test_rows_of_an_odd_number_of_vectors(head_dim: int) -> None:
+    spec = shipped("llsa_l2").model_copy(update={"head_dim": head_dim})
+    for n in (1021, 4096):  # heads begin at odd multiples of 16 bytes, or at even ones
+        fuzz.run(fuzz.Case(spec, n=n, heads=3, dtype="bfloat16", device=DEVICE)).raise_if_failed()
 
 
 @pytest.mark.parametrize("spec", BRANCHES, ids=lambda spec: spec.name)

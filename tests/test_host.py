@@ -195,6 +195,34 @@ def test_another_length_compiles_nothing(
     assert sorted(gpu.loaded[15:]) == ["attend_kernel", "grad_q_kernel"]
 
 
+def test_a_length_that_moves_where_heads_begin_compiles_nothing(
+    gpu: PretendedGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # D = 72: heads of an even length begin at multiples of 16 elements, and of an odd length at multiples of 8
+    dit = compile({"name": "dit", "head_dim": 72, "levels": [{"block": 16, "topk": 8}]}).module
+    monkeypatch.setattr(dit, "target_of", lambda device: TARGET)
+    step(dit, [torch.zeros(1, 2, 512, 72, dtype=torch.bfloat16) for _ in range(4)])
+    loaded = list(gpu.loaded)
+    for n in (513, 528, 77):
+        step(dit, [torch.zeros(1, 2, n, 72, dtype=torch.bfloat16) for _ in range(4)])
+    assert sorted(gpu.loaded[len(loaded) :]) == ["attend_kernel", "grad_q_kernel"], "but the variants for loose ends"
+    dit.prepared.cache_clear()
+
+
+@pytest.mark.parametrize(("head_dim", "unit"), [(64, 8), (72, 8), (12, 4), (9, 1)])
+def test_rows_that_begin_anywhere_are_copied(head_dim: int, unit: int) -> None:
+    aligned = compile({"name": "rows", "head_dim": head_dim, "levels": [{"block": 4, "topk": 1}]}).module.aligned
+    for rest in range(17):
+        x = torch.randn(2, 3, 5, head_dim + rest)[..., :head_dim]
+        same = aligned(x)
+        assert torch.equal(same, x) and same.stride(3) == 1
+        assert all(step % unit == 0 for step in same.stride()[:3])
+        assert (same.data_ptr() == x.data_ptr()) == (x.stride(2) % unit == 0), "no copy without need"
+    assert aligned(x.mT.contiguous().mT).is_contiguous()
+    heads = x[:, :1].expand(2, 3, 5, head_dim)
+    assert aligned(heads).stride(1) == (0 if x.stride(2) % unit == 0 else 5 * head_dim)
+
+
 @pytest.mark.parametrize("n", [1, 300, 4096, 65_537])
 def test_buffers_of_the_backward_pass_have_their_own_part_of_its_memory(
     gpu: PretendedGpu, module: ModuleType, n: int

@@ -231,12 +231,12 @@ DRAWN = spec("drawn", 16, (5, 4), (3, 1), (2, 3))
 
 
 def test_the_torch_path_as_it_is_passes() -> None:
-    assert fuzz.check(DRAWN, examples=40, seed=1).examples == 40
+    assert fuzz.check(DRAWN, examples=100, seed=1).examples == 100
 
 
 @pytest.mark.parametrize("fault", TORCH, ids=by_name)
 def test_a_fault_in_the_torch_path_is_found(fault: Mutation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fuzz, "SHRINKING_SECONDS", 1.0)
     with broken(fault, tmp_path / "templates"), pytest.raises(CheckFailed) as caught:
-        fuzz.check(DRAWN, examples=40, seed=1)
+        fuzz.check(DRAWN, examples=100, seed=1)
     assert "TemplateError" not in caught.value.message
