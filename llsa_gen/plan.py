@@ -192,7 +192,7 @@ class Plan(Levels):
     @property
     def grouped(self) -> bool:
         """Whether one program takes several narrow query blocks, so that the keys they share fill a tile of rows."""
-        return bool(self.enriched) and self.block(1) < 64
+        return bool(self.enriched) and self.block(1) <= 32
 
     @property
     def query_programs(self) -> sympy.Expr:

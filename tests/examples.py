@@ -14,9 +14,10 @@ BRANCHES = (
     spec("l1", 16, (4, 3)),
     spec("l1_none", 20, (5, 2), enrich="none"),
     spec("l1_unweighted", 8, (7, 40), reweight=False),
-    spec("l1_wide", 32, (70, 1)),  # blocks of 64 and more: one program a block, not several blocks a program
+    spec("l1_wide", 32, (70, 1)),  # blocks of more than 32: one program a block, not several blocks a program
     spec("l1_dit", 72, (16, 2)),  # rows of nine times 16 bytes
-    spec("l1_narrow", 16, (40, 2)),  # the widest blocks that are still grouped: a tile of 64 rows each
+    spec("l1_narrow", 16, (31, 2)),  # as wide as blocks that are grouped can be: two of 32 rows fill a tile
+    spec("l1_loose", 16, (40, 2)),  # wider, and yet narrower than the tile that each has for itself
     spec("l1_wide_none", 16, (66, 2), enrich="none"),
     # two levels: both enriched, one, the other, none
     spec("l2", 80, (12, 3), (5, 2)),
