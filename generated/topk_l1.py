@@ -27,7 +27,7 @@ SPEC = {
     "name": "topk_l1",
     "reweight": True,
 }
-OPERATOR = "topk_l1_ad5ba6d4960b2ce6"  # in torch.ops.llsa: the name of the spec and the hash of this text
+OPERATOR = "topk_l1_cdef253b9a1d061c"  # in torch.ops.llsa: the name of the spec and the hash of this text
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -81,7 +81,9 @@ TILES_3 = {
 }
 SCHEDULES = {
     "cuda:100": {2: TILES_1, 4: TILES_2},
+    "cuda:120": {2: TILES_1, 4: TILES_2},
     "cuda:80": {2: TILES_1, 4: TILES_2},
+    "cuda:86": {2: TILES_1, 4: TILES_2},
     "cuda:90": {2: TILES_1, 4: TILES_2},
     "hip:gfx942": {2: TILES_3, 4: TILES_2},
 }
@@ -91,7 +93,10 @@ SCHEDULES = {
 
 @triton.jit
 def load_rows(ptr, row, stride, inside):
-    """Rows `row` of a matrix [*, HEAD_DIM] as a tile [..., PAD_DIM]; zero where not `inside` and in the padding."""
+    """Rows `row` of a matrix [*, HEAD_DIM] as a tile [..., PAD_DIM]; zero where not `inside` and in the padding.
+
+    `stride` is a multiple of ROW_UNIT: rows that begin at multiples of 16 bytes are loaded 16 bytes at a time.
+    """
     dim = tl.arange(0, PAD_DIM)
     begin = tl.multiple_of(row.to(tl.int64) * stride, [ROW_UNIT] * len(row.shape))
     at = tl.expand_dims(begin, -1) + dim
@@ -108,7 +113,7 @@ def store_rows(ptr, row, stride, inside, tile):
 
 @triton.jit
 def head_base(ptr, head, stride_batch, stride_head, heads_per_batch):
-    """Start of one head of a [B, H, *, *] tensor of any strides; `head` counts over B*H."""
+    """Start of one head of a [B, H, *, *] tensor whose strides are multiples of ROW_UNIT; `head` counts over B*H."""
     batch = (head // heads_per_batch).to(tl.int64)
     begin = batch * stride_batch + (head % heads_per_batch).to(tl.int64) * stride_head
     return ptr + tl.multiple_of(begin, [ROW_UNIT])
@@ -802,9 +807,13 @@ def is_whole(tokens, tile):
 
 
 def aligned(x):
-    """`x`, copied only if a row's elements do not lie side by side, or rows not at multiples of ROW_UNIT elements."""
+    """`x`, copied only if a row's elements do not lie side by side, or rows not at multiples of ROW_UNIT elements.
+
+    Not by `contiguous`, which leaves the stride of a single row as it is: kernels make addresses of rows beyond it too.
+    """
     batches, heads, rows, step = x.stride()
-    return x if step == 1 and (batches | heads | rows) % ROW_UNIT.value == 0 else x.contiguous()
+    aligned = step == 1 and (batches | heads | rows) % ROW_UNIT.value == 0
+    return x if aligned else x.clone(memory_format=torch.contiguous_format)
 
 
 def strided(x, pointer):

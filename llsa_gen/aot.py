@@ -36,7 +36,7 @@ from llsa_gen.spec import load
 __all__ = ["Launch", "Report", "compile_kernels", "export", "gpu_target", "record"]
 
 USUAL_TOKENS = 65_536
-"""Length whose launches are compiled unless one is given: long enough that no kernel sits idle, as in practice."""
+"""Length whose launches are compiled unless one is given: long enough that few kernels sit idle, as in practice."""
 
 MANIFEST = "manifest.json"
 

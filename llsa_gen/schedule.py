@@ -122,13 +122,15 @@ def _invert(plan: Plan, level: int) -> Entry:
 
 
 def _fit(entry: Entry, goal: Target, stage: str, width: int, element: int) -> tuple[Entry, tuple[str, ...]]:
-    """Halve the tiles of keys until they fit into shared memory; also says so."""
+    """Halve the tiles of keys until they fit into shared memory, then the group of query blocks; also says so."""
     wanted = {name: entry[name] for name in ("BLOCK_C", "BLOCK_N") if name in entry}
     fits = entry
     while shared_memory(stage, fits, width, element) > goal.shared_memory:
         larger = max(wanted, key=lambda name: fits[name])
         if fits[larger] <= 16:
-            break
+            larger = "GROUP"
+        if fits.get(larger, 1) == 1 or (larger == "GROUP" and not goal.name.startswith("cuda:")):
+            break  # on ROCm, what is in flight waits in registers
         fits = {**fits, larger: fits[larger] // 2}
     if fits is entry:
         return entry, ()

@@ -18,7 +18,7 @@ def shared_memory(kind: str, tiles: Mapping[str, int], width: int, element: int)
     """Bytes of shared memory that a kernel of this kind takes, about: what it holds, and what is in flight.
 
     Of the tiles that a loop streams through, `num_stages - 1` are in flight; `width` is the padded head dim. Kernels
-    that keep everything in registers take none.
+    that keep everything in registers take none. Weights of keys pass through it, but for those of grouped blocks.
     """
     if "BLOCK_N" not in tiles:
         return 0
@@ -31,7 +31,8 @@ def shared_memory(kind: str, tiles: Mapping[str, int], width: int, element: int)
         rows = 2 * (keys + queries * in_flight)
     else:  # q, and the gradient of o or the accumulator; k and v stream
         rows = 2 * (queries + keys * in_flight)
-    return rows * width * element
+    weights = 0 if kind.startswith(("select", "grad_kv")) or "GROUP" in tiles else queries * tiles["BLOCK_N"]
+    return (rows * width + weights) * element
 
 
 def misfit(

@@ -170,9 +170,8 @@ def test_an_exported_module_is_recorded_like_a_compiled_one() -> None:
 
 def test_wrong_arguments_are_told_in_one_sentence() -> None:
     attention = shipped("topk_l1")
-    with pytest.raises(
-        UnknownTargetError, match=r"expected one of cuda:80, cuda:90, cuda:100, hip:gfx942, got 'cuda:70'"
-    ):
+    known = "cuda:80, cuda:86, cuda:90, cuda:100, cuda:120, hip:gfx942"
+    with pytest.raises(UnknownTargetError, match=f"expected one of {known}, got 'cuda:70'"):
         aot.compile_kernels(attention, "cuda:70", torch.float16)
     with pytest.raises(TypeError, match=r"dtype: expected float32, float16, bfloat16, got torch.float64"):
         aot.record(attention, 64, torch.float64, "cuda:90")
@@ -253,6 +252,18 @@ def test_rows_are_loaded_sixteen_bytes_at_a_time(head_dim: int, n_tokens: int) -
             text = triton.compile(source, target=gpu, options=options).asm["ptx"]
             assert not re.search(r"ld\.global[.\w]*\.[bu]16\b", text), f"{launch.kernel} loads element by element"
             assert re.search(r"ld\.global[.\w]*\.v4\.b32|cp\.async\.c[ag]\.[^;]*, 0x10,", text), launch.kernel
+
+
+@pytest.mark.parametrize(("block", "dtype"), [(64, "bfloat16"), (16, "float32")])
+def test_the_widest_heads_fit_into_what_consumer_cards_have(block: int, dtype: str) -> None:
+    attention = compile({"name": "widest", "head_dim": 256, "levels": [{"block": block, "topk": 8}] * 2})
+    walks = aot.compile_kernels(attention, "cuda:86", dtype, 65_536, kernels=["attend_kernel", "grad_q_kernel"])
+    assert all(report.fits for report in walks), [(report.kernel, report.shared_memory) for report in walks]
+
+
+def test_variants_that_other_lengths_need_are_compiled_too() -> None:
+    reports = aot.compile_kernels(shipped("topk_l1"), "cuda:90", "float16", kernels=["attend_kernel"])
+    assert sorted(report.constexprs["WHOLE"] for report in reports) == [False, True]
 
 
 def test_products_of_float32_are_not_summed_in_one_chain() -> None:

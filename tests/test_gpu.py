@@ -93,6 +93,12 @@ def test_strides(layouts: Layouts, head_dim: int) -> None:
     fuzz.run(case).raise_if_failed()
 
 
+def test_a_single_row_that_begins_anywhere() -> None:
+    layouts: Layouts = ("sliced", "sliced", "sliced", "sliced")
+    spec = shipped("llsa_l2").model_copy(update={"head_dim": 24})
+    fuzz.run(fuzz.Case(spec, n=1, layouts=layouts, dtype="bfloat16", device=DEVICE)).raise_if_failed()
+
+
 @pytest.mark.parametrize("head_dim", [40, 72, 88, 12])
 def test_rows_of_an_odd_number_of_vectors(head_dim: int) -> None:
     spec = shipped("llsa_l2").model_copy(update={"head_dim": head_dim})

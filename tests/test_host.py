@@ -209,6 +209,18 @@ def test_a_length_that_moves_where_heads_begin_compiles_nothing(
     dit.prepared.cache_clear()
 
 
+@pytest.mark.parametrize(
+    ("capability", "wanted"),
+    [((7, 5), 80), ((8, 0), 80), ((8, 9), 86), ((9, 0), 90), ((10, 3), 100), ((12, 1), 120)],
+)
+def test_a_gpu_takes_its_own_schedule_or_the_nearest_older_one(
+    capability: tuple[int, int], wanted: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    target_of = compile(ROOT / "spec" / "topk_l1.yaml").module.target_of.__wrapped__  # without what it remembers
+    assert target_of(torch.device("cuda")) == f"cuda:{wanted}"
+
+
 @pytest.mark.parametrize(("head_dim", "unit"), [(64, 8), (72, 8), (12, 4), (9, 1)])
 def test_rows_that_begin_anywhere_are_copied(head_dim: int, unit: int) -> None:
     aligned = compile({"name": "rows", "head_dim": head_dim, "levels": [{"block": 4, "topk": 1}]}).module.aligned
@@ -218,6 +230,9 @@ def test_rows_that_begin_anywhere_are_copied(head_dim: int, unit: int) -> None:
         assert torch.equal(same, x) and same.stride(3) == 1
         assert all(step % unit == 0 for step in same.stride()[:3])
         assert (same.data_ptr() == x.data_ptr()) == (x.stride(2) % unit == 0), "no copy without need"
+    for shape in ((1, 1, 1), (2, 3, 1), (1, 3, 5), (2, 1, 5)):  # contiguous for torch, whatever the stride
+        one = aligned(torch.randn(*shape, head_dim + 17)[..., :head_dim])
+        assert all(step % unit == 0 for step in one.stride()[:3]), shape
     assert aligned(x.mT.contiguous().mT).is_contiguous()
     heads = x[:, :1].expand(2, 3, 5, head_dim)
     assert aligned(heads).stride(1) == (0 if x.stride(2) % unit == 0 else 5 * head_dim)
