@@ -28,7 +28,7 @@ SPEC = {
     "name": "llsa_b64",
     "reweight": True,
 }
-OPERATOR = "llsa_b64_fc67a84db92d92fe"  # in torch.ops.llsa: the name of the spec and the hash of this text
+OPERATOR = "llsa_b64_6c88d2f6472100a4"  # in torch.ops.llsa: the name of the spec and the hash of this text
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -1317,8 +1317,13 @@ def pool_and_select(q, k, v, at):
     k_l2 = q.new_empty(at.shapes["k_l2"])
     v_l2 = q.new_empty(at.shapes["v_l2"])
     kept_l2 = q.new_empty(at.shapes["kept_l2"], dtype=torch.int32)
-    q_ptr, k_ptr, v_ptr, q_l1_ptr, k_l1_ptr, v_l1_ptr, kept_l1_ptr, q_l2_ptr, k_l2_ptr, v_l2_ptr, kept_l2_ptr = at.pointers(
-        "select_l1_kernel", q, k, v, q_l1, k_l1, v_l1, kept_l1, q_l2, k_l2, v_l2, kept_l2
+    (
+        q_ptr, k_ptr, v_ptr, q_l1_ptr, k_l1_ptr, v_l1_ptr,
+        kept_l1_ptr, q_l2_ptr, k_l2_ptr, v_l2_ptr, kept_l2_ptr,
+    ) = at.pointers(
+        "select_l1_kernel",
+        q, k, v, q_l1, k_l1, v_l1,
+        kept_l1, q_l2, k_l2, v_l2, kept_l2,
     )
 
     at.launch(
@@ -1359,8 +1364,15 @@ def attend_kernels(q, k, v, scale):
     lse = q.new_empty(at.shapes["lse"], dtype=torch.float32)
     peak = q.new_empty(at.shapes["peak"], dtype=torch.float32)
     total = q.new_empty(at.shapes["total"], dtype=torch.float32)
-    q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, peak_ptr, total_ptr, k_l1_ptr, v_l1_ptr, k_l2_ptr, v_l2_ptr, kept_l1_ptr, kept_l2_ptr = at.pointers(
-        "attend_kernel", q, k, v, o, lse, peak, total, k_l1, v_l1, k_l2, v_l2, kept_l1, kept_l2
+    (
+        q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, peak_ptr,
+        total_ptr, k_l1_ptr, v_l1_ptr, k_l2_ptr, v_l2_ptr, kept_l1_ptr,
+        kept_l2_ptr,
+    ) = at.pointers(
+        "attend_kernel",
+        q, k, v, o, lse, peak,
+        total, k_l1, v_l1, k_l2, v_l2, kept_l1,
+        kept_l2,
     )
     at.launch(
         attend_kernel, "attend_kernel",
@@ -1403,8 +1415,15 @@ def grad_kernels(grad_o, q, k, v, o, peak, total, k_l1, v_l1, k_l2, v_l2, kept_l
         grad_k_l2,
         grad_v_l2,
     ) = scratch
-    q_ptr, k_ptr, v_ptr, grad_o_ptr, o_ptr, peak_ptr, total_ptr, k_l1_ptr, v_l1_ptr, k_l2_ptr, v_l2_ptr, kept_l1_ptr, kept_l2_ptr, grad_q_ptr, grad_k_ptr, grad_v_ptr = at.pointers(
-        "grad_kv_l0_kernel", q, k, v, grad_o, o, peak, total, k_l1, v_l1, k_l2, v_l2, kept_l1, kept_l2, grad_q, grad_k, grad_v
+    (
+        q_ptr, k_ptr, v_ptr, grad_o_ptr, o_ptr, peak_ptr,
+        total_ptr, k_l1_ptr, v_l1_ptr, k_l2_ptr, v_l2_ptr, kept_l1_ptr,
+        kept_l2_ptr, grad_q_ptr, grad_k_ptr, grad_v_ptr,
+    ) = at.pointers(
+        "grad_kv_l0_kernel",
+        q, k, v, grad_o, o, peak,
+        total, k_l1, v_l1, k_l2, v_l2, kept_l1,
+        kept_l2, grad_q, grad_k, grad_v,
     )
     q_rows, k_rows, v_rows, grad_o_rows = strided(q, q_ptr), strided(k, k_ptr), strided(v, v_ptr), strided(grad_o, grad_o_ptr)
 

@@ -29,7 +29,7 @@ SPEC = {
     "name": "llsa_l3",
     "reweight": True,
 }
-OPERATOR = "llsa_l3_a390332411f339cf"  # in torch.ops.llsa: the name of the spec and the hash of this text
+OPERATOR = "llsa_l3_b0118d735fec8ee8"  # in torch.ops.llsa: the name of the spec and the hash of this text
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -1693,8 +1693,15 @@ def pool_and_select(q, k, v, at):
     v_l3 = q.new_empty(at.shapes["v_l3"])
     kept_l3 = q.new_empty(at.shapes["kept_l3"], dtype=torch.int32)
     sums_l2 = q.new_empty(at.shapes["sums_l2"], dtype=torch.float32)
-    q_ptr, k_ptr, v_ptr, q_l1_ptr, k_l1_ptr, v_l1_ptr, kept_l1_ptr, q_l2_ptr, k_l2_ptr, v_l2_ptr, kept_l2_ptr, q_l3_ptr, k_l3_ptr, v_l3_ptr, kept_l3_ptr, sums_l2_ptr = at.pointers(
-        "select_l1_kernel", q, k, v, q_l1, k_l1, v_l1, kept_l1, q_l2, k_l2, v_l2, kept_l2, q_l3, k_l3, v_l3, kept_l3, sums_l2
+    (
+        q_ptr, k_ptr, v_ptr, q_l1_ptr, k_l1_ptr, v_l1_ptr,
+        kept_l1_ptr, q_l2_ptr, k_l2_ptr, v_l2_ptr, kept_l2_ptr, q_l3_ptr,
+        k_l3_ptr, v_l3_ptr, kept_l3_ptr, sums_l2_ptr,
+    ) = at.pointers(
+        "select_l1_kernel",
+        q, k, v, q_l1, k_l1, v_l1,
+        kept_l1, q_l2, k_l2, v_l2, kept_l2, q_l3,
+        k_l3, v_l3, kept_l3, sums_l2,
     )
 
     at.launch(
@@ -1746,8 +1753,15 @@ def attend_kernels(q, k, v, scale):
     lse = q.new_empty(at.shapes["lse"], dtype=torch.float32)
     peak = q.new_empty(at.shapes["peak"], dtype=torch.float32)
     total = q.new_empty(at.shapes["total"], dtype=torch.float32)
-    q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, peak_ptr, total_ptr, k_l1_ptr, v_l1_ptr, k_l2_ptr, v_l2_ptr, k_l3_ptr, v_l3_ptr, kept_l1_ptr, kept_l2_ptr, kept_l3_ptr = at.pointers(
-        "attend_kernel", q, k, v, o, lse, peak, total, k_l1, v_l1, k_l2, v_l2, k_l3, v_l3, kept_l1, kept_l2, kept_l3
+    (
+        q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, peak_ptr,
+        total_ptr, k_l1_ptr, v_l1_ptr, k_l2_ptr, v_l2_ptr, k_l3_ptr,
+        v_l3_ptr, kept_l1_ptr, kept_l2_ptr, kept_l3_ptr,
+    ) = at.pointers(
+        "attend_kernel",
+        q, k, v, o, lse, peak,
+        total, k_l1, v_l1, k_l2, v_l2, k_l3,
+        v_l3, kept_l1, kept_l2, kept_l3,
     )
     at.launch(
         attend_kernel, "attend_kernel",
@@ -1800,8 +1814,17 @@ def grad_kernels(grad_o, q, k, v, o, peak, total, k_l1, v_l1, k_l2, v_l2, k_l3, 
         grad_k_l3,
         grad_v_l3,
     ) = scratch
-    q_ptr, k_ptr, v_ptr, grad_o_ptr, o_ptr, peak_ptr, total_ptr, k_l1_ptr, v_l1_ptr, k_l2_ptr, v_l2_ptr, k_l3_ptr, v_l3_ptr, kept_l1_ptr, kept_l2_ptr, kept_l3_ptr, grad_q_ptr, grad_k_ptr, grad_v_ptr = at.pointers(
-        "grad_kv_l0_kernel", q, k, v, grad_o, o, peak, total, k_l1, v_l1, k_l2, v_l2, k_l3, v_l3, kept_l1, kept_l2, kept_l3, grad_q, grad_k, grad_v
+    (
+        q_ptr, k_ptr, v_ptr, grad_o_ptr, o_ptr, peak_ptr,
+        total_ptr, k_l1_ptr, v_l1_ptr, k_l2_ptr, v_l2_ptr, k_l3_ptr,
+        v_l3_ptr, kept_l1_ptr, kept_l2_ptr, kept_l3_ptr, grad_q_ptr, grad_k_ptr,
+        grad_v_ptr,
+    ) = at.pointers(
+        "grad_kv_l0_kernel",
+        q, k, v, grad_o, o, peak,
+        total, k_l1, v_l1, k_l2, v_l2, k_l3,
+        v_l3, kept_l1, kept_l2, kept_l3, grad_q, grad_k,
+        grad_v,
     )
     q_rows, k_rows, v_rows, grad_o_rows = strided(q, q_ptr), strided(k, k_ptr), strided(v, v_ptr), strided(grad_o, grad_o_ptr)
 

@@ -27,7 +27,7 @@ SPEC = {
     "name": "topk_l1",
     "reweight": True,
 }
-OPERATOR = "topk_l1_cdef253b9a1d061c"  # in torch.ops.llsa: the name of the spec and the hash of this text
+OPERATOR = "topk_l1_d3ce0648d9f75b72"  # in torch.ops.llsa: the name of the spec and the hash of this text
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -864,8 +864,11 @@ def pool_and_select(q, k, at):
     q_l1 = q.new_empty(at.shapes["q_l1"])
     k_l1 = q.new_empty(at.shapes["k_l1"])
     kept_l1 = q.new_empty(at.shapes["kept_l1"], dtype=torch.int32)
-    q_ptr, k_ptr, q_l1_ptr, k_l1_ptr, kept_l1_ptr = at.pointers(
-        "select_l1_kernel", q, k, q_l1, k_l1, kept_l1
+    (
+        q_ptr, k_ptr, q_l1_ptr, k_l1_ptr, kept_l1_ptr,
+    ) = at.pointers(
+        "select_l1_kernel",
+        q, k, q_l1, k_l1, kept_l1,
     )
 
     at.launch(
@@ -899,8 +902,13 @@ def attend_kernels(q, k, v, scale):
     lse = q.new_empty(at.shapes["lse"], dtype=torch.float32)
     peak = q.new_empty(at.shapes["peak"], dtype=torch.float32)
     total = q.new_empty(at.shapes["total"], dtype=torch.float32)
-    q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, peak_ptr, total_ptr, kept_l1_ptr = at.pointers(
-        "attend_kernel", q, k, v, o, lse, peak, total, kept_l1
+    (
+        q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, peak_ptr,
+        total_ptr, kept_l1_ptr,
+    ) = at.pointers(
+        "attend_kernel",
+        q, k, v, o, lse, peak,
+        total, kept_l1,
     )
     at.launch(
         attend_kernel, "attend_kernel",
@@ -928,8 +936,13 @@ def grad_kernels(grad_o, q, k, v, o, peak, total, kept_l1, scale):
         extra_grad_k_l0,
         extra_grad_v_l0,
     ) = scratch
-    q_ptr, k_ptr, v_ptr, grad_o_ptr, o_ptr, peak_ptr, total_ptr, kept_l1_ptr, grad_q_ptr, grad_k_ptr, grad_v_ptr = at.pointers(
-        "grad_kv_l0_kernel", q, k, v, grad_o, o, peak, total, kept_l1, grad_q, grad_k, grad_v
+    (
+        q_ptr, k_ptr, v_ptr, grad_o_ptr, o_ptr, peak_ptr,
+        total_ptr, kept_l1_ptr, grad_q_ptr, grad_k_ptr, grad_v_ptr,
+    ) = at.pointers(
+        "grad_kv_l0_kernel",
+        q, k, v, grad_o, o, peak,
+        total, kept_l1, grad_q, grad_k, grad_v,
     )
     q_rows, k_rows, v_rows, grad_o_rows = strided(q, q_ptr), strided(k, k_ptr), strided(v, v_ptr), strided(grad_o, grad_o_ptr)
 
