@@ -28,7 +28,7 @@ SPEC = {
     "name": "llsa_l2",
     "reweight": True,
 }
-OPERATOR = "llsa_l2_3a8d75f1a5fef100"  # in torch.ops.llsa: the name of the spec and the hash of this text
+OPERATOR = "llsa_l2_6fb53d944ecc33ae"  # in torch.ops.llsa: the name of the spec and the hash of this text
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -1241,7 +1241,7 @@ class Prepared:
         """The tensors as launches take them, up to the one of name `last`: themselves or, from the second time on, addresses.
 
         Triton needs to know a tensor's dtype only once: where a launch is ready, so are those before it. An address is
-        looked up once here, and by Triton and the driver at every launch.
+        looked up once here; of a tensor, Triton and the driver look it up at every launch.
         """
         return [x.data_ptr() for x in tensors] if last in self.ready else tensors
 
@@ -1279,8 +1279,8 @@ def aligned(x):
     Not by `contiguous`, which leaves the stride of a single row as it is: kernels make addresses of rows beyond it too.
     """
     batches, heads, rows, step = x.stride()
-    aligned = step == 1 and (batches | heads | rows) % ROW_UNIT.value == 0
-    return x if aligned else x.clone(memory_format=torch.contiguous_format)
+    as_it_is = step == 1 and (batches | heads | rows) % ROW_UNIT.value == 0
+    return x if as_it_is else x.clone(memory_format=torch.contiguous_format)
 
 
 def strided(x, pointer):

@@ -29,7 +29,7 @@ SPEC = {
     "name": "llsa_l3",
     "reweight": True,
 }
-OPERATOR = "llsa_l3_b0118d735fec8ee8"  # in torch.ops.llsa: the name of the spec and the hash of this text
+OPERATOR = "llsa_l3_0c0bed76332f67bf"  # in torch.ops.llsa: the name of the spec and the hash of this text
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -1592,7 +1592,7 @@ class Prepared:
         """The tensors as launches take them, up to the one of name `last`: themselves or, from the second time on, addresses.
 
         Triton needs to know a tensor's dtype only once: where a launch is ready, so are those before it. An address is
-        looked up once here, and by Triton and the driver at every launch.
+        looked up once here; of a tensor, Triton and the driver look it up at every launch.
         """
         return [x.data_ptr() for x in tensors] if last in self.ready else tensors
 
@@ -1631,8 +1631,8 @@ def aligned(x):
     Not by `contiguous`, which leaves the stride of a single row as it is: kernels make addresses of rows beyond it too.
     """
     batches, heads, rows, step = x.stride()
-    aligned = step == 1 and (batches | heads | rows) % ROW_UNIT.value == 0
-    return x if aligned else x.clone(memory_format=torch.contiguous_format)
+    as_it_is = step == 1 and (batches | heads | rows) % ROW_UNIT.value == 0
+    return x if as_it_is else x.clone(memory_format=torch.contiguous_format)
 
 
 def strided(x, pointer):
