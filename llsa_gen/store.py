@@ -20,6 +20,7 @@ from llsa_gen.errors import CacheError
 from llsa_gen.store_entry import (
     DIGEST,
     Entry,
+    EntryVanished,
     Key,
     inspect_entry,
     publish,
@@ -33,6 +34,7 @@ __all__ = ["CACHE_DIR_VARIABLE", "Difference", "Entry", "Explanation", "Key", "S
 CACHE_DIR_VARIABLE = "LLSA_GEN_CACHE_DIR"
 LOCK_FILE = ".llsa-gen.lock"
 STAGING_PREFIX = ".llsa-gen-staging-"
+PUBLISHING_ATTEMPTS = 10  # a second is needed only when the same entry is removed in the very moment that it is mended
 STALE_STAGING_SECONDS = 24 * 60 * 60
 
 _warned_about: set[str] = set()
@@ -109,23 +111,20 @@ class Store:
         """
         if self.read(key) == text:
             return self._path(key)
-        staged: Path | None = None
         try:
             path = self._path(key)
-            root = path.parent.parent
-            root.mkdir(parents=True, exist_ok=True)
-            staged = root / f"{STAGING_PREFIX}{uuid.uuid4().hex}"
-            stage(staged, key, text)
-            with self._publishing(root):
-                publish(staged, path)
+            for attempts_left in reversed(range(PUBLISHING_ATTEMPTS)):
+                try:
+                    self._stage_and_publish(key, text, path)
+                    break
+                except EntryVanished:
+                    if not attempts_left:
+                        raise
             _remove_stale_staging(self)
             return path
         except OSError as error:
             _warn_once(error, self._place())
             return None
-        finally:
-            if staged is not None:
-                shutil.rmtree(staged, ignore_errors=True)
 
     def fetch(self, key: Key, render: Callable[[], str]) -> Stored:
         """The entry of `key`; on a miss, `render()` makes the text, which is then published if possible."""
@@ -190,6 +189,17 @@ class Store:
             return str(self.root)
         except OSError:
             return "the platform's cache directory"
+
+    def _stage_and_publish(self, key: Key, text: str, path: Path) -> None:
+        root = path.parent.parent
+        root.mkdir(parents=True, exist_ok=True)
+        staged = root / f"{STAGING_PREFIX}{uuid.uuid4().hex}"
+        try:
+            stage(staged, key, text)
+            with self._publishing(root):
+                publish(staged, path)
+        finally:
+            shutil.rmtree(staged, ignore_errors=True)
 
     def _path(self, key: Key) -> Path:
         return self.root / key.digest / f"{key.name}.py"

@@ -5,6 +5,7 @@ staged beside its place and renamed into it, so it is there whole or not at all;
 handed out, so whatever happened to the files, a wrong text is never returned.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -115,17 +116,27 @@ def stage(staged: Path, key: Key, text: str) -> None:
     (staged / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
+class EntryVanished(OSError):
+    """Somebody removed a broken entry while it was being mended; what was staged may be gone in part."""
+
+
 def publish(staged: Path, path: Path) -> None:
-    """Move what is staged to where its module is at `path`, in one step, or mend what is there. Raises OSError."""
+    """Move what is staged to where its module is at `path`, in one step, or mend what is there.
+
+    Raises OSError; EntryVanished when the same, staged anew, may well succeed.
+    """
     try:
         os.replace(staged, path.parent)
-    except OSError:
-        if not path.parent.is_dir():
+    except OSError as refused:
+        if refused.errno not in (errno.ENOTEMPTY, errno.EEXIST) and not path.parent.is_dir():
             raise
         # Something is there: a broken entry, or one that another writer has just published. Mend it file by file; a
         # reader that sees one new and one old file either finds that they agree or takes it for a miss.
-        for piece in (path.name, RECORD_FILE):
-            os.replace(staged / piece, path.parent / piece)
+        try:
+            for piece in (path.name, RECORD_FILE):
+                os.replace(staged / piece, path.parent / piece)
+        except FileNotFoundError as error:
+            raise EntryVanished(error.errno, error.strerror, str(path.parent)) from error
 
 
 def inspect_entry(directory: Path) -> Entry | None:

@@ -1,7 +1,9 @@
 """The store when things go wrong: broken entries, directories that cannot be written, locks, crashes."""
 
 import errno
+import itertools
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -137,6 +139,27 @@ def test_the_record_of_another_key_is_a_miss(store: Store) -> None:
         path.with_name(file).write_bytes(other_path.with_name(file).read_bytes())
     assert store.get(KEY) is None
     assert store.get(other) is not None
+
+
+@pytest.mark.parametrize("step", [1, 2, 3])
+def test_an_entry_that_vanishes_while_it_is_mended_is_published_anew(
+    store: Store, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    path = store.put(KEY, TEXT)
+    assert path is not None
+    path.write_text("broken")
+    replace, calls = os.replace, itertools.count(1)
+
+    def replace_after_a_clear(source: Path, target: Path) -> None:
+        if next(calls) == step:  # the directory (refused, as it is not empty), the module, the record
+            shutil.rmtree(path.parent)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", replace_after_a_clear)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert store.put(KEY, TEXT) == store.get(KEY) == path
+    assert staged(store.root) == []
 
 
 # --- directories that cannot be written

@@ -33,7 +33,7 @@ def text_of(label):
 WORKER = (
     COMMON
     + """
-import random, sys, time, warnings
+import random, shutil, sys, time, warnings
 from pathlib import Path
 from llsa_gen.loading import load_module, load_text
 from llsa_gen.errors import CacheError
@@ -58,7 +58,9 @@ for turn in range(rounds):
     if __VANDALS__ and me < 3:
         try:
             piece = chance.choice([stored.path, stored.path.with_name("entry.json")])
-            if chance.random() < 0.3:
+            if chance.random() < 0.2:
+                shutil.rmtree(piece.parent)
+            elif chance.random() < 0.4:
                 piece.unlink()
             else:
                 with open(piece, "r+b") as file:
