@@ -28,7 +28,7 @@ SPEC = {
     "name": "uneven",
     "reweight": True,
 }
-OPERATOR = "uneven_710dd713447f5515"  # in torch.ops.llsa: the name of the spec and the hash of this text
+OPERATOR = "uneven_3c9e07fd0ee1379b"  # in torch.ops.llsa: the name of the spec and the hash of this text
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -1105,39 +1105,55 @@ def level_tokens(n_tokens):
     return n_tokens, ceil_div(n_tokens, 12), ceil_div(n_tokens, 60)
 
 
-# What lives within the backward pass, counts first: they are to be zero.
-SCRATCH = {
-    "counts_l1": torch.int32,
-    "counts_l2": torch.int32,
-    "delta": torch.float32,
-    "offsets_l1": torch.int32,
-    "keepers_l1": torch.int32,
-    "extra_l1": torch.int32,
-    "offsets_l2": torch.int32,
-    "keepers_l2": torch.int32,
-    "extra_l2": torch.int32,
-    "extra_grad_k_l0": torch.float32,
-    "extra_grad_v_l0": torch.float32,
-    "extra_grad_k_l1": torch.float32,
-    "extra_grad_v_l1": torch.float32,
-    "split_grad_k_l2": torch.float32,
-    "split_grad_v_l2": torch.float32,
-    "grad_k_l1": torch.float32,
-    "grad_v_l1": torch.float32,
-    "grad_k_l2": torch.float32,
-    "grad_v_l2": torch.float32,
+# Buffers that share a piece of memory, with their dtypes; None is that of q.
+LAYOUTS = {
+    "selection": {
+        "q_l1": None,
+        "q_l2": None,
+    },
+    "saved": {
+        "peak": torch.float32,
+        "total": torch.float32,
+        "k_l1": None,
+        "v_l1": None,
+        "k_l2": None,
+        "v_l2": None,
+        "kept_l1": torch.int32,
+        "kept_l2": torch.int32,
+    },
+    "gradients": {
+        "counts_l1": torch.int32,
+        "counts_l2": torch.int32,
+        "delta": torch.float32,
+        "offsets_l1": torch.int32,
+        "keepers_l1": torch.int32,
+        "extra_l1": torch.int32,
+        "offsets_l2": torch.int32,
+        "keepers_l2": torch.int32,
+        "extra_l2": torch.int32,
+        "extra_grad_k_l0": torch.float32,
+        "extra_grad_v_l0": torch.float32,
+        "extra_grad_k_l1": torch.float32,
+        "extra_grad_v_l1": torch.float32,
+        "split_grad_k_l2": torch.float32,
+        "split_grad_v_l2": torch.float32,
+        "grad_k_l1": torch.float32,
+        "grad_v_l1": torch.float32,
+        "grad_k_l2": torch.float32,
+        "grad_v_l2": torch.float32,
+    },
 }
 
 
 class Prepared:
     """What depends on shapes, strides and the device alone, worked out at the first call with them.
 
-    shapes: sizes of every buffer. places: first byte and last of those in the memory of the backward pass. grids:
+    shapes: sizes of every buffer. places: where buffers begin and end in the memory of their layout, in bytes. grids:
     programs and tile shapes of every launch. ready: what Triton made of a launch, so that from the second one on it
     does not look for it. both: launches whose two variants are compiled.
     """
 
-    def __init__(self, heads, n_tokens, tiles):
+    def __init__(self, heads, n_tokens, dtype, tiles):
         tokens = level_tokens(n_tokens)
         self.rows_per_split, splits = split_queries(heads, n_tokens, tokens[2], tiles["grad_kv_l2"])
         self.splits = splits
@@ -1182,12 +1198,16 @@ class Prepared:
             "grad_k_l2": (heads, tokens[2], 80),
             "grad_v_l2": (heads, tokens[2], 80),
         }
+        self.widths = {1: self.shapes["kept_l1"][2], 2: self.shapes["kept_l2"][2]}
+        self.dtypes = {name: own or dtype for layout in LAYOUTS.values() for name, own in layout.items()}
         self.places = {}
-        end = 0
-        for name, dtype in SCRATCH.items():
-            begin = ceil_div(end, 256) * 256
-            end = begin + math.prod(self.shapes[name]) * dtype.itemsize
-            self.places[name] = begin, end
+        for layout, names in LAYOUTS.items():
+            places = self.places[layout] = {}
+            end = 0
+            for name in names:
+                begin = ceil_div(end, 256) * 256
+                end = begin + math.prod(self.shapes[name]) * self.dtypes[name].itemsize
+                places[name] = begin, end
 
         self.grids = {}
         tile = tiles["pool"]
@@ -1221,21 +1241,30 @@ class Prepared:
         self.ready = {}
         self.both = set()
 
-    def scratch(self, q):
-        """One piece of memory on q's device for what lives within the backward pass, and the buffers of `SCRATCH` in it.
+    def memory(self, q, layout):
+        """One piece of memory on q's device for all buffers of a layout."""
+        *_, (_, size) = self.places[layout].values()
+        return q.new_empty(size, dtype=torch.uint8)
 
-        Counts are zero. As `pointers`, buffers are plain addresses where nobody needs more.
-        """
-        _, size = self.places["grad_v_l2"]
-        _, counts = self.places["counts_l2"]
-        memory = q.new_empty(size, dtype=torch.uint8)
-        memory[:counts].zero_()
-        if "grad_kv_l0_kernel" in self.ready:
+    def buffers(self, memory, layout, last):
+        """The buffers of a layout in its memory, as launches up to the one of name `last` take them: see `pointers`."""
+        if last in self.ready:
             first = memory.data_ptr()
-            return memory, [first + begin for begin, _ in self.places.values()]
-        return memory, [
-            memory[begin:end].view(SCRATCH[name]).view(self.shapes[name]) for name, (begin, end) in self.places.items()
+            return [first + begin for begin, _ in self.places[layout].values()]
+        return [
+            memory[begin:end].view(self.dtypes[name]).view(self.shapes[name])
+            for name, (begin, end) in self.places[layout].items()
         ]
+
+    def saved(self, q, apart):
+        """Memory for what the forward pass saves: a tensor for each buffer or, where not `apart`, one for all."""
+        if apart:
+            return [q.new_empty(self.shapes[name], dtype=self.dtypes[name]) for name in LAYOUTS["saved"]]
+        return [self.memory(q, "saved")]
+
+    def saved_buffers(self, saved, last):
+        """The buffers in what `saved` made, as launches up to the one of name `last` take them."""
+        return self.buffers(*saved, "saved", last) if len(saved) == 1 else self.pointers(last, *saved)
 
     def pointers(self, last, *tensors):
         """The tensors as launches take them, up to the one of name `last`: themselves or, from the second time on, addresses.
@@ -1333,141 +1362,108 @@ def prepare(tensors, made=()):
 @functools.lru_cache(maxsize=1024)
 def prepared(device, dtype, shape, strides, starts):
     """One `Prepared` for all calls that Triton does not tell apart."""
-    return Prepared(shape[0] * shape[1], shape[2], schedule_for(device, dtype))
+    return Prepared(shape[0] * shape[1], shape[2], dtype, schedule_for(device, dtype))
 
 
-def pool_and_select(q, k, v, at, stream):
-    """The pyramid and, from the coarsest level down, the tokens that are kept.
+def pool_and_select(q, k, v, k_l1, v_l1, k_l2, v_l2, kept_l1, kept_l2, at, stream):
+    """Fill in the pyramid and, from the coarsest level down, the tokens that are kept.
 
-    Takes [B, H, N, D] tensors, `aligned`; returns the means of k and of v, [B*H, T_l, D], and the kept tokens,
-    [B*H, T_l, width] int32: lists over the levels, finest first.
+    Takes [B, H, N, D] tensors, `aligned`, and as launches take them means of k and v, [B*H, T_l, D], and lists of kept tokens,
+    [B*H, T_l, width] int32.
     """
     batch, heads_per_batch, n_tokens, _ = q.shape
-    q_l1 = q.new_empty(at.shapes["q_l1"])
-    k_l1 = q.new_empty(at.shapes["k_l1"])
-    v_l1 = q.new_empty(at.shapes["v_l1"])
-    kept_l1 = q.new_empty(at.shapes["kept_l1"], dtype=torch.int32)
-    q_l2 = q.new_empty(at.shapes["q_l2"])
-    k_l2 = q.new_empty(at.shapes["k_l2"])
-    v_l2 = q.new_empty(at.shapes["v_l2"])
-    kept_l2 = q.new_empty(at.shapes["kept_l2"], dtype=torch.int32)
-    (
-        q_ptr, k_ptr, v_ptr, q_l1_ptr, k_l1_ptr, v_l1_ptr,
-        kept_l1_ptr, q_l2_ptr, k_l2_ptr, v_l2_ptr, kept_l2_ptr,
-    ) = at.pointers(
-        "select_l1_kernel",
-        q, k, v, q_l1, k_l1, v_l1,
-        kept_l1, q_l2, k_l2, v_l2, kept_l2,
-    )
+    memory = at.memory(q, "selection")  # held until all is launched: buffers may be but addresses in it
+    [q_l1, q_l2] = at.buffers(memory, "selection", "select_l1_kernel")
+    q_ptr, k_ptr, v_ptr = at.pointers("select_l1_kernel", q, k, v)
 
     at.launch(
         stream, pool_l1_kernel, "pool_l1_kernel",
         *strided(q, q_ptr), *strided(k, k_ptr), *strided(v, v_ptr),
-        q_l1_ptr, k_l1_ptr, v_l1_ptr,
-        q_l2_ptr, k_l2_ptr, v_l2_ptr,
+        q_l1, k_l1, v_l1,
+        q_l2, k_l2, v_l2,
         heads_per_batch, batch * heads_per_batch, n_tokens,
     )
     at.launch(
         stream, select_l2_kernel, "select_l2_kernel",
-        q_l2_ptr, k_l2_ptr, kept_l2_ptr, kept_l2.shape[2], n_tokens,
+        q_l2, k_l2, kept_l2, at.widths[2], n_tokens,
     )
     at.launch(
         stream, select_l1_kernel, "select_l1_kernel",
-        q_l1_ptr, k_l1_ptr, kept_l2_ptr, kept_l2.shape[2], kept_l1_ptr, kept_l1.shape[2], n_tokens,
+        q_l1, k_l1, kept_l2, at.widths[2], kept_l1, at.widths[1], n_tokens,
     )
-    return [k_l1, k_l2], [v_l1, v_l2], [kept_l1, kept_l2]
 
 
 def select_kernels(q, k):
     """The kept tokens of each level, finest first, by the Triton kernels."""
     q, k = aligned(q), aligned(k)
-    at = prepare((q, k, k))
-    *_, kept = pool_and_select(q, k, k, at, at.stream(q))  # k in place of v, whose means nobody will look at
-    return kept
+    at = prepare((q, k, k))  # k in place of v, whose means nobody will look at
+    saved = at.saved(q, apart=True)
+    _, _, *pyramid = at.saved_buffers(saved, "select_l1_kernel")
+    pool_and_select(q, k, k, *pyramid, at, at.stream(q))
+    return saved[-2:]
 
 
-def attend_kernels(q, k, v, scale):
-    """o, lse and what the backward pass needs, in the order of the operator's outputs, by the Triton kernels."""
+def attend_kernels(q, k, v, scale, apart=True):
+    """o, lse and what the backward pass needs, by the Triton kernels.
+
+    The latter as the operator's outputs, in their order, or, where not `apart`, as one piece of memory.
+    """
     q, k, v = aligned(q), aligned(k), aligned(v)
     at = prepare((q, k, v))
     stream = at.stream(q)
     _, heads_per_batch, n_tokens, _ = q.shape
-    k_means, v_means, kept = pool_and_select(q, k, v, at, stream)
-    k_l1, v_l1 = k_means[0], v_means[0]
-    k_l2, v_l2 = k_means[1], v_means[1]
-    [kept_l1, kept_l2] = kept
-    o = q.new_empty(q.shape)
-    lse = q.new_empty(at.shapes["lse"], dtype=torch.float32)
-    peak = q.new_empty(at.shapes["peak"], dtype=torch.float32)
-    total = q.new_empty(at.shapes["total"], dtype=torch.float32)
+    o, lse = q.new_empty(q.shape), q.new_empty(at.shapes["lse"], dtype=torch.float32)
+    saved = at.saved(q, apart)
     (
-        q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, peak_ptr,
-        total_ptr, k_l1_ptr, v_l1_ptr, k_l2_ptr, v_l2_ptr, kept_l1_ptr,
-        kept_l2_ptr,
-    ) = at.pointers(
-        "attend_kernel",
-        q, k, v, o, lse, peak,
-        total, k_l1, v_l1, k_l2, v_l2, kept_l1,
-        kept_l2,
-    )
+        peak, total, k_l1, v_l1, k_l2, v_l2,
+        kept_l1, kept_l2,
+    ) = at.saved_buffers(saved, "attend_kernel")
+    pool_and_select(q, k, v, k_l1, v_l1, k_l2, v_l2, kept_l1, kept_l2, at, stream)
+    (
+        q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr,
+    ) = at.pointers("attend_kernel", q, k, v, o, lse)
     at.launch(
         stream, attend_kernel, "attend_kernel",
         *strided(q, q_ptr), *strided(k, k_ptr), *strided(v, v_ptr),
-        k_l1_ptr, v_l1_ptr,
-        k_l2_ptr, v_l2_ptr,
-        kept_l1_ptr, kept_l1.shape[2],
-        kept_l2_ptr, kept_l2.shape[2],
-        o_ptr, lse_ptr, peak_ptr, total_ptr, scale, heads_per_batch, n_tokens,
+        k_l1, v_l1,
+        k_l2, v_l2,
+        kept_l1, at.widths[1],
+        kept_l2, at.widths[2],
+        o_ptr, lse_ptr, peak, total, scale, heads_per_batch, n_tokens,
     )
-    return o, lse, peak, total, k_l1, v_l1, k_l2, v_l2, kept_l1, kept_l2
+    return o, lse, *saved
 
 
-def grad_kernels(grad_o, q, k, v, o, peak, total, k_l1, v_l1, k_l2, v_l2, kept_l1, kept_l2, scale):
-    """dq, dk, dv by the Triton kernels."""
+def grad_kernels(grad_o, q, k, v, o, saved, scale):
+    """dq, dk, dv by the Triton kernels; `saved` is what `attend_kernels` returned, apart or not."""
     grad_o, q, k, v = aligned(grad_o), aligned(q), aligned(k), aligned(v)
-    at = prepare((q, k, v, grad_o), (o, peak, total, k_l1, v_l1, k_l2, v_l2, kept_l1, kept_l2))
+    at = prepare((q, k, v, grad_o), (o, *saved))
     stream = at.stream(q)
     _, heads_per_batch, n_tokens, _ = q.shape
     heads = q.shape[0] * heads_per_batch
     grad_q, grad_k, grad_v = q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape)
-    _memory, scratch = at.scratch(q)  # held until all is launched: buffers may be but addresses in it
+    memory = at.memory(q, "gradients")  # held until all is launched: buffers may be but addresses in it
+    memory[: at.places["gradients"]["counts_l2"][1]].zero_()  # the counts, which are added to
     (
-        counts_l1,
-        counts_l2,
-        delta,
-        offsets_l1,
-        keepers_l1,
-        extra_l1,
-        offsets_l2,
-        keepers_l2,
-        extra_l2,
-        extra_grad_k_l0,
-        extra_grad_v_l0,
-        extra_grad_k_l1,
-        extra_grad_v_l1,
-        split_grad_k_l2,
-        split_grad_v_l2,
-        grad_k_l1,
-        grad_v_l1,
-        grad_k_l2,
+        counts_l1, counts_l2, delta, offsets_l1, keepers_l1, extra_l1,
+        offsets_l2, keepers_l2, extra_l2, extra_grad_k_l0, extra_grad_v_l0, extra_grad_k_l1,
+        extra_grad_v_l1, split_grad_k_l2, split_grad_v_l2, grad_k_l1, grad_v_l1, grad_k_l2,
         grad_v_l2,
-    ) = scratch
+    ) = at.buffers(memory, "gradients", "grad_kv_l0_kernel")
     (
-        q_ptr, k_ptr, v_ptr, grad_o_ptr, o_ptr, peak_ptr,
-        total_ptr, k_l1_ptr, v_l1_ptr, k_l2_ptr, v_l2_ptr, kept_l1_ptr,
-        kept_l2_ptr, grad_q_ptr, grad_k_ptr, grad_v_ptr,
-    ) = at.pointers(
-        "grad_kv_l0_kernel",
-        q, k, v, grad_o, o, peak,
-        total, k_l1, v_l1, k_l2, v_l2, kept_l1,
-        kept_l2, grad_q, grad_k, grad_v,
-    )
+        peak, total, k_l1, v_l1, k_l2, v_l2,
+        kept_l1, kept_l2,
+    ) = at.saved_buffers(saved, "grad_kv_l0_kernel")
+    (
+        q_ptr, k_ptr, v_ptr, grad_o_ptr, o_ptr, grad_q_ptr,
+        grad_k_ptr, grad_v_ptr,
+    ) = at.pointers("grad_kv_l0_kernel", q, k, v, grad_o, o, grad_q, grad_k, grad_v)
     q_rows, k_rows, v_rows, grad_o_rows = strided(q, q_ptr), strided(k, k_ptr), strided(v, v_ptr), strided(grad_o, grad_o_ptr)
 
     at.launch(
         stream, count_kernel, "count_kernel",
-        kept_l1_ptr, kept_l1.shape[2],
-        kept_l2_ptr, kept_l2.shape[2],
+        kept_l1, at.widths[1],
+        kept_l2, at.widths[2],
         counts_l1, counts_l2, heads, n_tokens,
     )
     at.launch(
@@ -1479,24 +1475,24 @@ def grad_kernels(grad_o, q, k, v, o, peak, total, k_l1, v_l1, k_l2, v_l2, kept_l
     )
     at.launch(
         stream, invert_l2_kernel, "invert_l2_kernel",
-        kept_l2_ptr, kept_l2.shape[2], offsets_l2, keepers_l2, n_tokens,
+        kept_l2, at.widths[2], offsets_l2, keepers_l2, n_tokens,
     )
     at.launch(
         stream, invert_l1_kernel, "invert_l1_kernel",
-        kept_l1_ptr, kept_l1.shape[2], offsets_l1, offsets_l2, keepers_l2, kept_l2.shape[2], keepers_l1, n_tokens,
+        kept_l1, at.widths[1], offsets_l1, offsets_l2, keepers_l2, at.widths[2], keepers_l1, n_tokens,
     )
     at.launch(
         stream, grad_q_kernel, "grad_q_kernel",
         *q_rows, *k_rows, *v_rows,
-        k_l1_ptr, v_l1_ptr,
-        k_l2_ptr, v_l2_ptr,
-        kept_l1_ptr, kept_l1.shape[2],
-        kept_l2_ptr, kept_l2.shape[2],
-        o_ptr, *grad_o_rows, peak_ptr, total_ptr, grad_q_ptr, delta, scale, heads_per_batch, n_tokens,
+        k_l1, v_l1,
+        k_l2, v_l2,
+        kept_l1, at.widths[1],
+        kept_l2, at.widths[2],
+        o_ptr, *grad_o_rows, peak, total, grad_q_ptr, delta, scale, heads_per_batch, n_tokens,
     )
     at.launch(
         stream, grad_kv_l2_kernel, "grad_kv_l2_kernel",
-        *q_rows, *grad_o_rows, peak_ptr, total_ptr, delta, k_l2_ptr, v_l2_ptr, split_grad_k_l2, split_grad_v_l2,
+        *q_rows, *grad_o_rows, peak, total, delta, k_l2, v_l2, split_grad_k_l2, split_grad_v_l2,
         at.rows_per_split, at.splits, scale, heads_per_batch, n_tokens,
     )
     at.launch(
@@ -1505,24 +1501,24 @@ def grad_kernels(grad_o, q, k, v, o, peak, total, k_l1, v_l1, k_l2, v_l2, kept_l
     )
     at.launch(
         stream, grad_kv_l1_extra_kernel, "grad_kv_l1_extra_kernel",
-        *q_rows, *grad_o_rows, peak_ptr, total_ptr, delta, k_l1_ptr, v_l1_ptr,
-        keepers_l2, kept_l2.shape[2], offsets_l2, extra_l2, extra_grad_k_l1, extra_grad_v_l1, at.parts_l1, scale, heads_per_batch, n_tokens,
+        *q_rows, *grad_o_rows, peak, total, delta, k_l1, v_l1,
+        keepers_l2, at.widths[2], offsets_l2, extra_l2, extra_grad_k_l1, extra_grad_v_l1, at.parts_l1, scale, heads_per_batch, n_tokens,
     )
     at.launch(
         stream, grad_kv_l1_kernel, "grad_kv_l1_kernel",
-        *q_rows, *grad_o_rows, peak_ptr, total_ptr, delta, k_l1_ptr, v_l1_ptr,
-        keepers_l2, kept_l2.shape[2], offsets_l2, extra_l2, extra_grad_k_l1, extra_grad_v_l1,
+        *q_rows, *grad_o_rows, peak, total, delta, k_l1, v_l1,
+        keepers_l2, at.widths[2], offsets_l2, extra_l2, extra_grad_k_l1, extra_grad_v_l1,
         grad_k_l2, grad_v_l2, grad_k_l1, grad_v_l1, at.parts_l1, scale, heads_per_batch, n_tokens,
     )
     at.launch(
         stream, grad_kv_l0_extra_kernel, "grad_kv_l0_extra_kernel",
-        *q_rows, *grad_o_rows, peak_ptr, total_ptr, delta, *k_rows, *v_rows,
-        keepers_l1, kept_l1.shape[2], offsets_l1, extra_l1, extra_grad_k_l0, extra_grad_v_l0, at.parts_l0, scale, heads_per_batch, n_tokens,
+        *q_rows, *grad_o_rows, peak, total, delta, *k_rows, *v_rows,
+        keepers_l1, at.widths[1], offsets_l1, extra_l1, extra_grad_k_l0, extra_grad_v_l0, at.parts_l0, scale, heads_per_batch, n_tokens,
     )
     at.launch(
         stream, grad_kv_l0_kernel, "grad_kv_l0_kernel",
-        *q_rows, *grad_o_rows, peak_ptr, total_ptr, delta, *k_rows, *v_rows,
-        keepers_l1, kept_l1.shape[2], offsets_l1, extra_l1, extra_grad_k_l0, extra_grad_v_l0,
+        *q_rows, *grad_o_rows, peak, total, delta, *k_rows, *v_rows,
+        keepers_l1, at.widths[1], offsets_l1, extra_l1, extra_grad_k_l0, extra_grad_v_l0,
         grad_k_l1, grad_v_l1, grad_k_ptr, grad_v_ptr, at.parts_l0, scale, heads_per_batch, n_tokens,
     )
     return grad_q, grad_k, grad_v
@@ -1849,15 +1845,15 @@ def empty_selection(q, k):
     ]
 
 
-def forward(q, k, v, scale):
-    """o, lse and what the backward pass needs."""
+def forward(q, k, v, scale, apart=True):
+    """o, lse and what the backward pass needs: tensors of their own or, where not `apart`, perhaps one for all of the latter."""
     if q.numel() == 0:
         return empty_outputs(q)
     if not runs_kernels(q):
         with without_autocast():
             return attend_torch(q, k, v, scale)
     with on_device_of(q):
-        return attend_kernels(q, k, v, scale)
+        return attend_kernels(q, k, v, scale, apart)
 
 
 def backward(grad_o, q, k, v, o, saved, scale):
@@ -1868,7 +1864,7 @@ def backward(grad_o, q, k, v, o, saved, scale):
         with without_autocast():
             return grad_torch(grad_o, q, k, v, saved[-LEVELS:], scale)
     with on_device_of(q):
-        return grad_kernels(grad_o, q, k, v, o, *saved, scale)
+        return grad_kernels(grad_o, q, k, v, o, saved, scale)
 
 
 def select_forward(q, k):
@@ -1906,7 +1902,7 @@ class Attend(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, scale):
-        output = forward(q, k, v, scale)
+        output = forward(q, k, v, scale, apart=False)
         save_for_backward(ctx, (q, k, v, scale), output)
         ctx.mark_non_differentiable(output[1])
         return output[:2]
@@ -2001,7 +1997,7 @@ def attention(q, k, v, *, scale=None, return_lse=False):
     elif torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         run = Attend.apply
     else:
-        run = forward
+        run = functools.partial(forward, apart=False)
     o, lse, *_ = run(q, k, v, float(scale))
     return (o, lse.detach().view(q.shape[:3])) if return_lse else o
 

@@ -132,12 +132,22 @@ class Plan(Levels):
         """Names of the tensors that the forward pass leaves to the backward pass, in the operator's order."""
         return tuple(name for name, buffer in self.buffers.items() if buffer.role is Role.SAVED)
 
-    @property
-    def backward_scratch(self) -> tuple[str, ...]:
-        """Names of the tensors that live within the backward pass, the counts of the counting sort first."""
-        written = {name for kernel in self.backward for name in kernel.writes}
-        names = (name for name in self.buffers if name in written and self.buffers[name].role is Role.SCRATCH)
-        return tuple(sorted(names, key=lambda name: not name.startswith("counts")))
+    @cached_property
+    def layouts(self) -> dict[str, tuple[str, ...]]:
+        """Names of the buffers that can share a piece of memory, since they are made together and are gone together.
+
+        `selection` lives within the forward pass, `saved` until the end of the backward pass, `gradients` within that;
+        there the counts of the counting sort come first.
+        """
+        return {
+            "selection": self._scratch_of(self.forward),
+            "saved": self.saved,
+            "gradients": tuple(sorted(self._scratch_of(self.backward), key=lambda name: not name.startswith("counts"))),
+        }
+
+    def _scratch_of(self, kernels: Iterable[Kernel]) -> tuple[str, ...]:
+        written = {name for kernel in kernels for name in kernel.writes}
+        return tuple(name for name in self.buffers if name in written and self.buffers[name].role is Role.SCRATCH)
 
     # ---- kernels ------------------------------------------------------------------------------------------------
 

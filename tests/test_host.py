@@ -126,43 +126,48 @@ def draw(n: int, batch: int = 1, heads: int = 2, offset: int = 0) -> list[Tensor
     return [x[i : i + batch * heads * n * 64].view(batch, heads, n, 64) for x, i in zip(made, at, strict=True)]
 
 
-def step(module: ModuleType, tensors: list[Tensor]) -> None:
-    """Forward and backward, as the operator does them on a GPU."""
+def step(module: ModuleType, tensors: list[Tensor], apart: bool = False) -> None:
+    """Forward and backward on a GPU, as eager calls do them or, `apart`, as the operator does."""
     q, k, v, grad_o = tensors
-    o, _, *saved = module.attend_kernels(q, k, v, 0.125)
-    module.grad_kernels(grad_o, q, k, v, o, *saved, 0.125)
+    o, _, *saved = module.attend_kernels(q, k, v, 0.125, apart)
+    assert (len(saved) == 1) != apart
+    module.grad_kernels(grad_o, q, k, v, o, saved, 0.125)
 
 
-def launches(gpu: PretendedGpu, module: ModuleType, tensors: list[Tensor]) -> list[tuple[object, ...]]:
+def launches(
+    gpu: PretendedGpu, module: ModuleType, tensors: list[Tensor], apart: bool = False
+) -> list[tuple[object, ...]]:
     gpu.log.clear()
     held: list[Tensor] = []
-    pointers, scratch = module.Prepared.pointers, module.Prepared.scratch
+    pointers, memory = module.Prepared.pointers, module.Prepared.memory
 
     def hold_pointers(at: Any, last: str, *made: Tensor) -> Any:
         held.extend(made)
         return pointers(at, last, *made)
 
-    def hold_scratch(at: Any, q: Tensor) -> Any:
-        memory, buffers = scratch(at, q)
-        held.append(memory)
-        return memory, buffers
+    def hold_memory(at: Any, q: Tensor, layout: str) -> Tensor:
+        held.append(memory(at, q, layout))
+        return held[-1]
 
-    with patch.multiple(module.Prepared, pointers=hold_pointers, scratch=hold_scratch):
-        step(module, tensors)
+    with patch.multiple(module.Prepared, pointers=hold_pointers, memory=hold_memory):
+        step(module, tensors, apart)
     places = Places(held)
     return [launch.told_apart(places) for launch in gpu.log if launch.programs[0]]
 
 
-def test_the_second_call_launches_what_triton_launched_in_the_first(gpu: PretendedGpu, module: ModuleType) -> None:
+@pytest.mark.parametrize("apart", [False, True])
+def test_the_second_call_launches_what_triton_launched_in_the_first(
+    gpu: PretendedGpu, module: ModuleType, apart: bool
+) -> None:
     tensors = draw(4096)
-    first = launches(gpu, module, tensors)
+    first = launches(gpu, module, tensors, apart)
     assert len(gpu.log) == 15 and len(first) == 14, "no list of level 2 is cut: its kernel is only compiled"
     assert {x.data_ptr() for x in tensors} <= {
         x.data_ptr() for launch in gpu.log for x in launch.arguments if isinstance(x, Tensor)
     }
-    assert launches(gpu, module, tensors) == first
+    assert launches(gpu, module, tensors, apart) == first
     assert not any(isinstance(x, Tensor) for launch in gpu.log for x in launch.arguments), "but addresses"
-    assert launches(gpu, module, draw(4096)) == first, "other tensors of the same shapes"
+    assert launches(gpu, module, draw(4096), apart) == first, "other tensors of the same shapes"
 
 
 def test_hooks_are_told_of_every_launch(gpu: PretendedGpu, module: ModuleType) -> None:
@@ -278,28 +283,42 @@ def test_rows_that_begin_anywhere_are_copied(head_dim: int, unit: int) -> None:
 
 
 @pytest.mark.parametrize("n", [1, 300, 4096, 65_537])
-def test_buffers_of_the_backward_pass_have_their_own_part_of_its_memory(
-    gpu: PretendedGpu, module: ModuleType, n: int
+@pytest.mark.parametrize("layout", ["selection", "saved", "gradients"])
+def test_buffers_have_their_own_part_of_their_memory(
+    gpu: PretendedGpu, module: ModuleType, layout: str, n: int
 ) -> None:
-    at = module.Prepared(2, n, module.schedule_for(torch.device("cuda"), torch.bfloat16))
+    at = module.Prepared(2, n, torch.bfloat16, module.schedule_for(torch.device("cuda"), torch.bfloat16))
     q = torch.empty(1, 2, n, 64, dtype=torch.bfloat16)
-    with fuzz.poisoned_memory():
-        memory, tensors = at.scratch(q)
-    assert memory[-1] == 255, "the rest is what it was"
+    memory = at.memory(q, layout)
+    tensors = at.buffers(memory, layout, "grad_kv_l0_kernel")
     begins = [x.data_ptr() - memory.data_ptr() for x in tensors if x.numel()]
     ends = [begin + x.nbytes for begin, x in zip(begins, (x for x in tensors if x.numel()), strict=True)]
     assert all(begin % 256 == 0 for begin in begins), "as torch's own allocations"
     assert all(end <= begin for end, begin in zip(ends, [*begins[1:], memory.nbytes], strict=True))
-    assert [tuple(x.shape) for x in tensors] == [at.shapes[name] for name in module.SCRATCH]
-    assert [x.dtype for x in tensors] == list(module.SCRATCH.values())
-    counts = [x for name, x in zip(module.SCRATCH, tensors, strict=True) if name.startswith("counts")]
-    assert all(not x.any() for x in counts)
-    assert len(counts) == 2
+    assert [tuple(x.shape) for x in tensors] == [at.shapes[name] for name in module.LAYOUTS[layout]]
+    assert [x.dtype for x in tensors] == [own or torch.bfloat16 for own in module.LAYOUTS[layout].values()]
     at.ready["grad_kv_l0_kernel"] = ()
-    memory, addresses = at.scratch(q)
-    places = [begin for begin, _ in at.places.values()]
-    assert addresses == [memory.data_ptr() + begin for begin in places]
+    places = [begin for begin, _ in at.places[layout].values()]
+    assert at.buffers(memory, layout, "grad_kv_l0_kernel") == [memory.data_ptr() + begin for begin in places]
     assert [begin for begin, x in zip(places, tensors, strict=True) if x.numel()] == begins
+
+
+def test_only_counts_are_set_to_zero(gpu: PretendedGpu, module: ModuleType) -> None:
+    counts = [name for name in module.LAYOUTS["gradients"] if name.startswith("counts")]
+    assert counts == list(module.LAYOUTS["gradients"])[:2] == ["counts_l1", "counts_l2"]
+    made: list[tuple[Any, Tensor]] = []
+    memory = module.Prepared.memory
+
+    def hold_memory(at: Any, q: Tensor, layout: str) -> Tensor:
+        made.append((at, memory(at, q, layout)))
+        return made[-1][1]
+
+    with fuzz.poisoned_memory(), patch.object(module.Prepared, "memory", hold_memory):
+        step(module, draw(4096))
+    at, memory_of_gradients = made[-1]
+    for name, x in zip(module.LAYOUTS["gradients"], at.buffers(memory_of_gradients, "gradients", ""), strict=True):
+        bytes_of = x.reshape(-1).view(torch.uint8)
+        assert (bytes_of == (0 if name in counts else 255)).all(), name
 
 
 def test_from_the_second_call_on_little_python_runs(gpu: PretendedGpu, module: ModuleType) -> None:

@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from examples import BRANCHES, spec
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
@@ -62,6 +63,25 @@ def test_kernels_agree_with_the_reference(chosen: Spec) -> None:
 @pytest.mark.parametrize("chosen", BRANCHES[::3], ids=by_name)
 def test_kernels_agree_with_the_reference_in_half_precision(chosen: Spec) -> None:
     fuzz.run(fuzz.Case(chosen, n=31, heads=2, dtype="float16", layouts=SHARED)).raise_if_failed()
+
+
+@pytest.mark.parametrize(
+    "chosen", [chosen for chosen in BRANCHES if chosen.name in ("l1_none", "l2", "l3", "l3_outer")], ids=by_name
+)
+def test_the_operator_does_what_eager_calls_do(chosen: Spec) -> None:
+    # Its outputs are tensors of their own, where eager calls keep one piece of memory.
+    module = compile(chosen).module
+    shape = (1, 2, 21, chosen.head_dim)
+    q, k, v, grad_o = (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in range(4))
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    with fuzz.poisoned_memory():
+        eager, lse = module.attention(*leaves, return_lse=True)
+        eager_grads = torch.autograd.grad(eager, leaves, grad_o)
+        o, operator_lse, *saved = getattr(torch.ops.llsa, module.OPERATOR)(*leaves, chosen.head_dim**-0.5)
+        grads = torch.autograd.grad(o, leaves, grad_o)
+    assert len(saved) == len(lower(chosen).saved)
+    for mine, other in zip((eager, lse, *eager_grads), (o, operator_lse.view(lse.shape), *grads), strict=True):
+        assert torch.isfinite(mine).all() and torch.equal(mine, other)
 
 
 @pytest.mark.parametrize("n", [1, 2, 13])
