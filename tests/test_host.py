@@ -7,6 +7,7 @@ without Triton's own search for the kernel: these tests hold both ways against e
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import permutations
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -168,6 +169,22 @@ def test_the_second_call_launches_what_triton_launched_in_the_first(
     assert launches(gpu, module, tensors, apart) == first
     assert not any(isinstance(x, Tensor) for launch in gpu.log for x in launch.arguments), "but addresses"
     assert launches(gpu, module, draw(4096), apart) == first, "other tensors of the same shapes"
+
+
+def test_the_order_of_calls_does_not_matter(gpu: PretendedGpu, module: ModuleType) -> None:
+    tensors = draw(4096)
+    wanted = {apart: launches(gpu, module, tensors, apart) for apart in (False, True)}
+    for order in permutations(("select", "eager", "operator")):
+        module.prepared.cache_clear()
+        for call in order:
+            if call == "select":
+                gpu.log.clear()
+                kept = module.select_kernels(*tensors[:2])
+                assert [launch.name for launch in gpu.log] == ["pool_l1_kernel", "select_l2_kernel", "select_l1_kernel"]
+                assert [x.shape for x in kept] == [(2, 256, 8), (2, 16, 8)]
+            else:
+                assert launches(gpu, module, tensors, call == "operator") == wanted[call == "operator"], order
+    assert len(gpu.loaded) == 15, "nothing is compiled for the second of them"
 
 
 def test_hooks_are_told_of_every_launch(gpu: PretendedGpu, module: ModuleType) -> None:
