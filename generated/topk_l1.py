@@ -27,7 +27,7 @@ SPEC = {
     "name": "topk_l1",
     "reweight": True,
 }
-OPERATOR = "topk_l1_077a68c5c9dd2337"  # in torch.ops.llsa: the name of the spec and the hash of this text
+OPERATOR = "topk_l1_311c81476f45fffb"  # in torch.ops.llsa: the name of the spec and the hash of this text
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -785,15 +785,9 @@ class Prepared:
             for name, (begin, end) in self.places[layout].items()
         ]
 
-    def saved(self, q, apart):
-        """Memory for what the forward pass saves: a tensor for each buffer or, where not `apart`, one for all."""
-        if apart:
-            return [q.new_empty(self.shapes[name], dtype=self.dtypes[name]) for name in LAYOUTS["saved"]]
-        return [self.memory(q, "saved")]
-
-    def saved_buffers(self, saved, last):
-        """The buffers in what `saved` made, as launches up to the one of name `last` take them."""
-        return self.buffers(*saved, "saved", last) if len(saved) == 1 else self.pointers(last, *saved)
+    def separate(self, q, names):
+        """Buffers as tensors of their own."""
+        return [q.new_empty(self.shapes[name], dtype=self.dtypes[name]) for name in names]
 
     def pointers(self, last, *tensors):
         """The tensors as launches take them, up to the one of name `last`: themselves or, from the second time on, addresses.
@@ -842,7 +836,7 @@ def is_whole(tokens, tile):
 def is_watched():
     """Whether Triton tells somebody of launches, a profiler say."""
     told = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
-    return any(getattr(hook, "calls", hook) for hook in told)
+    return any(hook.calls if isinstance(hook, triton.knobs.HookChain) else hook is not None for hook in told)
 
 
 def aligned(x):
@@ -920,26 +914,28 @@ def select_kernels(q, k):
     """The kept tokens of each level, finest first, by the Triton kernels."""
     q, k = aligned(q), aligned(k)
     at = prepare((q, k))
-    saved = at.saved(q, apart=True)
-    _, _, *pyramid = at.saved_buffers(saved, "select_l1_kernel")
-    pool_and_select(q, k, *pyramid, at, at.stream(q))
-    return saved[-1:]
+    pyramid = at.separate(q, ["kept_l1"])
+    pool_and_select(q, k, *at.pointers("select_l1_kernel", *pyramid), at, at.stream(q))
+    return pyramid[-1:]
 
 
-def attend_kernels(q, k, v, scale, apart=True):
-    """o, lse and what the backward pass needs, by the Triton kernels.
-
-    The latter as the operator's outputs, in their order, or, where not `apart`, as one piece of memory.
-    """
+def attend_kernels(q, k, v, scale, save=True):
+    """o, lse and, to `save`, what the backward pass needs, in the order of the operator's outputs, by the Triton kernels."""
     q, k, v = aligned(q), aligned(k), aligned(v)
     at = prepare((q, k, v))
     stream = at.stream(q)
     _, heads_per_batch, n_tokens, _ = q.shape
     o, lse = q.new_empty(q.shape), q.new_empty(at.shapes["lse"], dtype=torch.float32)
-    saved = at.saved(q, apart)
+    if save:
+        saved = at.separate(q, LAYOUTS["saved"])
+        buffers = at.pointers("attend_kernel", *saved)
+    else:
+        saved = []
+        memory = at.memory(q, "saved")  # held until all is launched: buffers may be but addresses in it
+        buffers = at.buffers(memory, "saved", "attend_kernel")
     (
         peak, total, kept_l1,
-    ) = at.saved_buffers(saved, "attend_kernel")
+    ) = buffers
     pool_and_select(q, k, kept_l1, at, stream)
     (
         q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr,
@@ -954,7 +950,7 @@ def attend_kernels(q, k, v, scale, apart=True):
 
 
 def grad_kernels(grad_o, q, k, v, o, saved, scale):
-    """dq, dk, dv by the Triton kernels; `saved` is what `attend_kernels` returned, apart or not."""
+    """dq, dk, dv by the Triton kernels, from what `attend_kernels` returned."""
     grad_o, q, k, v = aligned(grad_o), aligned(q), aligned(k), aligned(v)
     at = prepare((q, k, v, grad_o), (o, *saved))
     stream = at.stream(q)
@@ -969,7 +965,7 @@ def grad_kernels(grad_o, q, k, v, o, saved, scale):
     ) = at.buffers(memory, "gradients", "grad_kv_l0_kernel")
     (
         peak, total, kept_l1,
-    ) = at.saved_buffers(saved, "grad_kv_l0_kernel")
+    ) = at.pointers("grad_kv_l0_kernel", *saved)
     (
         q_ptr, k_ptr, v_ptr, grad_o_ptr, o_ptr, grad_q_ptr,
         grad_k_ptr, grad_v_ptr,
@@ -1276,15 +1272,15 @@ def empty_selection(q, k):
     ]
 
 
-def forward(q, k, v, scale, apart=True):
-    """o, lse and what the backward pass needs: tensors of their own or, where not `apart`, perhaps one for all of the latter."""
+def forward(q, k, v, scale, save=True):
+    """o, lse and, at least where it is to be saved, what the backward pass needs."""
     if q.numel() == 0:
         return empty_outputs(q)
     if not runs_kernels(q):
         with without_autocast():
             return attend_torch(q, k, v, scale)
     with on_device_of(q):
-        return attend_kernels(q, k, v, scale, apart)
+        return attend_kernels(q, k, v, scale, save)
 
 
 def backward(grad_o, q, k, v, o, saved, scale):
@@ -1333,7 +1329,7 @@ class Attend(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, scale):
-        output = forward(q, k, v, scale, apart=False)
+        output = forward(q, k, v, scale)
         save_for_backward(ctx, (q, k, v, scale), output)
         ctx.mark_non_differentiable(output[1])
         return output[:2]
@@ -1428,7 +1424,7 @@ def attention(q, k, v, *, scale=None, return_lse=False):
     elif torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         run = Attend.apply
     else:
-        run = functools.partial(forward, apart=False)
+        run = functools.partial(forward, save=False)
     o, lse, *_ = run(q, k, v, float(scale))
     return (o, lse.detach().view(q.shape[:3])) if return_lse else o
 

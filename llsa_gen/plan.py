@@ -136,8 +136,8 @@ class Plan(Levels):
     def layouts(self) -> dict[str, tuple[str, ...]]:
         """Names of the buffers that can share a piece of memory, since they are made together and are gone together.
 
-        `selection` lives within the forward pass, `saved` until the end of the backward pass, `gradients` within that;
-        there the counts of the counting sort come first.
+        `selection` lives within the forward pass, `saved` too where no gradients are wanted, `gradients` within the
+        backward pass; there the counts of the counting sort come first.
         """
         return {
             "selection": self._scratch_of(self.forward),

@@ -20,7 +20,6 @@ from llsa_gen.errors import CacheError
 from llsa_gen.store_entry import (
     DIGEST,
     Entry,
-    EntryVanished,
     Key,
     inspect_entry,
     publish,
@@ -34,7 +33,7 @@ __all__ = ["CACHE_DIR_VARIABLE", "Difference", "Entry", "Explanation", "Key", "S
 CACHE_DIR_VARIABLE = "LLSA_GEN_CACHE_DIR"
 LOCK_FILE = ".llsa-gen.lock"
 STAGING_PREFIX = ".llsa-gen-staging-"
-PUBLISHING_ATTEMPTS = 10  # a second is needed only when the same entry is removed in the very moment that it is mended
+PUBLISHING_ATTEMPTS = 10  # a second one is needed only where somebody removes files in the very moment of publishing
 STALE_STAGING_SECONDS = 24 * 60 * 60
 
 _warned_about: set[str] = set()
@@ -117,7 +116,7 @@ class Store:
                 try:
                     self._stage_and_publish(key, text, path)
                     break
-                except EntryVanished:
+                except FileNotFoundError:
                     if not attempts_left:
                         raise
             _remove_stale_staging(self)

@@ -116,14 +116,10 @@ def stage(staged: Path, key: Key, text: str) -> None:
     (staged / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
-class EntryVanished(OSError):
-    """Somebody removed a broken entry while it was being mended; what was staged may be gone in part."""
-
-
 def publish(staged: Path, path: Path) -> None:
     """Move what is staged to where its module is at `path`, in one step, or mend what is there.
 
-    Raises OSError; EntryVanished when the same, staged anew, may well succeed.
+    Raises OSError; FileNotFoundError when somebody removed something in between: the same, staged anew, may succeed.
     """
     try:
         os.replace(staged, path.parent)
@@ -132,11 +128,8 @@ def publish(staged: Path, path: Path) -> None:
             raise
         # Something is there: a broken entry, or one that another writer has just published. Mend it file by file; a
         # reader that sees one new and one old file either finds that they agree or takes it for a miss.
-        try:
-            for piece in (path.name, RECORD_FILE):
-                os.replace(staged / piece, path.parent / piece)
-        except FileNotFoundError as error:
-            raise EntryVanished(error.errno, error.strerror, str(path.parent)) from error
+        for piece in (path.name, RECORD_FILE):
+            os.replace(staged / piece, path.parent / piece)
 
 
 def inspect_entry(directory: Path) -> Entry | None:

@@ -127,16 +127,28 @@ def draw(n: int, batch: int = 1, heads: int = 2, offset: int = 0) -> list[Tensor
     return [x[i : i + batch * heads * n * 64].view(batch, heads, n, 64) for x, i in zip(made, at, strict=True)]
 
 
-def step(module: ModuleType, tensors: list[Tensor], apart: bool = False) -> None:
-    """Forward and backward on a GPU, as eager calls do them or, `apart`, as the operator does."""
+def step(module: ModuleType, tensors: list[Tensor]) -> None:
+    """Forward and backward, as a GPU does them."""
     q, k, v, grad_o = tensors
-    o, _, *saved = module.attend_kernels(q, k, v, 0.125, apart)
-    assert (len(saved) == 1) != apart
+    o, _, *saved = module.attend_kernels(q, k, v, 0.125)
     module.grad_kernels(grad_o, q, k, v, o, saved, 0.125)
 
 
+def infer(module: ModuleType, tensors: list[Tensor]) -> None:
+    """Forward where no gradients are wanted."""
+    o, lse = module.attend_kernels(*tensors[:3], 0.125, save=False)
+    assert (o.shape, lse.shape) == (tensors[0].shape, (o.shape[0] * o.shape[1], o.shape[2]))
+
+
+def select(module: ModuleType, tensors: list[Tensor]) -> None:
+    """The selection alone."""
+    batch, heads, n, _ = tensors[0].shape
+    kept = module.select_kernels(*tensors[:2])
+    assert [x.shape for x in kept] == [(batch * heads, rows, min(8, rows)) for rows in (-(-n // 16), -(-n // 256))]
+
+
 def launches(
-    gpu: PretendedGpu, module: ModuleType, tensors: list[Tensor], apart: bool = False
+    gpu: PretendedGpu, module: ModuleType, tensors: list[Tensor], run: Callable[..., None] = step
 ) -> list[tuple[object, ...]]:
     gpu.log.clear()
     held: list[Tensor] = []
@@ -151,39 +163,40 @@ def launches(
         return held[-1]
 
     with patch.multiple(module.Prepared, pointers=hold_pointers, memory=hold_memory):
-        step(module, tensors, apart)
+        run(module, tensors)
     places = Places(held)
     return [launch.told_apart(places) for launch in gpu.log if launch.programs[0]]
 
 
-@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("run", [step, infer, select])
 def test_the_second_call_launches_what_triton_launched_in_the_first(
-    gpu: PretendedGpu, module: ModuleType, apart: bool
+    gpu: PretendedGpu, module: ModuleType, run: Callable[..., None]
 ) -> None:
     tensors = draw(4096)
-    first = launches(gpu, module, tensors, apart)
-    assert len(gpu.log) == 15 and len(first) == 14, "no list of level 2 is cut: its kernel is only compiled"
-    assert {x.data_ptr() for x in tensors} <= {
+    first = launches(gpu, module, tensors, run)
+    if run is step:
+        assert len(gpu.log) == 15 and len(first) == 14, "no list of level 2 is cut: its kernel is only compiled"
+    else:
+        assert len(gpu.log) == len(first) == (4 if run is infer else 3)
+    assert {x.data_ptr() for x in tensors[: 2 if run is select else 3]} <= {
         x.data_ptr() for launch in gpu.log for x in launch.arguments if isinstance(x, Tensor)
     }
-    assert launches(gpu, module, tensors, apart) == first
+    assert launches(gpu, module, tensors, run) == first
     assert not any(isinstance(x, Tensor) for launch in gpu.log for x in launch.arguments), "but addresses"
-    assert launches(gpu, module, draw(4096), apart) == first, "other tensors of the same shapes"
+    assert launches(gpu, module, draw(4096), run) == first, "other tensors of the same shapes"
 
 
 def test_the_order_of_calls_does_not_matter(gpu: PretendedGpu, module: ModuleType) -> None:
     tensors = draw(4096)
-    wanted = {apart: launches(gpu, module, tensors, apart) for apart in (False, True)}
-    for order in permutations(("select", "eager", "operator")):
+    runs = step, infer, select
+    wanted = {}
+    for run in runs:
         module.prepared.cache_clear()
-        for call in order:
-            if call == "select":
-                gpu.log.clear()
-                kept = module.select_kernels(*tensors[:2])
-                assert [launch.name for launch in gpu.log] == ["pool_l1_kernel", "select_l2_kernel", "select_l1_kernel"]
-                assert [x.shape for x in kept] == [(2, 256, 8), (2, 16, 8)]
-            else:
-                assert launches(gpu, module, tensors, call == "operator") == wanted[call == "operator"], order
+        wanted[run] = launches(gpu, module, tensors, run)
+    for order in permutations(runs):
+        module.prepared.cache_clear()
+        for run in (*order, *order):
+            assert launches(gpu, module, tensors, run) == wanted[run], order
     assert len(gpu.loaded) == 15, "nothing is compiled for the second of them"
 
 
@@ -209,6 +222,21 @@ def test_hooks_are_told_of_every_launch(gpu: PretendedGpu, module: ModuleType) -
             knobs.runtime.launch_enter_hook.remove(enter)
             knobs.runtime.launch_exit_hook.remove(leave)
         assert told == [(when, launch.name) for launch in gpu.log for when in ("enter", "leave") if listening]
+
+
+def test_a_hook_may_take_the_place_of_triton_s_own_list(
+    gpu: PretendedGpu, module: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Recorder(list[str]):  # false while it is empty
+        def __call__(self, metadata: Any) -> None:
+            self.append(metadata.get()["name"])
+
+    step(module, draw(4096))
+    recorder = Recorder()
+    monkeypatch.setattr(knobs.runtime, "launch_enter_hook", recorder)
+    gpu.log.clear()
+    step(module, draw(4096))
+    assert recorder == [launch.name for launch in gpu.log]
 
 
 def test_launches_go_to_the_stream_that_is_current_at_the_call(gpu: PretendedGpu, module: ModuleType) -> None:

@@ -1,11 +1,14 @@
 """Every kernel in Triton's interpreter, by specs that take every branch of the templates, against the reference."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from examples import BRANCHES, spec
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from llsa_gen import Spec, fuzz
@@ -69,7 +72,7 @@ def test_kernels_agree_with_the_reference_in_half_precision(chosen: Spec) -> Non
     "chosen", [chosen for chosen in BRANCHES if chosen.name in ("l1_none", "l2", "l3", "l3_outer")], ids=by_name
 )
 def test_the_operator_does_what_eager_calls_do(chosen: Spec) -> None:
-    # Its outputs are tensors of their own, where eager calls keep one piece of memory.
+    # They go around it; without gradients they also keep their buffers in one piece of memory.
     module = compile(chosen).module
     shape = (1, 2, 21, chosen.head_dim)
     q, k, v, grad_o = (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in range(4))
@@ -79,9 +82,26 @@ def test_the_operator_does_what_eager_calls_do(chosen: Spec) -> None:
         eager_grads = torch.autograd.grad(eager, leaves, grad_o)
         o, operator_lse, *saved = getattr(torch.ops.llsa, module.OPERATOR)(*leaves, chosen.head_dim**-0.5)
         grads = torch.autograd.grad(o, leaves, grad_o)
+        with torch.no_grad():
+            inferred = module.attention(*leaves, return_lse=True)
     assert len(saved) == len(lower(chosen).saved)
+    assert torch.equal(inferred[0], o) and torch.equal(inferred[1], lse)
     for mine, other in zip((eager, lse, *eager_grads), (o, operator_lse.view(lse.shape), *grads), strict=True):
         assert torch.isfinite(mine).all() and torch.equal(mine, other)
+
+
+def test_a_checkpoint_may_be_watched_in_one_pass_alone() -> None:
+    # The operator and eager calls save the same, or recomputing one for the other would be an error of torch's.
+    chosen = next(chosen for chosen in BRANCHES if chosen.name == "l2")
+    attention = compile(chosen).module.attention
+    leaves = [torch.randn(1, 1, 21, chosen.head_dim, requires_grad=True) for _ in range(3)]
+    wanted = torch.autograd.grad(attention(*leaves).sum(), leaves)
+    for forward, backward in ((True, False), (False, True)):
+        with FlopCounterMode(display=False) if forward else nullcontext():
+            o = checkpoint(attention, *leaves, use_reentrant=False)
+        with FlopCounterMode(display=False) if backward else nullcontext():
+            grads = torch.autograd.grad(o.sum(), leaves)
+        assert all(map(torch.equal, grads, wanted))
 
 
 @pytest.mark.parametrize("n", [1, 2, 13])

@@ -141,6 +141,20 @@ def test_the_record_of_another_key_is_a_miss(store: Store) -> None:
     assert store.get(other) is not None
 
 
+def test_a_cache_that_vanishes_while_it_is_written_is_made_again(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    replace = os.replace
+
+    def replace_after_a_clear(source: Path, target: Path) -> None:
+        monkeypatch.undo()
+        shutil.rmtree(store.root)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", replace_after_a_clear)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert store.put(KEY, TEXT) == store.get(KEY) != None  # noqa: E711
+
+
 @pytest.mark.parametrize("step", [1, 2, 3])
 def test_an_entry_that_vanishes_while_it_is_mended_is_published_anew(
     store: Store, monkeypatch: pytest.MonkeyPatch, step: int
