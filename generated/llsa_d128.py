@@ -28,7 +28,7 @@ SPEC = {
     "name": "llsa_d128",
     "reweight": True,
 }
-OPERATOR = "llsa_d128_1e2365174f6b15c8"  # in torch.ops.llsa: the name of the spec and the hash of this text
+OPERATOR = "llsa_d128_98e67c42217baca4"  # in torch.ops.llsa: the name of the spec and the hash of this text
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -1146,7 +1146,7 @@ LAYOUTS = {
 
 
 class Prepared:
-    """What depends on shapes, strides and the device alone, worked out at the first call with them.
+    """What depends on shapes, strides, dtype and device alone, worked out at the first call with them.
 
     shapes: sizes of every buffer. places: where buffers begin and end in the memory of their layout, in bytes. grids:
     programs and tile shapes of every launch. ready: what Triton made of a launch, so that from the second one on it
@@ -1277,18 +1277,19 @@ class Prepared:
     def launch(self, stream, kernel, name, *arguments):
         """Launch `kernel` with the grid and the tile shapes of that name; where it has no programs, only compile it."""
         if name in self.ready:
-            compiled, grid, binary, shapes = self.ready[name]
-            if stream is None:
-                compiled[grid](*arguments, *shapes)
-            elif grid[0]:
-                compiled.run(*grid, stream, *binary, None, None, None, *arguments, *shapes)  # nobody is told of it
+            compiled, programs, shapes = self.ready[name]
+            if programs and stream is None:
+                compiled[programs, 1, 1](*arguments, *shapes)
+            elif programs:  # as Triton would, but nobody is told of it
+                handles = compiled.function, compiled.packed_metadata
+                compiled.run(programs, 1, 1, stream, *handles, None, None, None, *arguments, *shapes)
             return
         programs, tile = self.grids[name]
         compiled = kernel[(programs,)](*arguments, **tile)
         # nothing comes from the interpreter; on ROCm, Triton also tells large tensors from small ones
         if compiled is not None and not torch.version.hip:
             shapes = [tile[parameter] for parameter in kernel.arg_names[len(arguments) :]]
-            self.ready[name] = compiled, (programs, 1, 1), (compiled.function, compiled.packed_metadata), shapes
+            self.ready[name] = compiled, programs, shapes
         if compiled is not None and "WHOLE" in tile and name not in self.both:
             # another length may need the other variant: nothing is compiled then
             self.both.add(name)
@@ -1362,13 +1363,13 @@ def prepared(device, dtype, shape, strides, starts):
 def pool_and_select(q, k, v, k_l1, v_l1, k_l2, v_l2, kept_l1, kept_l2, at, stream):
     """Fill in the pyramid and, from the coarsest level down, the tokens that are kept.
 
-    Takes [B, H, N, D] tensors, `aligned`, and as launches take them means of k and v, [B*H, T_l, D], and lists of kept tokens,
-    [B*H, T_l, width] int32.
+    Takes [B, H, N, D] tensors, `aligned`, and, as launches take them, the buffers to fill in: means of k and of v, [B*H, T_l, D];
+    lists of kept tokens, [B*H, T_l, width] int32.
     """
     batch, heads_per_batch, n_tokens, _ = q.shape
     memory = at.memory(q, "selection")  # held until all is launched: buffers may be but addresses in it
     [q_l1, q_l2] = at.buffers(memory, "selection", "select_l1_kernel")
-    q_ptr, k_ptr, v_ptr = at.pointers("select_l1_kernel", q, k, v)
+    [q_ptr, k_ptr, v_ptr] = at.pointers("select_l1_kernel", q, k, v)
 
     at.launch(
         stream, pool_l1_kernel, "pool_l1_kernel",
@@ -1410,14 +1411,9 @@ def attend_kernels(q, k, v, scale, save=True):
         saved = []
         memory = at.memory(q, "saved")  # held until all is launched: buffers may be but addresses in it
         buffers = at.buffers(memory, "saved", "attend_kernel")
-    (
-        peak, total, k_l1, v_l1, k_l2, v_l2,
-        kept_l1, kept_l2,
-    ) = buffers
+    [peak, total, k_l1, v_l1, k_l2, v_l2, kept_l1, kept_l2] = buffers
     pool_and_select(q, k, v, k_l1, v_l1, k_l2, v_l2, kept_l1, kept_l2, at, stream)
-    (
-        q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr,
-    ) = at.pointers("attend_kernel", q, k, v, o, lse)
+    [q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr] = at.pointers("attend_kernel", q, k, v, o, lse)
     at.launch(
         stream, attend_kernel, "attend_kernel",
         *strided(q, q_ptr), *strided(k, k_ptr), *strided(v, v_ptr),
@@ -1440,20 +1436,14 @@ def grad_kernels(grad_o, q, k, v, o, saved, scale):
     grad_q, grad_k, grad_v = q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape)
     memory = at.memory(q, "gradients")  # held until all is launched: buffers may be but addresses in it
     memory[: at.places["gradients"]["counts_l2"][1]].zero_()  # the counts, which are added to
-    (
+    [
         counts_l1, counts_l2, delta, offsets_l1, keepers_l1, extra_l1,
         offsets_l2, keepers_l2, extra_l2, extra_grad_k_l0, extra_grad_v_l0, extra_grad_k_l1,
         extra_grad_v_l1, split_grad_k_l2, split_grad_v_l2, grad_k_l1, grad_v_l1, grad_k_l2,
         grad_v_l2,
-    ) = at.buffers(memory, "gradients", "grad_kv_l0_kernel")
-    (
-        peak, total, k_l1, v_l1, k_l2, v_l2,
-        kept_l1, kept_l2,
-    ) = at.pointers("grad_kv_l0_kernel", *saved)
-    (
-        q_ptr, k_ptr, v_ptr, grad_o_ptr, o_ptr, grad_q_ptr,
-        grad_k_ptr, grad_v_ptr,
-    ) = at.pointers("grad_kv_l0_kernel", q, k, v, grad_o, o, grad_q, grad_k, grad_v)
+    ] = at.buffers(memory, "gradients", "grad_kv_l0_kernel")
+    [peak, total, k_l1, v_l1, k_l2, v_l2, kept_l1, kept_l2] = at.pointers("grad_kv_l0_kernel", *saved)
+    [q_ptr, k_ptr, v_ptr, grad_o_ptr, o_ptr, grad_q_ptr, grad_k_ptr, grad_v_ptr] = at.pointers("grad_kv_l0_kernel", q, k, v, grad_o, o, grad_q, grad_k, grad_v)
     q_rows, k_rows, v_rows, grad_o_rows = strided(q, q_ptr), strided(k, k_ptr), strided(v, v_ptr), strided(grad_o, grad_o_ptr)
 
     at.launch(

@@ -203,7 +203,7 @@ def failing(code: int) -> Callable[..., Any]:
 
 @pytest.mark.usefixtures("unwarned")
 @pytest.mark.parametrize("function", ["pathlib.Path.mkdir", "pathlib.Path.write_bytes", "os.replace"])
-@pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES, errno.ENOSPC])
+@pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES, errno.ENOSPC, errno.ENOENT])
 def test_no_step_of_publishing_may_fail_the_caller(
     store: Store, monkeypatch: pytest.MonkeyPatch, function: str, code: int
 ) -> None:
