@@ -28,7 +28,7 @@ SPEC = {
     "name": "llsa_l2",
     "reweight": True,
 }
-OPERATOR = "llsa_l2_1ac16b859284b1d5"  # in torch.ops.llsa: the name of the spec and the hash of this text
+OPERATOR = "llsa_l2_16797dbeae6ea058"  # in torch.ops.llsa: the name of the spec and the hash of this text
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -56,12 +56,12 @@ TILES_1 = {
     "pool": {"CHILDREN": 16, "ROWS": 8, "num_warps": 2},
     "select_l1": {"BLOCK_M": 16, "BLOCK_N": 32, "KEEP": 8, "num_warps": 1, "num_stages": 2},
     "select_l2": {"BLOCK_M": 16, "BLOCK_N": 64, "KEEP": 8, "num_warps": 1, "num_stages": 2},
-    "attend": {"GROUP": 4, "BLOCK_M": 16, "BLOCK_C": 64, "BLOCK_N": 16, "num_warps": 2, "num_stages": 2},
+    "attend": {"GROUP": 4, "BLOCK_M": 16, "BLOCK_C": 64, "BLOCK_N": 16, "num_warps": 2, "num_stages": 2, "AHEAD": 0},
     "count": {"BLOCK": 256, "num_warps": 8},
     "scan": {"BLOCK": 1024, "num_warps": 4},
     "invert_l1": {"BLOCK_M": 128, "KEYS": 16, "num_warps": 4},
     "invert_l2": {"BLOCK_M": 128, "KEYS": 32, "num_warps": 4},
-    "grad_q": {"GROUP": 4, "BLOCK_M": 16, "BLOCK_C": 32, "BLOCK_N": 16, "num_warps": 2, "num_stages": 3},
+    "grad_q": {"GROUP": 4, "BLOCK_M": 16, "BLOCK_C": 32, "BLOCK_N": 16, "num_warps": 2, "num_stages": 3, "AHEAD": 0},
     "grad_kv_l2": {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
     "grad_sum": {"BLOCK": 1, "num_warps": 1},
     "grad_kv_l1": {"PART": 32, "BLOCK_M": 128, "BLOCK_N": 16, "num_warps": 4, "num_stages": 3, "maxnreg": 168},
@@ -71,12 +71,12 @@ TILES_2 = {
     "pool": {"CHILDREN": 16, "ROWS": 8, "num_warps": 2},
     "select_l1": {"BLOCK_M": 16, "BLOCK_N": 32, "KEEP": 8, "num_warps": 1, "num_stages": 2},
     "select_l2": {"BLOCK_M": 16, "BLOCK_N": 32, "KEEP": 8, "num_warps": 1, "num_stages": 2},
-    "attend": {"GROUP": 2, "BLOCK_M": 16, "BLOCK_C": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2},
+    "attend": {"GROUP": 2, "BLOCK_M": 16, "BLOCK_C": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2, "AHEAD": 0},
     "count": {"BLOCK": 256, "num_warps": 8},
     "scan": {"BLOCK": 1024, "num_warps": 4},
     "invert_l1": {"BLOCK_M": 128, "KEYS": 16, "num_warps": 4},
     "invert_l2": {"BLOCK_M": 128, "KEYS": 32, "num_warps": 4},
-    "grad_q": {"GROUP": 2, "BLOCK_M": 16, "BLOCK_C": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2},
+    "grad_q": {"GROUP": 2, "BLOCK_M": 16, "BLOCK_C": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2, "AHEAD": 0},
     "grad_kv_l2": {"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 4, "num_stages": 2},
     "grad_sum": {"BLOCK": 1, "num_warps": 1},
     "grad_kv_l1": {"PART": 32, "BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 4, "num_stages": 2},
@@ -86,12 +86,42 @@ TILES_3 = {
     "pool": {"CHILDREN": 16, "ROWS": 8, "num_warps": 2},
     "select_l1": {"BLOCK_M": 16, "BLOCK_N": 32, "KEEP": 8, "num_warps": 1, "num_stages": 2},
     "select_l2": {"BLOCK_M": 16, "BLOCK_N": 64, "KEEP": 8, "num_warps": 1, "num_stages": 2},
-    "attend": {"GROUP": 4, "BLOCK_M": 16, "BLOCK_C": 64, "BLOCK_N": 16, "num_warps": 2, "num_stages": 2},
+    "attend": {"GROUP": 4, "BLOCK_M": 16, "BLOCK_C": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2, "AHEAD": 1, "maxnreg": 128},
     "count": {"BLOCK": 256, "num_warps": 8},
     "scan": {"BLOCK": 1024, "num_warps": 4},
     "invert_l1": {"BLOCK_M": 128, "KEYS": 16, "num_warps": 4},
     "invert_l2": {"BLOCK_M": 128, "KEYS": 32, "num_warps": 4},
-    "grad_q": {"GROUP": 4, "BLOCK_M": 16, "BLOCK_C": 32, "BLOCK_N": 16, "num_warps": 2, "num_stages": 3},
+    "grad_q": {"GROUP": 4, "BLOCK_M": 16, "BLOCK_C": 32, "BLOCK_N": 16, "num_warps": 4, "num_stages": 3, "AHEAD": 1, "maxnreg": 128},
+    "grad_kv_l2": {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
+    "grad_sum": {"BLOCK": 1, "num_warps": 1},
+    "grad_kv_l1": {"PART": 32, "BLOCK_M": 128, "BLOCK_N": 16, "num_warps": 4, "num_stages": 3, "maxnreg": 168},
+    "grad_kv_l0": {"PART": 64, "BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 1, "num_stages": 3, "maxnreg": 168},
+}
+TILES_4 = {
+    "pool": {"CHILDREN": 16, "ROWS": 8, "num_warps": 2},
+    "select_l1": {"BLOCK_M": 16, "BLOCK_N": 32, "KEEP": 8, "num_warps": 1, "num_stages": 2},
+    "select_l2": {"BLOCK_M": 16, "BLOCK_N": 32, "KEEP": 8, "num_warps": 1, "num_stages": 2},
+    "attend": {"GROUP": 2, "BLOCK_M": 16, "BLOCK_C": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2, "AHEAD": 1},
+    "count": {"BLOCK": 256, "num_warps": 8},
+    "scan": {"BLOCK": 1024, "num_warps": 4},
+    "invert_l1": {"BLOCK_M": 128, "KEYS": 16, "num_warps": 4},
+    "invert_l2": {"BLOCK_M": 128, "KEYS": 32, "num_warps": 4},
+    "grad_q": {"GROUP": 2, "BLOCK_M": 16, "BLOCK_C": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2, "AHEAD": 1},
+    "grad_kv_l2": {"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 4, "num_stages": 2},
+    "grad_sum": {"BLOCK": 1, "num_warps": 1},
+    "grad_kv_l1": {"PART": 32, "BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 4, "num_stages": 2},
+    "grad_kv_l0": {"PART": 64, "BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 4, "num_stages": 2},
+}
+TILES_5 = {
+    "pool": {"CHILDREN": 16, "ROWS": 8, "num_warps": 2},
+    "select_l1": {"BLOCK_M": 16, "BLOCK_N": 32, "KEEP": 8, "num_warps": 1, "num_stages": 2},
+    "select_l2": {"BLOCK_M": 16, "BLOCK_N": 64, "KEEP": 8, "num_warps": 1, "num_stages": 2},
+    "attend": {"GROUP": 4, "BLOCK_M": 16, "BLOCK_C": 64, "BLOCK_N": 16, "num_warps": 2, "num_stages": 2, "AHEAD": 0},
+    "count": {"BLOCK": 256, "num_warps": 8},
+    "scan": {"BLOCK": 1024, "num_warps": 4},
+    "invert_l1": {"BLOCK_M": 128, "KEYS": 16, "num_warps": 4},
+    "invert_l2": {"BLOCK_M": 128, "KEYS": 32, "num_warps": 4},
+    "grad_q": {"GROUP": 4, "BLOCK_M": 16, "BLOCK_C": 32, "BLOCK_N": 16, "num_warps": 2, "num_stages": 3, "AHEAD": 0},
     "grad_kv_l2": {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
     "grad_sum": {"BLOCK": 1, "num_warps": 1},
     "grad_kv_l1": {"PART": 32, "BLOCK_M": 128, "BLOCK_N": 16, "num_warps": 4, "num_stages": 3},
@@ -102,8 +132,8 @@ SCHEDULES = {
     "cuda:120": {2: TILES_1, 4: TILES_2},
     "cuda:80": {2: TILES_1, 4: TILES_2},
     "cuda:86": {2: TILES_1, 4: TILES_2},
-    "cuda:90": {2: TILES_1, 4: TILES_2},
-    "hip:gfx942": {2: TILES_3, 4: TILES_2},
+    "cuda:90": {2: TILES_3, 4: TILES_4},
+    "hip:gfx942": {2: TILES_5, 4: TILES_2},
 }
 
 # ---- tiles -----------------------------------------------------------------------------------------------------------
@@ -170,11 +200,11 @@ def log_weight(token, inside, n_tokens, SPAN: tl.constexpr, WHOLE: tl.constexpr)
 
     Only the last token of a level can cover fewer than P, and where WHOLE not even that.
     """
-    weight = tl.full(token.shape, SPAN, tl.float32)
+    weight = tl.log2(tl.full([1] * len(token.shape), SPAN, tl.float32))
     if not WHOLE:
         last = tl.cdiv(n_tokens, SPAN) - 1
-        weight = tl.where(token == last, (n_tokens - last * SPAN).to(tl.float32), weight)
-    return tl.where(inside, tl.log2(weight), float("-inf"))
+        weight = tl.where(token == last, tl.log2((n_tokens - last * SPAN).to(tl.float32)), weight)
+    return tl.where(inside, weight, float("-inf"))
 
 
 @triton.jit
@@ -380,7 +410,7 @@ def attend_kernel(
     lse_ptr,  # [B*H, N] float32, out: natural logarithm of the sum of weights
     peak_ptr, total_ptr,  # [B*H, N] float32, out: the same as 2^peak * total, for the backward pass
     scale, heads_per_batch, n_tokens,  # s, H, N
-    GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, WHOLE: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, AHEAD: tl.constexpr, WHOLE: tl.constexpr,
 ):
     """o_i = sum_j w_j exp(s q_i.k_j) v_j / sum_j w_j exp(s q_i.k_j) over the keys of levels 2, 1 and 0.
 
@@ -405,11 +435,20 @@ def attend_kernel(
     total = tl.zeros([GROUP * BLOCK_M], tl.float32)
     acc = tl.zeros([GROUP * BLOCK_M, PAD_DIM], tl.float32)
 
-    # level 2: all its tokens
+    # level 2: all its tokens; the last tile, if they do not fill it, on its own, so that the loop needs no masks
     k_base = k_l2_ptr + head * n_l2 * HEAD_DIM
     v_base = v_l2_ptr + head * n_l2 * HEAD_DIM
-    for start in range(0, n_l2, BLOCK_C):
+    filled = n_l2 // BLOCK_C * BLOCK_C
+    for start in range(0, filled, BLOCK_C):
         key = start + tl.arange(0, BLOCK_C)
+        exists = tl.full([BLOCK_C], True, tl.int1)
+        bias = log_weight(key, exists, n_tokens, SPAN_2, WHOLE)
+        k = load_rows(k_base, key, HEAD_DIM, exists)
+        v = load_rows(v_base, key, HEAD_DIM, exists)
+        logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale + bias[None, :]
+        peak, total, acc = softmax_step(logits, v, peak, total, acc)
+    if filled < n_l2:
+        key = filled + tl.arange(0, BLOCK_C)
         exists = key < n_l2
         bias = log_weight(key, exists, n_tokens, SPAN_2, WHOLE)
         k = load_rows(k_base, key, HEAD_DIM, exists)
@@ -442,14 +481,31 @@ def attend_kernel(
     list_ptr = kept_l1_ptr + (head * n_l1 + tl.minimum(block, n_l1 - 1)[:, None]) * width_l1
     place = tl.arange(0, BLOCK_N)[None, :]
     parent = parents(list_ptr, 0, place, width_l1, BLOCK_1)
-    for start in range(0, width_l1 * BLOCK_1, BLOCK_N):
-        key, exists = children(parent, start, place, n_tokens, BLOCK_1, WHOLE)
-        parent = parents(list_ptr, start + BLOCK_N, place, width_l1, BLOCK_1)  # of the next tile, in time
-        bias = tl.where(exists, 0.0, float("-inf"))
+    if AHEAD:  # the products of the next tile need nothing of this one: they run while its softmax is worked out
+        key, exists = children(parent, 0, place, n_tokens, BLOCK_1, WHOLE)
+        parent = parents(list_ptr, BLOCK_N, place, width_l1, BLOCK_1)
         k = load_rows(k_base, key, stride_kn, exists)
-        v = load_rows(v_base, key, stride_vn, exists)
-        logits = tl.dot(q_blocks, tl.permute(k, (0, 2, 1)), input_precision="ieee") * scale + bias[:, None, :]
-        peak, total, acc = softmax_step(logits, v, peak, total, acc)
+        products = tl.dot(q_blocks, tl.permute(k, (0, 2, 1)), input_precision="ieee")
+        for start in range(0, width_l1 * BLOCK_1, BLOCK_N):
+            bias = tl.where(exists, 0.0, float("-inf"))
+            v = load_rows(v_base, key, stride_vn, exists)
+            after = start + BLOCK_N
+            key, exists = children(parent, after, place, n_tokens, BLOCK_1, WHOLE)
+            parent = parents(list_ptr, after + BLOCK_N, place, width_l1, BLOCK_1)
+            k = load_rows(k_base, key, stride_kn, exists & (after < width_l1 * BLOCK_1))
+            ahead = tl.dot(q_blocks, tl.permute(k, (0, 2, 1)), input_precision="ieee")
+            logits = products * scale + bias[:, None, :]
+            peak, total, acc = softmax_step(logits, v, peak, total, acc)
+            products = ahead
+    else:
+        for start in range(0, width_l1 * BLOCK_1, BLOCK_N):
+            key, exists = children(parent, start, place, n_tokens, BLOCK_1, WHOLE)
+            parent = parents(list_ptr, start + BLOCK_N, place, width_l1, BLOCK_1)  # of the next tile, in time
+            bias = tl.where(exists, 0.0, float("-inf"))
+            k = load_rows(k_base, key, stride_kn, exists)
+            v = load_rows(v_base, key, stride_vn, exists)
+            logits = tl.dot(q_blocks, tl.permute(k, (0, 2, 1)), input_precision="ieee") * scale + bias[:, None, :]
+            peak, total, acc = softmax_step(logits, v, peak, total, acc)
     peak = tl.reshape(peak, [GROUP * BLOCK_M])
     total = tl.reshape(total, [GROUP * BLOCK_M])
     acc = tl.reshape(acc, [GROUP * BLOCK_M, PAD_DIM])
@@ -634,7 +690,7 @@ def grad_q_kernel(
     grad_q_ptr,  # [B*H, N, D], out
     delta_ptr,  # [B*H, N] float32, out
     scale, heads_per_batch, n_tokens,  # s, H, N
-    GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, WHOLE: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, AHEAD: tl.constexpr, WHOLE: tl.constexpr,
 ):
     """dq_i = s sum_j p_ij (do_i.v_j - delta_i) k_j, with delta_i = o_i.do_i, over the keys of levels 2, 1 and 0.
 
@@ -663,18 +719,29 @@ def grad_q_kernel(
     scale_log2e = scale * LOG2E
     grad_q = tl.zeros([GROUP * BLOCK_M, PAD_DIM], tl.float32)
 
-    # level 2: all its tokens
+    # level 2: all its tokens; the last tile, if they do not fill it, on its own, so that the loop needs no masks
     k_base = k_l2_ptr + head * n_l2 * HEAD_DIM
     v_base = v_l2_ptr + head * n_l2 * HEAD_DIM
-    for start in range(0, n_l2, BLOCK_C):
+    filled = n_l2 // BLOCK_C * BLOCK_C
+    for start in range(0, filled, BLOCK_C):
         key = start + tl.arange(0, BLOCK_C)
+        exists = tl.full([BLOCK_C], True, tl.int1)
+        bias = log_weight(key, exists, n_tokens, SPAN_2, WHOLE)
+        k = load_rows(k_base, key, HEAD_DIM, exists)
+        v = load_rows(v_base, key, HEAD_DIM, exists)
+        logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2e + (bias[None, :] - peak[:, None])
+        dp = tl.dot(grad_o, tl.trans(v), input_precision="ieee")
+        grad_logits = tl.exp2(logits) * (dp - delta[:, None])
+        grad_q = add_product(grad_logits.to(k.dtype), k, grad_q)
+    if filled < n_l2:
+        key = filled + tl.arange(0, BLOCK_C)
         exists = key < n_l2
         bias = log_weight(key, exists, n_tokens, SPAN_2, WHOLE)
         k = load_rows(k_base, key, HEAD_DIM, exists)
         v = load_rows(v_base, key, HEAD_DIM, exists)
-        logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2e + bias[None, :]
+        logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2e + (bias[None, :] - peak[:, None])
         dp = tl.dot(grad_o, tl.trans(v), input_precision="ieee")
-        grad_logits = tl.exp2(logits - peak[:, None]) * (dp - delta[:, None])
+        grad_logits = tl.exp2(logits) * (dp - delta[:, None])
         grad_q = add_product(grad_logits.to(k.dtype), k, grad_q)
 
     # level 1: the children of what the queries' level-2 token keeps
@@ -689,9 +756,9 @@ def grad_q_kernel(
         bias = log_weight(key, exists, n_tokens, SPAN_1, WHOLE)
         k = load_rows(k_base, key, HEAD_DIM, exists)
         v = load_rows(v_base, key, HEAD_DIM, exists)
-        logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2e + bias[None, :]
+        logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2e + (bias[None, :] - peak[:, None])
         dp = tl.dot(grad_o, tl.trans(v), input_precision="ieee")
-        grad_logits = tl.exp2(logits - peak[:, None]) * (dp - delta[:, None])
+        grad_logits = tl.exp2(logits) * (dp - delta[:, None])
         grad_q = add_product(grad_logits.to(k.dtype), k, grad_q)
 
     q_blocks = tl.reshape(q, [GROUP, BLOCK_M, PAD_DIM])
@@ -705,15 +772,26 @@ def grad_q_kernel(
     list_ptr = kept_l1_ptr + (head * n_l1 + tl.minimum(block, n_l1 - 1)[:, None]) * width_l1
     place = tl.arange(0, BLOCK_N)[None, :]
     parent = parents(list_ptr, 0, place, width_l1, BLOCK_1)
-    for start in range(0, width_l1 * BLOCK_1, BLOCK_N):
+    if AHEAD:  # the first tile on its own, so that the rows of the queries stay in registers
+        start = 0
         key, exists = children(parent, start, place, n_tokens, BLOCK_1, WHOLE)
         parent = parents(list_ptr, start + BLOCK_N, place, width_l1, BLOCK_1)  # of the next tile, in time
         bias = tl.where(exists, 0.0, float("-inf"))
         k = load_rows(k_base, key, stride_kn, exists)
         v = load_rows(v_base, key, stride_vn, exists)
-        logits = tl.dot(q_blocks, tl.permute(k, (0, 2, 1)), input_precision="ieee") * scale_log2e + bias[:, None, :]
+        logits = tl.dot(q_blocks, tl.permute(k, (0, 2, 1)), input_precision="ieee") * scale_log2e + (bias[:, None, :] - peak)
         dp = tl.dot(grad_o_blocks, tl.permute(v, (0, 2, 1)), input_precision="ieee")
-        grad_logits = tl.exp2(logits - peak) * (dp - delta)
+        grad_logits = tl.exp2(logits) * (dp - delta)
+        grad_q = add_product(grad_logits.to(k.dtype), k, grad_q)
+    for start in range(BLOCK_N if AHEAD else 0, width_l1 * BLOCK_1, BLOCK_N):
+        key, exists = children(parent, start, place, n_tokens, BLOCK_1, WHOLE)
+        parent = parents(list_ptr, start + BLOCK_N, place, width_l1, BLOCK_1)  # of the next tile, in time
+        bias = tl.where(exists, 0.0, float("-inf"))
+        k = load_rows(k_base, key, stride_kn, exists)
+        v = load_rows(v_base, key, stride_vn, exists)
+        logits = tl.dot(q_blocks, tl.permute(k, (0, 2, 1)), input_precision="ieee") * scale_log2e + (bias[:, None, :] - peak)
+        dp = tl.dot(grad_o_blocks, tl.permute(v, (0, 2, 1)), input_precision="ieee")
+        grad_logits = tl.exp2(logits) * (dp - delta)
         grad_q = add_product(grad_logits.to(k.dtype), k, grad_q)
     grad_q = tl.reshape(grad_q, [GROUP * BLOCK_M, PAD_DIM])
 
@@ -928,6 +1006,13 @@ def grad_kv_l1_kernel(
     child = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     head = (tl.program_id(0) // tiles // n_l2).to(tl.int64)
     parent = tl.program_id(0) // tiles % n_l2
+    # what is added at the end: which extra parts, and what the coarse token above hands down; read now, while there is nothing else to do
+    extra_ptr = extra_l2_ptr + head * (n_l2 + 1) + parent
+    first_extra, last_extra = tl.load(extra_ptr), tl.load(extra_ptr + 1)
+    coarse = parent + tl.zeros([1], tl.int32)
+    to_above = head * n_l2 * HEAD_DIM
+    from_above_k = load_rows(grad_k_l2_ptr + to_above, coarse, HEAD_DIM, coarse >= 0)
+    from_above_v = load_rows(grad_v_l2_ptr + to_above, coarse, HEAD_DIM, coarse >= 0)
     offsets_ptr = offsets_l2_ptr + head * (n_l2 + 1) + parent
     begin = tl.load(offsets_ptr)
     end = tl.minimum(begin + PART, tl.load(offsets_ptr + 1))
@@ -943,19 +1028,15 @@ def grad_kv_l1_kernel(
         k_l1_ptr + to_head, v_l1_ptr + to_head,
         keepers_l2_ptr + head * n_l2 * width, begin, end, key, exists, scale, n_tokens, BLOCK_M, BLOCK_N,
     )
-    extra_ptr = extra_l2_ptr + head * (n_l2 + 1) + parent
-    for part in range(tl.load(extra_ptr), tl.load(extra_ptr + 1)):
+    for part in range(first_extra, last_extra):
         to_part = (head * parts + part) * BLOCK_2 * HEAD_DIM
         grad_k += load_rows(extra_grad_k_ptr + to_part, child, HEAD_DIM, child < BLOCK_2)
         grad_v += load_rows(extra_grad_v_ptr + to_part, child, HEAD_DIM, child < BLOCK_2)
     covered = tl.minimum(n_tokens - key * SPAN_1, SPAN_1).to(tl.float32)[:, None]
     grad_k /= covered
     grad_v /= covered
-    # what the coarse token above hands down
-    to_above = head * tl.cdiv(n_tokens, SPAN_2) * HEAD_DIM
-    coarse = key // 16
-    grad_k += load_rows(grad_k_l2_ptr + to_above, coarse, HEAD_DIM, exists)
-    grad_v += load_rows(grad_v_l2_ptr + to_above, coarse, HEAD_DIM, exists)
+    grad_k += from_above_k
+    grad_v += from_above_v
     to_out = head * n_l1 * HEAD_DIM
     store_rows(grad_k_l1_ptr + to_out, key, HEAD_DIM, exists, grad_k)
     store_rows(grad_v_l1_ptr + to_out, key, HEAD_DIM, exists, grad_v)
@@ -1063,6 +1144,13 @@ def grad_kv_l0_kernel(
     child = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     head = (tl.program_id(0) // tiles // n_l1).to(tl.int64)
     parent = tl.program_id(0) // tiles % n_l1
+    # what is added at the end: which extra parts, and what the coarse token above hands down; read now, while there is nothing else to do
+    extra_ptr = extra_l1_ptr + head * (n_l1 + 1) + parent
+    first_extra, last_extra = tl.load(extra_ptr), tl.load(extra_ptr + 1)
+    coarse = parent + tl.zeros([1], tl.int32)
+    to_above = head * n_l1 * HEAD_DIM
+    from_above_k = load_rows(grad_k_l1_ptr + to_above, coarse, HEAD_DIM, coarse >= 0)
+    from_above_v = load_rows(grad_v_l1_ptr + to_above, coarse, HEAD_DIM, coarse >= 0)
     offsets_ptr = offsets_l1_ptr + head * (n_l1 + 1) + parent
     begin = tl.load(offsets_ptr)
     end = tl.minimum(begin + PART, tl.load(offsets_ptr + 1))
@@ -1077,16 +1165,12 @@ def grad_kv_l0_kernel(
         head_base(v_ptr, head, stride_vb, stride_vh, heads_per_batch), stride_vn,
         keepers_l1_ptr + head * n_l1 * width, begin, end, key, exists, scale, n_tokens, BLOCK_M, BLOCK_N,
     )
-    extra_ptr = extra_l1_ptr + head * (n_l1 + 1) + parent
-    for part in range(tl.load(extra_ptr), tl.load(extra_ptr + 1)):
+    for part in range(first_extra, last_extra):
         to_part = (head * parts + part) * BLOCK_1 * HEAD_DIM
         grad_k += load_rows(extra_grad_k_ptr + to_part, child, HEAD_DIM, child < BLOCK_1)
         grad_v += load_rows(extra_grad_v_ptr + to_part, child, HEAD_DIM, child < BLOCK_1)
-    # what the coarse token above hands down
-    to_above = head * tl.cdiv(n_tokens, SPAN_1) * HEAD_DIM
-    coarse = key // 16
-    grad_k += load_rows(grad_k_l1_ptr + to_above, coarse, HEAD_DIM, exists)
-    grad_v += load_rows(grad_v_l1_ptr + to_above, coarse, HEAD_DIM, exists)
+    grad_k += from_above_k
+    grad_v += from_above_v
     to_out = head * n_tokens * HEAD_DIM
     store_rows(grad_k_ptr + to_out, key, HEAD_DIM, exists, grad_k)
     store_rows(grad_v_ptr + to_out, key, HEAD_DIM, exists, grad_v)
@@ -1331,7 +1415,7 @@ def strided(x, pointer):
 def target_of(device):
     """A GPU as the schedules name it, `cuda:90` or `hip:gfx942`; for one that they do not know, the nearest older one, or the oldest."""
     if device.type != "cuda":
-        return "cuda:80"  # the interpreter, for which any schedule will do
+        return "cuda:90"  # the interpreter, for which any schedule will do: the one with the most to it
     if torch.version.hip:
         return "hip:gfx942"
     major, minor = torch.cuda.get_device_capability(device)

@@ -27,7 +27,7 @@ SPEC = {
     "name": "topk_b128",
     "reweight": True,
 }
-OPERATOR = "topk_b128_2825a7490acf8219"  # in torch.ops.llsa: the name of the spec and the hash of this text
+OPERATOR = "topk_b128_cc3d042600f94034"  # in torch.ops.llsa: the name of the spec and the hash of this text
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -52,7 +52,7 @@ UNSPECIALISED = [
 TILES_1 = {
     "pool": {"CHILDREN": 1, "ROWS": 64, "num_warps": 4},
     "select_l1": {"BLOCK_M": 16, "BLOCK_N": 64, "KEEP": 4, "num_warps": 1, "num_stages": 2},
-    "attend": {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
+    "attend": {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3, "maxnreg": 168},
     "count": {"BLOCK": 256, "num_warps": 8},
     "scan": {"BLOCK": 1024, "num_warps": 4},
     "invert_l1": {"BLOCK_M": 128, "KEYS": 32, "num_warps": 4},
@@ -496,9 +496,9 @@ def grad_q_kernel(
         bias = tl.where(exists, 0.0, float("-inf"))
         k = load_rows(k_base, key, stride_kn, exists)
         v = load_rows(v_base, key, stride_vn, exists)
-        logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2e + bias[None, :]
+        logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2e + (bias[None, :] - peak[:, None])
         dp = tl.dot(grad_o, tl.trans(v), input_precision="ieee")
-        grad_logits = tl.exp2(logits - peak[:, None]) * (dp - delta[:, None])
+        grad_logits = tl.exp2(logits) * (dp - delta[:, None])
         grad_q = add_product(grad_logits.to(k.dtype), k, grad_q)
 
     store_rows(grad_q_ptr + head * n_tokens * HEAD_DIM, token, HEAD_DIM, inside, grad_q * (scale / total)[:, None])
@@ -646,6 +646,9 @@ def grad_kv_l0_kernel(
     child = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     head = (tl.program_id(0) // tiles // n_l1).to(tl.int64)
     parent = tl.program_id(0) // tiles % n_l1
+    # what is added at the end; read now, while there is nothing else to do
+    extra_ptr = extra_l1_ptr + head * (n_l1 + 1) + parent
+    first_extra, last_extra = tl.load(extra_ptr), tl.load(extra_ptr + 1)
     offsets_ptr = offsets_l1_ptr + head * (n_l1 + 1) + parent
     begin = tl.load(offsets_ptr)
     end = tl.minimum(begin + PART, tl.load(offsets_ptr + 1))
@@ -660,8 +663,7 @@ def grad_kv_l0_kernel(
         head_base(v_ptr, head, stride_vb, stride_vh, heads_per_batch), stride_vn,
         keepers_l1_ptr + head * n_l1 * width, begin, end, key, exists, scale, n_tokens, BLOCK_M, BLOCK_N,
     )
-    extra_ptr = extra_l1_ptr + head * (n_l1 + 1) + parent
-    for part in range(tl.load(extra_ptr), tl.load(extra_ptr + 1)):
+    for part in range(first_extra, last_extra):
         to_part = (head * parts + part) * BLOCK_1 * HEAD_DIM
         grad_k += load_rows(extra_grad_k_ptr + to_part, child, HEAD_DIM, child < BLOCK_1)
         grad_v += load_rows(extra_grad_v_ptr + to_part, child, HEAD_DIM, child < BLOCK_1)
@@ -859,7 +861,7 @@ def strided(x, pointer):
 def target_of(device):
     """A GPU as the schedules name it, `cuda:90` or `hip:gfx942`; for one that they do not know, the nearest older one, or the oldest."""
     if device.type != "cuda":
-        return "cuda:80"  # the interpreter, for which any schedule will do
+        return "cuda:90"  # the interpreter, for which any schedule will do: the one with the most to it
     if torch.version.hip:
         return "hip:gfx942"
     major, minor = torch.cuda.get_device_capability(device)

@@ -31,6 +31,9 @@ Schedules = dict[str, dict[int, dict[int, Schedule]]]
 USUAL_TOKENS = LENGTHS["medium"]
 """The length meant where none is given."""
 
+WGMMA = ("cuda:90",)
+"""Targets whose matrix units take 64 rows from four warps at once, and both operands from shared memory."""
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -152,11 +155,18 @@ def _walk(plan: Plan, goal: Target, element: int, stage: str) -> tuple[Entry, tu
         attend = stage == "attend"
         entry = {"GROUP": group, "BLOCK_M": rows, "BLOCK_C": 64 if attend else 32, "BLOCK_N": rows}
         entry |= {"num_warps": 2 if width <= 64 else 4, "num_stages": 2 if attend and width <= 64 else 3}
+        entry |= {"AHEAD": int(goal.name in WGMMA and element == 4 and width <= 64)}
+        if width == 64 and (group, rows) == (4, 16) and goal.name in WGMMA:
+            # a warp a block, and four programs at a time on a multiprocessor
+            entry |= {"num_warps": 4, "AHEAD": 1} | _capped(goal, 128)
+            if attend and plan.topk(1) * plan.block(1) % 32 == 0:  # four warps with 16 rows of v meet in the same banks
+                entry["BLOCK_N"] = 32
     elif rows < 64:
         entry = {"BLOCK_M": rows, "BLOCK_N": 32, "num_warps": rows // 16 if width <= 64 else rows // 8, "num_stages": 2}
         entry |= _capped(goal, 128) if width <= 64 and element == 2 else {}
     else:
         entry = {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3 if width <= 64 else 2}
+        entry |= _capped(goal, 168) if stage == "attend" and width <= 64 and element == 2 else {}
     if element == 4:
         entry |= {"BLOCK_C": 32 if width <= 64 else 16, "BLOCK_N": 32 if width <= 64 else 16}
         entry |= {"num_warps": 8, "num_stages": 2}
@@ -201,7 +211,8 @@ def _grad_listed(plan: Plan, goal: Target, element: int, level: int) -> Entry:
         return entry | (_capped(goal, 168) if width <= 64 else {})
     keys = min(children, 128 if width <= 64 else 64 if width == 128 else 32)
     rows = 128 if level and keys <= 64 and width <= 64 else 32
-    return entry | {"BLOCK_M": rows, "BLOCK_N": keys, "num_warps": 4, "num_stages": 2}
+    entry |= {"BLOCK_M": rows, "BLOCK_N": keys, "num_warps": 4, "num_stages": 2}
+    return entry | (_capped(goal, 168) if rows == 32 and keys <= 64 and width <= 64 else {})
 
 
 def _capped(goal: Target, registers: int) -> Entry:

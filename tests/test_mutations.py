@@ -21,8 +21,10 @@ from llsa_gen.errors import CheckFailed
 TAILS = fuzz.Case(spec("tails", 16, (4, 2), (3, 2)), n=27, heads=2)
 THREE_LEVELS = fuzz.Case(spec("three", 16, (2, 2), (2, 2), (3, 2)), n=33)
 HALF = fuzz.Case(spec("half", 16, (64, 1)), n=190, dtype="float16", values="constant", std=8.0)
-# lists of 64 keys, several tiles
-LONG_LISTS = fuzz.Case(spec("long", 16, (16, 4)), n=80)
+# half precision takes tiles whose products are not worked out ahead
+HALF_TAILS = fuzz.Case(TAILS.spec, n=27, heads=2, dtype="float16")
+# lists of 96 keys, three tiles
+LONG_LISTS = fuzz.Case(spec("long", 16, (16, 6)), n=112)
 # every score is the same
 TIES = fuzz.Case(TAILS.spec, n=48, values="zero_queries")
 # the second token of level 2 has one child, and three are wanted
@@ -48,7 +50,7 @@ def mutation(name: str, template: str, old: str, new: str, case: fuzz.Case = TAI
 
 KERNELS = (
     # weights
-    mutation("weight dropped", "tiles.py", "tl.log2(weight), float", "0.0, float"),
+    mutation("weight dropped", "tiles.py", "where(inside, weight, float", "where(inside, 0.0, float"),
     mutation("weight of a tail", "tiles.py", "if not WHOLE:", "if False:"),
     mutation(
         "weight of another level",
@@ -69,7 +71,28 @@ KERNELS = (
     # tails
     mutation("list of a tile before", "walk", "(list_ptr, start + BLOCK_N,", "(list_ptr, start,", LONG_LISTS),
     mutation("last coarse key", "walk", "exists = key < n_l{{ level }}", "exists = key < n_l{{ level }} - 1"),
-    mutation("keys that do not exist", "walk", 'tl.where(exists, 0.0, float("-inf"))', "tl.where(exists, 0.0, 0.0)"),
+    mutation("the coarse keys' last tile left out", "walk", "if filled < n_l{{ level }}:", "if filled < 0:"),
+    mutation("the first fine tile twice", "walk", "range(BLOCK_N if AHEAD else 0,", "range(0,", LONG_LISTS),
+    mutation(
+        "values of another key", "attend.py", "v = load_rows(v_base, key,", "v = load_rows(v_base, key * 0,", LONG_LISTS
+    ),
+    mutation(
+        "products of a later tile",
+        "attend.py",
+        "parents(list_ptr, after + BLOCK_N,",
+        "parents(list_ptr, start,",
+        LONG_LISTS,
+    ),
+    mutation(
+        "fine keys that do not exist", "attend.py", 'tl.where(exists, 0.0, float("-inf"))', "tl.where(exists, 0.0, 0.0)"
+    ),
+    mutation(
+        "keys that do not exist",
+        "walk",
+        'tl.where(exists, 0.0, float("-inf"))',
+        "tl.where(exists, 0.0, 0.0)",
+        HALF_TAILS,
+    ),
     mutation("last query", "grad_kv.py", "* rows_per_split, n_tokens)", "* rows_per_split, n_tokens - 1)", SHARES),
     # pooling and un-pooling
     mutation(
@@ -93,7 +116,7 @@ KERNELS = (
     mutation(
         "coarse dk not handed down",
         "grad_kv.py",
-        "grad_k += load_rows(grad_k_l{{ above }}_ptr + to_above, coarse, HEAD_DIM, exists)",
+        "grad_k += from_above_k",
         "grad_k += 0.0",
     ),
     mutation(
@@ -143,8 +166,8 @@ KERNELS = (
     mutation(
         "extra parts dropped",
         "grad_kv.py",
-        "for part in range(tl.load(extra_ptr), tl.load(extra_ptr + 1)):",
-        "for part in range(tl.load(extra_ptr), tl.load(extra_ptr)):",
+        "in range(first_extra, last_extra)",
+        "in range(first_extra, first_extra)",
         POPULAR,
     ),
     mutation("strides of another tensor", "host.py", "*strided(v, v_ptr)", "*strided(k, v_ptr)", STRIDES),
