@@ -155,7 +155,7 @@ def _walk(plan: Plan, goal: Target, element: int, stage: str) -> tuple[Entry, tu
         attend = stage == "attend"
         entry = {"GROUP": group, "BLOCK_M": rows, "BLOCK_C": 64 if attend else 32, "BLOCK_N": rows}
         entry |= {"num_warps": 2 if width <= 64 else 4, "num_stages": 2 if attend and width <= 64 else 3}
-        entry |= {"AHEAD": int(goal.name in WGMMA and element == 4 and width <= 64)}
+        entry |= {"AHEAD": int(element == 4 and width <= 64)}
         if width == 64 and (group, rows) == (4, 16) and goal.name in WGMMA:
             # a warp a block, and four programs at a time on a multiprocessor
             entry |= {"num_warps": 4, "AHEAD": 1} | _capped(goal, 128)

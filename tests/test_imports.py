@@ -61,10 +61,7 @@ ROOMS = {
     "explain": room("spec plan schedule schedule_table cost growth units", "rich"),
     "fuzz_cases": room("spec", "torch triton hypothesis"),
     "fuzz_oracle": room("spec reference fuzz_cases", "torch"),
-    "fuzz_interpreter": room("", "triton numpy"),
-    "fuzz": room(
-        "spec reference reference_selection compiler store fuzz_cases fuzz_oracle fuzz_interpreter", "torch hypothesis"
-    ),
+    "fuzz": room("spec reference reference_selection compiler store fuzz_cases fuzz_oracle", "torch hypothesis"),
     "devices": room("", "torch"),
     "launches": room("schedule compiler", "torch triton"),
     "binary": room("", "triton"),

@@ -62,7 +62,7 @@ class Fake:
 
 def run(bench: Fake, *stages: str, chosen: Spec = L2, **more: Any) -> list[StageResult]:
     plan = lower(chosen)
-    present = schedule(plan, targets()["cuda:90"], 2)
+    present = schedule(plan, targets()["cuda:80"], 2)
     options: dict[str, Any] = {"element": 2, "shared_memory": LIMIT, "seconds": 60.0} | more
     return search(plan, present, stages, bench, **options)
 
