@@ -58,14 +58,13 @@ def truth(
     """
     n = k.shape[2]
     keys, values = (_with_coarse(spec, x) for x in (k, v))
-    q, grad_o = q.double(), grad_o.double()
     rows_of_results: dict[str, list[Tensor]] = {
         name: [] for name in ("o", "lse", "dq", "|o|", "|lse|", "|dq|", "dq(o)")
     }
     sums = {name: torch.zeros_like(keys) for name in ("dk", "dv", "|dk|", "|dv|", "dk(o)")}
     queries = torch.arange(n, device=q.device) if queries is None else queries
     for rows in queries.split(max(1, CHUNK_ELEMENTS // (keys[..., 0].numel()))):
-        query, grad = q[:, :, rows], grad_o[:, :, rows]
+        query, grad = q[:, :, rows].double(), grad_o[:, :, rows].double()
         bias = reference.weight_rows(spec, kept, rows, n).log()  # -inf: not attended
         logits = scale * (query @ keys.mT) + bias
         lse = logits.logsumexp(-1)
@@ -89,7 +88,8 @@ def truth(
         sums["|dv|"] += p.mT @ grad.abs()
     found = {name: torch.cat(parts, dim=2) for name, parts in rows_of_results.items()}
     sums["dk(o)"].sqrt_()
-    found |= {name: _unpool(spec, total, n) for name, total in sums.items()}
+    del keys, values  # a million tokens take gigabytes of each
+    found |= {name: _unpool(spec, sums.pop(name), n) for name in list(sums)}
     return Truth(
         values={name: found[name] for name in RESULTS},
         sizes={name: found[f"|{name}|"] for name in RESULTS},
