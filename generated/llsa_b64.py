@@ -28,7 +28,7 @@ SPEC = {
     "name": "llsa_b64",
     "reweight": True,
 }
-OPERATOR = "llsa_b64_74d98ea6122fbd5c"  # in torch.ops.llsa: the name of the spec and the hash of this text
+OPERATOR = "llsa_b64_346ea545b4c16c32"  # in torch.ops.llsa: the name of the spec and the hash of this text
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -944,7 +944,7 @@ def grad_kv_l1_kernel(
     child = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     head = (tl.program_id(0) // tiles // n_l2).to(tl.int64)
     parent = tl.program_id(0) // tiles % n_l2
-    # what is added at the end: which extra parts, and what the coarse token above hands down; read now, while there is nothing else to do
+    # added at the end, read now, while there is nothing else to do: extra parts, and what the token above hands down
     extra_ptr = extra_l2_ptr + head * (n_l2 + 1) + parent
     first_extra, last_extra = tl.load(extra_ptr), tl.load(extra_ptr + 1)
     coarse = parent + tl.zeros([1], tl.int32)
@@ -1082,7 +1082,7 @@ def grad_kv_l0_kernel(
     child = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     head = (tl.program_id(0) // tiles // n_l1).to(tl.int64)
     parent = tl.program_id(0) // tiles % n_l1
-    # what is added at the end: which extra parts, and what the coarse token above hands down; read now, while there is nothing else to do
+    # added at the end, read now, while there is nothing else to do: extra parts, and what the token above hands down
     extra_ptr = extra_l1_ptr + head * (n_l1 + 1) + parent
     first_extra, last_extra = tl.load(extra_ptr), tl.load(extra_ptr + 1)
     coarse = parent + tl.zeros([1], tl.int32)

@@ -27,7 +27,7 @@ SPEC = {
     "name": "llsa_l1",
     "reweight": True,
 }
-OPERATOR = "llsa_l1_d05b981437f4dc46"  # in torch.ops.llsa: the name of the spec and the hash of this text
+OPERATOR = "llsa_l1_8c556248f1fb60d8"  # in torch.ops.llsa: the name of the spec and the hash of this text
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -332,7 +332,8 @@ def attend_kernel(
     lse_ptr,  # [B*H, N] float32, out: natural logarithm of the sum of weights
     peak_ptr, total_ptr,  # [B*H, N] float32, out: the same as 2^peak * total, for the backward pass
     scale, heads_per_batch, n_tokens,  # s, H, N
-    GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, AHEAD: tl.constexpr, WHOLE: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
+    AHEAD: tl.constexpr, WHOLE: tl.constexpr,
 ):
     """o_i = sum_j w_j exp(s q_i.k_j) v_j / sum_j w_j exp(s q_i.k_j) over the keys of levels 1 and 0.
 
@@ -543,7 +544,8 @@ def grad_q_kernel(
     grad_q_ptr,  # [B*H, N, D], out
     delta_ptr,  # [B*H, N] float32, out
     scale, heads_per_batch, n_tokens,  # s, H, N
-    GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, AHEAD: tl.constexpr, WHOLE: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
+    AHEAD: tl.constexpr, WHOLE: tl.constexpr,
 ):
     """dq_i = s sum_j p_ij (do_i.v_j - delta_i) k_j, with delta_i = o_i.do_i, over the keys of levels 1 and 0.
 
@@ -839,7 +841,7 @@ def grad_kv_l0_kernel(
     child = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     head = (tl.program_id(0) // tiles // n_l1).to(tl.int64)
     parent = tl.program_id(0) // tiles % n_l1
-    # what is added at the end: which extra parts, and what the coarse token above hands down; read now, while there is nothing else to do
+    # added at the end, read now, while there is nothing else to do: extra parts, and what the token above hands down
     extra_ptr = extra_l1_ptr + head * (n_l1 + 1) + parent
     first_extra, last_extra = tl.load(extra_ptr), tl.load(extra_ptr + 1)
     coarse = parent + tl.zeros([1], tl.int32)

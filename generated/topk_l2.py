@@ -28,7 +28,7 @@ SPEC = {
     "name": "topk_l2",
     "reweight": True,
 }
-OPERATOR = "topk_l2_e30f04aa26a4a676"  # in torch.ops.llsa: the name of the spec and the hash of this text
+OPERATOR = "topk_l2_6efce3d30bc8b2aa"  # in torch.ops.llsa: the name of the spec and the hash of this text
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -746,7 +746,7 @@ def grad_kv_l0_kernel(
     child = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     head = (tl.program_id(0) // tiles // n_l1).to(tl.int64)
     parent = tl.program_id(0) // tiles % n_l1
-    # what is added at the end; read now, while there is nothing else to do
+    # added at the end, read now, while there is nothing else to do: extra parts
     extra_ptr = extra_l1_ptr + head * (n_l1 + 1) + parent
     first_extra, last_extra = tl.load(extra_ptr), tl.load(extra_ptr + 1)
     offsets_ptr = offsets_l1_ptr + head * (n_l1 + 1) + parent

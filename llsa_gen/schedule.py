@@ -1,10 +1,10 @@
 """Schedule: tile shapes, warps and pipeline stages of every kernel, for a target, the bytes of an element and a length.
 
 A target is `cuda:<compute capability * 10>` or `hip:<gfx name>`. The last row of its table that matches decides
-(`llsa_gen.schedule_table`); where no row does, or what it says does not fit, the rules below. They know no GPU but the
-size of its shared memory, so a spec or a head dim that nobody has measured still gets tiles that suit it. A GPU that
-has no table gets that of the nearest older one, at run time: `target_of` in the generated module. Nothing here knows
-what a kernel computes.
+(`llsa_gen.schedule_table`); where no row does, or what it says does not fit, the rules below. They know no more of a
+GPU than the size of its shared memory, and whether four warps multiply 64 rows at once (`WGMMA`), so a spec or a head
+dim that nobody has measured still gets tiles that suit it. A GPU that has no table gets that of the nearest older one,
+at run time: `target_of` in the generated module. Nothing here knows what a kernel computes.
 """
 
 from collections.abc import Mapping
@@ -155,6 +155,7 @@ def _walk(plan: Plan, goal: Target, element: int, stage: str) -> tuple[Entry, tu
         attend = stage == "attend"
         entry = {"GROUP": group, "BLOCK_M": rows, "BLOCK_C": 64 if attend else 32, "BLOCK_N": rows}
         entry |= {"num_warps": 2 if width <= 64 else 4, "num_stages": 2 if attend and width <= 64 else 3}
+        # what is worked out ahead takes registers, or spares some: float32 halves what grad_q spills
         entry |= {"AHEAD": int(element == 4 and width <= 64)}
         if width == 64 and (group, rows) == (4, 16) and goal.name in WGMMA:
             # a warp a block, and four programs at a time on a multiprocessor
@@ -166,7 +167,8 @@ def _walk(plan: Plan, goal: Target, element: int, stage: str) -> tuple[Entry, tu
         entry |= _capped(goal, 128) if width <= 64 and element == 2 else {}
     else:
         entry = {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3 if width <= 64 else 2}
-        entry |= _capped(goal, 168) if stage == "attend" and width <= 64 and element == 2 else {}
+        if stage == "attend" and width <= 64 and element == 2:
+            entry |= _capped(goal, 168)  # without wgmma it would take 177, and one program less would fit
     if element == 4:
         entry |= {"BLOCK_C": 32 if width <= 64 else 16, "BLOCK_N": 32 if width <= 64 else 16}
         entry |= {"num_warps": 8, "num_stages": 2}
@@ -212,7 +214,9 @@ def _grad_listed(plan: Plan, goal: Target, element: int, level: int) -> Entry:
     keys = min(children, 128 if width <= 64 else 64 if width == 128 else 32)
     rows = 128 if level and keys <= 64 and width <= 64 else 32
     entry |= {"BLOCK_M": rows, "BLOCK_N": keys, "num_warps": 4, "num_stages": 2}
-    return entry | (_capped(goal, 168) if rows == 32 and keys <= 64 and width <= 64 else {})
+    if rows == 32 and keys <= 64 and width <= 64:
+        entry |= _capped(goal, 168)  # it would take 180, and one program less would fit
+    return entry
 
 
 def _capped(goal: Target, registers: int) -> Entry:

@@ -3,7 +3,7 @@
 import pytest
 import triton
 from banks import steps
-from test_schedule import row, table
+from test_schedule import ROOT, row, table
 
 from llsa_gen import aot, emit, load
 from llsa_gen.launches import record
@@ -17,7 +17,7 @@ NAMES = ("llsa_l1", "llsa_l2", "llsa_d128", "topk_l2")
 
 def reads(name: str, kernel: str, *rows: dict[str, object]) -> list[int]:
     """What `steps` says of one kernel of a shipped spec, with rows in place of the shipped table's."""
-    plan = lower(load(f"spec/{name}.yaml"))
+    plan = lower(load(ROOT / "spec" / f"{name}.yaml"))
     text = emit.render(plan, schedules(plan, {"cuda:90": table(*rows)}))
     module = load_text(name, f"{len(rows)}" * 64, text)
     (launch,) = (one for one in record(module, 65_536, "bfloat16", "cuda:90") if one.kernel == kernel)

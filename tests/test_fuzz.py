@@ -15,6 +15,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import llsa_gen
 from llsa_gen import Level, Spec, fuzz, fuzz_cases, fuzz_oracle, reference
 from llsa_gen.errors import CheckFailed
 from llsa_gen.fuzz import Case
@@ -328,3 +329,15 @@ def test_a_reproducer_of_the_interpreter_turns_it_on(monkeypatch: pytest.MonkeyP
     shown = "\nfrom llsa_gen import compile\nprint(compile(Spec(**SPEC)).module.INTERPRETED)\n"
     done = paste(script + shown.replace("**SPEC", f"**{SMALL.model_dump()!r}"))
     assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
+
+
+def test_the_roundoff_of_large_logits_is_allowed_and_little_more() -> None:
+    # logits of 5,120, all equal but for the order of their sums: torch works them out once, and has no error at all
+    case = fuzz.Case(spec("alike", 80, (2, 1)), n=4, values="constant", std=8.0, scale=1.0)
+    attention, inputs = llsa_gen.compile(case.spec), case.tensors()
+    found = fuzz.attend(attention, case, *inputs)
+    assert fuzz.compare(case, inputs, [found["kept_l1"]], found)[0] == []
+    for name in ("o", "dv"):
+        off = found | {name: found[name] * 1.002}
+        (failure,) = fuzz.compare(case, inputs, [found["kept_l1"]], off)[0]
+        assert failure.startswith(f"{name}: error ")
