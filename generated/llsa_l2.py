@@ -28,7 +28,7 @@ SPEC = {
     "name": "llsa_l2",
     "reweight": True,
 }
-OPERATOR = "llsa_l2_1990a50aef4ff5d1"  # in torch.ops.llsa: the name of the spec and the hash of this text
+OPERATOR = "llsa_l2_da279884e1dae37c"  # in torch.ops.llsa: the name of the spec and the hash of this text
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -55,7 +55,7 @@ UNSPECIALISED = [
 TILES_1 = {
     "pool": {"CHILDREN": 16, "ROWS": 8, "num_warps": 2},
     "select_l1": {"BLOCK_M": 16, "BLOCK_N": 32, "KEEP": 8, "num_warps": 1, "num_stages": 2},
-    "select_l2": {"BLOCK_M": 16, "BLOCK_N": 64, "KEEP": 8, "num_warps": 1, "num_stages": 2},
+    "select_l2": {"BLOCK_M": 16, "BLOCK_N": 64, "KEEP": 8, "num_warps": 4, "num_stages": 2, "SPLIT": 4},
     "attend": {"GROUP": 4, "BLOCK_M": 16, "BLOCK_C": 64, "BLOCK_N": 16, "num_warps": 2, "num_stages": 2, "AHEAD": 0},
     "count": {"BLOCK": 256, "num_warps": 8},
     "scan": {"BLOCK": 1024, "num_warps": 4},
@@ -70,7 +70,7 @@ TILES_1 = {
 TILES_2 = {
     "pool": {"CHILDREN": 16, "ROWS": 8, "num_warps": 2},
     "select_l1": {"BLOCK_M": 16, "BLOCK_N": 32, "KEEP": 8, "num_warps": 1, "num_stages": 2},
-    "select_l2": {"BLOCK_M": 16, "BLOCK_N": 32, "KEEP": 8, "num_warps": 1, "num_stages": 2},
+    "select_l2": {"BLOCK_M": 16, "BLOCK_N": 32, "KEEP": 8, "num_warps": 1, "num_stages": 2, "SPLIT": 1},
     "attend": {"GROUP": 2, "BLOCK_M": 16, "BLOCK_C": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2, "AHEAD": 1},
     "count": {"BLOCK": 256, "num_warps": 8},
     "scan": {"BLOCK": 1024, "num_warps": 4},
@@ -85,7 +85,7 @@ TILES_2 = {
 TILES_3 = {
     "pool": {"CHILDREN": 16, "ROWS": 8, "num_warps": 2},
     "select_l1": {"BLOCK_M": 16, "BLOCK_N": 32, "KEEP": 8, "num_warps": 1, "num_stages": 2},
-    "select_l2": {"BLOCK_M": 16, "BLOCK_N": 64, "KEEP": 8, "num_warps": 1, "num_stages": 2},
+    "select_l2": {"BLOCK_M": 16, "BLOCK_N": 64, "KEEP": 8, "num_warps": 4, "num_stages": 2, "SPLIT": 4},
     "attend": {"GROUP": 4, "BLOCK_M": 16, "BLOCK_C": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2, "AHEAD": 1, "maxnreg": 128},
     "count": {"BLOCK": 256, "num_warps": 8},
     "scan": {"BLOCK": 1024, "num_warps": 4},
@@ -100,7 +100,7 @@ TILES_3 = {
 TILES_4 = {
     "pool": {"CHILDREN": 16, "ROWS": 8, "num_warps": 2},
     "select_l1": {"BLOCK_M": 16, "BLOCK_N": 32, "KEEP": 8, "num_warps": 1, "num_stages": 2},
-    "select_l2": {"BLOCK_M": 16, "BLOCK_N": 64, "KEEP": 8, "num_warps": 1, "num_stages": 2},
+    "select_l2": {"BLOCK_M": 16, "BLOCK_N": 64, "KEEP": 8, "num_warps": 4, "num_stages": 2, "SPLIT": 4},
     "attend": {"GROUP": 4, "BLOCK_M": 16, "BLOCK_C": 64, "BLOCK_N": 16, "num_warps": 2, "num_stages": 2, "AHEAD": 0},
     "count": {"BLOCK": 256, "num_warps": 8},
     "scan": {"BLOCK": 1024, "num_warps": 4},
@@ -297,7 +297,7 @@ def rank_keys(scores, token, candidate):
 
 @triton.jit
 def keep_best(best, keys, KEEP: tl.constexpr):
-    """The KEEP largest rank keys of each row of `best` [M, KEEP], ascending, and of a tile of keys [M, N]."""
+    """The KEEP largest rank keys of each row of `best` [.., M, KEEP], ascending, and of a tile of keys [.., M, N]."""
     # ascending against descending: the element-wise larger ones are the KEEP largest of both
     return tl.sort(tl.maximum(best, tl.topk(keys, KEEP)))
 
@@ -316,11 +316,11 @@ def select_l2_kernel(
     q_l2_ptr, k_l2_ptr,  # [B*H, T_2, D]
     kept_l2_ptr, width,  # [B*H, T_2, width] int32, out
     n_tokens,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, KEEP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, KEEP: tl.constexpr, SPLIT: tl.constexpr,
 ):
     """I^(2): the K_2 = 8 best of all T_2 key tokens, for each query token of the coarsest level.
 
-    Grid: B*H * ceil(T_2 / BLOCK_M). KEEP is K_2 rounded up to a power of two.
+    Grid: B*H * ceil(T_2 / BLOCK_M). KEEP is K_2 rounded up to a power of two, SPLIT how many share the candidates.
     """
     n_l2 = tl.cdiv(n_tokens, SPAN_2)
     tiles = tl.cdiv(n_l2, BLOCK_M)
@@ -331,14 +331,26 @@ def select_l2_kernel(
     k_ptr = k_l2_ptr + head * n_l2 * HEAD_DIM
     q = load_rows(q_l2_ptr + head * n_l2 * HEAD_DIM, row, HEAD_DIM, inside)
 
-    best = tl.full([BLOCK_M, KEEP], EMPTY, tl.int64)
-    for start in range(0, n_candidates, BLOCK_N):
-        token = start + tl.arange(0, BLOCK_N)
-        candidate = token < n_l2
-        k = load_rows(k_ptr, token, HEAD_DIM, candidate)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
-        keys = rank_keys(scores, token[None, :], candidate[None, :])
-        best = keep_best(best, keys, KEEP)
+    if SPLIT == 1:
+        best = tl.full([BLOCK_M, KEEP], EMPTY, tl.int64)
+        for start in range(0, n_candidates, BLOCK_N):
+            token = start + tl.arange(0, BLOCK_N)
+            candidate = token < n_l2
+            k = load_rows(k_ptr, token, HEAD_DIM, candidate)
+            scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+            keys = rank_keys(scores, token[None, :], candidate[None, :])
+            best = keep_best(best, keys, KEEP)
+    else:
+        q = tl.broadcast_to(q[None, :, :], [SPLIT, BLOCK_M, PAD_DIM])
+        best = tl.full([SPLIT, BLOCK_M, KEEP], EMPTY, tl.int64)
+        share = tl.arange(0, SPLIT)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+        for start in range(0, n_candidates, SPLIT * BLOCK_N):
+            token = start + share
+            candidate = token < n_l2
+            k = load_rows(k_ptr, token, HEAD_DIM, candidate)
+            scores = tl.dot(q, tl.permute(k, (0, 2, 1)), input_precision="ieee")
+            best = keep_best(best, rank_keys(scores, token[:, None, :], candidate[:, None, :]), KEEP)
+        best = tl.sort(tl.topk(tl.reshape(tl.permute(best, (1, 0, 2)), [BLOCK_M, SPLIT * KEEP]), KEEP))
     store_kept(kept_l2_ptr + head * n_l2 * width, row, width, inside, best, KEEP)
 
 
@@ -813,6 +825,23 @@ def grad_queries(
     return grad_step(q, grad_o, k, v, bias, scale_log2e, peak, total, delta, grad_k, grad_v)
 
 
+@triton.jit
+def grad_run(
+    q_ptr, stride_qn, grad_o_ptr, stride_gn, peak_ptr, total_ptr, delta_ptr,
+    begin, end, k, v, bias, scale, BLOCK_M: tl.constexpr,
+):
+    """dk, dv of a tile of keys from the queries begin..end of one head."""
+    grad_k = tl.zeros(k.shape, tl.float32)
+    grad_v = tl.zeros(v.shape, tl.float32)
+    for start in range(begin, end, BLOCK_M):
+        token = start + tl.arange(0, BLOCK_M)
+        grad_k, grad_v = grad_queries(
+            q_ptr, stride_qn, grad_o_ptr, stride_gn, peak_ptr, total_ptr, delta_ptr,
+            token, token < end, k, v, bias, scale * LOG2E, grad_k, grad_v,
+        )
+    return grad_k * scale, grad_v
+
+
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def grad_kv_l2_kernel(
     q_ptr, stride_qb, stride_qh, stride_qn,  # [B, H, N, D]
@@ -828,29 +857,26 @@ def grad_kv_l2_kernel(
     Grid: B*H * splits * ceil(T_2 / BLOCK_N).
     """
     n_l2 = tl.cdiv(n_tokens, SPAN_2)
-    tiles = tl.cdiv(n_l2, BLOCK_N)
+    n_keys = n_l2
+    tiles = tl.cdiv(n_keys, BLOCK_N)
     head = (tl.program_id(0) // tiles // splits).to(tl.int64)
     split = tl.program_id(0) // tiles % splits
-    key = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
-    exists = key < n_l2
+    place = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    key, exists = place, place < n_keys
+    begin = split * rows_per_split
+    end = tl.minimum(begin + rows_per_split, n_tokens)
+    to_split = (head * splits + split) * n_keys * HEAD_DIM
     bias = log_weight(key, exists, n_tokens, SPAN_2, False)
     k = load_rows(k_l2_ptr + head * n_l2 * HEAD_DIM, key, HEAD_DIM, exists)
     v = load_rows(v_l2_ptr + head * n_l2 * HEAD_DIM, key, HEAD_DIM, exists)
-    q_base = head_base(q_ptr, head, stride_qb, stride_qh, heads_per_batch)
-    grad_o_base = head_base(grad_o_ptr, head, stride_gb, stride_gh, heads_per_batch)
     row = head * n_tokens
-    grad_k = tl.zeros([BLOCK_N, PAD_DIM], tl.float32)
-    grad_v = tl.zeros([BLOCK_N, PAD_DIM], tl.float32)
-    end = tl.minimum((split + 1) * rows_per_split, n_tokens)
-    for start in range(split * rows_per_split, end, BLOCK_M):
-        token = start + tl.arange(0, BLOCK_M)
-        grad_k, grad_v = grad_queries(
-            q_base, stride_qn, grad_o_base, stride_gn, peak_ptr + row, total_ptr + row, delta_ptr + row,
-            token, token < end, k, v, bias, scale * LOG2E, grad_k, grad_v,
-        )
-    to_split = (head * splits + split) * n_l2 * HEAD_DIM
-    store_rows(split_grad_k_ptr + to_split, key, HEAD_DIM, exists, grad_k * scale)
-    store_rows(split_grad_v_ptr + to_split, key, HEAD_DIM, exists, grad_v)
+    grad_k, grad_v = grad_run(
+        head_base(q_ptr, head, stride_qb, stride_qh, heads_per_batch), stride_qn,
+        head_base(grad_o_ptr, head, stride_gb, stride_gh, heads_per_batch), stride_gn,
+        peak_ptr + row, total_ptr + row, delta_ptr + row, begin, end, k, v, bias, scale, BLOCK_M,
+    )
+    store_rows(split_grad_k_ptr + to_split, place, HEAD_DIM, place < n_keys, grad_k)
+    store_rows(split_grad_v_ptr + to_split, place, HEAD_DIM, place < n_keys, grad_v)
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
@@ -1220,14 +1246,17 @@ class Prepared:
     """What depends on shapes, strides, dtype and device alone, worked out at the first call with them.
 
     shapes: sizes of every buffer. places: where buffers begin and end in the memory of their layout, in bytes. grids:
-    programs and tile shapes of every launch. ready: what Triton made of a launch, so that from the second one on it
-    does not look for it. both: launches whose two variants are compiled.
+    programs and tile shapes of every launch. steps: between batches, heads and rows of each tensor. ready: what Triton
+    made of a launch, so that from the second one on it does not look for it. both: launches whose two variants are compiled.
     """
 
-    def __init__(self, heads, n_tokens, dtype, tiles):
+    def __init__(self, heads, n_tokens, dtype, strides, tiles):
+        self.steps = [stride[:3] for stride in strides]
         tokens = level_tokens(n_tokens)
-        self.rows_per_split, splits = split_queries(heads, n_tokens, tokens[2], tiles["grad_kv_l2"])
-        self.splits = splits
+        self.rows_l2, splits_l2 = split_queries(
+            heads, n_tokens, tokens[2], tiles["grad_kv_l2"],
+        )
+        self.splits_l2 = splits_l2
         tile = tiles["grad_kv_l0"]
         parts_l0 = self.parts_l0 = min(((tokens[1] * min(8, tokens[1])) // tile["PART"]), tokens[1] * ((tokens[1] - 1) // tile["PART"]))
         tile = tiles["grad_kv_l1"]
@@ -1262,8 +1291,8 @@ class Prepared:
             "extra_grad_v_l0": (heads, parts_l0, 16, 64),
             "extra_grad_k_l1": (heads, parts_l1, 16, 64),
             "extra_grad_v_l1": (heads, parts_l1, 16, 64),
-            "split_grad_k_l2": (heads, splits, tokens[2], 64),
-            "split_grad_v_l2": (heads, splits, tokens[2], 64),
+            "split_grad_k_l2": (heads, 1, splits_l2, tokens[2], 64),
+            "split_grad_v_l2": (heads, 1, splits_l2, tokens[2], 64),
             "grad_k_l1": (heads, tokens[1], 64),
             "grad_v_l1": (heads, tokens[1], 64),
             "grad_k_l2": (heads, tokens[2], 64),
@@ -1300,7 +1329,7 @@ class Prepared:
         tile = tiles["grad_q"] | {"WHOLE": is_whole(tokens, tiles["grad_q"])}
         self.grids["grad_q_kernel"] = heads * tokens[2] * ceil_div(min(16, tokens[1]), tile["GROUP"]), tile
         tile = tiles["grad_kv_l2"]
-        self.grids["grad_kv_l2_kernel"] = heads * splits * ceil_div(tokens[2], tile["BLOCK_N"]), tile
+        self.grids["grad_kv_l2_kernel"] = heads * splits_l2 * ceil_div(tokens[2], tile["BLOCK_N"]), tile
         tile = tiles["grad_sum"]
         self.grids["grad_kv_l2_sum_kernel"] = heads * ceil_div(tokens[2], tile["BLOCK"]), tile
         tile = tiles["grad_kv_l1"]
@@ -1348,19 +1377,18 @@ class Prepared:
     def launch(self, stream, kernel, name, *arguments):
         """Launch `kernel` with the grid and the tile shapes of that name; where it has no programs, only compile it."""
         if name in self.ready:
-            compiled, programs, shapes = self.ready[name]
+            compiled, programs, run, handles, shapes = self.ready[name]
             if programs and stream is None:
                 compiled[programs, 1, 1](*arguments, *shapes)
             elif programs:  # as Triton would, but nobody is told of it
-                handles = compiled.function, compiled.packed_metadata
-                compiled.run(programs, 1, 1, stream, *handles, None, None, None, *arguments, *shapes)
+                run(programs, 1, 1, stream, *handles, *arguments, *shapes)
             return
         programs, tile = self.grids[name]
         compiled = kernel[(programs,)](*arguments, **tile)
         # nothing comes from the interpreter; on ROCm, Triton also tells large tensors from small ones
         if compiled is not None and not torch.version.hip:
             shapes = [tile[parameter] for parameter in kernel.arg_names[len(arguments) :]]
-            self.ready[name] = compiled, programs, shapes
+            self.ready[name] = compiled, programs, *starter(compiled), shapes
         if compiled is not None and "WHOLE" in tile and name not in self.both:
             # another length may need the other variant: nothing is compiled then
             self.both.add(name)
@@ -1377,25 +1405,39 @@ def is_whole(tokens, tile):
     )
 
 
+def starter(compiled):
+    """What starts a compiled kernel where nobody is told of it, and what it takes between the stream and the arguments.
+
+    Triton's launcher, or for Triton 3.6 the function in C behind it: at every launch, the launcher looks for scratch
+    memory, of which these kernels need none.
+    """
+    run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
+    if not triton.__version__.startswith("3.6.") or type(run).__name__ != "CudaLauncher":
+        return run, (function, metadata, None, None, None)
+    if run.global_scratch_size or run.profile_scratch_size:
+        return run, (function, metadata, None, None, None)
+    options = run.launch_cooperative_grid, run.launch_pdl
+    return run.launch, (function, *options, None, None, metadata, None, None, None)
+
+
 def is_watched():
     """Whether Triton tells somebody of launches, a profiler say."""
     told = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
     return any(hook.calls if isinstance(hook, triton.knobs.HookChain) else hook is not None for hook in told)
 
 
+def is_aligned(stride):
+    """Whether a row's elements lie side by side, and rows begin at multiples of ROW_UNIT elements."""
+    batches, heads, rows, step = stride
+    return step == 1 and (batches | heads | rows) % ROW_UNIT.value == 0
+
+
 def aligned(x):
-    """`x`, copied only if a row's elements do not lie side by side, or rows not at multiples of ROW_UNIT elements.
+    """`x`, copied only if its rows do not lie as kernels need them: see `is_aligned`.
 
     Not by `contiguous`, which leaves the stride of a single row as it is: kernels make addresses of rows beyond it too.
     """
-    batches, heads, rows, step = x.stride()
-    as_it_is = step == 1 and (batches | heads | rows) % ROW_UNIT.value == 0
-    return x if as_it_is else x.clone(memory_format=torch.contiguous_format)
-
-
-def strided(x, pointer):
-    """A pointer to x and the steps between its batches, heads and rows, as the kernels take them."""
-    return pointer, *x.stride()[:3]
+    return x if is_aligned(x.stride()) else x.clone(memory_format=torch.contiguous_format)
 
 
 @functools.cache
@@ -1416,19 +1458,23 @@ def schedule_for(device, dtype):
 
 
 def prepare(tensors, made=()):
-    """The `Prepared` for q, k, ... [B, H, N, D] and for what an earlier call `made` of them.
+    """The `Prepared` for q, k, ... [B, H, N, D] and for what an earlier call `made` of them; q, k, ..., `aligned`.
 
     Triton also tells apart where a row begins: at a multiple of 16 bytes or not.
     """
     q = tensors[0]
-    starts = tuple(x.data_ptr() % 16 for x in (*tensors, *made))
-    return prepared(q.device, q.dtype, q.shape, tuple(x.stride() for x in tensors), starts)
+    strides = tuple([x.stride() for x in tensors])
+    starts = tuple([x.data_ptr() % 16 for x in (*tensors, *made)])
+    at = prepared(q.device, q.dtype, q.shape, strides, starts)
+    return (at, *tensors) if at is not None else prepare([aligned(x) for x in tensors], made)
 
 
 @functools.lru_cache(maxsize=1024)
 def prepared(device, dtype, shape, strides, starts):
-    """One `Prepared` for all calls that Triton does not tell apart."""
-    return Prepared(shape[0] * shape[1], shape[2], dtype, schedule_for(device, dtype))
+    """One `Prepared` for all calls that Triton does not tell apart; None where tensors have to be copied first."""
+    if not all(map(is_aligned, strides)):
+        return None
+    return Prepared(shape[0] * shape[1], shape[2], dtype, strides, schedule_for(device, dtype))
 
 
 def pool_and_select(q, k, v, k_l1, v_l1, k_l2, v_l2, kept_l1, kept_l2, at, stream):
@@ -1444,7 +1490,9 @@ def pool_and_select(q, k, v, k_l1, v_l1, k_l2, v_l2, kept_l1, kept_l2, at, strea
 
     at.launch(
         stream, pool_l1_kernel, "pool_l1_kernel",
-        *strided(q, q_ptr), *strided(k, k_ptr), *strided(v, v_ptr),
+        q_ptr, *at.steps[0],
+        k_ptr, *at.steps[1],
+        v_ptr, *at.steps[2],
         q_l1, k_l1, v_l1,
         q_l2, k_l2, v_l2,
         heads_per_batch, batch * heads_per_batch, n_tokens,
@@ -1461,8 +1509,7 @@ def pool_and_select(q, k, v, k_l1, v_l1, k_l2, v_l2, kept_l1, kept_l2, at, strea
 
 def select_kernels(q, k):
     """The kept tokens of each level, finest first, by the Triton kernels."""
-    q, k = aligned(q), aligned(k)
-    at = prepare((q, k, k))  # k in place of v, whose means nobody will look at
+    at, q, k, _ = prepare((q, k, k))  # k in place of v, whose means nobody will look at
     pyramid = at.separate(q, ["k_l1", "v_l1", "k_l2", "v_l2", "kept_l1", "kept_l2"])
     pool_and_select(q, k, k, *at.pointers("select_l1_kernel", *pyramid), at, at.stream(q))
     return pyramid[-2:]
@@ -1470,8 +1517,7 @@ def select_kernels(q, k):
 
 def attend_kernels(q, k, v, scale, save=True):
     """o, lse and, to `save`, what the backward pass needs, in the order of the operator's outputs, by the Triton kernels."""
-    q, k, v = aligned(q), aligned(k), aligned(v)
-    at = prepare((q, k, v))
+    at, q, k, v = prepare((q, k, v))
     stream = at.stream(q)
     _, heads_per_batch, n_tokens, _ = q.shape
     o, lse = q.new_empty(q.shape), q.new_empty(at.shapes["lse"], dtype=torch.float32)
@@ -1487,7 +1533,7 @@ def attend_kernels(q, k, v, scale, save=True):
     [q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr] = at.pointers("attend_kernel", q, k, v, o, lse)
     at.launch(
         stream, attend_kernel, "attend_kernel",
-        *strided(q, q_ptr), *strided(k, k_ptr), *strided(v, v_ptr),
+        q_ptr, *at.steps[0], k_ptr, *at.steps[1], v_ptr, *at.steps[2],
         k_l1, v_l1,
         k_l2, v_l2,
         kept_l1, at.widths[1],
@@ -1499,8 +1545,7 @@ def attend_kernels(q, k, v, scale, save=True):
 
 def grad_kernels(grad_o, q, k, v, o, saved, scale):
     """dq, dk, dv by the Triton kernels, from what `attend_kernels` returned."""
-    grad_o, q, k, v = aligned(grad_o), aligned(q), aligned(k), aligned(v)
-    at = prepare((q, k, v, grad_o), (o, *saved))
+    at, q, k, v, grad_o = prepare((q, k, v, grad_o), (o, *saved))
     stream = at.stream(q)
     _, heads_per_batch, n_tokens, _ = q.shape
     heads = q.shape[0] * heads_per_batch
@@ -1515,7 +1560,7 @@ def grad_kernels(grad_o, q, k, v, o, saved, scale):
     ] = at.buffers(memory, "gradients", "grad_kv_l0_kernel")
     [peak, total, k_l1, v_l1, k_l2, v_l2, kept_l1, kept_l2] = at.pointers("grad_kv_l0_kernel", *saved)
     [q_ptr, k_ptr, v_ptr, grad_o_ptr, o_ptr, grad_q_ptr, grad_k_ptr, grad_v_ptr] = at.pointers("grad_kv_l0_kernel", q, k, v, grad_o, o, grad_q, grad_k, grad_v)
-    q_rows, k_rows, v_rows, grad_o_rows = strided(q, q_ptr), strided(k, k_ptr), strided(v, v_ptr), strided(grad_o, grad_o_ptr)
+    q_rows, k_rows, v_rows, grad_o_rows = ((x, *steps) for x, steps in zip((q_ptr, k_ptr, v_ptr, grad_o_ptr), at.steps, strict=True))
 
     at.launch(
         stream, count_kernel, "count_kernel",
@@ -1550,11 +1595,12 @@ def grad_kernels(grad_o, q, k, v, o, saved, scale):
     at.launch(
         stream, grad_kv_l2_kernel, "grad_kv_l2_kernel",
         *q_rows, *grad_o_rows, peak, total, delta, k_l2, v_l2, split_grad_k_l2, split_grad_v_l2,
-        at.rows_per_split, at.splits, scale, heads_per_batch, n_tokens,
+        at.rows_l2, at.splits_l2, scale, heads_per_batch, n_tokens,
     )
     at.launch(
         stream, grad_kv_l2_sum_kernel, "grad_kv_l2_sum_kernel",
-        split_grad_k_l2, split_grad_v_l2, grad_k_l2, grad_v_l2, at.splits, n_tokens,
+        split_grad_k_l2, split_grad_v_l2, grad_k_l2, grad_v_l2,
+        at.splits_l2, n_tokens,
     )
     at.launch(
         stream, grad_kv_l1_extra_kernel, "grad_kv_l1_extra_kernel",
@@ -1581,15 +1627,16 @@ def grad_kernels(grad_o, q, k, v, o, saved, scale):
     return grad_q, grad_k, grad_v
 
 
-def split_queries(heads, n_tokens, n_keys, tile):
-    """How the queries are shared out when all of them attend to few keys: (rows a split, splits).
+def split_queries(walks, n_queries, n_keys, tile):
+    """How queries are shared out where all of them attend to the same few keys: (rows a split, splits).
 
-    Enough splits to fill a GPU, but no more than keep the float32 shares small beside q: splits * n_keys <= N / 8.
+    `walks` is how many times that happens in a call, over all heads. Enough splits to fill a GPU, but no more than keep
+    the float32 shares small beside q: splits * n_keys <= n_queries / 8.
     """
-    programs = heads * ceil_div(n_keys, tile["BLOCK_N"])
-    wanted = min(ceil_div(1024, programs), n_tokens // (8 * n_keys))
-    rows = ceil_div(ceil_div(n_tokens, max(wanted, 1)), tile["BLOCK_M"]) * tile["BLOCK_M"]
-    return rows, ceil_div(n_tokens, rows)
+    programs = walks * ceil_div(n_keys, tile["BLOCK_N"])
+    wanted = min(ceil_div(1024, programs), n_queries // (8 * n_keys))
+    rows = ceil_div(ceil_div(n_queries, max(wanted, 1)), tile["BLOCK_M"]) * tile["BLOCK_M"]
+    return rows, ceil_div(n_queries, rows)
 
 
 # ---- the CPU path ----------------------------------------------------------------------------------------------------

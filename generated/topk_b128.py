@@ -27,7 +27,7 @@ SPEC = {
     "name": "topk_b128",
     "reweight": True,
 }
-OPERATOR = "topk_b128_2631b37540e626b4"  # in torch.ops.llsa: the name of the spec and the hash of this text
+OPERATOR = "topk_b128_c81b934195aa339f"  # in torch.ops.llsa: the name of the spec and the hash of this text
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -51,7 +51,7 @@ UNSPECIALISED = [
 # Tile shapes: target, bytes of an element, kernel.
 TILES_1 = {
     "pool": {"CHILDREN": 1, "ROWS": 64, "num_warps": 4},
-    "select_l1": {"BLOCK_M": 16, "BLOCK_N": 64, "KEEP": 4, "num_warps": 1, "num_stages": 2},
+    "select_l1": {"BLOCK_M": 16, "BLOCK_N": 64, "KEEP": 4, "num_warps": 4, "num_stages": 2, "SPLIT": 4},
     "attend": {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3, "maxnreg": 168},
     "count": {"BLOCK": 256, "num_warps": 8},
     "scan": {"BLOCK": 1024, "num_warps": 4},
@@ -61,7 +61,7 @@ TILES_1 = {
 }
 TILES_2 = {
     "pool": {"CHILDREN": 1, "ROWS": 64, "num_warps": 4},
-    "select_l1": {"BLOCK_M": 16, "BLOCK_N": 32, "KEEP": 4, "num_warps": 1, "num_stages": 2},
+    "select_l1": {"BLOCK_M": 16, "BLOCK_N": 32, "KEEP": 4, "num_warps": 1, "num_stages": 2, "SPLIT": 1},
     "attend": {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2},
     "count": {"BLOCK": 256, "num_warps": 8},
     "scan": {"BLOCK": 1024, "num_warps": 4},
@@ -71,7 +71,7 @@ TILES_2 = {
 }
 TILES_3 = {
     "pool": {"CHILDREN": 1, "ROWS": 64, "num_warps": 4},
-    "select_l1": {"BLOCK_M": 16, "BLOCK_N": 64, "KEEP": 4, "num_warps": 1, "num_stages": 2},
+    "select_l1": {"BLOCK_M": 16, "BLOCK_N": 64, "KEEP": 4, "num_warps": 4, "num_stages": 2, "SPLIT": 4},
     "attend": {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
     "count": {"BLOCK": 256, "num_warps": 8},
     "scan": {"BLOCK": 1024, "num_warps": 4},
@@ -174,6 +174,25 @@ def softmax_step(logits, v, peak, total, acc):
     return new_peak, total, acc
 
 
+@triton.jit
+def even_softmax_step(products, scale, v, peak, total, acc):
+    """`softmax_step` of the logits scale * products, with one instruction an element less.
+
+    The largest logit is that of the largest product, or of the smallest, so the logits are never made: scaling and
+    subtracting are one multiply-add. (Where there are coarse keys too, registers are scarce and it does not pay.)
+    """
+    if scale >= 0:
+        outermost = tl.max(products, 1)
+    else:
+        outermost = tl.min(products, 1)
+    new_peak = tl.maximum(peak, outermost * scale)
+    p = tl.exp2(products * scale - new_peak[:, None])
+    shrink = tl.exp2(peak - new_peak)
+    total = total * shrink + tl.sum(p, 1)
+    acc = add_product(p.to(v.dtype), v, acc * shrink[:, None])
+    return new_peak, total, acc
+
+
 # ---- the pyramid -----------------------------------------------------------------------------------------------------
 
 
@@ -238,7 +257,7 @@ def rank_keys(scores, token, candidate):
 
 @triton.jit
 def keep_best(best, keys, KEEP: tl.constexpr):
-    """The KEEP largest rank keys of each row of `best` [M, KEEP], ascending, and of a tile of keys [M, N]."""
+    """The KEEP largest rank keys of each row of `best` [.., M, KEEP], ascending, and of a tile of keys [.., M, N]."""
     # ascending against descending: the element-wise larger ones are the KEEP largest of both
     return tl.sort(tl.maximum(best, tl.topk(keys, KEEP)))
 
@@ -257,11 +276,11 @@ def select_l1_kernel(
     q_l1_ptr, k_l1_ptr,  # [B*H, T_1, D]
     kept_l1_ptr, width,  # [B*H, T_1, width] int32, out
     n_tokens,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, KEEP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, KEEP: tl.constexpr, SPLIT: tl.constexpr,
 ):
     """I^(1): the K_1 = 4 best of all T_1 key tokens, for each query token of the coarsest level.
 
-    Grid: B*H * ceil(T_1 / BLOCK_M). KEEP is K_1 rounded up to a power of two.
+    Grid: B*H * ceil(T_1 / BLOCK_M). KEEP is K_1 rounded up to a power of two, SPLIT how many share the candidates.
     """
     n_l1 = tl.cdiv(n_tokens, SPAN_1)
     tiles = tl.cdiv(n_l1, BLOCK_M)
@@ -272,14 +291,26 @@ def select_l1_kernel(
     k_ptr = k_l1_ptr + head * n_l1 * HEAD_DIM
     q = load_rows(q_l1_ptr + head * n_l1 * HEAD_DIM, row, HEAD_DIM, inside)
 
-    best = tl.full([BLOCK_M, KEEP], EMPTY, tl.int64)
-    for start in range(0, n_candidates, BLOCK_N):
-        token = start + tl.arange(0, BLOCK_N)
-        candidate = token < n_l1
-        k = load_rows(k_ptr, token, HEAD_DIM, candidate)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
-        keys = rank_keys(scores, token[None, :], candidate[None, :])
-        best = keep_best(best, keys, KEEP)
+    if SPLIT == 1:
+        best = tl.full([BLOCK_M, KEEP], EMPTY, tl.int64)
+        for start in range(0, n_candidates, BLOCK_N):
+            token = start + tl.arange(0, BLOCK_N)
+            candidate = token < n_l1
+            k = load_rows(k_ptr, token, HEAD_DIM, candidate)
+            scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+            keys = rank_keys(scores, token[None, :], candidate[None, :])
+            best = keep_best(best, keys, KEEP)
+    else:
+        q = tl.broadcast_to(q[None, :, :], [SPLIT, BLOCK_M, PAD_DIM])
+        best = tl.full([SPLIT, BLOCK_M, KEEP], EMPTY, tl.int64)
+        share = tl.arange(0, SPLIT)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+        for start in range(0, n_candidates, SPLIT * BLOCK_N):
+            token = start + share
+            candidate = token < n_l1
+            k = load_rows(k_ptr, token, HEAD_DIM, candidate)
+            scores = tl.dot(q, tl.permute(k, (0, 2, 1)), input_precision="ieee")
+            best = keep_best(best, rank_keys(scores, token[:, None, :], candidate[:, None, :]), KEEP)
+        best = tl.sort(tl.topk(tl.reshape(tl.permute(best, (1, 0, 2)), [BLOCK_M, SPLIT * KEEP]), KEEP))
     store_kept(kept_l1_ptr + head * n_l1 * width, row, width, inside, best, KEEP)
 
 
@@ -328,8 +359,11 @@ def attend_kernel(
         bias = tl.where(exists, 0.0, float("-inf"))
         k = load_rows(k_base, key, stride_kn, exists)
         v = load_rows(v_base, key, stride_vn, exists)
-        logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale + bias[None, :]
-        peak, total, acc = softmax_step(logits, v, peak, total, acc)
+        products = tl.dot(q, tl.trans(k), input_precision="ieee")
+        if WHOLE:
+            peak, total, acc = even_softmax_step(products, scale, v, peak, total, acc)
+        else:
+            peak, total, acc = softmax_step(products * scale + bias[None, :], v, peak, total, acc)
 
     store_rows(o_ptr + head * n_tokens * HEAD_DIM, token, HEAD_DIM, inside, acc / total[:, None])
     log_sum = peak + tl.log2(total)
@@ -712,11 +746,12 @@ class Prepared:
     """What depends on shapes, strides, dtype and device alone, worked out at the first call with them.
 
     shapes: sizes of every buffer. places: where buffers begin and end in the memory of their layout, in bytes. grids:
-    programs and tile shapes of every launch. ready: what Triton made of a launch, so that from the second one on it
-    does not look for it. both: launches whose two variants are compiled.
+    programs and tile shapes of every launch. steps: between batches, heads and rows of each tensor. ready: what Triton
+    made of a launch, so that from the second one on it does not look for it. both: launches whose two variants are compiled.
     """
 
-    def __init__(self, heads, n_tokens, dtype, tiles):
+    def __init__(self, heads, n_tokens, dtype, strides, tiles):
+        self.steps = [stride[:3] for stride in strides]
         tokens = level_tokens(n_tokens)
         tile = tiles["grad_kv_l0"]
         parts_l0 = self.parts_l0 = min(((tokens[1] * min(4, tokens[1])) // tile["PART"]), tokens[1] * ((tokens[1] - 1) // tile["PART"]))
@@ -808,19 +843,18 @@ class Prepared:
     def launch(self, stream, kernel, name, *arguments):
         """Launch `kernel` with the grid and the tile shapes of that name; where it has no programs, only compile it."""
         if name in self.ready:
-            compiled, programs, shapes = self.ready[name]
+            compiled, programs, run, handles, shapes = self.ready[name]
             if programs and stream is None:
                 compiled[programs, 1, 1](*arguments, *shapes)
             elif programs:  # as Triton would, but nobody is told of it
-                handles = compiled.function, compiled.packed_metadata
-                compiled.run(programs, 1, 1, stream, *handles, None, None, None, *arguments, *shapes)
+                run(programs, 1, 1, stream, *handles, *arguments, *shapes)
             return
         programs, tile = self.grids[name]
         compiled = kernel[(programs,)](*arguments, **tile)
         # nothing comes from the interpreter; on ROCm, Triton also tells large tensors from small ones
         if compiled is not None and not torch.version.hip:
             shapes = [tile[parameter] for parameter in kernel.arg_names[len(arguments) :]]
-            self.ready[name] = compiled, programs, shapes
+            self.ready[name] = compiled, programs, *starter(compiled), shapes
         if compiled is not None and "WHOLE" in tile and name not in self.both:
             # another length may need the other variant: nothing is compiled then
             self.both.add(name)
@@ -836,25 +870,39 @@ def is_whole(tokens, tile):
     )
 
 
+def starter(compiled):
+    """What starts a compiled kernel where nobody is told of it, and what it takes between the stream and the arguments.
+
+    Triton's launcher, or for Triton 3.6 the function in C behind it: at every launch, the launcher looks for scratch
+    memory, of which these kernels need none.
+    """
+    run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
+    if not triton.__version__.startswith("3.6.") or type(run).__name__ != "CudaLauncher":
+        return run, (function, metadata, None, None, None)
+    if run.global_scratch_size or run.profile_scratch_size:
+        return run, (function, metadata, None, None, None)
+    options = run.launch_cooperative_grid, run.launch_pdl
+    return run.launch, (function, *options, None, None, metadata, None, None, None)
+
+
 def is_watched():
     """Whether Triton tells somebody of launches, a profiler say."""
     told = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
     return any(hook.calls if isinstance(hook, triton.knobs.HookChain) else hook is not None for hook in told)
 
 
+def is_aligned(stride):
+    """Whether a row's elements lie side by side, and rows begin at multiples of ROW_UNIT elements."""
+    batches, heads, rows, step = stride
+    return step == 1 and (batches | heads | rows) % ROW_UNIT.value == 0
+
+
 def aligned(x):
-    """`x`, copied only if a row's elements do not lie side by side, or rows not at multiples of ROW_UNIT elements.
+    """`x`, copied only if its rows do not lie as kernels need them: see `is_aligned`.
 
     Not by `contiguous`, which leaves the stride of a single row as it is: kernels make addresses of rows beyond it too.
     """
-    batches, heads, rows, step = x.stride()
-    as_it_is = step == 1 and (batches | heads | rows) % ROW_UNIT.value == 0
-    return x if as_it_is else x.clone(memory_format=torch.contiguous_format)
-
-
-def strided(x, pointer):
-    """A pointer to x and the steps between its batches, heads and rows, as the kernels take them."""
-    return pointer, *x.stride()[:3]
+    return x if is_aligned(x.stride()) else x.clone(memory_format=torch.contiguous_format)
 
 
 @functools.cache
@@ -875,19 +923,23 @@ def schedule_for(device, dtype):
 
 
 def prepare(tensors, made=()):
-    """The `Prepared` for q, k, ... [B, H, N, D] and for what an earlier call `made` of them.
+    """The `Prepared` for q, k, ... [B, H, N, D] and for what an earlier call `made` of them; q, k, ..., `aligned`.
 
     Triton also tells apart where a row begins: at a multiple of 16 bytes or not.
     """
     q = tensors[0]
-    starts = tuple(x.data_ptr() % 16 for x in (*tensors, *made))
-    return prepared(q.device, q.dtype, q.shape, tuple(x.stride() for x in tensors), starts)
+    strides = tuple([x.stride() for x in tensors])
+    starts = tuple([x.data_ptr() % 16 for x in (*tensors, *made)])
+    at = prepared(q.device, q.dtype, q.shape, strides, starts)
+    return (at, *tensors) if at is not None else prepare([aligned(x) for x in tensors], made)
 
 
 @functools.lru_cache(maxsize=1024)
 def prepared(device, dtype, shape, strides, starts):
-    """One `Prepared` for all calls that Triton does not tell apart."""
-    return Prepared(shape[0] * shape[1], shape[2], dtype, schedule_for(device, dtype))
+    """One `Prepared` for all calls that Triton does not tell apart; None where tensors have to be copied first."""
+    if not all(map(is_aligned, strides)):
+        return None
+    return Prepared(shape[0] * shape[1], shape[2], dtype, strides, schedule_for(device, dtype))
 
 
 def pool_and_select(q, k, kept_l1, at, stream):
@@ -903,7 +955,8 @@ def pool_and_select(q, k, kept_l1, at, stream):
 
     at.launch(
         stream, pool_l1_kernel, "pool_l1_kernel",
-        *strided(q, q_ptr), *strided(k, k_ptr),
+        q_ptr, *at.steps[0],
+        k_ptr, *at.steps[1],
         q_l1, k_l1,
         heads_per_batch, batch * heads_per_batch, n_tokens,
     )
@@ -915,8 +968,7 @@ def pool_and_select(q, k, kept_l1, at, stream):
 
 def select_kernels(q, k):
     """The kept tokens of each level, finest first, by the Triton kernels."""
-    q, k = aligned(q), aligned(k)
-    at = prepare((q, k))
+    at, q, k = prepare((q, k))
     pyramid = at.separate(q, ["kept_l1"])
     pool_and_select(q, k, *at.pointers("select_l1_kernel", *pyramid), at, at.stream(q))
     return pyramid[-1:]
@@ -924,8 +976,7 @@ def select_kernels(q, k):
 
 def attend_kernels(q, k, v, scale, save=True):
     """o, lse and, to `save`, what the backward pass needs, in the order of the operator's outputs, by the Triton kernels."""
-    q, k, v = aligned(q), aligned(k), aligned(v)
-    at = prepare((q, k, v))
+    at, q, k, v = prepare((q, k, v))
     stream = at.stream(q)
     _, heads_per_batch, n_tokens, _ = q.shape
     o, lse = q.new_empty(q.shape), q.new_empty(at.shapes["lse"], dtype=torch.float32)
@@ -941,7 +992,7 @@ def attend_kernels(q, k, v, scale, save=True):
     [q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr] = at.pointers("attend_kernel", q, k, v, o, lse)
     at.launch(
         stream, attend_kernel, "attend_kernel",
-        *strided(q, q_ptr), *strided(k, k_ptr), *strided(v, v_ptr),
+        q_ptr, *at.steps[0], k_ptr, *at.steps[1], v_ptr, *at.steps[2],
         kept_l1, at.widths[1],
         o_ptr, lse_ptr, peak, total, scale, heads_per_batch, n_tokens,
     )
@@ -950,8 +1001,7 @@ def attend_kernels(q, k, v, scale, save=True):
 
 def grad_kernels(grad_o, q, k, v, o, saved, scale):
     """dq, dk, dv by the Triton kernels, from what `attend_kernels` returned."""
-    grad_o, q, k, v = aligned(grad_o), aligned(q), aligned(k), aligned(v)
-    at = prepare((q, k, v, grad_o), (o, *saved))
+    at, q, k, v, grad_o = prepare((q, k, v, grad_o), (o, *saved))
     stream = at.stream(q)
     _, heads_per_batch, n_tokens, _ = q.shape
     heads = q.shape[0] * heads_per_batch
@@ -961,7 +1011,7 @@ def grad_kernels(grad_o, q, k, v, o, saved, scale):
     [counts_l1, delta, offsets_l1, keepers_l1, extra_l1, extra_grad_k_l0, extra_grad_v_l0] = at.buffers(memory, "gradients", "grad_kv_l0_kernel")
     [peak, total, kept_l1] = at.pointers("grad_kv_l0_kernel", *saved)
     [q_ptr, k_ptr, v_ptr, grad_o_ptr, o_ptr, grad_q_ptr, grad_k_ptr, grad_v_ptr] = at.pointers("grad_kv_l0_kernel", q, k, v, grad_o, o, grad_q, grad_k, grad_v)
-    q_rows, k_rows, v_rows, grad_o_rows = strided(q, q_ptr), strided(k, k_ptr), strided(v, v_ptr), strided(grad_o, grad_o_ptr)
+    q_rows, k_rows, v_rows, grad_o_rows = ((x, *steps) for x, steps in zip((q_ptr, k_ptr, v_ptr, grad_o_ptr), at.steps, strict=True))
 
     at.launch(
         stream, count_kernel, "count_kernel",

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import sympy
 
 from llsa_gen.plan import Buffer, Kernel, Plan, Role
-from llsa_gen.sizes import HEADS, SPLITS, N, parts, tile
+from llsa_gen.sizes import HEADS, SHARE_OF_QUERIES, N, parts, splits, tile
 
 __all__ = ["Cost", "Pass", "Share", "Totals", "dense", "evaluate"]
 
@@ -32,11 +32,8 @@ BYTES = {"float32": 4, "int32": 4}
 
 FORWARD_PRODUCTS, GRAD_Q_PRODUCTS, GRAD_KV_PRODUCTS, DENSE_BACKWARD_PRODUCTS = 2, 3, 4, 5
 
-INTEGER_STAGES = ("count", "scan", "invert", "grad_sum")
-"""Stages that move data but multiply no matrices; the shares that `grad_sum` adds up are not worth counting."""
-
-SHARE_OF_Q = 8
-"""`split_queries` of host.py.j2 lets the float32 shares of the top level have at most N / 8 rows for each head."""
+INTEGER_STAGES = ("count", "scan", "invert", "grad_sum", "grad_gather")
+"""Stages that move data but multiply no matrices; the shares that the last two add up are not worth counting."""
 
 
 class Share(NamedTuple):
@@ -124,7 +121,8 @@ class Cost:
         plan = self.plan
         row = 2 * HEADS * plan.head_dim  # one product of two rows
         for level in plan.levels:
-            yield Share("pool", level, plan.pooled_tensors * HEADS * plan.head_dim * plan.tokens(level - 1))
+            stage = "pool" if level <= 2 else "pool_sums"
+            yield Share(stage, level, plan.pooled_tensors * HEADS * plan.head_dim * plan.tokens(level - 1))
             yield Share(f"select_l{level}", level, row * plan.tokens(level) * self.candidates(level))
         for level in self.attended:
             pairs = row * N * self.candidates(level)
@@ -149,7 +147,7 @@ class Cost:
         if self._only_extra(kernel):
             return sympy.Integer(0)
         shares = [share for share in self.shares if share.stage == kernel.stage]
-        if kernel.stage == "pool":  # one launch for every two levels
+        if kernel.stage == "pool_sums":  # one launch for every two levels
             shares = [share for share in shares if f"k_l{share.level}" in kernel.writes]
         return sympy.Add(*(share.flops for share in shares))
 
@@ -161,15 +159,18 @@ class Cost:
         return any(name.startswith("extra_grad") for name in kernel.writes)
 
     def buffer_bytes(self, buffer: Buffer) -> sympy.Expr:
-        """Bytes of a buffer; for the shares of the top level's gradient, as many as it may get at most."""
+        """Bytes of a buffer; for shares of a level's gradient, as many as it may get at most."""
         plan = self.plan
         size = buffer.elements * BYTES.get(buffer.dtype, self.element)
         if buffer.name.startswith("extra_grad"):
             level = int(buffer.name.rpartition("_l")[2])
             most = plan.extra_parts(level).subs(tile("PART"), self.schedule[f"grad_kv_l{level}"]["PART"])
             size = size.subs(parts(level), most)
-        splits = sympy.Max(1, sympy.floor(N / (SHARE_OF_Q * plan.tokens(plan.top))))
-        return size.subs(SPLITS, splits)
+        for level in plan.split:
+            queries = N if level == plan.top else sympy.Min(N, plan.span(level + 1))
+            most = sympy.Max(1, sympy.floor(queries / (SHARE_OF_QUERIES * plan.keys_of_keeper(level))))
+            size = size.subs(splits(level), most)
+        return size
 
     def kernel_bytes(self, kernel: Kernel) -> sympy.Expr:
         """Bytes that one launch moves. Parts of popular lists (`extra_grad`) are left out: usually there are none."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import sympy
 
-from llsa_gen.sizes import MAX_TOKENS, N, ceil_div
+from llsa_gen.sizes import MAX_TOKENS, SHARE_OF_QUERIES, N, ceil_div
 from llsa_gen.spec import Spec
 
 MAX_SORTED = 64
@@ -77,8 +77,11 @@ class Levels:
         min(K_l, T_l, b_(l+1) width_(l+1)), where T_l is never more than b_(l+1) T_(l+1): so the smallest of a few
         numbers, and T_l.
         """
-        most = min(self.topk(above) * self.parent_ratio(level, above) for above in range(level, self.top + 1))
-        return sympy.Min(most, self.tokens(level))
+        return sympy.Min(self.most_kept(level), self.tokens(level))
+
+    def most_kept(self, level: int) -> int:
+        """`width` of a level in the longest sequences."""
+        return min(self.topk(above) * self.parent_ratio(level, above) for above in range(level, self.top + 1))
 
     def enriched_above(self, level: int) -> int | None:
         """The next enriched level above `level`: the one whose gradient flows down into it through the pooling."""
@@ -139,5 +142,28 @@ class Levels:
 
     @property
     def parted(self) -> tuple[int, ...]:
-        """Levels whose inverted lists are read, in parts; those of the others only lead to the lists below them."""
-        return tuple(level for level in self.levels if level - 1 in self.listed)
+        """Levels whose inverted lists are read in parts, for the keys one level below."""
+        return tuple(level + 1 for level in self.by_list)
+
+    @property
+    def by_list(self) -> tuple[int, ...]:
+        """The listed levels whose dk, dv are made key by key, over the queries of its inverted list, ascending."""
+        return tuple(level for level in self.listed if level not in self.by_keeper)
+
+    @property
+    def by_keeper(self) -> tuple[int, ...]:
+        """The listed levels whose dk, dv are made keeper by keeper, ascending: one walk serves all that it keeps.
+
+        Tiles of many keys, then, where a key token has but b_(l+1) children; what each keeper adds to a key is stored
+        apart and summed in a second pass. Worth its memory where a keeper covers many more queries than it keeps keys.
+        """
+        return tuple(
+            level
+            for level in self.listed
+            if level and SHARE_OF_QUERIES * self.most_kept(level + 1) * self.block(level + 1) <= self.span(level + 1)
+        )
+
+    @property
+    def split(self) -> tuple[int, ...]:
+        """Levels whose dk, dv are made from shares of the queries, summed in a second pass: ascending."""
+        return (*self.by_keeper, self.top) if self.attends_top else self.by_keeper

@@ -15,8 +15,11 @@ from functools import cached_property
 import sympy
 
 from llsa_gen.levels import Levels
-from llsa_gen.sizes import HEADS, SPLITS, N, ceil_div, parts, tile
+from llsa_gen.sizes import HEADS, N, ceil_div, parts, splits, tile
 from llsa_gen.spec import Spec
+
+Names = tuple[str, ...]
+"""Buffers."""
 
 
 class Role(StrEnum):
@@ -95,14 +98,14 @@ class Plan(Levels):
             yield Buffer(f"keepers_l{level}", (HEADS, tokens * self.width(level)), "int32", Role.SCRATCH)
             if level in self.parted:
                 yield Buffer(f"extra_l{level}", (HEADS, tokens + 1), "int32", Role.SCRATCH)
-        for level in self.listed:
+        for level in self.by_list:
             shape = (HEADS, parts(level), sympy.Integer(self.block(level + 1)), d)
             yield Buffer(f"extra_grad_k_l{level}", shape, "float32", Role.SCRATCH)
             yield Buffer(f"extra_grad_v_l{level}", shape, "float32", Role.SCRATCH)
-        if self.attends_top:
-            shape = (HEADS, SPLITS, self.tokens(self.top), d)
-            yield Buffer(f"split_grad_k_l{self.top}", shape, "float32", Role.SCRATCH)
-            yield Buffer(f"split_grad_v_l{self.top}", shape, "float32", Role.SCRATCH)
+        for level in self.split:
+            shape = (HEADS, self.keepers(level), splits(level), self.keys_of_keeper(level), d)
+            yield Buffer(f"split_grad_k_l{level}", shape, "float32", Role.SCRATCH)
+            yield Buffer(f"split_grad_v_l{level}", shape, "float32", Role.SCRATCH)
         for level in self.enriched:
             shape = (HEADS, self.tokens(level), d)
             yield Buffer(f"grad_k_l{level}", shape, "float32", Role.SCRATCH)
@@ -117,6 +120,14 @@ class Plan(Levels):
     def pooled_tensors(self) -> int:
         """How many of q, k, v have a pyramid: values need none where no coarse level is attended."""
         return 3 if self.enriched else 2
+
+    def keepers(self, level: int) -> sympy.Expr:
+        """Of a level that is `split`: query tokens a head whose queries all attend to the same keys of it."""
+        return sympy.Integer(1) if level == self.top else self.tokens(level + 1)
+
+    def keys_of_keeper(self, level: int) -> sympy.Expr:
+        """Of a level that is `split`: the most keys that the queries of a keeper attend to."""
+        return self.tokens(level) if level == self.top else self.width(level + 1) * self.block(level + 1)
 
     def extra_parts(self, level: int) -> sympy.Expr:
         """Most parts beyond the first into which the lists of a level's keys can be cut, PART entries each.
@@ -159,7 +170,9 @@ class Plan(Levels):
     @cached_property
     def backward(self) -> tuple[Kernel, ...]:
         """The kernels of the backward pass in launch order."""
-        return (*self._invert(), self._grad_q(), *self._grad_top(), *self._grad_listed())
+        levels = (*self.listed, self.top) if self.attends_top else self.listed
+        grad_kv = (step for level in reversed(levels) for step in self._grad_kv(level))
+        return (*self._invert(), self._grad_q(), *grad_kv)
 
     @property
     def kernels(self) -> tuple[Kernel, ...]:
@@ -170,12 +183,13 @@ class Plan(Levels):
         names = ("q", "k", "v")[: self.pooled_tensors]
         for step in self.pool_steps:
             first, last = step[0], step[-1]
+            stage = "pool" if first == 1 else "pool_sums"
             reads = names if first == 1 else (f"sums_l{first - 1}",)
             writes = [f"{name}_l{level}" for name in names for level in step]
             writes += [f"sums_l{last}"] * (last < self.top)
             programs = ceil_div(self.tokens(last), 1 if len(step) == 2 else tile("CHILDREN"))
             yield Kernel(
-                f"pool_l{first}_kernel", "pool", f"means of level {' and '.join(map(str, step))}",
+                f"pool_l{first}_kernel", stage, f"means of level {' and '.join(map(str, step))}",
                 self.pooled_tensors * HEADS * programs, tuple(reads), tuple(writes),
             )  # fmt: skip
 
@@ -254,41 +268,47 @@ class Plan(Levels):
         programs = HEADS * self.query_programs
         return Kernel("grad_q_kernel", "grad_q", "dq, and delta = sum(o do)", programs, reads, ("grad_q", "delta"))
 
-    def _grad_top(self) -> Iterable[Kernel]:
-        if not self.attends_top:
-            return
-        top = self.top
-        split = f"split_grad_k_l{top}", f"split_grad_v_l{top}"
-        programs = HEADS * SPLITS * ceil_div(self.tokens(top), tile("BLOCK_N"))
-        reads = ("q", f"k_l{top}", f"v_l{top}", "peak", "total", "delta", "grad_o")
+    def _grad_kv(self, level: int) -> Iterable[Kernel]:
+        suffix = f"_l{level}" if level else ""
+        reads = ("q", f"k{suffix}", f"v{suffix}", "peak", "total", "delta", "grad_o")
+        above = self.enriched_above(level)
+        flow = (f"grad_k_l{above}", f"grad_v_l{above}") if above else ()
+        made = (f"grad_k{suffix}", f"grad_v{suffix}")
+        make = self._split if level in self.split else self._by_list
+        yield from make(level, reads, flow, made)
+
+    def _split(self, level: int, reads: Names, flow: Names, made: Names) -> Iterable[Kernel]:
+        shares = f"split_grad_k_l{level}", f"split_grad_v_l{level}"
+        programs = self.keepers(level) * splits(level) * ceil_div(self.keys_of_keeper(level), tile("BLOCK_N"))
+        lists: Names = ()
+        if level == self.top:
+            stage, sums = "grad_sum", ceil_div(self.tokens(level), tile("BLOCK"))
+        else:
+            reads += (f"kept_l{level + 1}",)
+            stage, sums = f"grad_gather_l{level}", self.tokens(level)
+            lists = (f"kept_l{level + 1}", f"offsets_l{level + 1}", f"keepers_l{level + 1}")
         yield Kernel(
-            f"grad_kv_l{top}_kernel", f"grad_kv_l{top}", f"dk, dv of level {top}, a share of the queries each",
-            programs, reads, split,
+            f"grad_kv_l{level}_kernel", f"grad_kv_l{level}", f"dk, dv of level {level}, a share of the queries each",
+            HEADS * programs, reads, shares,
         )  # fmt: skip
         yield Kernel(
-            f"grad_kv_l{top}_sum_kernel", "grad_sum", f"dk, dv of level {top}: the shares summed in order",
-            HEADS * ceil_div(self.tokens(top), tile("BLOCK")), split, (f"grad_k_l{top}", f"grad_v_l{top}"),
+            f"grad_kv_l{level}_sum_kernel", stage, f"dk, dv of level {level}: the shares summed in order",
+            HEADS * sums, (*shares, *lists, *flow), made,
         )  # fmt: skip
 
-    def _grad_listed(self) -> Iterable[Kernel]:
-        for level in reversed(self.listed):
-            suffix = f"_l{level}" if level else ""
-            above = self.enriched_above(level)
-            parents = self.tokens(level + 1)
-            tiles = ceil_div(sympy.Integer(self.block(level + 1)), tile("BLOCK_N"))
-            lists = (f"offsets_l{level + 1}", f"extra_l{level + 1}", f"keepers_l{level + 1}")
-            reads = ("q", f"k{suffix}", f"v{suffix}", "peak", "total", "delta", "grad_o", *lists)
-            extra = f"extra_grad_k_l{level}", f"extra_grad_v_l{level}"
-            flow = (f"grad_k_l{above}", f"grad_v_l{above}") if above else ()
-            yield Kernel(
-                f"grad_kv_l{level}_extra_kernel", f"grad_kv_l{level}",
-                f"dk, dv of level {level}: what the first part of a popular list leaves over",
-                HEADS * parts(level) * tiles, reads, extra,
-            )  # fmt: skip
-            yield Kernel(
-                f"grad_kv_l{level}_kernel", f"grad_kv_l{level}", f"dk, dv of level {level}",
-                HEADS * parents * tiles, (*reads, *extra, *flow), (f"grad_k{suffix}", f"grad_v{suffix}"),
-            )  # fmt: skip
+    def _by_list(self, level: int, reads: Names, flow: Names, made: Names) -> Iterable[Kernel]:
+        tiles = ceil_div(sympy.Integer(self.block(level + 1)), tile("BLOCK_N"))
+        reads += (f"offsets_l{level + 1}", f"extra_l{level + 1}", f"keepers_l{level + 1}")
+        extra = f"extra_grad_k_l{level}", f"extra_grad_v_l{level}"
+        yield Kernel(
+            f"grad_kv_l{level}_extra_kernel", f"grad_kv_l{level}",
+            f"dk, dv of level {level}: what the first part of a popular list leaves over",
+            HEADS * parts(level) * tiles, reads, extra,
+        )  # fmt: skip
+        yield Kernel(
+            f"grad_kv_l{level}_kernel", f"grad_kv_l{level}", f"dk, dv of level {level}",
+            HEADS * self.tokens(level + 1) * tiles, (*reads, *extra, *flow), made,
+        )  # fmt: skip
 
     # ---- printing -----------------------------------------------------------------------------------------------
 

@@ -82,6 +82,8 @@ def choices(plan: Plan, goal: Target, element: int, n_tokens: int = USUAL_TOKENS
 def _rules(plan: Plan, goal: Target, element: int) -> dict[str, tuple[Entry, tuple[str, ...]]]:
     """What the rules say of every stage, and how it had to be cut to fit."""
     result: dict[str, tuple[Entry, tuple[str, ...]]] = {"pool": (_pool(plan), ())}
+    if plan.top > 2:
+        result["pool_sums"] = _pool_sums(plan), ()
     for level in plan.levels:
         result[f"select_l{level}"] = _select(plan, element, level), ()
     result["attend"] = _walk(plan, goal, element, "attend")
@@ -91,9 +93,14 @@ def _rules(plan: Plan, goal: Target, element: int) -> dict[str, tuple[Entry, tup
         result[f"invert_l{level}"] = _invert(plan, level), ()
     result["grad_q"] = _walk(plan, goal, element, "grad_q")
     if plan.attends_top:
-        result[f"grad_kv_l{plan.top}"] = _grad_top(plan, element), ()
+        result[f"grad_kv_l{plan.top}"] = _grad_split(plan, element), ()
         result["grad_sum"] = _grad_sum(plan), ()
-    for level in reversed(plan.listed):
+    for level in reversed(plan.by_keeper):
+        entry = _grad_split(plan, element)
+        keys = pad(plan.most_kept(level + 1) * plan.block(level + 1))
+        result[f"grad_kv_l{level}"] = {**entry, "BLOCK_N": min(entry["BLOCK_N"], keys)}, ()
+        result[f"grad_gather_l{level}"] = _grad_gather(plan, level), ()
+    for level in reversed(plan.by_list):
         result[f"grad_kv_l{level}"] = _grad_listed(plan, goal, element, level), ()
     return result
 
@@ -105,13 +112,24 @@ def _pool(plan: Plan) -> Entry:
     return {"CHILDREN": max(4, 1024 // width), "ROWS": min(8, pad(plan.block(1), 1)), "num_warps": 2}
 
 
+def _pool_sums(plan: Plan) -> Entry:
+    # few tokens: a program one of them, or, where a program makes two levels, one of the higher
+    children = 1 if plan.top == 3 else max(4, 1024 // pad(plan.head_dim))
+    return {"CHILDREN": children, "ROWS": min(16, pad(plan.block(3), 1)), "num_warps": 1 if children == 1 else 4}
+
+
 def _select(plan: Plan, element: int, level: int) -> Entry:
     if level not in plan.sorted_levels:
         return {"BLOCK_M": 16, "BLOCK_N": 64 if element == 2 else 32, "num_warps": 4, "num_stages": 2}
     keep = pad(plan.topk(level), 1)
-    # sorting networks live in registers: few warps where a row's candidates are few, four where they are many
-    keys = max(64 if level == plan.top and keep <= 8 and element == 2 else 32, keep)
-    return {"BLOCK_M": 16, "BLOCK_N": keys, "KEEP": keep, "num_warps": 1 if keep <= 16 else 4, "num_stages": 2}
+    # sorting networks live in registers, in those of a warp where a row's candidates are few
+    entry = {"BLOCK_M": 16, "BLOCK_N": max(32, keep), "KEEP": keep}
+    entry |= {"num_warps": 1 if keep <= 16 else 4, "num_stages": 2}
+    if level == plan.top:
+        entry["SPLIT"] = 1
+        if element == 2 and keep <= 16:  # few queries, each with many candidates
+            entry |= {"SPLIT": 4, "num_warps": 4, "BLOCK_N": 64 if keep <= 8 else 32}
+    return entry
 
 
 def _invert(plan: Plan, level: int) -> Entry:
@@ -183,8 +201,8 @@ def _walk(plan: Plan, goal: Target, element: int, stage: str) -> tuple[Entry, tu
     return _fit(entry, goal, stage, width, element)
 
 
-def _grad_top(plan: Plan, element: int) -> Entry:
-    """dk, dv of the coarsest level: for a tile of keys, over all queries."""
+def _grad_split(plan: Plan, element: int) -> Entry:
+    """dk, dv of the coarsest level, or of what a keeper keeps: for a tile of keys, over a long run of queries."""
     width = pad(plan.head_dim)
     if element == 4:
         return {"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 4 if width <= 128 else 8, "num_stages": 2}
@@ -196,6 +214,11 @@ def _grad_sum(plan: Plan) -> Entry:
     width = pad(plan.head_dim)
     rows = 1 if width <= 64 else 2  # sums are few and long: many small programs
     return {"BLOCK": rows, "num_warps": max(1, rows * width // 64)}
+
+
+def _grad_gather(plan: Plan, level: int) -> Entry:
+    width = pad(plan.head_dim)
+    return {"ROWS": 8, "KEEP": pad(plan.topk(level + 1), 1), "num_warps": max(1, width // 64)}
 
 
 def _grad_listed(plan: Plan, goal: Target, element: int, level: int) -> Entry:

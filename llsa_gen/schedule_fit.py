@@ -23,8 +23,9 @@ def shared_memory(kind: str, tiles: Mapping[str, int], width: int, element: int)
     if "BLOCK_N" not in tiles:
         return 0
     in_flight = max(1, tiles.get("num_stages", 2) - 1)
-    queries = tiles.get("GROUP", 1) * tiles["BLOCK_M"]
-    keys = max(tiles.get("GROUP", 1) * tiles["BLOCK_N"], tiles.get("BLOCK_C", 0))
+    batch = tiles.get("GROUP", tiles.get("SPLIT", 1))
+    queries = batch * tiles["BLOCK_M"]
+    keys = max(batch * tiles["BLOCK_N"], tiles.get("BLOCK_C", 0))
     if kind.startswith("select"):  # q; k streams
         rows = queries + keys * in_flight
     elif kind.startswith("grad_kv"):  # k and v; q and the gradient of o stream
@@ -46,7 +47,7 @@ def misfit(
     if strangers:
         return f"the kernel takes no {', '.join(strangers)}"
     kind = stage_kind(plan, stage)
-    if kind in ("select_top", "select", "attend", "grad_q", "grad_kv_top", "grad_kv_coarse", "grad_kv_tokens"):
+    if kind in ("select_top", "select", "attend", "grad_q") or kind.startswith("grad_kv"):
         for name in ("BLOCK_M", "BLOCK_C", "BLOCK_N"):
             if tiles.get(name, DOT) < DOT:
                 return f"{name} {tiles[name]}: products need {DOT} rows and columns"
@@ -57,7 +58,7 @@ def misfit(
         sharing = plan.blocks_sharing
         if sharing is not None and tiles["GROUP"] > pad(sharing, 1):
             return f"GROUP {tiles['GROUP']}: only {sharing} query blocks share their coarse keys"
-    if tiles.get("KEEP", 0) > tiles.get("BLOCK_N", 0):
+    if kind.startswith("select") and tiles.get("KEEP", 0) > tiles["BLOCK_N"]:
         return f"BLOCK_N {tiles['BLOCK_N']}: Top-{tiles['KEEP']} of a tile needs as many candidates"
     needed = shared_memory(kind, tiles, pad(plan.head_dim), element)
     if needed > limit:

@@ -51,8 +51,9 @@ class Stage:
 WALK = Stage(("rows", "grouped"), ("GROUP", "BLOCK_M", "BLOCK_C", "BLOCK_N"))
 
 STAGES = {
-    "pool": Stage((), ("CHILDREN", "ROWS")),
-    "select_top": Stage(("keep",), ("BLOCK_M", "BLOCK_N")),  # the coarsest level
+    "pool": Stage((), ("CHILDREN", "ROWS")),  # levels 1 and 2, from the tokens
+    "pool_sums": Stage((), ("CHILDREN", "ROWS")),  # those above, from sums
+    "select_top": Stage(("keep",), ("SPLIT", "BLOCK_M", "BLOCK_N")),  # the coarsest level
     "select": Stage(("rows", "keep"), ("BLOCK_M", "BLOCK_N")),  # the levels below it
     "attend": WALK,
     "count": Stage((), ("BLOCK",)),
@@ -62,8 +63,10 @@ STAGES = {
     "grad_q": WALK,
     "grad_kv_top": Stage((), ("BLOCK_M", "BLOCK_N")),  # the coarsest level, by all queries
     "grad_kv_coarse": Stage(("rows", "keep"), ("PART", "BLOCK_M", "BLOCK_N")),  # coarse levels below it, by lists
+    "grad_kv_keeper": Stage(("rows", "keep"), ("BLOCK_M", "BLOCK_N")),  # coarse levels below it, keeper by keeper
     "grad_kv_tokens": Stage(("rows", "keep"), ("PART", "BLOCK_M", "BLOCK_N")),  # level 0, by lists
     "grad_sum": Stage((), ("BLOCK",)),
+    "grad_gather": Stage(("keep",), ("ROWS",)),
 }
 
 LIMITS = {"num_warps": 32, "num_stages": 8, "maxnreg": 255}
@@ -144,14 +147,16 @@ def stage_kind(plan: Plan, stage: str) -> str:
     level = int(number)
     if level == plan.top:
         return f"{kind}_top"
-    return kind if kind != "grad_kv" else "grad_kv_coarse" if level else "grad_kv_tokens"
+    if kind != "grad_kv":
+        return kind
+    return "grad_kv_tokens" if level == 0 else "grad_kv_keeper" if level in plan.by_keeper else "grad_kv_coarse"
 
 
 def facts_of(plan: Plan, stage: str, element: int, length: str) -> Facts:
     """What is true of a stage of the plan, for elements of `element` bytes and a bucket of lengths."""
     kind, number = stage_kind(plan, stage), stage.rpartition("_l")[2]
     level = int(number) if number.isdigit() else 0
-    listed = kind in ("grad_kv_coarse", "grad_kv_tokens")
+    listed = kind in ("grad_kv_coarse", "grad_kv_keeper", "grad_kv_tokens", "grad_gather")
     known: Facts = {"element": element, "pad_dim": pad(plan.head_dim), "length": length}
     for fact in STAGES[kind].facts:
         if fact == "rows":

@@ -79,7 +79,7 @@ class DeviceBench:
             return reason
         with fuzz.poisoned_memory():
             found = self._prepare(stage, entry)
-        selecting = stage == "pool" or stage.startswith("select")
+        selecting = stage.startswith(("pool", "select"))
         for name, wanted in self._wanted.items():
             if name.startswith("kept"):
                 changed = float((found[name].sort(-1).values != wanted.sort(-1).values).double().mean())

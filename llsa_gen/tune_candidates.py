@@ -16,12 +16,14 @@ __all__ = ["Candidate", "candidates", "settable"]
 
 RANGES = {
     "GROUP": (1, 32), "BLOCK_M": (8, 256), "BLOCK_C": (16, 256), "BLOCK_N": (16, 256), "BLOCK": (1, 8192),
-    "KEYS": (8, 256), "CHILDREN": (1, 256), "ROWS": (1, 128), "PART": (1, 4096),
+    "KEYS": (8, 256), "CHILDREN": (1, 256), "ROWS": (1, 128), "PART": (1, 4096), "SPLIT": (1, 16),
     "num_warps": (1, 16), "num_stages": (1, 5),
 }  # fmt: skip
 """Smallest and largest value of each that is tried."""
 
-PIPELINED = ("select_top", "select", "attend", "grad_q", "grad_kv_top", "grad_kv_coarse", "grad_kv_tokens")
+PIPELINED = (
+    "select_top", "select", "attend", "grad_q", "grad_kv_top", "grad_kv_coarse", "grad_kv_keeper", "grad_kv_tokens",
+)  # fmt: skip
 """Kinds of kernels with a loop of loads and products, for which `num_stages` matters."""
 
 

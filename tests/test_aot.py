@@ -129,7 +129,8 @@ def test_the_host_code_launches_what_the_plan_says(
         step = planned.pop(0)
         assert step.name == launch.kernel
         known: dict[str, Any] = {N.name: n_tokens, HEADS.name: batch * heads}
-        known |= {f"parts_l{level}": launch.arguments.get("parts") for level in plan.listed}
+        known |= {f"parts_l{level}": launch.arguments.get("parts") for level in plan.by_list}
+        known |= {f"splits_l{level}": launch.arguments.get("splits") for level in plan.split}
         programs: Any = step.programs
         values = {symbol: {**launch.arguments, **known}[symbol.name] for symbol in programs.free_symbols}
         assert launch.grid == (int(programs.subs(values)),)

@@ -77,6 +77,13 @@ def test_popular_keys(name: str) -> None:
     fuzz.run(case).raise_if_failed()
 
 
+@pytest.mark.parametrize("name", ["l2_keepers", "l3_keepers"])
+def test_keys_that_every_keeper_keeps(name: str) -> None:
+    # so that a key's shares are many more than are summed at a time
+    chosen = next(spec for spec in BRANCHES if spec.name == name)
+    fuzz.run(fuzz.Case(chosen, n=1999, heads=2, dtype="bfloat16", popular=True, device=DEVICE)).raise_if_failed()
+
+
 @pytest.mark.parametrize(
     "layouts",
     [

@@ -200,6 +200,47 @@ def test_the_order_of_calls_does_not_matter(gpu: PretendedGpu, module: ModuleTyp
     assert len(gpu.loaded) == 15, "nothing is compiled for the second of them"
 
 
+class CudaLauncher:
+    """Triton 3.6's: what stands in front of the function in C."""
+
+    global_scratch_size, profile_scratch_size = 0, 0
+    launch_cooperative_grid, launch_pdl = False, True
+
+    def __init__(self, started: Callable[..., None]) -> None:
+        self.started, self.calls = started, 0
+
+    def __call__(self, x: int, y: int, z: int, stream: int, function: int, *rest: Any) -> None:
+        self.calls += 1
+        self.launch(x, y, z, stream, function, self.launch_cooperative_grid, self.launch_pdl, None, None, *rest)
+
+    def launch(self, x: int, y: int, z: int, stream: int, function: int, *rest: Any) -> None:
+        grid, pdl, global_scratch, profile_scratch, *arguments = rest
+        assert (grid, pdl, global_scratch, profile_scratch) == (False, True, None, None)
+        self.started(x, y, z, stream, function, *arguments)
+
+
+@pytest.mark.parametrize(("version", "scratch"), [("3.6.0", 0), ("3.6.0", 16), ("3.7.1", 0)])
+def test_triton_s_launcher_is_passed_by_where_it_is_known(
+    gpu: PretendedGpu, module: ModuleType, version: str, scratch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[CudaLauncher] = []
+    launcher_cls = gpu.launcher_cls
+
+    def launcher(source: object, metadata: Any) -> CudaLauncher:
+        made.append(CudaLauncher(launcher_cls(source, metadata)))
+        return made[-1]
+
+    monkeypatch.setattr(gpu, "launcher_cls", launcher)
+    monkeypatch.setattr(CudaLauncher, "global_scratch_size", scratch)
+    monkeypatch.setattr(module.triton, "__version__", version)
+    tensors = draw(4096)
+    first = launches(gpu, module, tensors)
+    passed = [one.calls for one in made]
+    assert launches(gpu, module, tensors) == first
+    again = sum(one.calls for one in made) - sum(passed)
+    assert again == (0 if (version, scratch) == ("3.6.0", 0) else len(first))
+
+
 def test_hooks_are_told_of_every_launch(gpu: PretendedGpu, module: ModuleType) -> None:
     told: list[tuple[str, str]] = []
 
@@ -332,8 +373,8 @@ def test_rows_that_begin_anywhere_are_copied(head_dim: int, unit: int) -> None:
 def test_buffers_have_their_own_part_of_their_memory(
     gpu: PretendedGpu, module: ModuleType, layout: str, n: int
 ) -> None:
-    at = module.Prepared(2, n, torch.bfloat16, module.schedule_for(torch.device("cuda"), torch.bfloat16))
     q = torch.empty(1, 2, n, 64, dtype=torch.bfloat16)
+    at, *_ = module.prepare((q, q, q))
     memory = at.memory(q, layout)
     tensors = at.buffers(memory, layout, "grad_kv_l0_kernel")
     begins = [x.data_ptr() - memory.data_ptr() for x in tensors if x.numel()]

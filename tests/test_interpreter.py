@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-from llsa_gen import Spec, fuzz
+from llsa_gen import Spec, fuzz, reference
 from llsa_gen.compiler import compile
 from llsa_gen.fuzz_cases import Layouts
 from llsa_gen.plan import lower
@@ -50,8 +50,10 @@ def test_the_specs_take_every_branch() -> None:
     assert sorting == {(True, True), (True, False), (False, True), (False, False)}
     assert {len(plan.pool_steps[-1]) for plan in plans if plan.top > 2} == {1, 2}
     assert {plan.spec.reweight for plan in plans if plan.attends_top and plan.top > 1} == {True, False}
-    above = {(level > 0, plan.enriched_above(level) is not None) for plan in plans for level in plan.listed}
+    above = {(level > 0, plan.enriched_above(level) is not None) for plan in plans for level in plan.by_list}
     assert above == {(True, True), (True, False), (False, True), (False, False)}
+    skipped = {(plan.enriched_above(level) or 0) - level for plan in plans for level in plan.by_keeper}
+    assert skipped >= {0 - 1, 1, 2}  # nothing above, the level above, one beyond
 
 
 @pytest.mark.parametrize("chosen", BRANCHES, ids=by_name)
@@ -110,7 +112,9 @@ def test_lengths_around_one_token_of_the_top(n: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "chosen", [chosen for chosen in BRANCHES if chosen.name in ("l1_none", "l2", "l3", "l3_outer", "l4")], ids=by_name
+    "chosen",
+    [chosen for chosen in BRANCHES if chosen.name in ("l1_none", "l2", "l3", "l3_keepers", "l3_outer", "l4")],
+    ids=by_name,
 )
 def test_popular_keys_are_shared_out(chosen: Spec, monkeypatch: pytest.MonkeyPatch) -> None:
     # Lists are cut into parts where they are long: here, where they are longer than two.
@@ -119,7 +123,9 @@ def test_popular_keys_are_shared_out(chosen: Spec, monkeypatch: pytest.MonkeyPat
             for stage in schedule.values():
                 if "PART" in stage:
                     monkeypatch.setitem(stage, "PART", 2)
-    fuzz.run(fuzz.Case(chosen, n=51, popular=True)).raise_if_failed()
+    # or shared by many keepers: more than are summed at a time
+    n = 16 * chosen.span(2) if lower(chosen).by_keeper else 51
+    fuzz.run(fuzz.Case(chosen, n=n, popular=True)).raise_if_failed()
 
 
 def one_multiply_add_after_another(self: Any, a: Any, b: Any, d: Any, *_: object) -> TensorHandle:
@@ -154,6 +160,7 @@ def test_any_softmax_scale(scale: float) -> None:
     fuzz.run(fuzz.Case(spec("l2", 16, (4, 2), (3, 2)), n=26, scale=scale)).raise_if_failed()
     # without loose ends, kernels are compiled without masks
     fuzz.run(fuzz.Case(spec("l1", 16, (16, 4)), n=48, scale=scale)).raise_if_failed()
+    fuzz.run(fuzz.Case(spec("fine", 16, (16, 2), enrich="none"), n=48, scale=scale)).raise_if_failed()
 
 
 @pytest.mark.parametrize("values", ["integers", "constant", "zero_queries"])
@@ -164,6 +171,14 @@ def test_ties_go_to_the_lower_index(values: fuzz.Values) -> None:
 def test_more_is_kept_than_a_tile_holds() -> None:
     # K = 17 of 34 in tiles of 32: the best of one tile have to be merged with those of the next
     fuzz.run(fuzz.Case(spec("l1", 16, (2, 17)), n=67)).raise_if_failed()
+
+
+@pytest.mark.parametrize("values", ["normal", "integers", "zero_queries"])
+def test_candidates_are_dealt_to_four_warps(values: fuzz.Values) -> None:
+    # 4 x 64 candidates at a time in half precision, and a few more: what each warp finds best is merged
+    case = fuzz.Case(spec("l1", 16, (2, 3)), n=2 * 256 + 19, dtype="float16", values=values)
+    q, k, *_ = case.tensors()
+    reference.check_selection(case.spec, q, k, compile(case.spec).module.select(q, k))
 
 
 def test_drawn_cases() -> None:

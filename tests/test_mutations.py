@@ -33,6 +33,14 @@ FEW = fuzz.Case(spec("few", 16, (4, 4), (3, 1)), n=14, heads=4)
 POPULAR = fuzz.Case(spec("popular", 16, (2, 1)), n=40, popular=True)
 # few keys at the top, so that 48 queries are shared out over several programs
 SHARES = fuzz.Case(spec("shares", 16, (16, 2), (4, 1)), n=48)
+# the keys of level 1 keeper by keeper, each of 72 queries in three splits
+KEEPERS = fuzz.Case(spec("keepers", 16, (24, 2), (3, 1)), n=3 * 72 + 5)
+# the same, two kept by each
+PAIRS = fuzz.Case(spec("pairs", 16, (24, 2), (2, 2)), n=3 * 48 + 5)
+# 100 candidates, dealt to four warps in half precision
+MANY = fuzz.Case(spec("many", 16, (2, 3)), n=200, dtype="float16")
+# no loose ends; logits of several hundred, the larger the smaller the product
+NEGATIVE = fuzz.Case(spec("negative", 16, (16, 2), enrich="none"), n=48, std=8.0, scale=-3.0)
 STRIDES = fuzz.Case(TAILS.spec, n=13, heads=2, layouts=("contiguous", "transposed", "contiguous", "contiguous"))
 
 
@@ -61,12 +69,13 @@ KERNELS = (
     mutation(
         "coarse dk without weight",
         "grad_kv.py",
-        "bias = log_weight(key, exists, n_tokens, SPAN_{{ top }}, False)",
+        "bias = log_weight(key, exists, n_tokens, SPAN_{{ level }}, False)",
         'bias = tl.where(exists, 0.0, float("-inf"))',
     ),
     # the softmax
     mutation("sum not rescaled", "tiles.py", "total * shrink +", "total +"),
     mutation("values not rescaled", "tiles.py", "acc * tl.expand_dims(shrink, -1)", "acc"),
+    mutation("a negative scale", "tiles.py", "if scale >= 0:", "if scale >= -9e9:", NEGATIVE),
     mutation("lse in base 2", "attend.py", "log_sum * LN2", "log_sum"),
     # tails
     mutation("list of a tile before", "walk", "(list_ptr, start + BLOCK_N,", "(list_ptr, start,", LONG_LISTS),
@@ -93,7 +102,7 @@ KERNELS = (
         "tl.where(exists, 0.0, 0.0)",
         HALF_TAILS,
     ),
-    mutation("last query", "grad_kv.py", "* rows_per_split, n_tokens)", "* rows_per_split, n_tokens - 1)", SHARES),
+    mutation("last query", "grad_kv.py", "+ rows_per_split, n_tokens)", "+ rows_per_split, n_tokens - 1)", SHARES),
     # pooling and un-pooling
     mutation(
         "mean of a tail",
@@ -110,14 +119,32 @@ KERNELS = (
     mutation(
         "tokens under the top's gradient",
         "grad_kv.py",
-        "tl.minimum(n_tokens - key * SPAN_{{ top }}, SPAN_{{ top }}).to",
-        "(key * 0 + SPAN_{{ top }}).to",
+        "exists, grad_k / covered)",
+        "exists, grad_k / SPAN_{{ level }})",
     ),
     mutation(
         "coarse dk not handed down",
         "grad_kv.py",
         "grad_k += from_above_k",
         "grad_k += 0.0",
+    ),
+    mutation(
+        "coarse dk not handed down to a keeper's keys",
+        "grad_kv.py",
+        "grad_k += load_rows(grad_k_l{{ above }}_ptr",
+        "grad_k += 0.0 * load_rows(grad_k_l{{ above }}_ptr",
+        KEEPERS,
+    ),
+    mutation("shares of another key", "grad_kv.py", "kept == parent, slot, 0", "kept == parent, 0, 0", PAIRS),
+    mutation(
+        "queries of the next keeper", "grad_kv.py", "% n_l{{ up }} + 1) * SPAN", "% n_l{{ up }} + 2) * SPAN", KEEPERS
+    ),
+    mutation(
+        "all splits but the first",
+        "grad_kv.py",
+        "range(0, splits):\n            share",
+        "range(0, 1):\n            share",
+        KEEPERS,
     ),
     mutation(
         "sums in half precision",
@@ -128,6 +155,9 @@ KERNELS = (
     ),
     mutation("sums of another tensor", "pool.py", "(tensor.to(tl.int64) * heads + head)", "(head * 1)", THREE_LEVELS),
     # selection
+    mutation(
+        "the same candidates to every warp", "select.py", "SPLIT)[:, None] * BLOCK_N", "SPLIT)[:, None] * 0", MANY
+    ),
     mutation(
         "last of the best dropped",
         "select.py",
@@ -170,7 +200,7 @@ KERNELS = (
         "in range(first_extra, first_extra)",
         POPULAR,
     ),
-    mutation("strides of another tensor", "host.py", "*strided(v, v_ptr)", "*strided(k, v_ptr)", STRIDES),
+    mutation("strides of another tensor", "host.py", "v_ptr, *at.steps[2]", "v_ptr, *at.steps[1]", STRIDES),
 )
 
 TORCH = (

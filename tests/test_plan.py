@@ -17,8 +17,9 @@ from llsa_gen import Level, Spec, compile
 from llsa_gen.fuzz_cases import lengths, specs
 from llsa_gen.launches import Launch, record
 from llsa_gen.plan import Kernel, Plan, Role, lower
-from llsa_gen.sizes import HEADS, MAX_TOKENS, SPLITS, N, ceil_div, tile
+from llsa_gen.sizes import HEADS, MAX_TOKENS, N, ceil_div, tile
 from llsa_gen.sizes import parts as parts_of
+from llsa_gen.sizes import splits as splits_of
 
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = sorted(path.stem for path in (ROOT / "spec").glob("*.yaml"))
@@ -27,7 +28,8 @@ DEEP = Spec(name="deep", head_dim=8, levels=(Level(block=256, topk=1),) * 6)
 
 
 def value(expr: sympy.Expr, n: int, heads: int = 1, parts: int | None = None, splits: int | None = None) -> int:
-    known = {N: n, HEADS: heads, SPLITS: splits, **{parts_of(level): parts for level in range(6)}}
+    known = {N: n, HEADS: heads}
+    known |= {parts_of(level): parts for level in range(7)} | {splits_of(level): splits for level in range(7)}
     result = sympy.sympify(expr).subs([(symbol, size) for symbol, size in known.items() if size is not None])
     assert result.is_Integer, expr
     return int(result)
