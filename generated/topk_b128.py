@@ -27,7 +27,7 @@ SPEC = {
     "name": "topk_b128",
     "reweight": True,
 }
-OPERATOR = "topk_b128_c81b934195aa339f"  # in torch.ops.llsa: the name of the spec and the hash of this text
+OPERATOR = "topk_b128_2885ea3ebe861f58"  # in torch.ops.llsa: the name of the spec and the hash of this text
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -745,9 +745,9 @@ LAYOUTS = {
 class Prepared:
     """What depends on shapes, strides, dtype and device alone, worked out at the first call with them.
 
-    shapes: sizes of every buffer. places: where buffers begin and end in the memory of their layout, in bytes. grids:
-    programs and tile shapes of every launch. steps: between batches, heads and rows of each tensor. ready: what Triton
-    made of a launch, so that from the second one on it does not look for it. both: launches whose two variants are compiled.
+    steps: between batches, heads and rows of each tensor. shapes: of every buffer. places: where buffers begin and end
+    in the memory of their layout, in bytes; sizes: of that memory. grids: programs and tile shapes of every launch.
+    ready: what Triton made of a launch, so that from the second one on it does not look for it. both: launches whose two variants are compiled.
     """
 
     def __init__(self, heads, n_tokens, dtype, strides, tiles):
@@ -777,7 +777,7 @@ class Prepared:
         }
         self.widths = {1: self.shapes["kept_l1"][2]}
         self.dtypes = {name: own or dtype for layout in LAYOUTS.values() for name, own in layout.items()}
-        self.places = {}
+        self.places, self.sizes = {}, {}
         for layout, names in LAYOUTS.items():
             places = self.places[layout] = {}
             end = 0
@@ -785,6 +785,7 @@ class Prepared:
                 begin = ceil_div(end, 256) * 256
                 end = begin + math.prod(self.shapes[name]) * self.dtypes[name].itemsize
                 places[name] = begin, end
+            self.sizes[layout] = end
 
         self.grids = {}
         tile = tiles["pool"]
@@ -809,8 +810,7 @@ class Prepared:
 
     def memory(self, q, layout):
         """One piece of memory on q's device for all buffers of a layout."""
-        *_, (_, size) = self.places[layout].values()
-        return q.new_empty(size, dtype=torch.uint8)
+        return q.new_empty(self.sizes[layout], dtype=torch.uint8)
 
     def buffers(self, memory, layout, last):
         """The buffers of a layout in its memory, as launches up to the one of name `last` take them: see `pointers`."""
@@ -842,8 +842,9 @@ class Prepared:
 
     def launch(self, stream, kernel, name, *arguments):
         """Launch `kernel` with the grid and the tile shapes of that name; where it has no programs, only compile it."""
-        if name in self.ready:
-            compiled, programs, run, handles, shapes = self.ready[name]
+        ready = self.ready.get(name)
+        if ready is not None:
+            compiled, programs, run, handles, shapes = ready
             if programs and stream is None:
                 compiled[programs, 1, 1](*arguments, *shapes)
             elif programs:  # as Triton would, but nobody is told of it
@@ -887,8 +888,13 @@ def starter(compiled):
 
 def is_watched():
     """Whether Triton tells somebody of launches, a profiler say."""
-    told = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
-    return any(hook.calls if isinstance(hook, triton.knobs.HookChain) else hook is not None for hook in told)
+    knobs = triton.knobs.runtime
+    return tells(knobs.launch_enter_hook) or tells(knobs.launch_exit_hook)
+
+
+def tells(hook):
+    """Whether there is anybody in what Triton calls at a launch: a chain of its own, or what was put in its place."""
+    return bool(hook.calls) if isinstance(hook, triton.knobs.HookChain) else hook is not None
 
 
 def is_aligned(stride):
@@ -1007,11 +1013,12 @@ def grad_kernels(grad_o, q, k, v, o, saved, scale):
     heads = q.shape[0] * heads_per_batch
     grad_q, grad_k, grad_v = q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape)
     memory = at.memory(q, "gradients")  # held until all is launched: buffers may be but addresses in it
-    memory[: at.places["gradients"]["counts_l1"][1]].zero_()  # the counts, which are added to
+    memory.narrow(0, 0, at.places["gradients"]["counts_l1"][1]).zero_()  # the counts, which are added to
     [counts_l1, delta, offsets_l1, keepers_l1, extra_l1, extra_grad_k_l0, extra_grad_v_l0] = at.buffers(memory, "gradients", "grad_kv_l0_kernel")
     [peak, total, kept_l1] = at.pointers("grad_kv_l0_kernel", *saved)
     [q_ptr, k_ptr, v_ptr, grad_o_ptr, o_ptr, grad_q_ptr, grad_k_ptr, grad_v_ptr] = at.pointers("grad_kv_l0_kernel", q, k, v, grad_o, o, grad_q, grad_k, grad_v)
-    q_rows, k_rows, v_rows, grad_o_rows = ((x, *steps) for x, steps in zip((q_ptr, k_ptr, v_ptr, grad_o_ptr), at.steps, strict=True))
+    q_steps, k_steps, v_steps, grad_o_steps = at.steps
+    q_rows, k_rows, v_rows, grad_o_rows = (q_ptr, *q_steps), (k_ptr, *k_steps), (v_ptr, *v_steps), (grad_o_ptr, *grad_o_steps)
 
     at.launch(
         stream, count_kernel, "count_kernel",

@@ -188,7 +188,7 @@ KERNELS = (
         "tl.broadcast_to(row[:, None], keeps.shape)",
         "tl.broadcast_to(tl.maximum(row - 1, 0)[:, None], keeps.shape)",
     ),
-    mutation("counts not zero", "host.py", '"][1]].zero_()', '"][1]]'),
+    mutation("counts not zero", "host.py", '"][1]).zero_()', '"][1])'),
     mutation("lists begin where they end", "invert.py", "sums - value, mask", "sums, mask"),
     mutation(
         "counts of another level", "invert.py", "count_keepers(kept_l{{ level }}_ptr,", "count_keepers(kept_l1_ptr,"
