@@ -28,7 +28,7 @@ SPEC = {
     "name": "llsa_b64",
     "reweight": True,
 }
-OPERATOR = "llsa_b64_5eeaea5d8eb3a6f0"  # in torch.ops.llsa: the name of the spec and the hash of this text
+OPERATOR = "llsa_b64_ab63cb981efeb47d"  # in torch.ops.llsa: the name of the spec and the hash of this text
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -911,7 +911,7 @@ def grad_kv_l1_sum_kernel(
 ):
     """dk, dv of a level-1 token: the shares of all that keep its parent, ROWS at a time in order, and level 2's share.
 
-    Grid: B*H * T_1. KEEP is K_2 rounded up to a power of two.
+    Grid: B*H * T_1. KEEP is the largest width rounded up to a power of two.
     """
     n_l1 = tl.cdiv(n_tokens, SPAN_1)
     n_l2 = tl.cdiv(n_tokens, SPAN_2)
@@ -1542,7 +1542,7 @@ def split_queries(walks, n_queries, n_keys, tile):
     """How queries are shared out where all of them attend to the same few keys: (rows a split, splits).
 
     `walks` is how many times that happens in a call, over all heads. Enough splits to fill a GPU, but no more than keep
-    the float32 shares small beside q: splits * n_keys <= n_queries / 8.
+    the float32 shares small beside q: splits * n_keys <= n_queries / 8, or one split.
     """
     programs = walks * ceil_div(n_keys, tile["BLOCK_N"])
     wanted = min(ceil_div(1024, programs), n_queries // (8 * n_keys))

@@ -28,7 +28,7 @@ SPEC = {
     "name": "llsa_d128",
     "reweight": True,
 }
-OPERATOR = "llsa_d128_fecbdf68c14703fc"  # in torch.ops.llsa: the name of the spec and the hash of this text
+OPERATOR = "llsa_d128_3485c9aa2faadf25"  # in torch.ops.llsa: the name of the spec and the hash of this text
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -1623,7 +1623,7 @@ def split_queries(walks, n_queries, n_keys, tile):
     """How queries are shared out where all of them attend to the same few keys: (rows a split, splits).
 
     `walks` is how many times that happens in a call, over all heads. Enough splits to fill a GPU, but no more than keep
-    the float32 shares small beside q: splits * n_keys <= n_queries / 8.
+    the float32 shares small beside q: splits * n_keys <= n_queries / 8, or one split.
     """
     programs = walks * ceil_div(n_keys, tile["BLOCK_N"])
     wanted = min(ceil_div(1024, programs), n_queries // (8 * n_keys))

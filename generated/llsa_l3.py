@@ -29,7 +29,7 @@ SPEC = {
     "name": "llsa_l3",
     "reweight": True,
 }
-OPERATOR = "llsa_l3_97695c95b2480edb"  # in torch.ops.llsa: the name of the spec and the hash of this text
+OPERATOR = "llsa_l3_ea0c062af8e7f3ce"  # in torch.ops.llsa: the name of the spec and the hash of this text
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -1153,7 +1153,7 @@ def grad_kv_l2_sum_kernel(
 ):
     """dk, dv of a level-2 token: the shares of all that keep its parent, ROWS at a time in order, and level 3's share.
 
-    Grid: B*H * T_2. KEEP is K_3 rounded up to a power of two.
+    Grid: B*H * T_2. KEEP is the largest width rounded up to a power of two.
     """
     n_l2 = tl.cdiv(n_tokens, SPAN_2)
     n_l3 = tl.cdiv(n_tokens, SPAN_3)
@@ -1998,7 +1998,7 @@ def split_queries(walks, n_queries, n_keys, tile):
     """How queries are shared out where all of them attend to the same few keys: (rows a split, splits).
 
     `walks` is how many times that happens in a call, over all heads. Enough splits to fill a GPU, but no more than keep
-    the float32 shares small beside q: splits * n_keys <= n_queries / 8.
+    the float32 shares small beside q: splits * n_keys <= n_queries / 8, or one split.
     """
     programs = walks * ceil_div(n_keys, tile["BLOCK_N"])
     wanted = min(ceil_div(1024, programs), n_queries // (8 * n_keys))

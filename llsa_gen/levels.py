@@ -50,6 +50,11 @@ class Levels:
         return self.top in self.enriched
 
     @property
+    def attended(self) -> tuple[int, ...]:
+        """The levels whose keys queries attend to, ascending: 0 for the tokens."""
+        return (*self.listed, self.top) if self.attends_top else self.listed
+
+    @property
     def shared_level(self) -> int | None:
         """Queries under one token of this level see the same coarse keys; None: all queries do (or there are none)."""
         middle = [level for level in self.listed if level > 0]
@@ -162,6 +167,11 @@ class Levels:
             for level in self.listed
             if level and SHARE_OF_QUERIES * self.most_kept(level + 1) * self.block(level + 1) <= self.span(level + 1)
         )
+
+    @property
+    def share_of_queries(self) -> int:
+        """Queries of a head for each row of shares of dk and dv, at least; of one split alone there may be fewer."""
+        return SHARE_OF_QUERIES
 
     @property
     def split(self) -> tuple[int, ...]:

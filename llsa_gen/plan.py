@@ -170,8 +170,7 @@ class Plan(Levels):
     @cached_property
     def backward(self) -> tuple[Kernel, ...]:
         """The kernels of the backward pass in launch order."""
-        levels = (*self.listed, self.top) if self.attends_top else self.listed
-        grad_kv = (step for level in reversed(levels) for step in self._grad_kv(level))
+        grad_kv = (step for level in reversed(self.attended) for step in self._grad_kv(level))
         return (*self._invert(), self._grad_q(), *grad_kv)
 
     @property

@@ -218,7 +218,7 @@ def _grad_sum(plan: Plan) -> Entry:
 
 def _grad_gather(plan: Plan, level: int) -> Entry:
     width = pad(plan.head_dim)
-    return {"ROWS": 8, "KEEP": pad(plan.topk(level + 1), 1), "num_warps": max(1, width // 64)}
+    return {"ROWS": 8, "KEEP": pad(plan.most_kept(level + 1), 1), "num_warps": max(1, width // 64)}
 
 
 def _grad_listed(plan: Plan, goal: Target, element: int, level: int) -> Entry:

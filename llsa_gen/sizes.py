@@ -10,7 +10,7 @@ MAX_TOKENS = 2**30
 
 
 SHARE_OF_QUERIES = 8
-"""Shares of dk and dv that are stored apart in float32 have at most one row for so many queries of a head."""
+"""Shares of dk and dv that are stored apart in float32 have one row for so many queries of a head, or are one split."""
 
 
 def splits(level: int) -> sympy.Symbol:

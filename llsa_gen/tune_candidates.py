@@ -71,6 +71,6 @@ def _wasteful(plan: Plan, stage: str, made: Mapping[str, int], entry: Mapping[st
     rows = facts_of(plan, stage, 2, "long").get("rows")
     kind = stage_kind(plan, stage)
     name = "BLOCK_N" if kind in ("grad_kv_coarse", "grad_kv_tokens") else "BLOCK_M"
-    if rows is None or kind == "invert" or made[name] <= max(int(rows), entry[name]):
+    if rows is None or kind in ("invert", "grad_kv_keeper") or made[name] <= max(int(rows), entry[name]):
         return None
     return f"{name} {made[name]}: a block fills {rows} rows at the most"

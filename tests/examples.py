@@ -38,6 +38,7 @@ BRANCHES = (
     spec("l3_outer", 16, (3, 2), (2, 2), (3, 2), enrich=(1, 3)),
     spec("l3_middle", 16, (2, 2), (3, 2), (2, 3), enrich=(2,)),
     spec("l3_keepers", 16, (8, 2), (2, 1), (3, 1), enrich=(1, 3)),  # what is handed down skips a level
+    spec("l3_between", 16, (16, 2), (2, 2), (2, 8)),  # keeper by keeper below a level by lists
     spec("l3_none", 16, (2, 3), (2, 2), (2, 2), enrich="none"),
     # four: two levels in the second step of the pyramid
     spec("l4", 16, (2, 3), (3, 2), (2, 2), (2, 2)),

@@ -44,7 +44,7 @@ GOOD = row("attend", {"BLOCK_N": 64}, element=2)
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ({"stage": "atend"}, "rows[1]: stage: expected one of pool, select_top, "),
+        ({"stage": "atend"}, "rows[1]: stage: expected one of pool, pool_sums, "),
         ({"stage": "atend"}, "got 'atend'"),
         ({"stage": ["attend"]}, "got ['attend']"),
         ({"when": {"elements": 2}}, "when: expected one of element, pad_dim, length, rows, grouped, got 'elements'"),
