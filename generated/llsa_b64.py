@@ -28,7 +28,7 @@ SPEC = {
     "name": "llsa_b64",
     "reweight": True,
 }
-OPERATOR = "llsa_b64_ab63cb981efeb47d"  # in torch.ops.llsa: the name of the spec and the hash of this text
+OPERATOR = "llsa_b64_a23d8530b81ad3a8"  # in torch.ops.llsa: the name of the spec and the hash of this text
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -794,6 +794,19 @@ def grad_run(
     return grad_k * scale, grad_v
 
 
+@triton.jit
+def extra_owner(extra_ptr, part, n_rows):
+    """The list that extra part number `part` belongs to: the last row whose running sum of parts is at most `part`."""
+    low = part * 0
+    high = low + n_rows
+    while high - low > 1:
+        middle = (low + high) // 2
+        below = tl.load(extra_ptr + middle) <= part
+        low = tl.where(below, middle, low)
+        high = tl.where(below, high, middle)
+    return low
+
+
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def grad_kv_l2_kernel(
     q_ptr, stride_qb, stride_qh, stride_qn,  # [B, H, N, D]
@@ -948,19 +961,6 @@ def grad_kv_l1_sum_kernel(
 
 
 @triton.jit
-def extra_owner(extra_ptr, part, n_rows):
-    """The list that extra part number `part` belongs to: the last row whose running sum of parts is at most `part`."""
-    low = part * 0
-    high = low + n_rows
-    while high - low > 1:
-        middle = (low + high) // 2
-        below = tl.load(extra_ptr + middle) <= part
-        low = tl.where(below, middle, low)
-        high = tl.where(below, high, middle)
-    return low
-
-
-@triton.jit
 def grad_kv_l0_part(
     q_ptr, stride_qn, grad_o_ptr, stride_gn, peak_ptr, total_ptr, delta_ptr,
     k_ptr, stride_kn, v_ptr, stride_vn, keepers_ptr, begin, end, key, exists, scale, n_tokens,
@@ -1105,6 +1105,18 @@ def ceil_div(a, b):
 def level_tokens(n_tokens):
     """T_l, the tokens of every level l = 0..L."""
     return n_tokens, ceil_div(n_tokens, 64), ceil_div(n_tokens, 4096)
+
+
+def split_queries(walks, n_queries, n_keys, tile):
+    """How queries are shared out where all of them attend to the same few keys: (rows a split, splits).
+
+    `walks` is how many times that happens in a call, over all heads. Enough splits to fill a GPU, but no more than keep
+    the float32 shares small beside q: splits * n_keys <= n_queries / 8, or one split.
+    """
+    programs = walks * ceil_div(n_keys, tile["BLOCK_N"])
+    wanted = min(ceil_div(1024, programs), n_queries // (8 * n_keys))
+    rows = ceil_div(ceil_div(n_queries, max(wanted, 1)), tile["BLOCK_M"]) * tile["BLOCK_M"]
+    return rows, ceil_div(n_queries, rows)
 
 
 # Buffers that share a piece of memory, with their dtypes; None is that of q.
@@ -1536,18 +1548,6 @@ def grad_kernels(grad_o, q, k, v, o, saved, scale):
         grad_k_l1, grad_v_l1, grad_k_ptr, grad_v_ptr, at.parts_l0, scale, heads_per_batch, n_tokens,
     )
     return grad_q, grad_k, grad_v
-
-
-def split_queries(walks, n_queries, n_keys, tile):
-    """How queries are shared out where all of them attend to the same few keys: (rows a split, splits).
-
-    `walks` is how many times that happens in a call, over all heads. Enough splits to fill a GPU, but no more than keep
-    the float32 shares small beside q: splits * n_keys <= n_queries / 8, or one split.
-    """
-    programs = walks * ceil_div(n_keys, tile["BLOCK_N"])
-    wanted = min(ceil_div(1024, programs), n_queries // (8 * n_keys))
-    rows = ceil_div(ceil_div(n_queries, max(wanted, 1)), tile["BLOCK_M"]) * tile["BLOCK_M"]
-    return rows, ceil_div(n_queries, rows)
 
 
 # ---- the CPU path ----------------------------------------------------------------------------------------------------

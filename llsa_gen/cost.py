@@ -23,7 +23,7 @@ from typing import NamedTuple
 import sympy
 
 from llsa_gen.plan import Buffer, Kernel, Plan, Role
-from llsa_gen.sizes import HEADS, SHARE_OF_QUERIES, N, parts, splits, tile
+from llsa_gen.sizes import HEADS, N, parts, splits, tile
 
 __all__ = ["Cost", "Pass", "Share", "Totals", "dense", "evaluate"]
 
@@ -92,14 +92,9 @@ class Cost:
         return sympy.Min(plan.tokens(level), kept * plan.block(level + 1))
 
     @property
-    def attended(self) -> tuple[int, ...]:
-        """The levels that a query attends to, the tokens (0) first."""
-        return (0, *self.plan.enriched)
-
-    @property
     def keys(self) -> sympy.Expr:
         """The most keys that a query attends to, over all levels."""
-        return sympy.Add(*map(self.candidates, self.attended))
+        return sympy.Add(*map(self.candidates, self.plan.attended))
 
     def exact(self, n_tokens: int) -> bool:
         """Whether, for a length, all queries see `keys` keys: whatever they keep, no short last token is in the way."""
@@ -124,7 +119,7 @@ class Cost:
             stage = "pool" if level <= 2 else "pool_sums"
             yield Share(stage, level, plan.pooled_tensors * HEADS * plan.head_dim * plan.tokens(level - 1))
             yield Share(f"select_l{level}", level, row * plan.tokens(level) * self.candidates(level))
-        for level in self.attended:
+        for level in plan.attended:
             pairs = row * N * self.candidates(level)
             yield Share("attend", level, FORWARD_PRODUCTS * pairs)
             yield Share("grad_q", level, GRAD_Q_PRODUCTS * pairs)
@@ -168,7 +163,7 @@ class Cost:
             size = size.subs(parts(level), most)
         for level in plan.split:
             queries = N if level == plan.top else sympy.Min(N, plan.span(level + 1))
-            most = sympy.Max(1, sympy.floor(queries / (SHARE_OF_QUERIES * plan.keys_of_keeper(level))))
+            most = sympy.Max(1, sympy.floor(queries / (plan.share_of_queries * plan.keys_of_keeper(level))))
             size = size.subs(splits(level), most)
         return size
 

@@ -88,7 +88,7 @@ def say_cost(spec: Spec, n_tokens: int, heads: int) -> None:
     counted = cost.Cost(plan, schedule.schedule(plan, schedule.target("cuda:90"), 4), element=4)
     parts = [
         f"{cost.evaluate(counted.candidates(level), n_tokens):,} {'pixels' if level == 0 else f'of level {level}'}"
-        for level in counted.attended
+        for level in counted.plan.attended
     ]
     keys = cost.evaluate(counted.keys, n_tokens)
     line("keys", f"{keys:,}", f"a query instead of {n_tokens:,}: {' + '.join(parts)}")

@@ -84,7 +84,7 @@ def _totals(totals: Totals, n_tokens: int, heads: int) -> dict[str, int]:
 
 
 def _level(cost: Cost, level: int, n_tokens: int, heads: int) -> Data:
-    plan, attended = cost.plan, level in cost.attended
+    plan, attended = cost.plan, level in cost.plan.attended
     candidates = evaluate(cost.candidates(level), n_tokens)
     return {
         "level": level,

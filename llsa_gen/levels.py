@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import sympy
 
-from llsa_gen.sizes import MAX_TOKENS, SHARE_OF_QUERIES, N, ceil_div
+from llsa_gen.sizes import MAX_TOKENS, N, ceil_div
 from llsa_gen.spec import Spec
 
 MAX_SORTED = 64
@@ -51,8 +51,8 @@ class Levels:
 
     @property
     def attended(self) -> tuple[int, ...]:
-        """The levels whose keys queries attend to, ascending: 0 for the tokens."""
-        return (*self.listed, self.top) if self.attends_top else self.listed
+        """The levels whose keys queries attend to, the tokens (0) first."""
+        return (0, *self.enriched)
 
     @property
     def shared_level(self) -> int | None:
@@ -142,13 +142,18 @@ class Levels:
     @property
     def attended_text(self) -> str:
         """The levels that a query attends to, in words."""
-        levels = (*self.enriched[::-1], 0)
+        levels = self.attended[::-1]
         return f"the keys of level{'s' * (len(levels) > 1)} {' and '.join(', '.join(map(str, levels)).rsplit(', ', 1))}"
 
     @property
     def parted(self) -> tuple[int, ...]:
         """Levels whose inverted lists are read in parts, for the keys one level below."""
         return tuple(level + 1 for level in self.by_list)
+
+    @property
+    def share_of_queries(self) -> int:
+        """Shares of dk and dv, apart in float32, have one row for so many queries of a head, or are one split."""
+        return 8
 
     @property
     def by_list(self) -> tuple[int, ...]:
@@ -165,13 +170,9 @@ class Levels:
         return tuple(
             level
             for level in self.listed
-            if level and SHARE_OF_QUERIES * self.most_kept(level + 1) * self.block(level + 1) <= self.span(level + 1)
+            if level
+            and self.share_of_queries * self.most_kept(level + 1) * self.block(level + 1) <= self.span(level + 1)
         )
-
-    @property
-    def share_of_queries(self) -> int:
-        """Queries of a head for each row of shares of dk and dv, at least; of one split alone there may be fewer."""
-        return SHARE_OF_QUERIES
 
     @property
     def split(self) -> tuple[int, ...]:

@@ -9,10 +9,6 @@ MAX_TOKENS = 2**30
 """Longest sequence. Kernels keep token numbers in 32 bits; a level that spans more than this has exactly one token."""
 
 
-SHARE_OF_QUERIES = 8
-"""Shares of dk and dv that are stored apart in float32 have one row for so many queries of a head, or are one split."""
-
-
 def splits(level: int) -> sympy.Symbol:
     """How many programs share the queries of one tile of a level's keys: the host code's choice."""
     return sympy.Symbol(f"splits_l{level}", integer=True, positive=True)
