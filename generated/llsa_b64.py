@@ -28,7 +28,7 @@ SPEC = {
     "name": "llsa_b64",
     "reweight": True,
 }
-OPERATOR = "llsa_b64_a23d8530b81ad3a8"  # in torch.ops.llsa: the name of the spec and the hash of this text
+OPERATOR = "llsa_b64_9ff3e8f1d5bde837"  # in torch.ops.llsa: the name of the spec and the hash of this text
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -65,7 +65,7 @@ TILES_1 = {
     "grad_kv_l2": {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
     "grad_sum": {"BLOCK": 1, "num_warps": 1},
     "grad_kv_l1": {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
-    "grad_gather_l1": {"ROWS": 8, "KEEP": 8, "num_warps": 1},
+    "grad_gather_l1": {"ROWS": 8, "BLOCK": 2, "KEEP": 8, "num_warps": 1},
     "grad_kv_l0": {"PART": 64, "BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2, "maxnreg": 168},
 }
 TILES_2 = {
@@ -81,7 +81,7 @@ TILES_2 = {
     "grad_kv_l2": {"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 4, "num_stages": 2},
     "grad_sum": {"BLOCK": 1, "num_warps": 1},
     "grad_kv_l1": {"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 4, "num_stages": 2},
-    "grad_gather_l1": {"ROWS": 8, "KEEP": 8, "num_warps": 1},
+    "grad_gather_l1": {"ROWS": 8, "BLOCK": 2, "KEEP": 8, "num_warps": 1},
     "grad_kv_l0": {"PART": 64, "BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 4, "num_stages": 2},
 }
 TILES_3 = {
@@ -97,7 +97,7 @@ TILES_3 = {
     "grad_kv_l2": {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
     "grad_sum": {"BLOCK": 1, "num_warps": 1},
     "grad_kv_l1": {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
-    "grad_gather_l1": {"ROWS": 8, "KEEP": 8, "num_warps": 1},
+    "grad_gather_l1": {"ROWS": 8, "BLOCK": 2, "KEEP": 8, "num_warps": 1},
     "grad_kv_l0": {"PART": 64, "BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2, "maxnreg": 168},
 }
 TILES_4 = {
@@ -113,7 +113,7 @@ TILES_4 = {
     "grad_kv_l2": {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
     "grad_sum": {"BLOCK": 1, "num_warps": 1},
     "grad_kv_l1": {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
-    "grad_gather_l1": {"ROWS": 8, "KEEP": 8, "num_warps": 1},
+    "grad_gather_l1": {"ROWS": 8, "BLOCK": 2, "KEEP": 8, "num_warps": 1},
     "grad_kv_l0": {"PART": 64, "BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
 }
 SCHEDULES = {
@@ -302,8 +302,8 @@ def rank_keys(scores, token, candidate):
 @triton.jit
 def keep_best(best, keys, KEEP: tl.constexpr):
     """The KEEP largest rank keys of each row of `best` [.., M, KEEP], ascending, and of a tile of keys [.., M, N]."""
-    # ascending against descending: the element-wise larger ones are the KEEP largest of both
-    return tl.sort(tl.maximum(best, tl.topk(keys, KEEP)))
+    # ascending against descending: the element-wise larger ones are the KEEP largest of both, and rise, then fall
+    return tl.bitonic_merge(tl.maximum(best, tl.topk(keys, KEEP)))
 
 
 @triton.jit
@@ -354,7 +354,7 @@ def select_l2_kernel(
             k = load_rows(k_ptr, token, HEAD_DIM, candidate)
             scores = tl.dot(q, tl.permute(k, (0, 2, 1)), input_precision="ieee")
             best = keep_best(best, rank_keys(scores, token[:, None, :], candidate[:, None, :]), KEEP)
-        best = tl.sort(tl.topk(tl.reshape(tl.permute(best, (1, 0, 2)), [BLOCK_M, SPLIT * KEEP]), KEEP))
+        best = tl.bitonic_merge(tl.topk(tl.reshape(tl.permute(best, (1, 0, 2)), [BLOCK_M, SPLIT * KEEP]), KEEP))
     store_kept(kept_l2_ptr + head * n_l2 * width, row, width, inside, best, KEEP)
 
 
@@ -582,7 +582,7 @@ def scatter_keepers(keepers_ptr, cursor, key, kept_ptr, row, width, inside):
     on after this.
     """
     keeps = tl.zeros([row.shape[0], key.shape[0]], tl.int32)
-    for slot in range(0, width):
+    for slot in tl.range(0, width, loop_unroll_factor=8):  # as many reads at once
         kept = tl.load(kept_ptr + row.to(tl.int64) * width + slot, mask=inside, other=-1)
         keeps += (kept[:, None] == key[None, :]).to(tl.int32)
     rank = tl.cumsum(keeps, 0) - keeps
@@ -807,13 +807,22 @@ def extra_owner(extra_ptr, part, n_rows):
     return low
 
 
+@triton.jit
+def keeper_and_slot(keepers_ptr, kept_ptr, entry, end, parent, width, KEEP: tl.constexpr):
+    """The keepers at entries [M] of a parent's list, which ends at `end`, and where the parent is in what each keeps."""
+    keeper = tl.load(keepers_ptr + entry, mask=entry < end, other=0).to(tl.int64)
+    slot = tl.arange(0, KEEP)[None, :]
+    kept = tl.load(kept_ptr + keeper[:, None] * width + slot, mask=slot < width, other=-1)
+    return keeper, tl.sum(tl.where(kept == parent, slot, 0), 1)
+
+
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def grad_kv_l2_kernel(
     q_ptr, stride_qb, stride_qh, stride_qn,  # [B, H, N, D]
     grad_o_ptr, stride_gb, stride_gh, stride_gn,
     peak_ptr, total_ptr, delta_ptr,  # [B*H, N] float32
     k_l2_ptr, v_l2_ptr,  # [B*H, T_2, D]
-    split_grad_k_ptr, split_grad_v_ptr,  # [B*H, splits, T_2, D] float32, out
+    split_grad_k_ptr, split_grad_v_ptr,  # [B*H, splits, T_2, D], out: per token covered
     rows_per_split, splits, scale, heads_per_batch, n_tokens,  # queries a split, how many splits, s, H, N
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
@@ -840,17 +849,18 @@ def grad_kv_l2_kernel(
         head_base(grad_o_ptr, head, stride_gb, stride_gh, heads_per_batch), stride_gn,
         peak_ptr + row, total_ptr + row, delta_ptr + row, begin, end, k, v, bias, scale, BLOCK_M,
     )
-    store_rows(split_grad_k_ptr + to_split, place, HEAD_DIM, place < n_keys, grad_k)
-    store_rows(split_grad_v_ptr + to_split, place, HEAD_DIM, place < n_keys, grad_v)
+    covered = tl.where(exists, tl.minimum(n_tokens - key * SPAN_2, SPAN_2), 1).to(tl.float32)[:, None]
+    store_rows(split_grad_k_ptr + to_split, place, HEAD_DIM, place < n_keys, grad_k / covered)
+    store_rows(split_grad_v_ptr + to_split, place, HEAD_DIM, place < n_keys, grad_v / covered)
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def grad_kv_l2_sum_kernel(
-    split_grad_k_ptr, split_grad_v_ptr,  # [B*H, splits, T_2, D] float32
+    split_grad_k_ptr, split_grad_v_ptr,  # [B*H, splits, T_2, D]
     grad_k_l2_ptr, grad_v_l2_ptr,  # [B*H, T_2, D] float32, out: per token covered
     splits, n_tokens, BLOCK: tl.constexpr,
 ):
-    """The splits summed in order, over the tokens that each level-2 token covers.
+    """dk, dv of BLOCK tokens of level 2: the splits summed in order, in float32.
 
     Grid: B*H * ceil(T_2 / BLOCK).
     """
@@ -863,11 +873,10 @@ def grad_kv_l2_sum_kernel(
     grad_v = tl.zeros([BLOCK, PAD_DIM], tl.float32)
     for split in range(0, splits):
         to_split = (head * splits + split) * n_l2 * HEAD_DIM
-        grad_k += load_rows(split_grad_k_ptr + to_split, key, HEAD_DIM, exists)
-        grad_v += load_rows(split_grad_v_ptr + to_split, key, HEAD_DIM, exists)
-    covered = tl.minimum(n_tokens - key * SPAN_2, SPAN_2).to(tl.float32)[:, None]
-    store_rows(grad_k_l2_ptr + head * n_l2 * HEAD_DIM, key, HEAD_DIM, exists, grad_k / covered)
-    store_rows(grad_v_l2_ptr + head * n_l2 * HEAD_DIM, key, HEAD_DIM, exists, grad_v / covered)
+        grad_k += load_rows(split_grad_k_ptr + to_split, key, HEAD_DIM, exists).to(tl.float32)
+        grad_v += load_rows(split_grad_v_ptr + to_split, key, HEAD_DIM, exists).to(tl.float32)
+    store_rows(grad_k_l2_ptr + head * n_l2 * HEAD_DIM, key, HEAD_DIM, exists, grad_k)
+    store_rows(grad_v_l2_ptr + head * n_l2 * HEAD_DIM, key, HEAD_DIM, exists, grad_v)
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
@@ -877,7 +886,7 @@ def grad_kv_l1_kernel(
     peak_ptr, total_ptr, delta_ptr,  # [B*H, N] float32
     k_l1_ptr, v_l1_ptr,  # [B*H, T_1, D]
     kept_l2_ptr, width,  # [B*H, T_2, width] int32
-    split_grad_k_ptr, split_grad_v_ptr,  # [B*H, T_2, splits, width * b_2, D] float32, out
+    split_grad_k_ptr, split_grad_v_ptr,  # [B*H, T_2, splits, width * b_2, D], out: per token covered
     rows_per_split, splits, scale, heads_per_batch, n_tokens,  # queries a split, how many splits, s, H, N
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
@@ -909,55 +918,54 @@ def grad_kv_l1_kernel(
         head_base(grad_o_ptr, head, stride_gb, stride_gh, heads_per_batch), stride_gn,
         peak_ptr + row, total_ptr + row, delta_ptr + row, begin, end, k, v, bias, scale, BLOCK_M,
     )
-    store_rows(split_grad_k_ptr + to_split, place, HEAD_DIM, place < n_keys, grad_k)
-    store_rows(split_grad_v_ptr + to_split, place, HEAD_DIM, place < n_keys, grad_v)
+    covered = tl.where(exists, tl.minimum(n_tokens - key * SPAN_1, SPAN_1), 1).to(tl.float32)[:, None]
+    store_rows(split_grad_k_ptr + to_split, place, HEAD_DIM, place < n_keys, grad_k / covered)
+    store_rows(split_grad_v_ptr + to_split, place, HEAD_DIM, place < n_keys, grad_v / covered)
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def grad_kv_l1_sum_kernel(
-    split_grad_k_ptr, split_grad_v_ptr,  # [B*H, T_2, splits, width * b_2, D] float32
+    split_grad_k_ptr, split_grad_v_ptr,  # [B*H, T_2, splits, width * b_2, D]
     kept_l2_ptr, width,  # [B*H, T_2, width] int32
     keepers_l2_ptr, offsets_l2_ptr,  # [B*H, T_2 * width], [B*H, T_2 + 1] int32
     grad_k_l2_ptr, grad_v_l2_ptr,  # [B*H, T_2, D] float32, per token covered
     grad_k_l1_ptr, grad_v_l1_ptr,  # [B*H, T_1, D] float32, out: per token covered
-    splits, n_tokens, ROWS: tl.constexpr, KEEP: tl.constexpr,
+    splits, n_tokens, ROWS: tl.constexpr, BLOCK: tl.constexpr, KEEP: tl.constexpr,
 ):
-    """dk, dv of a level-1 token: the shares of all that keep its parent, ROWS at a time in order, and level 2's share.
+    """dk, dv of BLOCK children of a level-2 token: its keepers' shares, ROWS at a time in order, and level 2's, in float32.
 
-    Grid: B*H * T_1. KEEP is the largest width rounded up to a power of two.
+    Grid: B*H * T_2 * ceil(b_2 / BLOCK). KEEP is the largest width rounded up to a power of two.
     """
     n_l1 = tl.cdiv(n_tokens, SPAN_1)
     n_l2 = tl.cdiv(n_tokens, SPAN_2)
-    head = (tl.program_id(0) // n_l1).to(tl.int64)
-    key = tl.program_id(0) % n_l1
-    parent = key // BLOCK_2
+    tiles = tl.cdiv(BLOCK_2, BLOCK)
+    head = (tl.program_id(0) // tiles // n_l2).to(tl.int64)
+    parent = tl.program_id(0) // tiles % n_l2
+    child = tl.program_id(0) % tiles * BLOCK + tl.arange(0, BLOCK)
+    key = parent * BLOCK_2 + child
+    exists = (child < BLOCK_2) & (key < n_l1)
     kept_ptr = kept_l2_ptr + head * n_l2 * width
     keepers_ptr = keepers_l2_ptr + head * n_l2 * width
     offsets_ptr = offsets_l2_ptr + head * (n_l2 + 1) + parent
     begin, end = tl.load(offsets_ptr), tl.load(offsets_ptr + 1)
-    grad_k = tl.zeros([PAD_DIM], tl.float32)
-    grad_v = tl.zeros([PAD_DIM], tl.float32)
-    slot = tl.arange(0, KEEP)[None, :]
+    grad_k = tl.zeros([BLOCK, PAD_DIM], tl.float32)
+    grad_v = tl.zeros([BLOCK, PAD_DIM], tl.float32)
+    entry = tl.arange(0, ROWS)
+    keeper, slot = keeper_and_slot(keepers_ptr, kept_ptr, begin + entry, end, parent, width, KEEP)
     for start in range(begin, end, ROWS):
-        entry = start + tl.arange(0, ROWS)
-        inside = entry < end
-        keeper = tl.load(keepers_ptr + entry, mask=inside, other=0).to(tl.int64)
-        kept = tl.load(kept_ptr + keeper[:, None] * width + slot, mask=slot < width, other=-1)
-        place = tl.sum(tl.where(kept == parent, slot, 0), 1) * BLOCK_2 + key % BLOCK_2
+        inside = (start + entry < end)[:, None] & exists[None, :]
+        first = (head * n_l2 + keeper) * splits
         for split in range(0, splits):
-            share = ((head * n_l2 + keeper) * splits + split) * width * BLOCK_2 + place
-            grad_k += tl.sum(load_rows(split_grad_k_ptr, share, HEAD_DIM, inside), 0)
-            grad_v += tl.sum(load_rows(split_grad_v_ptr, share, HEAD_DIM, inside), 0)
-    covered = tl.minimum(n_tokens - key * SPAN_1, SPAN_1).to(tl.float32)
-    token = key + tl.zeros([1], tl.int32)
-    grad_k, grad_v = (grad_k / covered)[None, :], (grad_v / covered)[None, :]
+            row = (((first + split) * width + slot) * BLOCK_2)[:, None] + child[None, :]
+            grad_k += tl.sum(load_rows(split_grad_k_ptr, row, HEAD_DIM, inside).to(tl.float32), 0)
+            grad_v += tl.sum(load_rows(split_grad_v_ptr, row, HEAD_DIM, inside).to(tl.float32), 0)
+        keeper, slot = keeper_and_slot(keepers_ptr, kept_ptr, start + ROWS + entry, end, parent, width, KEEP)  # in time
     coarse = parent + tl.zeros([1], tl.int32)
     to_above = head * n_l2 * HEAD_DIM
     grad_k += load_rows(grad_k_l2_ptr + to_above, coarse, HEAD_DIM, coarse >= 0)
     grad_v += load_rows(grad_v_l2_ptr + to_above, coarse, HEAD_DIM, coarse >= 0)
-    to_out = head * n_l1 * HEAD_DIM
-    store_rows(grad_k_l1_ptr + to_out, token, HEAD_DIM, token >= 0, grad_k)
-    store_rows(grad_v_l1_ptr + to_out, token, HEAD_DIM, token >= 0, grad_v)
+    store_rows(grad_k_l1_ptr + head * n_l1 * HEAD_DIM, key, HEAD_DIM, exists, grad_k)
+    store_rows(grad_v_l1_ptr + head * n_l1 * HEAD_DIM, key, HEAD_DIM, exists, grad_v)
 
 
 @triton.jit
@@ -1111,7 +1119,7 @@ def split_queries(walks, n_queries, n_keys, tile):
     """How queries are shared out where all of them attend to the same few keys: (rows a split, splits).
 
     `walks` is how many times that happens in a call, over all heads. Enough splits to fill a GPU, but no more than keep
-    the float32 shares small beside q: splits * n_keys <= n_queries / 8, or one split.
+    the shares small beside q: splits * n_keys <= n_queries / 8, or one split.
     """
     programs = walks * ceil_div(n_keys, tile["BLOCK_N"])
     wanted = min(ceil_div(1024, programs), n_queries // (8 * n_keys))
@@ -1119,19 +1127,19 @@ def split_queries(walks, n_queries, n_keys, tile):
     return rows, ceil_div(n_queries, rows)
 
 
-# Buffers that share a piece of memory, with their dtypes; None is that of q.
+# Buffers that share a piece of memory, with their dtypes, some of which depend on that of q: see `own_dtypes`.
 LAYOUTS = {
     "selection": {
-        "q_l1": None,
-        "q_l2": None,
+        "q_l1": "input",
+        "q_l2": "input",
     },
     "saved": {
         "peak": torch.float32,
         "total": torch.float32,
-        "k_l1": None,
-        "v_l1": None,
-        "k_l2": None,
-        "v_l2": None,
+        "k_l1": "input",
+        "v_l1": "input",
+        "k_l2": "input",
+        "v_l2": "input",
         "kept_l1": torch.int32,
         "kept_l2": torch.int32,
     },
@@ -1146,16 +1154,21 @@ LAYOUTS = {
         "keepers_l2": torch.int32,
         "extra_grad_k_l0": torch.float32,
         "extra_grad_v_l0": torch.float32,
-        "split_grad_k_l1": torch.float32,
-        "split_grad_v_l1": torch.float32,
-        "split_grad_k_l2": torch.float32,
-        "split_grad_v_l2": torch.float32,
+        "split_grad_k_l1": "share",
+        "split_grad_v_l1": "share",
+        "split_grad_k_l2": "share",
+        "split_grad_v_l2": "share",
         "grad_k_l1": torch.float32,
         "grad_v_l1": torch.float32,
         "grad_k_l2": torch.float32,
         "grad_v_l2": torch.float32,
     },
 }
+
+
+def own_dtypes(dtype):
+    """What LAYOUTS leaves to the dtype of q: shares of a sum may be rounded as it will be, but float16 has not the range."""
+    return {"input": dtype, "share": dtype if dtype == torch.bfloat16 else torch.float32}
 
 
 class Prepared:
@@ -1216,7 +1229,8 @@ class Prepared:
             "grad_v_l2": (heads, tokens[2], 64),
         }
         self.widths = {1: self.shapes["kept_l1"][2], 2: self.shapes["kept_l2"][2]}
-        self.dtypes = {name: own or dtype for layout in LAYOUTS.values() for name, own in layout.items()}
+        own = own_dtypes(dtype)
+        self.dtypes = {name: own.get(known, known) for layout in LAYOUTS.values() for name, known in layout.items()}
         self.places, self.sizes = {}, {}
         for layout, names in LAYOUTS.items():
             places = self.places[layout] = {}
@@ -1253,7 +1267,7 @@ class Prepared:
         tile = tiles["grad_kv_l1"]
         self.grids["grad_kv_l1_kernel"] = heads * splits_l1 * tokens[2] * ceil_div(64 * min(8, tokens[2]), tile["BLOCK_N"]), tile
         tile = tiles["grad_gather_l1"]
-        self.grids["grad_kv_l1_sum_kernel"] = heads * tokens[1], tile
+        self.grids["grad_kv_l1_sum_kernel"] = heads * tokens[2] * ceil_div(64, tile["BLOCK"]), tile
         tile = tiles["grad_kv_l0"]
         self.grids["grad_kv_l0_extra_kernel"] = heads * parts_l0 * ceil_div(64, tile["BLOCK_N"]), tile
         self.grids["grad_kv_l0_kernel"] = heads * tokens[1] * ceil_div(64, tile["BLOCK_N"]), tile

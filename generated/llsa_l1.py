@@ -27,7 +27,7 @@ SPEC = {
     "name": "llsa_l1",
     "reweight": True,
 }
-OPERATOR = "llsa_l1_260330f0be9c28a6"  # in torch.ops.llsa: the name of the spec and the hash of this text
+OPERATOR = "llsa_l1_dbdf7cd58ca0a761"  # in torch.ops.llsa: the name of the spec and the hash of this text
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -274,8 +274,8 @@ def rank_keys(scores, token, candidate):
 @triton.jit
 def keep_best(best, keys, KEEP: tl.constexpr):
     """The KEEP largest rank keys of each row of `best` [.., M, KEEP], ascending, and of a tile of keys [.., M, N]."""
-    # ascending against descending: the element-wise larger ones are the KEEP largest of both
-    return tl.sort(tl.maximum(best, tl.topk(keys, KEEP)))
+    # ascending against descending: the element-wise larger ones are the KEEP largest of both, and rise, then fall
+    return tl.bitonic_merge(tl.maximum(best, tl.topk(keys, KEEP)))
 
 
 @triton.jit
@@ -326,7 +326,7 @@ def select_l1_kernel(
             k = load_rows(k_ptr, token, HEAD_DIM, candidate)
             scores = tl.dot(q, tl.permute(k, (0, 2, 1)), input_precision="ieee")
             best = keep_best(best, rank_keys(scores, token[:, None, :], candidate[:, None, :]), KEEP)
-        best = tl.sort(tl.topk(tl.reshape(tl.permute(best, (1, 0, 2)), [BLOCK_M, SPLIT * KEEP]), KEEP))
+        best = tl.bitonic_merge(tl.topk(tl.reshape(tl.permute(best, (1, 0, 2)), [BLOCK_M, SPLIT * KEEP]), KEEP))
     store_kept(kept_l1_ptr + head * n_l1 * width, row, width, inside, best, KEEP)
 
 
@@ -512,7 +512,7 @@ def scatter_keepers(keepers_ptr, cursor, key, kept_ptr, row, width, inside):
     on after this.
     """
     keeps = tl.zeros([row.shape[0], key.shape[0]], tl.int32)
-    for slot in range(0, width):
+    for slot in tl.range(0, width, loop_unroll_factor=8):  # as many reads at once
         kept = tl.load(kept_ptr + row.to(tl.int64) * width + slot, mask=inside, other=-1)
         keeps += (kept[:, None] == key[None, :]).to(tl.int32)
     rank = tl.cumsum(keeps, 0) - keeps
@@ -708,7 +708,7 @@ def grad_kv_l1_kernel(
     grad_o_ptr, stride_gb, stride_gh, stride_gn,
     peak_ptr, total_ptr, delta_ptr,  # [B*H, N] float32
     k_l1_ptr, v_l1_ptr,  # [B*H, T_1, D]
-    split_grad_k_ptr, split_grad_v_ptr,  # [B*H, splits, T_1, D] float32, out
+    split_grad_k_ptr, split_grad_v_ptr,  # [B*H, splits, T_1, D], out: per token covered
     rows_per_split, splits, scale, heads_per_batch, n_tokens,  # queries a split, how many splits, s, H, N
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
@@ -735,17 +735,18 @@ def grad_kv_l1_kernel(
         head_base(grad_o_ptr, head, stride_gb, stride_gh, heads_per_batch), stride_gn,
         peak_ptr + row, total_ptr + row, delta_ptr + row, begin, end, k, v, bias, scale, BLOCK_M,
     )
-    store_rows(split_grad_k_ptr + to_split, place, HEAD_DIM, place < n_keys, grad_k)
-    store_rows(split_grad_v_ptr + to_split, place, HEAD_DIM, place < n_keys, grad_v)
+    covered = tl.where(exists, tl.minimum(n_tokens - key * SPAN_1, SPAN_1), 1).to(tl.float32)[:, None]
+    store_rows(split_grad_k_ptr + to_split, place, HEAD_DIM, place < n_keys, grad_k / covered)
+    store_rows(split_grad_v_ptr + to_split, place, HEAD_DIM, place < n_keys, grad_v / covered)
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def grad_kv_l1_sum_kernel(
-    split_grad_k_ptr, split_grad_v_ptr,  # [B*H, splits, T_1, D] float32
+    split_grad_k_ptr, split_grad_v_ptr,  # [B*H, splits, T_1, D]
     grad_k_l1_ptr, grad_v_l1_ptr,  # [B*H, T_1, D] float32, out: per token covered
     splits, n_tokens, BLOCK: tl.constexpr,
 ):
-    """The splits summed in order, over the tokens that each level-1 token covers.
+    """dk, dv of BLOCK tokens of level 1: the splits summed in order, in float32.
 
     Grid: B*H * ceil(T_1 / BLOCK).
     """
@@ -758,11 +759,10 @@ def grad_kv_l1_sum_kernel(
     grad_v = tl.zeros([BLOCK, PAD_DIM], tl.float32)
     for split in range(0, splits):
         to_split = (head * splits + split) * n_l1 * HEAD_DIM
-        grad_k += load_rows(split_grad_k_ptr + to_split, key, HEAD_DIM, exists)
-        grad_v += load_rows(split_grad_v_ptr + to_split, key, HEAD_DIM, exists)
-    covered = tl.minimum(n_tokens - key * SPAN_1, SPAN_1).to(tl.float32)[:, None]
-    store_rows(grad_k_l1_ptr + head * n_l1 * HEAD_DIM, key, HEAD_DIM, exists, grad_k / covered)
-    store_rows(grad_v_l1_ptr + head * n_l1 * HEAD_DIM, key, HEAD_DIM, exists, grad_v / covered)
+        grad_k += load_rows(split_grad_k_ptr + to_split, key, HEAD_DIM, exists).to(tl.float32)
+        grad_v += load_rows(split_grad_v_ptr + to_split, key, HEAD_DIM, exists).to(tl.float32)
+    store_rows(grad_k_l1_ptr + head * n_l1 * HEAD_DIM, key, HEAD_DIM, exists, grad_k)
+    store_rows(grad_v_l1_ptr + head * n_l1 * HEAD_DIM, key, HEAD_DIM, exists, grad_v)
 
 
 @triton.jit
@@ -916,7 +916,7 @@ def split_queries(walks, n_queries, n_keys, tile):
     """How queries are shared out where all of them attend to the same few keys: (rows a split, splits).
 
     `walks` is how many times that happens in a call, over all heads. Enough splits to fill a GPU, but no more than keep
-    the float32 shares small beside q: splits * n_keys <= n_queries / 8, or one split.
+    the shares small beside q: splits * n_keys <= n_queries / 8, or one split.
     """
     programs = walks * ceil_div(n_keys, tile["BLOCK_N"])
     wanted = min(ceil_div(1024, programs), n_queries // (8 * n_keys))
@@ -924,16 +924,16 @@ def split_queries(walks, n_queries, n_keys, tile):
     return rows, ceil_div(n_queries, rows)
 
 
-# Buffers that share a piece of memory, with their dtypes; None is that of q.
+# Buffers that share a piece of memory, with their dtypes, some of which depend on that of q: see `own_dtypes`.
 LAYOUTS = {
     "selection": {
-        "q_l1": None,
+        "q_l1": "input",
     },
     "saved": {
         "peak": torch.float32,
         "total": torch.float32,
-        "k_l1": None,
-        "v_l1": None,
+        "k_l1": "input",
+        "v_l1": "input",
         "kept_l1": torch.int32,
     },
     "gradients": {
@@ -944,12 +944,17 @@ LAYOUTS = {
         "extra_l1": torch.int32,
         "extra_grad_k_l0": torch.float32,
         "extra_grad_v_l0": torch.float32,
-        "split_grad_k_l1": torch.float32,
-        "split_grad_v_l1": torch.float32,
+        "split_grad_k_l1": "share",
+        "split_grad_v_l1": "share",
         "grad_k_l1": torch.float32,
         "grad_v_l1": torch.float32,
     },
 }
+
+
+def own_dtypes(dtype):
+    """What LAYOUTS leaves to the dtype of q: shares of a sum may be rounded as it will be, but float16 has not the range."""
+    return {"input": dtype, "share": dtype if dtype == torch.bfloat16 else torch.float32}
 
 
 class Prepared:
@@ -995,7 +1000,8 @@ class Prepared:
             "grad_v_l1": (heads, tokens[1], 64),
         }
         self.widths = {1: self.shapes["kept_l1"][2]}
-        self.dtypes = {name: own or dtype for layout in LAYOUTS.values() for name, own in layout.items()}
+        own = own_dtypes(dtype)
+        self.dtypes = {name: own.get(known, known) for layout in LAYOUTS.values() for name, known in layout.items()}
         self.places, self.sizes = {}, {}
         for layout, names in LAYOUTS.items():
             places = self.places[layout] = {}

@@ -28,7 +28,7 @@ SPEC = {
     "name": "llsa_l2",
     "reweight": True,
 }
-OPERATOR = "llsa_l2_764d2c08807a3446"  # in torch.ops.llsa: the name of the spec and the hash of this text
+OPERATOR = "llsa_l2_a9ff03b364020a37"  # in torch.ops.llsa: the name of the spec and the hash of this text
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -48,7 +48,7 @@ EMPTY = tl.constexpr(-(2**63))  # the rank of no token at all
 # What differs from call to call: Triton makes no kernel of its own where one of these is 1 or a multiple of 16.
 UNSPECIALISED = [
     "heads", "heads_per_batch", "n_tokens", "width", "width_above", "parts", "rows_per_split", "splits",
-    "width_l1", "width_l2", "part_l1", "part_l2",
+    "width_l1", "width_l2", "part_l1",
 ]
 
 # Tile shapes: target, bytes of an element, kernel.
@@ -64,7 +64,8 @@ TILES_1 = {
     "grad_q": {"GROUP": 4, "BLOCK_M": 16, "BLOCK_C": 32, "BLOCK_N": 16, "num_warps": 2, "num_stages": 3, "AHEAD": 0},
     "grad_kv_l2": {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
     "grad_sum": {"BLOCK": 1, "num_warps": 1},
-    "grad_kv_l1": {"PART": 32, "BLOCK_M": 128, "BLOCK_N": 16, "num_warps": 4, "num_stages": 3, "maxnreg": 168},
+    "grad_kv_l1": {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
+    "grad_gather_l1": {"ROWS": 8, "BLOCK": 2, "KEEP": 8, "num_warps": 1},
     "grad_kv_l0": {"PART": 64, "BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 1, "num_stages": 3, "maxnreg": 168},
 }
 TILES_2 = {
@@ -79,7 +80,8 @@ TILES_2 = {
     "grad_q": {"GROUP": 2, "BLOCK_M": 16, "BLOCK_C": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2, "AHEAD": 1},
     "grad_kv_l2": {"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 4, "num_stages": 2},
     "grad_sum": {"BLOCK": 1, "num_warps": 1},
-    "grad_kv_l1": {"PART": 32, "BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 4, "num_stages": 2},
+    "grad_kv_l1": {"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 4, "num_stages": 2},
+    "grad_gather_l1": {"ROWS": 8, "BLOCK": 2, "KEEP": 8, "num_warps": 1},
     "grad_kv_l0": {"PART": 64, "BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 4, "num_stages": 2},
 }
 TILES_3 = {
@@ -94,7 +96,8 @@ TILES_3 = {
     "grad_q": {"GROUP": 4, "BLOCK_M": 16, "BLOCK_C": 32, "BLOCK_N": 16, "num_warps": 4, "num_stages": 3, "AHEAD": 1, "maxnreg": 128},
     "grad_kv_l2": {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
     "grad_sum": {"BLOCK": 1, "num_warps": 1},
-    "grad_kv_l1": {"PART": 32, "BLOCK_M": 128, "BLOCK_N": 16, "num_warps": 4, "num_stages": 3, "maxnreg": 168},
+    "grad_kv_l1": {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 4, "num_stages": 1, "maxnreg": 128},
+    "grad_gather_l1": {"ROWS": 8, "BLOCK": 2, "KEEP": 8, "num_warps": 1},
     "grad_kv_l0": {"PART": 64, "BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 1, "num_stages": 3, "maxnreg": 168},
 }
 TILES_4 = {
@@ -109,7 +112,8 @@ TILES_4 = {
     "grad_q": {"GROUP": 4, "BLOCK_M": 16, "BLOCK_C": 32, "BLOCK_N": 16, "num_warps": 2, "num_stages": 3, "AHEAD": 0},
     "grad_kv_l2": {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
     "grad_sum": {"BLOCK": 1, "num_warps": 1},
-    "grad_kv_l1": {"PART": 32, "BLOCK_M": 128, "BLOCK_N": 16, "num_warps": 4, "num_stages": 3},
+    "grad_kv_l1": {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
+    "grad_gather_l1": {"ROWS": 8, "BLOCK": 2, "KEEP": 8, "num_warps": 1},
     "grad_kv_l0": {"PART": 64, "BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 1, "num_stages": 3},
 }
 SCHEDULES = {
@@ -298,8 +302,8 @@ def rank_keys(scores, token, candidate):
 @triton.jit
 def keep_best(best, keys, KEEP: tl.constexpr):
     """The KEEP largest rank keys of each row of `best` [.., M, KEEP], ascending, and of a tile of keys [.., M, N]."""
-    # ascending against descending: the element-wise larger ones are the KEEP largest of both
-    return tl.sort(tl.maximum(best, tl.topk(keys, KEEP)))
+    # ascending against descending: the element-wise larger ones are the KEEP largest of both, and rise, then fall
+    return tl.bitonic_merge(tl.maximum(best, tl.topk(keys, KEEP)))
 
 
 @triton.jit
@@ -350,7 +354,7 @@ def select_l2_kernel(
             k = load_rows(k_ptr, token, HEAD_DIM, candidate)
             scores = tl.dot(q, tl.permute(k, (0, 2, 1)), input_precision="ieee")
             best = keep_best(best, rank_keys(scores, token[:, None, :], candidate[:, None, :]), KEEP)
-        best = tl.sort(tl.topk(tl.reshape(tl.permute(best, (1, 0, 2)), [BLOCK_M, SPLIT * KEEP]), KEEP))
+        best = tl.bitonic_merge(tl.topk(tl.reshape(tl.permute(best, (1, 0, 2)), [BLOCK_M, SPLIT * KEEP]), KEEP))
     store_kept(kept_l2_ptr + head * n_l2 * width, row, width, inside, best, KEEP)
 
 
@@ -582,12 +586,11 @@ def scan_kernel(
     offsets_l1_ptr,  # [B*H, T_1 + 1] int32, out: where the list of each key token begins
     extra_l1_ptr, part_l1,  # the same of the parts, part_l1 entries each, that popular lists are cut into
     offsets_l2_ptr,  # [B*H, T_2 + 1] int32, out: where the list of each key token begins
-    extra_l2_ptr, part_l2,  # the same of the parts, part_l2 entries each, that popular lists are cut into
     heads, n_tokens, BLOCK: tl.constexpr,  # B*H, N
 ):
     """Where lists begin, and their parts beyond the first: running sums, one a program.
 
-    Grid: B*H * 4.
+    Grid: B*H * 3.
     """
     head = (tl.program_id(0) % heads).to(tl.int64)
     which = tl.program_id(0) // heads
@@ -597,8 +600,6 @@ def scan_kernel(
         running_sum(counts_l1_ptr, extra_l1_ptr, head, tl.cdiv(n_tokens, SPAN_1), part_l1, BLOCK)
     if which == 2:
         running_sum(counts_l2_ptr, offsets_l2_ptr, head, tl.cdiv(n_tokens, SPAN_2), 0, BLOCK)
-    if which == 3:
-        running_sum(counts_l2_ptr, extra_l2_ptr, head, tl.cdiv(n_tokens, SPAN_2), part_l2, BLOCK)
 
 
 @triton.jit
@@ -609,7 +610,7 @@ def scatter_keepers(keepers_ptr, cursor, key, kept_ptr, row, width, inside):
     on after this.
     """
     keeps = tl.zeros([row.shape[0], key.shape[0]], tl.int32)
-    for slot in range(0, width):
+    for slot in tl.range(0, width, loop_unroll_factor=8):  # as many reads at once
         kept = tl.load(kept_ptr + row.to(tl.int64) * width + slot, mask=inside, other=-1)
         keeps += (kept[:, None] == key[None, :]).to(tl.int32)
     rank = tl.cumsum(keeps, 0) - keeps
@@ -855,13 +856,22 @@ def extra_owner(extra_ptr, part, n_rows):
     return low
 
 
+@triton.jit
+def keeper_and_slot(keepers_ptr, kept_ptr, entry, end, parent, width, KEEP: tl.constexpr):
+    """The keepers at entries [M] of a parent's list, which ends at `end`, and where the parent is in what each keeps."""
+    keeper = tl.load(keepers_ptr + entry, mask=entry < end, other=0).to(tl.int64)
+    slot = tl.arange(0, KEEP)[None, :]
+    kept = tl.load(kept_ptr + keeper[:, None] * width + slot, mask=slot < width, other=-1)
+    return keeper, tl.sum(tl.where(kept == parent, slot, 0), 1)
+
+
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def grad_kv_l2_kernel(
     q_ptr, stride_qb, stride_qh, stride_qn,  # [B, H, N, D]
     grad_o_ptr, stride_gb, stride_gh, stride_gn,
     peak_ptr, total_ptr, delta_ptr,  # [B*H, N] float32
     k_l2_ptr, v_l2_ptr,  # [B*H, T_2, D]
-    split_grad_k_ptr, split_grad_v_ptr,  # [B*H, splits, T_2, D] float32, out
+    split_grad_k_ptr, split_grad_v_ptr,  # [B*H, splits, T_2, D], out: per token covered
     rows_per_split, splits, scale, heads_per_batch, n_tokens,  # queries a split, how many splits, s, H, N
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
@@ -888,17 +898,18 @@ def grad_kv_l2_kernel(
         head_base(grad_o_ptr, head, stride_gb, stride_gh, heads_per_batch), stride_gn,
         peak_ptr + row, total_ptr + row, delta_ptr + row, begin, end, k, v, bias, scale, BLOCK_M,
     )
-    store_rows(split_grad_k_ptr + to_split, place, HEAD_DIM, place < n_keys, grad_k)
-    store_rows(split_grad_v_ptr + to_split, place, HEAD_DIM, place < n_keys, grad_v)
+    covered = tl.where(exists, tl.minimum(n_tokens - key * SPAN_2, SPAN_2), 1).to(tl.float32)[:, None]
+    store_rows(split_grad_k_ptr + to_split, place, HEAD_DIM, place < n_keys, grad_k / covered)
+    store_rows(split_grad_v_ptr + to_split, place, HEAD_DIM, place < n_keys, grad_v / covered)
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def grad_kv_l2_sum_kernel(
-    split_grad_k_ptr, split_grad_v_ptr,  # [B*H, splits, T_2, D] float32
+    split_grad_k_ptr, split_grad_v_ptr,  # [B*H, splits, T_2, D]
     grad_k_l2_ptr, grad_v_l2_ptr,  # [B*H, T_2, D] float32, out: per token covered
     splits, n_tokens, BLOCK: tl.constexpr,
 ):
-    """The splits summed in order, over the tokens that each level-2 token covers.
+    """dk, dv of BLOCK tokens of level 2: the splits summed in order, in float32.
 
     Grid: B*H * ceil(T_2 / BLOCK).
     """
@@ -911,89 +922,10 @@ def grad_kv_l2_sum_kernel(
     grad_v = tl.zeros([BLOCK, PAD_DIM], tl.float32)
     for split in range(0, splits):
         to_split = (head * splits + split) * n_l2 * HEAD_DIM
-        grad_k += load_rows(split_grad_k_ptr + to_split, key, HEAD_DIM, exists)
-        grad_v += load_rows(split_grad_v_ptr + to_split, key, HEAD_DIM, exists)
-    covered = tl.minimum(n_tokens - key * SPAN_2, SPAN_2).to(tl.float32)[:, None]
-    store_rows(grad_k_l2_ptr + head * n_l2 * HEAD_DIM, key, HEAD_DIM, exists, grad_k / covered)
-    store_rows(grad_v_l2_ptr + head * n_l2 * HEAD_DIM, key, HEAD_DIM, exists, grad_v / covered)
-
-
-@triton.jit
-def grad_kv_l1_part(
-    q_ptr, stride_qn, grad_o_ptr, stride_gn, peak_ptr, total_ptr, delta_ptr,
-    k_ptr, v_ptr, keepers_ptr, begin, end, key, exists, scale, n_tokens,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):
-    """dk, dv [BLOCK_N, D] of the level-1 tokens `key`, from the queries under entries begin..end of a keepers list.
-
-    All pointers are to one head. The entries are level-2 query tokens of 256 queries each; only the last token
-    of the sequence has fewer, and lists are ascending, so that nothing but the last entry can be short.
-    """
-    bias = log_weight(key, exists, n_tokens, SPAN_1, False)
-    k = load_rows(k_ptr, key, HEAD_DIM, exists)
-    v = load_rows(v_ptr, key, HEAD_DIM, exists)
-    grad_k = tl.zeros([BLOCK_N, PAD_DIM], tl.float32)
-    grad_v = tl.zeros([BLOCK_N, PAD_DIM], tl.float32)
-    last = tl.load(keepers_ptr + end - 1, mask=begin < end, other=0)
-    n_queries = (end - 1 - begin) * SPAN_2 + tl.minimum(n_tokens - last * SPAN_2, SPAN_2)
-    n_queries = tl.where(begin < end, n_queries, 0)
-    place = tl.arange(0, BLOCK_M)
-    keeper = parents(keepers_ptr + begin, 0, place, end - begin, SPAN_2)
-    for start in range(0, n_queries, BLOCK_M):
-        token, _ = children(keeper, start, place, n_tokens, SPAN_2, True)
-        inside = start + place < n_queries
-        keeper = parents(keepers_ptr + begin, start + BLOCK_M, place, end - begin, SPAN_2)  # of the next tile, in time
-        grad_k, grad_v = grad_queries(
-            q_ptr, stride_qn, grad_o_ptr, stride_gn, peak_ptr, total_ptr, delta_ptr,
-            token, inside, k, v, bias, scale * LOG2E, grad_k, grad_v,
-        )
-    return grad_k * scale, grad_v
-
-
-@triton.jit(do_not_specialize=UNSPECIALISED)
-def grad_kv_l1_extra_kernel(
-    q_ptr, stride_qb, stride_qh, stride_qn,  # [B, H, N, D]
-    grad_o_ptr, stride_gb, stride_gh, stride_gn,
-    peak_ptr, total_ptr, delta_ptr,  # [B*H, N] float32
-    k_l1_ptr, v_l1_ptr,  # [B*H, T_1, D]
-    keepers_l2_ptr, width,  # [B*H, T_2 * width] int32
-    offsets_l2_ptr, extra_l2_ptr,  # [B*H, T_2 + 1] int32
-    extra_grad_k_ptr, extra_grad_v_ptr,  # [B*H, parts, b_2, D] float32, out
-    parts, scale, heads_per_batch, n_tokens,  # room for extra parts a head, s, H, N
-    PART: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):
-    """dk, dv of the children of a level-2 token from one part of its keepers: PART entries beyond the first PART.
-
-    Popular key tokens, which many queries keep, are thereby spread over many programs.
-    Grid: B*H * parts * ceil(b_2 / BLOCK_N); programs beyond the parts there are return at once.
-    """
-    n_l2 = tl.cdiv(n_tokens, SPAN_2)
-    tiles = tl.cdiv(BLOCK_2, BLOCK_N)
-    child = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
-    head = (tl.program_id(0) // tiles // parts).to(tl.int64)
-    part = tl.program_id(0) // tiles % parts
-    extra_ptr = extra_l2_ptr + head * (n_l2 + 1)
-    if part >= tl.load(extra_ptr + n_l2):
-        return
-    parent = extra_owner(extra_ptr, part, n_l2)
-    offsets_ptr = offsets_l2_ptr + head * (n_l2 + 1) + parent
-    begin = tl.load(offsets_ptr) + (1 + part - tl.load(extra_ptr + parent)) * PART
-    end = tl.minimum(begin + PART, tl.load(offsets_ptr + 1))
-    key = parent * BLOCK_2 + child
-    n_l1 = tl.cdiv(n_tokens, SPAN_1)
-    exists = (child < BLOCK_2) & (key < n_l1)
-    to_head = head * n_l1 * HEAD_DIM
-    row = head * n_tokens
-    grad_k, grad_v = grad_kv_l1_part(
-        head_base(q_ptr, head, stride_qb, stride_qh, heads_per_batch), stride_qn,
-        head_base(grad_o_ptr, head, stride_gb, stride_gh, heads_per_batch), stride_gn,
-        peak_ptr + row, total_ptr + row, delta_ptr + row,
-        k_l1_ptr + to_head, v_l1_ptr + to_head,
-        keepers_l2_ptr + head * n_l2 * width, begin, end, key, exists, scale, n_tokens, BLOCK_M, BLOCK_N,
-    )
-    to_part = (head * parts + part) * BLOCK_2 * HEAD_DIM
-    store_rows(extra_grad_k_ptr + to_part, child, HEAD_DIM, child < BLOCK_2, grad_k)
-    store_rows(extra_grad_v_ptr + to_part, child, HEAD_DIM, child < BLOCK_2, grad_v)
+        grad_k += load_rows(split_grad_k_ptr + to_split, key, HEAD_DIM, exists).to(tl.float32)
+        grad_v += load_rows(split_grad_v_ptr + to_split, key, HEAD_DIM, exists).to(tl.float32)
+    store_rows(grad_k_l2_ptr + head * n_l2 * HEAD_DIM, key, HEAD_DIM, exists, grad_k)
+    store_rows(grad_v_l2_ptr + head * n_l2 * HEAD_DIM, key, HEAD_DIM, exists, grad_v)
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
@@ -1002,57 +934,87 @@ def grad_kv_l1_kernel(
     grad_o_ptr, stride_gb, stride_gh, stride_gn,
     peak_ptr, total_ptr, delta_ptr,  # [B*H, N] float32
     k_l1_ptr, v_l1_ptr,  # [B*H, T_1, D]
-    keepers_l2_ptr, width,  # [B*H, T_2 * width] int32
-    offsets_l2_ptr, extra_l2_ptr,  # [B*H, T_2 + 1] int32
-    extra_grad_k_ptr, extra_grad_v_ptr,  # [B*H, parts, b_2, D] float32
-    grad_k_l2_ptr, grad_v_l2_ptr,  # [B*H, T_2, D] float32, per token covered
-    grad_k_l1_ptr, grad_v_l1_ptr,  # [B*H, T_1, D] float32, out: per token covered
-    parts, scale, heads_per_batch, n_tokens,  # room for extra parts a head, s, H, N
-    PART: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    kept_l2_ptr, width,  # [B*H, T_2, width] int32
+    split_grad_k_ptr, split_grad_v_ptr,  # [B*H, T_2, splits, width * b_2, D], out: per token covered
+    rows_per_split, splits, scale, heads_per_batch, n_tokens,  # queries a split, how many splits, s, H, N
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
-    """dk, dv of the children of a level-2 token: the first PART of its keepers, the extra parts, and level 2's share.
+    """dk, dv of BLOCK_N of the children of what a level-2 query token keeps, from one split of its queries.
 
-    Grid: B*H * T_2 * ceil(b_2 / BLOCK_N).
+    Grid: B*H * T_2 * splits * ceil(width * b_2 / BLOCK_N).
     """
-    n_l2 = tl.cdiv(n_tokens, SPAN_2)
-    tiles = tl.cdiv(BLOCK_2, BLOCK_N)
-    child = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
-    head = (tl.program_id(0) // tiles // n_l2).to(tl.int64)
-    parent = tl.program_id(0) // tiles % n_l2
-    # added at the end, read now, while there is nothing else to do: extra parts, and what the token above hands down
-    extra_ptr = extra_l2_ptr + head * (n_l2 + 1) + parent
-    first_extra, last_extra = tl.load(extra_ptr), tl.load(extra_ptr + 1)
-    coarse = parent + tl.zeros([1], tl.int32)
-    to_above = head * n_l2 * HEAD_DIM
-    from_above_k = load_rows(grad_k_l2_ptr + to_above, coarse, HEAD_DIM, coarse >= 0)
-    from_above_v = load_rows(grad_v_l2_ptr + to_above, coarse, HEAD_DIM, coarse >= 0)
-    offsets_ptr = offsets_l2_ptr + head * (n_l2 + 1) + parent
-    begin = tl.load(offsets_ptr)
-    end = tl.minimum(begin + PART, tl.load(offsets_ptr + 1))
-    key = parent * BLOCK_2 + child
     n_l1 = tl.cdiv(n_tokens, SPAN_1)
-    exists = (child < BLOCK_2) & (key < n_l1)
-    to_head = head * n_l1 * HEAD_DIM
+    n_l2 = tl.cdiv(n_tokens, SPAN_2)
+    n_keys = width * BLOCK_2
+    tiles = tl.cdiv(n_keys, BLOCK_N)
+    keeper = tl.program_id(0) // tiles // splits  # over all heads
+    head = (keeper // n_l2).to(tl.int64)
+    split = tl.program_id(0) // tiles % splits
+    first = tl.program_id(0) % tiles * BLOCK_N
+    place = first + tl.arange(0, BLOCK_N)
+    list_ptr = kept_l2_ptr + keeper.to(tl.int64) * width
+    parent = parents(list_ptr, first, tl.arange(0, BLOCK_N), width, BLOCK_2)
+    key, exists = children(parent, first, tl.arange(0, BLOCK_N), n_l1, BLOCK_2, False)
+    begin = keeper % n_l2 * SPAN_2 + split * rows_per_split
+    end = tl.minimum(tl.minimum(begin + rows_per_split, (keeper % n_l2 + 1) * SPAN_2), n_tokens)
+    to_split = (keeper.to(tl.int64) * splits + split) * n_keys * HEAD_DIM
+    bias = log_weight(key, exists, n_tokens, SPAN_1, False)
+    k = load_rows(k_l1_ptr + head * n_l1 * HEAD_DIM, key, HEAD_DIM, exists)
+    v = load_rows(v_l1_ptr + head * n_l1 * HEAD_DIM, key, HEAD_DIM, exists)
     row = head * n_tokens
-    grad_k, grad_v = grad_kv_l1_part(
+    grad_k, grad_v = grad_run(
         head_base(q_ptr, head, stride_qb, stride_qh, heads_per_batch), stride_qn,
         head_base(grad_o_ptr, head, stride_gb, stride_gh, heads_per_batch), stride_gn,
-        peak_ptr + row, total_ptr + row, delta_ptr + row,
-        k_l1_ptr + to_head, v_l1_ptr + to_head,
-        keepers_l2_ptr + head * n_l2 * width, begin, end, key, exists, scale, n_tokens, BLOCK_M, BLOCK_N,
+        peak_ptr + row, total_ptr + row, delta_ptr + row, begin, end, k, v, bias, scale, BLOCK_M,
     )
-    for part in range(first_extra, last_extra):
-        to_part = (head * parts + part) * BLOCK_2 * HEAD_DIM
-        grad_k += load_rows(extra_grad_k_ptr + to_part, child, HEAD_DIM, child < BLOCK_2)
-        grad_v += load_rows(extra_grad_v_ptr + to_part, child, HEAD_DIM, child < BLOCK_2)
-    covered = tl.minimum(n_tokens - key * SPAN_1, SPAN_1).to(tl.float32)[:, None]
-    grad_k /= covered
-    grad_v /= covered
-    grad_k += from_above_k
-    grad_v += from_above_v
-    to_out = head * n_l1 * HEAD_DIM
-    store_rows(grad_k_l1_ptr + to_out, key, HEAD_DIM, exists, grad_k)
-    store_rows(grad_v_l1_ptr + to_out, key, HEAD_DIM, exists, grad_v)
+    covered = tl.where(exists, tl.minimum(n_tokens - key * SPAN_1, SPAN_1), 1).to(tl.float32)[:, None]
+    store_rows(split_grad_k_ptr + to_split, place, HEAD_DIM, place < n_keys, grad_k / covered)
+    store_rows(split_grad_v_ptr + to_split, place, HEAD_DIM, place < n_keys, grad_v / covered)
+
+
+@triton.jit(do_not_specialize=UNSPECIALISED)
+def grad_kv_l1_sum_kernel(
+    split_grad_k_ptr, split_grad_v_ptr,  # [B*H, T_2, splits, width * b_2, D]
+    kept_l2_ptr, width,  # [B*H, T_2, width] int32
+    keepers_l2_ptr, offsets_l2_ptr,  # [B*H, T_2 * width], [B*H, T_2 + 1] int32
+    grad_k_l2_ptr, grad_v_l2_ptr,  # [B*H, T_2, D] float32, per token covered
+    grad_k_l1_ptr, grad_v_l1_ptr,  # [B*H, T_1, D] float32, out: per token covered
+    splits, n_tokens, ROWS: tl.constexpr, BLOCK: tl.constexpr, KEEP: tl.constexpr,
+):
+    """dk, dv of BLOCK children of a level-2 token: its keepers' shares, ROWS at a time in order, and level 2's, in float32.
+
+    Grid: B*H * T_2 * ceil(b_2 / BLOCK). KEEP is the largest width rounded up to a power of two.
+    """
+    n_l1 = tl.cdiv(n_tokens, SPAN_1)
+    n_l2 = tl.cdiv(n_tokens, SPAN_2)
+    tiles = tl.cdiv(BLOCK_2, BLOCK)
+    head = (tl.program_id(0) // tiles // n_l2).to(tl.int64)
+    parent = tl.program_id(0) // tiles % n_l2
+    child = tl.program_id(0) % tiles * BLOCK + tl.arange(0, BLOCK)
+    key = parent * BLOCK_2 + child
+    exists = (child < BLOCK_2) & (key < n_l1)
+    kept_ptr = kept_l2_ptr + head * n_l2 * width
+    keepers_ptr = keepers_l2_ptr + head * n_l2 * width
+    offsets_ptr = offsets_l2_ptr + head * (n_l2 + 1) + parent
+    begin, end = tl.load(offsets_ptr), tl.load(offsets_ptr + 1)
+    grad_k = tl.zeros([BLOCK, PAD_DIM], tl.float32)
+    grad_v = tl.zeros([BLOCK, PAD_DIM], tl.float32)
+    entry = tl.arange(0, ROWS)
+    keeper, slot = keeper_and_slot(keepers_ptr, kept_ptr, begin + entry, end, parent, width, KEEP)
+    for start in range(begin, end, ROWS):
+        inside = (start + entry < end)[:, None] & exists[None, :]
+        first = (head * n_l2 + keeper) * splits
+        for split in range(0, splits):
+            row = (((first + split) * width + slot) * BLOCK_2)[:, None] + child[None, :]
+            grad_k += tl.sum(load_rows(split_grad_k_ptr, row, HEAD_DIM, inside).to(tl.float32), 0)
+            grad_v += tl.sum(load_rows(split_grad_v_ptr, row, HEAD_DIM, inside).to(tl.float32), 0)
+        keeper, slot = keeper_and_slot(keepers_ptr, kept_ptr, start + ROWS + entry, end, parent, width, KEEP)  # in time
+    coarse = parent + tl.zeros([1], tl.int32)
+    to_above = head * n_l2 * HEAD_DIM
+    grad_k += load_rows(grad_k_l2_ptr + to_above, coarse, HEAD_DIM, coarse >= 0)
+    grad_v += load_rows(grad_v_l2_ptr + to_above, coarse, HEAD_DIM, coarse >= 0)
+    store_rows(grad_k_l1_ptr + head * n_l1 * HEAD_DIM, key, HEAD_DIM, exists, grad_k)
+    store_rows(grad_v_l1_ptr + head * n_l1 * HEAD_DIM, key, HEAD_DIM, exists, grad_v)
 
 
 @triton.jit
@@ -1206,7 +1168,7 @@ def split_queries(walks, n_queries, n_keys, tile):
     """How queries are shared out where all of them attend to the same few keys: (rows a split, splits).
 
     `walks` is how many times that happens in a call, over all heads. Enough splits to fill a GPU, but no more than keep
-    the float32 shares small beside q: splits * n_keys <= n_queries / 8, or one split.
+    the shares small beside q: splits * n_keys <= n_queries / 8, or one split.
     """
     programs = walks * ceil_div(n_keys, tile["BLOCK_N"])
     wanted = min(ceil_div(1024, programs), n_queries // (8 * n_keys))
@@ -1214,19 +1176,19 @@ def split_queries(walks, n_queries, n_keys, tile):
     return rows, ceil_div(n_queries, rows)
 
 
-# Buffers that share a piece of memory, with their dtypes; None is that of q.
+# Buffers that share a piece of memory, with their dtypes, some of which depend on that of q: see `own_dtypes`.
 LAYOUTS = {
     "selection": {
-        "q_l1": None,
-        "q_l2": None,
+        "q_l1": "input",
+        "q_l2": "input",
     },
     "saved": {
         "peak": torch.float32,
         "total": torch.float32,
-        "k_l1": None,
-        "v_l1": None,
-        "k_l2": None,
-        "v_l2": None,
+        "k_l1": "input",
+        "v_l1": "input",
+        "k_l2": "input",
+        "v_l2": "input",
         "kept_l1": torch.int32,
         "kept_l2": torch.int32,
     },
@@ -1239,19 +1201,23 @@ LAYOUTS = {
         "extra_l1": torch.int32,
         "offsets_l2": torch.int32,
         "keepers_l2": torch.int32,
-        "extra_l2": torch.int32,
         "extra_grad_k_l0": torch.float32,
         "extra_grad_v_l0": torch.float32,
-        "extra_grad_k_l1": torch.float32,
-        "extra_grad_v_l1": torch.float32,
-        "split_grad_k_l2": torch.float32,
-        "split_grad_v_l2": torch.float32,
+        "split_grad_k_l1": "share",
+        "split_grad_v_l1": "share",
+        "split_grad_k_l2": "share",
+        "split_grad_v_l2": "share",
         "grad_k_l1": torch.float32,
         "grad_v_l1": torch.float32,
         "grad_k_l2": torch.float32,
         "grad_v_l2": torch.float32,
     },
 }
+
+
+def own_dtypes(dtype):
+    """What LAYOUTS leaves to the dtype of q: shares of a sum may be rounded as it will be, but float16 has not the range."""
+    return {"input": dtype, "share": dtype if dtype == torch.bfloat16 else torch.float32}
 
 
 class Prepared:
@@ -1269,11 +1235,13 @@ class Prepared:
             heads, n_tokens, tokens[2], tiles["grad_kv_l2"],
         )
         self.splits_l2 = splits_l2
+        self.rows_l1, splits_l1 = split_queries(
+            heads * tokens[2], min(n_tokens, 256), 16 * min(8, tokens[2]), tiles["grad_kv_l1"],
+        )
+        self.splits_l1 = splits_l1
         tile = tiles["grad_kv_l0"]
         parts_l0 = self.parts_l0 = min(((tokens[1] * min(8, tokens[1])) // tile["PART"]), tokens[1] * ((tokens[1] - 1) // tile["PART"]))
-        tile = tiles["grad_kv_l1"]
-        parts_l1 = self.parts_l1 = min(((tokens[2] * min(8, tokens[2])) // tile["PART"]), tokens[2] * ((tokens[2] - 1) // tile["PART"]))
-        self.part_lengths = {0: tiles["grad_kv_l0"]["PART"], 1: tiles["grad_kv_l1"]["PART"]}
+        self.part_lengths = {0: tiles["grad_kv_l0"]["PART"]}
         self.shapes = {
             "o": (heads, n_tokens, 64),
             "lse": (heads, n_tokens),
@@ -1298,11 +1266,10 @@ class Prepared:
             "counts_l2": (heads, tokens[2]),
             "offsets_l2": (heads, tokens[2] + 1),
             "keepers_l2": (heads, tokens[2] * min(8, tokens[2])),
-            "extra_l2": (heads, tokens[2] + 1),
             "extra_grad_k_l0": (heads, parts_l0, 16, 64),
             "extra_grad_v_l0": (heads, parts_l0, 16, 64),
-            "extra_grad_k_l1": (heads, parts_l1, 16, 64),
-            "extra_grad_v_l1": (heads, parts_l1, 16, 64),
+            "split_grad_k_l1": (heads, tokens[2], splits_l1, 16 * min(8, tokens[2]), 64),
+            "split_grad_v_l1": (heads, tokens[2], splits_l1, 16 * min(8, tokens[2]), 64),
             "split_grad_k_l2": (heads, 1, splits_l2, tokens[2], 64),
             "split_grad_v_l2": (heads, 1, splits_l2, tokens[2], 64),
             "grad_k_l1": (heads, tokens[1], 64),
@@ -1311,7 +1278,8 @@ class Prepared:
             "grad_v_l2": (heads, tokens[2], 64),
         }
         self.widths = {1: self.shapes["kept_l1"][2], 2: self.shapes["kept_l2"][2]}
-        self.dtypes = {name: own or dtype for layout in LAYOUTS.values() for name, own in layout.items()}
+        own = own_dtypes(dtype)
+        self.dtypes = {name: own.get(known, known) for layout in LAYOUTS.values() for name, known in layout.items()}
         self.places, self.sizes = {}, {}
         for layout, names in LAYOUTS.items():
             places = self.places[layout] = {}
@@ -1334,7 +1302,7 @@ class Prepared:
         tile = tiles["count"]
         self.grids["count_kernel"] = heads * (ceil_div(tokens[1] * min(8, tokens[1]), tile["BLOCK"]) + ceil_div(tokens[2] * min(8, tokens[2]), tile["BLOCK"])), tile
         tile = tiles["scan"]
-        self.grids["scan_kernel"] = 4 * heads, tile
+        self.grids["scan_kernel"] = 3 * heads, tile
         tile = tiles["invert_l2"]
         self.grids["invert_l2_kernel"] = heads * ceil_div(tokens[2], tile["KEYS"]), tile
         tile = tiles["invert_l1"]
@@ -1346,8 +1314,9 @@ class Prepared:
         tile = tiles["grad_sum"]
         self.grids["grad_kv_l2_sum_kernel"] = heads * ceil_div(tokens[2], tile["BLOCK"]), tile
         tile = tiles["grad_kv_l1"]
-        self.grids["grad_kv_l1_extra_kernel"] = heads * parts_l1 * ceil_div(16, tile["BLOCK_N"]), tile
-        self.grids["grad_kv_l1_kernel"] = heads * tokens[2] * ceil_div(16, tile["BLOCK_N"]), tile
+        self.grids["grad_kv_l1_kernel"] = heads * splits_l1 * tokens[2] * ceil_div(16 * min(8, tokens[2]), tile["BLOCK_N"]), tile
+        tile = tiles["grad_gather_l1"]
+        self.grids["grad_kv_l1_sum_kernel"] = heads * tokens[2] * ceil_div(16, tile["BLOCK"]), tile
         tile = tiles["grad_kv_l0"]
         self.grids["grad_kv_l0_extra_kernel"] = heads * parts_l0 * ceil_div(16, tile["BLOCK_N"]), tile
         self.grids["grad_kv_l0_kernel"] = heads * tokens[1] * ceil_div(16, tile["BLOCK_N"]), tile
@@ -1572,9 +1541,8 @@ def grad_kernels(grad_o, q, k, v, o, saved, scale):
     memory.narrow(0, 0, at.places["gradients"]["counts_l2"][1]).zero_()  # the counts, which are added to
     [
         counts_l1, counts_l2, delta, offsets_l1, keepers_l1, extra_l1,
-        offsets_l2, keepers_l2, extra_l2, extra_grad_k_l0, extra_grad_v_l0, extra_grad_k_l1,
-        extra_grad_v_l1, split_grad_k_l2, split_grad_v_l2, grad_k_l1, grad_v_l1, grad_k_l2,
-        grad_v_l2,
+        offsets_l2, keepers_l2, extra_grad_k_l0, extra_grad_v_l0, split_grad_k_l1, split_grad_v_l1,
+        split_grad_k_l2, split_grad_v_l2, grad_k_l1, grad_v_l1, grad_k_l2, grad_v_l2,
     ] = at.buffers(memory, "gradients", "grad_kv_l0_kernel")
     [peak, total, k_l1, v_l1, k_l2, v_l2, kept_l1, kept_l2] = at.pointers("grad_kv_l0_kernel", *saved)
     [q_ptr, k_ptr, v_ptr, grad_o_ptr, o_ptr, grad_q_ptr, grad_k_ptr, grad_v_ptr] = at.pointers("grad_kv_l0_kernel", q, k, v, grad_o, o, grad_q, grad_k, grad_v)
@@ -1591,7 +1559,7 @@ def grad_kernels(grad_o, q, k, v, o, saved, scale):
         stream, scan_kernel, "scan_kernel",
         counts_l1, counts_l2,
         offsets_l1, extra_l1, at.part_lengths[0],
-        offsets_l2, extra_l2, at.part_lengths[1],
+        offsets_l2,
         heads, n_tokens,
     )
     at.launch(
@@ -1622,15 +1590,14 @@ def grad_kernels(grad_o, q, k, v, o, saved, scale):
         at.splits_l2, n_tokens,
     )
     at.launch(
-        stream, grad_kv_l1_extra_kernel, "grad_kv_l1_extra_kernel",
-        *q_rows, *grad_o_rows, peak, total, delta, k_l1, v_l1,
-        keepers_l2, at.widths[2], offsets_l2, extra_l2, extra_grad_k_l1, extra_grad_v_l1, at.parts_l1, scale, heads_per_batch, n_tokens,
+        stream, grad_kv_l1_kernel, "grad_kv_l1_kernel",
+        *q_rows, *grad_o_rows, peak, total, delta, k_l1, v_l1, kept_l2, at.widths[2], split_grad_k_l1, split_grad_v_l1,
+        at.rows_l1, at.splits_l1, scale, heads_per_batch, n_tokens,
     )
     at.launch(
-        stream, grad_kv_l1_kernel, "grad_kv_l1_kernel",
-        *q_rows, *grad_o_rows, peak, total, delta, k_l1, v_l1,
-        keepers_l2, at.widths[2], offsets_l2, extra_l2, extra_grad_k_l1, extra_grad_v_l1,
-        grad_k_l2, grad_v_l2, grad_k_l1, grad_v_l1, at.parts_l1, scale, heads_per_batch, n_tokens,
+        stream, grad_kv_l1_sum_kernel, "grad_kv_l1_sum_kernel",
+        split_grad_k_l1, split_grad_v_l1, kept_l2, at.widths[2], keepers_l2, offsets_l2, grad_k_l2, grad_v_l2, grad_k_l1, grad_v_l1,
+        at.splits_l1, n_tokens,
     )
     at.launch(
         stream, grad_kv_l0_extra_kernel, "grad_kv_l0_extra_kernel",

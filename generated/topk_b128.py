@@ -27,7 +27,7 @@ SPEC = {
     "name": "topk_b128",
     "reweight": True,
 }
-OPERATOR = "topk_b128_2885ea3ebe861f58"  # in torch.ops.llsa: the name of the spec and the hash of this text
+OPERATOR = "topk_b128_a2ce16703061c017"  # in torch.ops.llsa: the name of the spec and the hash of this text
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -52,7 +52,7 @@ UNSPECIALISED = [
 TILES_1 = {
     "pool": {"CHILDREN": 1, "ROWS": 64, "num_warps": 4},
     "select_l1": {"BLOCK_M": 16, "BLOCK_N": 64, "KEEP": 4, "num_warps": 4, "num_stages": 2, "SPLIT": 4},
-    "attend": {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3, "maxnreg": 168},
+    "attend": {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3, "maxnreg": 128},
     "count": {"BLOCK": 256, "num_warps": 8},
     "scan": {"BLOCK": 1024, "num_warps": 4},
     "invert_l1": {"BLOCK_M": 128, "KEYS": 32, "num_warps": 4},
@@ -174,25 +174,6 @@ def softmax_step(logits, v, peak, total, acc):
     return new_peak, total, acc
 
 
-@triton.jit
-def even_softmax_step(products, scale, v, peak, total, acc):
-    """`softmax_step` of the logits scale * products, with one instruction an element less.
-
-    The largest logit is that of the largest product, or of the smallest, so the logits are never made: scaling and
-    subtracting are one multiply-add. (Where there are coarse keys too, registers are scarce and it does not pay.)
-    """
-    if scale >= 0:
-        outermost = tl.max(products, 1)
-    else:
-        outermost = tl.min(products, 1)
-    new_peak = tl.maximum(peak, outermost * scale)
-    p = tl.exp2(products * scale - new_peak[:, None])
-    shrink = tl.exp2(peak - new_peak)
-    total = total * shrink + tl.sum(p, 1)
-    acc = add_product(p.to(v.dtype), v, acc * shrink[:, None])
-    return new_peak, total, acc
-
-
 # ---- the pyramid -----------------------------------------------------------------------------------------------------
 
 
@@ -258,8 +239,8 @@ def rank_keys(scores, token, candidate):
 @triton.jit
 def keep_best(best, keys, KEEP: tl.constexpr):
     """The KEEP largest rank keys of each row of `best` [.., M, KEEP], ascending, and of a tile of keys [.., M, N]."""
-    # ascending against descending: the element-wise larger ones are the KEEP largest of both
-    return tl.sort(tl.maximum(best, tl.topk(keys, KEEP)))
+    # ascending against descending: the element-wise larger ones are the KEEP largest of both, and rise, then fall
+    return tl.bitonic_merge(tl.maximum(best, tl.topk(keys, KEEP)))
 
 
 @triton.jit
@@ -310,11 +291,41 @@ def select_l1_kernel(
             k = load_rows(k_ptr, token, HEAD_DIM, candidate)
             scores = tl.dot(q, tl.permute(k, (0, 2, 1)), input_precision="ieee")
             best = keep_best(best, rank_keys(scores, token[:, None, :], candidate[:, None, :]), KEEP)
-        best = tl.sort(tl.topk(tl.reshape(tl.permute(best, (1, 0, 2)), [BLOCK_M, SPLIT * KEEP]), KEEP))
+        best = tl.bitonic_merge(tl.topk(tl.reshape(tl.permute(best, (1, 0, 2)), [BLOCK_M, SPLIT * KEEP]), KEEP))
     store_kept(kept_l1_ptr + head * n_l1 * width, row, width, inside, best, KEEP)
 
 
 # ---- attention -------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def attend_list(
+    q, scale, peak, k_base, stride_kn, v_base, stride_vn, list_ptr, width_l1, n_tokens,
+    BLOCK_N: tl.constexpr, WHOLE: tl.constexpr, ANCHORED: tl.constexpr,
+):
+    """peak, total, acc of the queries q [M, D] over the tokens of the listed blocks, as `softmax_step` has them.
+
+    `peak` [M] begins at -inf, or stays as it is if ANCHORED: then nothing waits for a maximum, no sum is rescaled, and
+    products of values run on while those of the next tile begin.
+    """
+    total = tl.zeros([q.shape[0]], tl.float32)
+    acc = tl.zeros([q.shape[0], PAD_DIM], tl.float32)
+    place = tl.arange(0, BLOCK_N)
+    parent = parents(list_ptr, 0, place, width_l1, BLOCK_1)
+    for start in range(0, width_l1 * BLOCK_1, BLOCK_N):
+        key, exists = children(parent, start, place, n_tokens, BLOCK_1, WHOLE)
+        parent = parents(list_ptr, start + BLOCK_N, place, width_l1, BLOCK_1)  # of the next tile, in time
+        bias = tl.where(exists, 0.0, float("-inf"))
+        k = load_rows(k_base, key, stride_kn, exists)
+        v = load_rows(v_base, key, stride_vn, exists)
+        products = tl.dot(q, tl.trans(k), input_precision="ieee")
+        if ANCHORED:
+            p = tl.exp2(products * scale - peak[:, None])
+            total += tl.sum(p, 1)
+            acc = add_product(p.to(v.dtype), v, acc)
+        else:
+            peak, total, acc = softmax_step(products * scale + bias[None, :], v, peak, total, acc)
+    return peak, total, acc
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
@@ -343,27 +354,30 @@ def attend_kernel(
 
     q = load_rows(head_base(q_ptr, head, stride_qb, stride_qh, heads_per_batch), token, stride_qn, inside)
     scale *= LOG2E
-    peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, PAD_DIM], tl.float32)
-
     # level 0: the tokens of the key blocks that the query block keeps
     k_base = head_base(k_ptr, head, stride_kb, stride_kh, heads_per_batch)
     v_base = head_base(v_ptr, head, stride_vb, stride_vh, heads_per_batch)
     list_ptr = kept_l1_ptr + (head * n_l1 + block) * width_l1
-    place = tl.arange(0, BLOCK_N)
-    parent = parents(list_ptr, 0, place, width_l1, BLOCK_1)
-    for start in range(0, width_l1 * BLOCK_1, BLOCK_N):
-        key, exists = children(parent, start, place, n_tokens, BLOCK_1, WHOLE)
-        parent = parents(list_ptr, start + BLOCK_N, place, width_l1, BLOCK_1)  # of the next tile, in time
-        bias = tl.where(exists, 0.0, float("-inf"))
+    lowest = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    if WHOLE:
+        # seen from above the highest of 16 logits, 2^(logit - peak) has room to be much smaller and much larger
+        place = tl.arange(0, 16)
+        key, exists = children(parents(list_ptr, 0, place, width_l1, BLOCK_1), 0, place, n_tokens, BLOCK_1, WHOLE)
         k = load_rows(k_base, key, stride_kn, exists)
-        v = load_rows(v_base, key, stride_vn, exists)
-        products = tl.dot(q, tl.trans(k), input_precision="ieee")
-        if WHOLE:
-            peak, total, acc = even_softmax_step(products, scale, v, peak, total, acc)
-        else:
-            peak, total, acc = softmax_step(products * scale + bias[None, :], v, peak, total, acc)
+        logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        anchor = tl.max(logits, 1) + (12.0 if q.dtype == tl.float16 else 24.0)
+        peak, total, acc = attend_list(
+            q, scale, anchor, k_base, stride_kn, v_base, stride_vn, list_ptr, width_l1, n_tokens, BLOCK_N, WHOLE, ANCHORED=True
+        )
+        fits = total < (2.0**15 if q.dtype == tl.float16 else 2.0**64)
+        if tl.min(fits.to(tl.int32), 0) == 0:  # too large for the dtype of p somewhere, or not a number
+            peak, total, acc = attend_list(
+                q, scale, lowest, k_base, stride_kn, v_base, stride_vn, list_ptr, width_l1, n_tokens, BLOCK_N, WHOLE, ANCHORED=False
+            )
+    else:
+        peak, total, acc = attend_list(
+            q, scale, lowest, k_base, stride_kn, v_base, stride_vn, list_ptr, width_l1, n_tokens, BLOCK_N, WHOLE, ANCHORED=False
+        )
 
     store_rows(o_ptr + head * n_tokens * HEAD_DIM, token, HEAD_DIM, inside, acc / total[:, None])
     log_sum = peak + tl.log2(total)
@@ -451,7 +465,7 @@ def scatter_keepers(keepers_ptr, cursor, key, kept_ptr, row, width, inside):
     on after this.
     """
     keeps = tl.zeros([row.shape[0], key.shape[0]], tl.int32)
-    for slot in range(0, width):
+    for slot in tl.range(0, width, loop_unroll_factor=8):  # as many reads at once
         kept = tl.load(kept_ptr + row.to(tl.int64) * width + slot, mask=inside, other=-1)
         keeps += (kept[:, None] == key[None, :]).to(tl.int32)
     rank = tl.cumsum(keeps, 0) - keeps
@@ -719,11 +733,11 @@ def level_tokens(n_tokens):
     return n_tokens, ceil_div(n_tokens, 128)
 
 
-# Buffers that share a piece of memory, with their dtypes; None is that of q.
+# Buffers that share a piece of memory, with their dtypes, some of which depend on that of q: see `own_dtypes`.
 LAYOUTS = {
     "selection": {
-        "q_l1": None,
-        "k_l1": None,
+        "q_l1": "input",
+        "k_l1": "input",
     },
     "saved": {
         "peak": torch.float32,
@@ -740,6 +754,11 @@ LAYOUTS = {
         "extra_grad_v_l0": torch.float32,
     },
 }
+
+
+def own_dtypes(dtype):
+    """What LAYOUTS leaves to the dtype of q: shares of a sum may be rounded as it will be, but float16 has not the range."""
+    return {"input": dtype, "share": dtype if dtype == torch.bfloat16 else torch.float32}
 
 
 class Prepared:
@@ -776,7 +795,8 @@ class Prepared:
             "extra_grad_v_l0": (heads, parts_l0, 128, 64),
         }
         self.widths = {1: self.shapes["kept_l1"][2]}
-        self.dtypes = {name: own or dtype for layout in LAYOUTS.values() for name, own in layout.items()}
+        own = own_dtypes(dtype)
+        self.dtypes = {name: own.get(known, known) for layout in LAYOUTS.values() for name, known in layout.items()}
         self.places, self.sizes = {}, {}
         for layout, names in LAYOUTS.items():
             places = self.places[layout] = {}

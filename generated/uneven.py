@@ -28,7 +28,7 @@ SPEC = {
     "name": "uneven",
     "reweight": True,
 }
-OPERATOR = "uneven_96599a2903cc4b50"  # in torch.ops.llsa: the name of the spec and the hash of this text
+OPERATOR = "uneven_c3acae76a20b2a67"  # in torch.ops.llsa: the name of the spec and the hash of this text
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -283,8 +283,8 @@ def rank_keys(scores, token, candidate):
 @triton.jit
 def keep_best(best, keys, KEEP: tl.constexpr):
     """The KEEP largest rank keys of each row of `best` [.., M, KEEP], ascending, and of a tile of keys [.., M, N]."""
-    # ascending against descending: the element-wise larger ones are the KEEP largest of both
-    return tl.sort(tl.maximum(best, tl.topk(keys, KEEP)))
+    # ascending against descending: the element-wise larger ones are the KEEP largest of both, and rise, then fall
+    return tl.bitonic_merge(tl.maximum(best, tl.topk(keys, KEEP)))
 
 
 @triton.jit
@@ -335,7 +335,7 @@ def select_l2_kernel(
             k = load_rows(k_ptr, token, HEAD_DIM, candidate)
             scores = tl.dot(q, tl.permute(k, (0, 2, 1)), input_precision="ieee")
             best = keep_best(best, rank_keys(scores, token[:, None, :], candidate[:, None, :]), KEEP)
-        best = tl.sort(tl.topk(tl.reshape(tl.permute(best, (1, 0, 2)), [BLOCK_M, SPLIT * KEEP]), KEEP))
+        best = tl.bitonic_merge(tl.topk(tl.reshape(tl.permute(best, (1, 0, 2)), [BLOCK_M, SPLIT * KEEP]), KEEP))
     store_kept(kept_l2_ptr + head * n_l2 * width, row, width, inside, best, KEEP)
 
 
@@ -594,7 +594,7 @@ def scatter_keepers(keepers_ptr, cursor, key, kept_ptr, row, width, inside):
     on after this.
     """
     keeps = tl.zeros([row.shape[0], key.shape[0]], tl.int32)
-    for slot in range(0, width):
+    for slot in tl.range(0, width, loop_unroll_factor=8):  # as many reads at once
         kept = tl.load(kept_ptr + row.to(tl.int64) * width + slot, mask=inside, other=-1)
         keeps += (kept[:, None] == key[None, :]).to(tl.int32)
     rank = tl.cumsum(keeps, 0) - keeps
@@ -846,7 +846,7 @@ def grad_kv_l2_kernel(
     grad_o_ptr, stride_gb, stride_gh, stride_gn,
     peak_ptr, total_ptr, delta_ptr,  # [B*H, N] float32
     k_l2_ptr, v_l2_ptr,  # [B*H, T_2, D]
-    split_grad_k_ptr, split_grad_v_ptr,  # [B*H, splits, T_2, D] float32, out
+    split_grad_k_ptr, split_grad_v_ptr,  # [B*H, splits, T_2, D], out: per token covered
     rows_per_split, splits, scale, heads_per_batch, n_tokens,  # queries a split, how many splits, s, H, N
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
@@ -873,17 +873,18 @@ def grad_kv_l2_kernel(
         head_base(grad_o_ptr, head, stride_gb, stride_gh, heads_per_batch), stride_gn,
         peak_ptr + row, total_ptr + row, delta_ptr + row, begin, end, k, v, bias, scale, BLOCK_M,
     )
-    store_rows(split_grad_k_ptr + to_split, place, HEAD_DIM, place < n_keys, grad_k)
-    store_rows(split_grad_v_ptr + to_split, place, HEAD_DIM, place < n_keys, grad_v)
+    covered = tl.where(exists, tl.minimum(n_tokens - key * SPAN_2, SPAN_2), 1).to(tl.float32)[:, None]
+    store_rows(split_grad_k_ptr + to_split, place, HEAD_DIM, place < n_keys, grad_k / covered)
+    store_rows(split_grad_v_ptr + to_split, place, HEAD_DIM, place < n_keys, grad_v / covered)
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def grad_kv_l2_sum_kernel(
-    split_grad_k_ptr, split_grad_v_ptr,  # [B*H, splits, T_2, D] float32
+    split_grad_k_ptr, split_grad_v_ptr,  # [B*H, splits, T_2, D]
     grad_k_l2_ptr, grad_v_l2_ptr,  # [B*H, T_2, D] float32, out: per token covered
     splits, n_tokens, BLOCK: tl.constexpr,
 ):
-    """The splits summed in order, over the tokens that each level-2 token covers.
+    """dk, dv of BLOCK tokens of level 2: the splits summed in order, in float32.
 
     Grid: B*H * ceil(T_2 / BLOCK).
     """
@@ -896,11 +897,10 @@ def grad_kv_l2_sum_kernel(
     grad_v = tl.zeros([BLOCK, PAD_DIM], tl.float32)
     for split in range(0, splits):
         to_split = (head * splits + split) * n_l2 * HEAD_DIM
-        grad_k += load_rows(split_grad_k_ptr + to_split, key, HEAD_DIM, exists)
-        grad_v += load_rows(split_grad_v_ptr + to_split, key, HEAD_DIM, exists)
-    covered = tl.minimum(n_tokens - key * SPAN_2, SPAN_2).to(tl.float32)[:, None]
-    store_rows(grad_k_l2_ptr + head * n_l2 * HEAD_DIM, key, HEAD_DIM, exists, grad_k / covered)
-    store_rows(grad_v_l2_ptr + head * n_l2 * HEAD_DIM, key, HEAD_DIM, exists, grad_v / covered)
+        grad_k += load_rows(split_grad_k_ptr + to_split, key, HEAD_DIM, exists).to(tl.float32)
+        grad_v += load_rows(split_grad_v_ptr + to_split, key, HEAD_DIM, exists).to(tl.float32)
+    store_rows(grad_k_l2_ptr + head * n_l2 * HEAD_DIM, key, HEAD_DIM, exists, grad_k)
+    store_rows(grad_v_l2_ptr + head * n_l2 * HEAD_DIM, key, HEAD_DIM, exists, grad_v)
 
 
 @triton.jit
@@ -1191,7 +1191,7 @@ def split_queries(walks, n_queries, n_keys, tile):
     """How queries are shared out where all of them attend to the same few keys: (rows a split, splits).
 
     `walks` is how many times that happens in a call, over all heads. Enough splits to fill a GPU, but no more than keep
-    the float32 shares small beside q: splits * n_keys <= n_queries / 8, or one split.
+    the shares small beside q: splits * n_keys <= n_queries / 8, or one split.
     """
     programs = walks * ceil_div(n_keys, tile["BLOCK_N"])
     wanted = min(ceil_div(1024, programs), n_queries // (8 * n_keys))
@@ -1199,19 +1199,19 @@ def split_queries(walks, n_queries, n_keys, tile):
     return rows, ceil_div(n_queries, rows)
 
 
-# Buffers that share a piece of memory, with their dtypes; None is that of q.
+# Buffers that share a piece of memory, with their dtypes, some of which depend on that of q: see `own_dtypes`.
 LAYOUTS = {
     "selection": {
-        "q_l1": None,
-        "q_l2": None,
+        "q_l1": "input",
+        "q_l2": "input",
     },
     "saved": {
         "peak": torch.float32,
         "total": torch.float32,
-        "k_l1": None,
-        "v_l1": None,
-        "k_l2": None,
-        "v_l2": None,
+        "k_l1": "input",
+        "v_l1": "input",
+        "k_l2": "input",
+        "v_l2": "input",
         "kept_l1": torch.int32,
         "kept_l2": torch.int32,
     },
@@ -1229,14 +1229,19 @@ LAYOUTS = {
         "extra_grad_v_l0": torch.float32,
         "extra_grad_k_l1": torch.float32,
         "extra_grad_v_l1": torch.float32,
-        "split_grad_k_l2": torch.float32,
-        "split_grad_v_l2": torch.float32,
+        "split_grad_k_l2": "share",
+        "split_grad_v_l2": "share",
         "grad_k_l1": torch.float32,
         "grad_v_l1": torch.float32,
         "grad_k_l2": torch.float32,
         "grad_v_l2": torch.float32,
     },
 }
+
+
+def own_dtypes(dtype):
+    """What LAYOUTS leaves to the dtype of q: shares of a sum may be rounded as it will be, but float16 has not the range."""
+    return {"input": dtype, "share": dtype if dtype == torch.bfloat16 else torch.float32}
 
 
 class Prepared:
@@ -1296,7 +1301,8 @@ class Prepared:
             "grad_v_l2": (heads, tokens[2], 80),
         }
         self.widths = {1: self.shapes["kept_l1"][2], 2: self.shapes["kept_l2"][2]}
-        self.dtypes = {name: own or dtype for layout in LAYOUTS.values() for name, own in layout.items()}
+        own = own_dtypes(dtype)
+        self.dtypes = {name: own.get(known, known) for layout in LAYOUTS.values() for name, known in layout.items()}
         self.places, self.sizes = {}, {}
         for layout, names in LAYOUTS.items():
             places = self.places[layout] = {}

@@ -164,7 +164,7 @@ class Cell:
         if self.one.kind != "ours" or limits is None:
             return None
         plan, element = lower(self.case.spec), self.inputs[0].element_size()
-        cost = Cost(plan, schedule(plan, target(TARGET), element), element)
+        cost = Cost(plan, schedule(plan, target(TARGET), element), self.case.dtype)
         needed = bench_kernels.work(cost, self.case.n, self.case.batch * self.case.heads)
         happened = bench_kernels.profiled(self.forward_backward, self.session.watch)
         return bench_kernels.breakdown(happened, bench_kernels.PASSES, needed, limits)

@@ -25,10 +25,10 @@ import sympy
 from llsa_gen.plan import Buffer, Kernel, Plan, Role
 from llsa_gen.sizes import HEADS, N, parts, splits, tile
 
-__all__ = ["Cost", "Pass", "Share", "Totals", "dense", "evaluate"]
+__all__ = ["BYTES", "Cost", "Pass", "Share", "Totals", "dense", "evaluate"]
 
-BYTES = {"float32": 4, "int32": 4}
-"""Bytes of an element; those of q, k and v, `input`, are the caller's."""
+BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "int32": 4}
+"""Bytes of an element."""
 
 FORWARD_PRODUCTS, GRAD_Q_PRODUCTS, GRAD_KV_PRODUCTS, DENSE_BACKWARD_PRODUCTS = 2, 3, 4, 5
 
@@ -68,16 +68,16 @@ class Totals:
 
 
 class Cost:
-    """What a plan costs for elements of `element` bytes.
+    """What a plan costs for q, k and v of a dtype.
 
     `schedule` gives the tile shapes, {stage: {name: value}}, as `llsa_gen.schedule.schedule` does: part of the scratch
     memory depends on them, nothing else does.
     """
 
-    def __init__(self, plan: Plan, schedule: Mapping[str, Mapping[str, int]], element: int = 2) -> None:
+    def __init__(self, plan: Plan, schedule: Mapping[str, Mapping[str, int]], dtype: str = "bfloat16") -> None:
         self.plan = plan
         self.schedule = schedule
-        self.element = element
+        self.dtype = dtype
 
     # ---- keys ---------------------------------------------------------------------------------------------------
 
@@ -153,10 +153,15 @@ class Cost:
         """Whether a kernel computes nothing but parts of popular lists, of which there are usually none."""
         return any(name.startswith("extra_grad") for name in kernel.writes)
 
+    def dtype_of(self, buffer: Buffer) -> str:
+        """The dtype of a buffer."""
+        share = "bfloat16" if self.dtype == "bfloat16" else "float32"
+        return {"input": self.dtype, "share": share}.get(buffer.dtype, buffer.dtype)
+
     def buffer_bytes(self, buffer: Buffer) -> sympy.Expr:
         """Bytes of a buffer; for shares of a level's gradient, as many as it may get at most."""
         plan = self.plan
-        size = buffer.elements * BYTES.get(buffer.dtype, self.element)
+        size = buffer.elements * BYTES[self.dtype_of(buffer)]
         if buffer.name.startswith("extra_grad"):
             level = int(buffer.name.rpartition("_l")[2])
             most = plan.extra_parts(level).subs(tile("PART"), self.schedule[f"grad_kv_l{level}"]["PART"])

@@ -85,7 +85,7 @@ def say_cost(spec: Spec, n_tokens: int, heads: int) -> None:
     """What the keys and the cost of a query are, beside those of dense attention."""
     plan = lower(spec)
     # tile shapes are for scratch memory only, of which nothing is said here: any target will do
-    counted = cost.Cost(plan, schedule.schedule(plan, schedule.target("cuda:90"), 4), element=4)
+    counted = cost.Cost(plan, schedule.schedule(plan, schedule.target("cuda:90"), 4), "float32")
     parts = [
         f"{cost.evaluate(counted.candidates(level), n_tokens):,} {'pixels' if level == 0 else f'of level {level}'}"
         for level in counted.plan.attended

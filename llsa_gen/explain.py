@@ -8,7 +8,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from llsa_gen.cost import Cost, Totals, dense, evaluate
+from llsa_gen.cost import BYTES, Cost, Totals, dense, evaluate
 from llsa_gen.errors import LlsaGenError
 from llsa_gen.growth import growth, top_share, with_another_level
 from llsa_gen.plan import Kernel, lower
@@ -17,10 +17,7 @@ from llsa_gen.schedule_table import bucket
 from llsa_gen.spec import Spec
 from llsa_gen.units import counted, human_bytes, human_flops
 
-__all__ = ["ELEMENT", "explain", "plan_tables", "schedule_data", "tables"]
-
-ELEMENT = {"bfloat16": 2, "float16": 2, "float32": 4}
-"""Bytes of an element by dtype."""
+__all__ = ["explain", "plan_tables", "schedule_data", "tables"]
 
 TARGET = "cuda:90"
 """Whose tile shapes are used: a part of the scratch memory depends on them."""
@@ -41,7 +38,7 @@ def explain(spec: Spec, n_tokens: int, heads: int, dtype: str) -> Data:
     if not 1 <= n_tokens <= longest:
         raise LlsaGenError(f"n: expected 1 to {longest} tokens, the most that {spec.name} takes, got {n_tokens}")
     grows = growth(cost)
-    sparse, full = _totals(cost.totals, n_tokens, heads), _totals(dense(spec.head_dim, cost.element), n_tokens, heads)
+    sparse, full = _totals(cost.totals, n_tokens, heads), _totals(dense(spec.head_dim, BYTES[dtype]), n_tokens, heads)
     return {
         "spec": spec.name,
         "n_tokens": n_tokens,
@@ -66,8 +63,8 @@ def explain(spec: Spec, n_tokens: int, heads: int, dtype: str) -> Data:
 
 
 def _cost(spec: Spec, dtype: str) -> Cost:
-    plan, element = lower(spec), ELEMENT[dtype]
-    return Cost(plan, schedule(plan, target(TARGET), element), element)
+    plan = lower(spec)
+    return Cost(plan, schedule(plan, target(TARGET), BYTES[dtype]), dtype)
 
 
 def _totals(totals: Totals, n_tokens: int, heads: int) -> dict[str, int]:
@@ -185,7 +182,7 @@ NAMES = {
 
 def schedule_data(spec: Spec, n_tokens: int, dtype: str, goal: Target) -> Data:
     """The entry of every stage on a target at a length: its tiles, the row or rule it is from, what did not fit."""
-    stages = choices(lower(spec), goal, ELEMENT[dtype], n_tokens)
+    stages = choices(lower(spec), goal, BYTES[dtype], n_tokens)
     return {
         "target": goal.name,
         "length": bucket(n_tokens),
@@ -197,7 +194,7 @@ def plan_tables(spec: Spec, n_tokens: int, heads: int, dtype: str, goal: Target)
     """The plan: the kernels in launch order, their tile shapes on a target, and the buffers, with sizes at a length."""
     cost = _cost(spec, dtype)
     plan = cost.plan
-    stages = choices(plan, goal, ELEMENT[dtype], n_tokens)
+    stages = choices(plan, goal, BYTES[dtype], n_tokens)
     return Group(
         Text("Kernels, in launch order (tile shapes in capitals)", style="bold"),
         *_kernels("forward", plan.forward),
@@ -232,5 +229,5 @@ def _buffers(cost: Cost, n_tokens: int, heads: int, dtype: str) -> Table:
     for buffer in cost.plan.buffers.values():
         size = human_bytes(evaluate(cost.buffer_bytes(buffer), n_tokens, heads))
         shape = Text(f"[{', '.join(map(str, buffer.shape))}]")  # as a plain string it would be taken for markup
-        table.add_row(buffer.name, shape, dtype if buffer.dtype == "input" else buffer.dtype, buffer.role, size)
+        table.add_row(buffer.name, shape, cost.dtype_of(buffer), buffer.role, size)
     return table

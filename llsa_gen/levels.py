@@ -152,7 +152,7 @@ class Levels:
 
     @property
     def share_of_queries(self) -> int:
-        """Shares of dk and dv, apart in float32, have one row for so many queries of a head, or are one split."""
+        """Where queries are split, shares of dk and dv have one row for so many of them at most, or are one split."""
         return 8
 
     @property
@@ -165,13 +165,13 @@ class Levels:
         """The listed levels whose dk, dv are made keeper by keeper, ascending: one walk serves all that it keeps.
 
         Tiles of many keys, then, where a key token has but b_(l+1) children; what each keeper adds to a key is stored
-        apart and summed in a second pass. Worth its memory where a keeper covers many more queries than it keeps keys.
+        apart and summed in a second pass. Worth its memory where a keeper covers twice as many queries as it keeps
+        keys, so that the shares of all take no more than q, and enough of them for a tile.
         """
         return tuple(
             level
             for level in self.listed
-            if level
-            and self.share_of_queries * self.most_kept(level + 1) * self.block(level + 1) <= self.span(level + 1)
+            if level and max(2 * self.most_kept(level + 1) * self.block(level + 1), 64) <= self.span(level + 1)
         )
 
     @property

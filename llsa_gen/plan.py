@@ -33,7 +33,11 @@ class Role(StrEnum):
 
 @dataclass(frozen=True)
 class Buffer:
-    """A tensor: its shape as expressions, its dtype (`input` means that of q, k, v) and who needs it."""
+    """A tensor: its shape as expressions, its dtype and who needs it.
+
+    The dtype `input` is that of q, k, v; `share` is bfloat16 for bfloat16, otherwise float32: what is summed up later
+    bears being rounded as the sum will be, but float16 has not the range.
+    """
 
     name: str
     shape: tuple[sympy.Expr, ...]
@@ -104,8 +108,8 @@ class Plan(Levels):
             yield Buffer(f"extra_grad_v_l{level}", shape, "float32", Role.SCRATCH)
         for level in self.split:
             shape = (HEADS, self.keepers(level), splits(level), self.keys_of_keeper(level), d)
-            yield Buffer(f"split_grad_k_l{level}", shape, "float32", Role.SCRATCH)
-            yield Buffer(f"split_grad_v_l{level}", shape, "float32", Role.SCRATCH)
+            yield Buffer(f"split_grad_k_l{level}", shape, "share", Role.SCRATCH)
+            yield Buffer(f"split_grad_v_l{level}", shape, "share", Role.SCRATCH)
         for level in self.enriched:
             shape = (HEADS, self.tokens(level), d)
             yield Buffer(f"grad_k_l{level}", shape, "float32", Role.SCRATCH)
@@ -284,7 +288,8 @@ class Plan(Levels):
             stage, sums = "grad_sum", ceil_div(self.tokens(level), tile("BLOCK"))
         else:
             reads += (f"kept_l{level + 1}",)
-            stage, sums = f"grad_gather_l{level}", self.tokens(level)
+            children = ceil_div(sympy.Integer(self.block(level + 1)), tile("BLOCK"))
+            stage, sums = f"grad_gather_l{level}", self.tokens(level + 1) * children
             lists = (f"kept_l{level + 1}", f"offsets_l{level + 1}", f"keepers_l{level + 1}")
         yield Kernel(
             f"grad_kv_l{level}_kernel", f"grad_kv_l{level}", f"dk, dv of level {level}, a share of the queries each",

@@ -96,9 +96,7 @@ def _rules(plan: Plan, goal: Target, element: int) -> dict[str, tuple[Entry, tup
         result[f"grad_kv_l{plan.top}"] = _grad_split(plan, element), ()
         result["grad_sum"] = _grad_sum(plan), ()
     for level in reversed(plan.by_keeper):
-        entry = _grad_split(plan, element)
-        keys = pad(plan.most_kept(level + 1) * plan.block(level + 1))
-        result[f"grad_kv_l{level}"] = {**entry, "BLOCK_N": min(entry["BLOCK_N"], keys)}, ()
+        result[f"grad_kv_l{level}"] = _grad_keeper(plan, goal, element, level), ()
         result[f"grad_gather_l{level}"] = _grad_gather(plan, level), ()
     for level in reversed(plan.by_list):
         result[f"grad_kv_l{level}"] = _grad_listed(plan, goal, element, level), ()
@@ -186,7 +184,8 @@ def _walk(plan: Plan, goal: Target, element: int, stage: str) -> tuple[Entry, tu
     else:
         entry = {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3 if width <= 64 else 2}
         if stage == "attend" and width <= 64 and element == 2:
-            entry |= _capped(goal, 168)  # without wgmma it would take 177, and one program less would fit
+            # without wgmma it would take 177, and one program less would fit; without coarse keys it needs fewer
+            entry |= _capped(goal, 168 if plan.enriched else 128)
     if element == 4:
         entry |= {"BLOCK_C": 32 if width <= 64 else 16, "BLOCK_N": 32 if width <= 64 else 16}
         entry |= {"num_warps": 8, "num_stages": 2}
@@ -210,6 +209,15 @@ def _grad_split(plan: Plan, element: int) -> Entry:
     return {"BLOCK_M": rows, "BLOCK_N": keys, "num_warps": 4, "num_stages": 2}
 
 
+def _grad_keeper(plan: Plan, goal: Target, element: int, level: int) -> Entry:
+    """dk, dv of what a keeper keeps: likewise, over the queries under the keeper."""
+    entry = _grad_split(plan, element)
+    if goal.name in WGMMA and element == 2 and pad(plan.head_dim) == 64 and plan.span(level + 1) <= 1024:
+        # a run so short is over before copies ahead pay; four programs on a multiprocessor hide each other's loads
+        entry |= {"BLOCK_M": 32, "num_stages": 1} | _capped(goal, 128)
+    return entry | {"BLOCK_N": min(entry["BLOCK_N"], pad(plan.most_kept(level + 1) * plan.block(level + 1)))}
+
+
 def _grad_sum(plan: Plan) -> Entry:
     width = pad(plan.head_dim)
     rows = 1 if width <= 64 else 2  # sums are few and long: many small programs
@@ -217,8 +225,10 @@ def _grad_sum(plan: Plan) -> Entry:
 
 
 def _grad_gather(plan: Plan, level: int) -> Entry:
+    # a list may be long, so few keys a program
     width = pad(plan.head_dim)
-    return {"ROWS": 8, "KEEP": pad(plan.most_kept(level + 1), 1), "num_warps": max(1, width // 64)}
+    entry = {"ROWS": 8, "BLOCK": max(1, min(pad(plan.block(level + 1), 1), 128 // width))}
+    return entry | {"KEEP": pad(plan.most_kept(level + 1), 1), "num_warps": max(1, width // 128)}
 
 
 def _grad_listed(plan: Plan, goal: Target, element: int, level: int) -> Entry:

@@ -66,7 +66,7 @@ STAGES = {
     "grad_kv_keeper": Stage(("rows", "keep"), ("BLOCK_M", "BLOCK_N")),  # coarse levels below it, keeper by keeper
     "grad_kv_tokens": Stage(("rows", "keep"), ("PART", "BLOCK_M", "BLOCK_N")),  # level 0, by lists
     "grad_sum": Stage((), ("BLOCK",)),
-    "grad_gather": Stage(("keep",), ("ROWS",)),
+    "grad_gather": Stage(("rows", "keep"), ("ROWS", "BLOCK")),
 }
 
 LIMITS = {"num_warps": 32, "num_stages": 8, "maxnreg": 255}

@@ -25,7 +25,7 @@ BRANCHES = (
     spec("l2_top", 24, (3, 4), (4, 3), enrich=(2,)),
     spec("l2_none", 16, (4, 2), (2, 5), enrich="none"),
     spec("l2_unweighted", 16, (6, 2), (2, 3), reweight=False),
-    spec("l2_wide", 16, (64, 2), (2, 9)),
+    spec("l2_wide", 16, (64, 2), (2, 33)),  # and so many kept that keys are not taken keeper by keeper
     spec("l2_wide_above", 16, (2, 3), (30, 1)),
     # keys of a coarse level keeper by keeper, with the top's share and without; three splits of a keeper's queries
     spec("l2_keepers", 16, (24, 2), (3, 1)),
@@ -37,8 +37,8 @@ BRANCHES = (
     spec("l3", 16, (4, 2), (2, 3), (3, 2)),
     spec("l3_outer", 16, (3, 2), (2, 2), (3, 2), enrich=(1, 3)),
     spec("l3_middle", 16, (2, 2), (3, 2), (2, 3), enrich=(2,)),
-    spec("l3_keepers", 16, (8, 2), (2, 1), (3, 1), enrich=(1, 3)),  # what is handed down skips a level
-    spec("l3_between", 16, (16, 2), (2, 2), (2, 8)),  # keeper by keeper below a level by lists
+    spec("l3_keepers", 16, (32, 2), (2, 1), (3, 1), enrich=(1, 3)),  # what is handed down skips a level
+    spec("l3_between", 16, (32, 2), (2, 2), (2, 33)),  # keeper by keeper below a level by lists
     spec("l3_none", 16, (2, 3), (2, 2), (2, 2), enrich="none"),
     # four: two levels in the second step of the pyramid
     spec("l4", 16, (2, 3), (3, 2), (2, 2), (2, 2)),

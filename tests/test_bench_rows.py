@@ -218,7 +218,7 @@ def test_nothing_of_a_profile_is_lost(happened: list[Event], passes: int) -> Non
 @pytest.mark.parametrize("levels", [2, 3])
 def test_the_work_of_the_kernels_is_that_of_the_cost_model(levels: int) -> None:
     plan = lower(SPECS[levels])
-    cost = Cost(plan, schedule(plan, target("cuda:90"), 2), 2)
+    cost = Cost(plan, schedule(plan, target("cuda:90"), 2))
     needed, totals = work(cost, 65_536, 8), cost.totals
     assert set(needed) == {kernel.name for kernel in plan.kernels}
     assert sum(one.flops for one in needed.values()) == evaluate(totals.flops, 65_536, 8)

@@ -229,7 +229,7 @@ def test_a_wrong_spec_is_told_with_all_its_mistakes(command: str, place: Path) -
 def test_explain_as_json_is_the_cost_model(place: Path) -> None:
     data = call("explain tiny -n 1000 --heads 3 --dtype float32 --json").json
     plan = lower(load("spec/tiny.yaml"))
-    cost = Cost(plan, schedule(plan, target("cuda:90"), 4), 4)
+    cost = Cost(plan, schedule(plan, target("cuda:90"), 4), "float32")
     assert data["cost"]["forward_flops"] == evaluate(cost.totals.forward.flops, 1000, 3)
     assert data["cost"]["backward_bytes_moved"] == evaluate(cost.totals.backward.moved, 1000, 3)
     assert data["cost"]["saved_bytes"] == evaluate(cost.totals.saved, 1000, 3)

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llsa_gen import Level, Spec, compile, load
-from llsa_gen.cost import INTEGER_STAGES, Cost, dense, evaluate
+from llsa_gen.cost import BYTES, INTEGER_STAGES, Cost, dense, evaluate
 from llsa_gen.fuzz_cases import lengths, specs
 from llsa_gen.growth import growth, order, order_with_levels, smooth, top_share, with_another_level
-from llsa_gen.launches import Launch, record
+from llsa_gen.launches import Launch, dtype_name, record
 from llsa_gen.plan import Kernel, lower
 from llsa_gen.schedule import schedule, target
 from llsa_gen.sizes import HEADS, MAX_TOKENS, N
@@ -24,13 +24,13 @@ ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = sorted(path.stem for path in (ROOT / "spec").glob("*.yaml"))
 
 
-def cost_of(spec: Spec, element: int = 2) -> Cost:
+def cost_of(spec: Spec, dtype: str = "bfloat16") -> Cost:
     plan = lower(spec)
-    return Cost(plan, schedule(plan, target("cuda:90"), element), element)
+    return Cost(plan, schedule(plan, target("cuda:90"), BYTES[dtype]), dtype)
 
 
-def shipped(name: str, element: int = 2) -> Cost:
-    return cost_of(load(ROOT / "spec" / f"{name}.yaml"), element)
+def shipped(name: str) -> Cost:
+    return cost_of(load(ROOT / "spec" / f"{name}.yaml"))
 
 
 # ---- FLOPs ------------------------------------------------------------------------------------------------------
@@ -202,7 +202,7 @@ def spare_splits(cost: Cost, launches: list[Launch], n: int, heads: int) -> dict
         (splits,) = (one.arguments["splits"] for one in launches if one.kernel == f"grad_kv_l{level}_sum_kernel")
         for name in (f"split_grad_k_l{level}", f"split_grad_v_l{level}"):
             buffer = cost.plan.buffers[name]
-            real = 4 * evaluate(buffer.elements / splits_of(level), n, heads) * int(str(splits))
+            real = 2 * evaluate(buffer.elements / splits_of(level), n, heads) * int(str(splits))
             spare[name] = evaluate(cost.buffer_bytes(buffer), n, heads) - real
             assert spare[name] >= 0, "at most one row of shares for 8 queries, or one split"
     return spare
@@ -248,7 +248,7 @@ def test_saved_memory_is_what_autograd_keeps(name: str, n: int, dtype: torch.dty
     beside = kept[4:]  # q, k, v, o come first
     assert isinstance(o, torch.Tensor)
     assert [x.data_ptr() for x in kept[:4]] == [x.data_ptr() for x in (q, k, v, o)]
-    counted = evaluate(cost_of(attention.spec, q.element_size()).totals.saved, n, 4)
+    counted = evaluate(cost_of(attention.spec, dtype_name(q.dtype)).totals.saved, n, 4)
     assert sum(x.untyped_storage().nbytes() for x in beside) == counted
 
 

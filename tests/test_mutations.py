@@ -36,11 +36,13 @@ SHARES = fuzz.Case(spec("shares", 16, (16, 2), (4, 1)), n=48)
 # the keys of level 1 keeper by keeper, each of 72 queries in three splits
 KEEPERS = fuzz.Case(spec("keepers", 16, (24, 2), (3, 1)), n=3 * 72 + 5)
 # the same, two kept by each
-PAIRS = fuzz.Case(spec("pairs", 16, (24, 2), (2, 2)), n=3 * 48 + 5)
+PAIRS = fuzz.Case(spec("pairs", 16, (32, 2), (2, 2)), n=3 * 64 + 5)
+# one that all twelve keepers keep: more than are summed at a time
+CROWD = fuzz.Case(spec("crowd", 16, (32, 2), (2, 1)), n=12 * 64, popular=True)
 # 100 candidates, dealt to four warps in half precision
 MANY = fuzz.Case(spec("many", 16, (2, 3)), n=200, dtype="float16")
 # no loose ends; logits of several hundred, the larger the smaller the product
-NEGATIVE = fuzz.Case(spec("negative", 16, (16, 2), enrich="none"), n=48, std=8.0, scale=-3.0)
+NEGATIVE = fuzz.Case(spec("negative", 16, (64, 2), enrich="none"), n=192, std=8.0, scale=-3.0)
 STRIDES = fuzz.Case(TAILS.spec, n=13, heads=2, layouts=("contiguous", "transposed", "contiguous", "contiguous"))
 
 
@@ -75,7 +77,7 @@ KERNELS = (
     # the softmax
     mutation("sum not rescaled", "tiles.py", "total * shrink +", "total +"),
     mutation("values not rescaled", "tiles.py", "acc * tl.expand_dims(shrink, -1)", "acc"),
-    mutation("a negative scale", "tiles.py", "if scale >= 0:", "if scale >= -9e9:", NEGATIVE),
+    mutation("a peak that is too low", "attend.py", "tl.int32), 0) == 0:", "tl.int32), 0) == 9:", NEGATIVE),
     mutation("lse in base 2", "attend.py", "log_sum * LN2", "log_sum"),
     # tails
     mutation("list of a tile before", "walk", "(list_ptr, start + BLOCK_N,", "(list_ptr, start,", LONG_LISTS),
@@ -119,8 +121,8 @@ KERNELS = (
     mutation(
         "tokens under the top's gradient",
         "grad_kv.py",
-        "exists, grad_k / covered)",
-        "exists, grad_k / SPAN_{{ level }})",
+        "n_keys, grad_k / covered)",
+        "n_keys, grad_k / SPAN_{{ level }})",
     ),
     mutation(
         "coarse dk not handed down",
@@ -135,6 +137,7 @@ KERNELS = (
         "grad_k += 0.0 * load_rows(grad_k_l{{ above }}_ptr",
         KEEPERS,
     ),
+    mutation("the same keepers in every tile", "grad_kv.py", "start + ROWS + entry,", "start + entry,", CROWD),
     mutation("shares of another key", "grad_kv.py", "kept == parent, slot, 0", "kept == parent, 0, 0", PAIRS),
     mutation(
         "queries of the next keeper", "grad_kv.py", "% n_l{{ up }} + 1) * SPAN", "% n_l{{ up }} + 2) * SPAN", KEEPERS
@@ -142,8 +145,8 @@ KERNELS = (
     mutation(
         "all splits but the first",
         "grad_kv.py",
-        "range(0, splits):\n            share",
-        "range(0, 1):\n            share",
+        "range(0, splits):\n            row",
+        "range(0, 1):\n            row",
         KEEPERS,
     ),
     mutation(

@@ -148,7 +148,7 @@ def tensors_of(launch: Launch) -> Counter[tuple[int, torch.dtype]]:
 
 def planned_tensors(plan: Plan, kernel: Kernel, n: int, heads: int, **more: int) -> Counter[tuple[int, torch.dtype]]:
     """The same as the plan has it."""
-    dtypes = {"input": torch.float16, "float32": torch.float32, "int32": torch.int32}
+    dtypes = {"input": torch.float16, "share": torch.float32, "float32": torch.float32, "int32": torch.int32}
 
     def sizes() -> Iterator[tuple[int, torch.dtype]]:
         for name in (*kernel.reads, *kernel.writes):
