@@ -28,7 +28,7 @@ SPEC = {
     "name": "llsa_b64",
     "reweight": True,
 }
-OPERATOR = "llsa_b64_9ff3e8f1d5bde837"  # in torch.ops.llsa: the name of the spec and the hash of this text
+OPERATOR = "llsa_b64_2041d867b601f370"  # in torch.ops.llsa: the name of the spec and the hash of this text
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -302,7 +302,7 @@ def rank_keys(scores, token, candidate):
 @triton.jit
 def keep_best(best, keys, KEEP: tl.constexpr):
     """The KEEP largest rank keys of each row of `best` [.., M, KEEP], ascending, and of a tile of keys [.., M, N]."""
-    # ascending against descending: the element-wise larger ones are the KEEP largest of both, and rise, then fall
+    # ascending against descending: the element-wise larger ones are the KEEP largest of both, and fall, then rise
     return tl.bitonic_merge(tl.maximum(best, tl.topk(keys, KEEP)))
 
 

@@ -27,7 +27,7 @@ SPEC = {
     "name": "topk_b128",
     "reweight": True,
 }
-OPERATOR = "topk_b128_a2ce16703061c017"  # in torch.ops.llsa: the name of the spec and the hash of this text
+OPERATOR = "topk_b128_50320ada454253d3"  # in torch.ops.llsa: the name of the spec and the hash of this text
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -239,7 +239,7 @@ def rank_keys(scores, token, candidate):
 @triton.jit
 def keep_best(best, keys, KEEP: tl.constexpr):
     """The KEEP largest rank keys of each row of `best` [.., M, KEEP], ascending, and of a tile of keys [.., M, N]."""
-    # ascending against descending: the element-wise larger ones are the KEEP largest of both, and rise, then fall
+    # ascending against descending: the element-wise larger ones are the KEEP largest of both, and fall, then rise
     return tl.bitonic_merge(tl.maximum(best, tl.topk(keys, KEEP)))
 
 
@@ -360,17 +360,16 @@ def attend_kernel(
     list_ptr = kept_l1_ptr + (head * n_l1 + block) * width_l1
     lowest = tl.full([BLOCK_M], float("-inf"), tl.float32)
     if WHOLE:
-        # seen from above the highest of 16 logits, 2^(logit - peak) has room to be much smaller and much larger
+        # from the largest of 16 logits, which the list holds: no sum is much less than 1, and few are too large
         place = tl.arange(0, 16)
         key, exists = children(parents(list_ptr, 0, place, width_l1, BLOCK_1), 0, place, n_tokens, BLOCK_1, WHOLE)
         k = load_rows(k_base, key, stride_kn, exists)
-        logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-        anchor = tl.max(logits, 1) + (12.0 if q.dtype == tl.float16 else 24.0)
+        anchor = tl.max(tl.dot(q, tl.trans(k), input_precision="ieee") * scale, 1)
         peak, total, acc = attend_list(
             q, scale, anchor, k_base, stride_kn, v_base, stride_vn, list_ptr, width_l1, n_tokens, BLOCK_N, WHOLE, ANCHORED=True
         )
-        fits = total < (2.0**15 if q.dtype == tl.float16 else 2.0**64)
-        if tl.min(fits.to(tl.int32), 0) == 0:  # too large for the dtype of p somewhere, or not a number
+        fits = (total > 0.5) & (total < (2.0**15 if q.dtype == tl.float16 else 2.0**64))
+        if tl.min(fits.to(tl.int32), 0) == 0:  # too large for the dtype of p somewhere, or no number, or rounded away
             peak, total, acc = attend_list(
                 q, scale, lowest, k_base, stride_kn, v_base, stride_vn, list_ptr, width_l1, n_tokens, BLOCK_N, WHOLE, ANCHORED=False
             )

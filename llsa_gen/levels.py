@@ -166,7 +166,7 @@ class Levels:
 
         Tiles of many keys, then, where a key token has but b_(l+1) children; what each keeper adds to a key is stored
         apart and summed in a second pass. Worth its memory where a keeper covers twice as many queries as it keeps
-        keys, so that the shares of all take no more than q, and enough of them for a tile.
+        keys, so that the shares of a level take no more than q (float16: twice that), and enough of them for a tile.
         """
         return tuple(
             level

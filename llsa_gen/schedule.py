@@ -201,7 +201,7 @@ def _walk(plan: Plan, goal: Target, element: int, stage: str) -> tuple[Entry, tu
 
 
 def _grad_split(plan: Plan, element: int) -> Entry:
-    """dk, dv of the coarsest level, or of what a keeper keeps: for a tile of keys, over a long run of queries."""
+    """dk, dv of the coarsest level: for a tile of keys, over a long run of queries."""
     width = pad(plan.head_dim)
     if element == 4:
         return {"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 4 if width <= 128 else 8, "num_stages": 2}
@@ -210,7 +210,7 @@ def _grad_split(plan: Plan, element: int) -> Entry:
 
 
 def _grad_keeper(plan: Plan, goal: Target, element: int, level: int) -> Entry:
-    """dk, dv of what a keeper keeps: likewise, over the queries under the keeper."""
+    """dk, dv of what a keeper keeps: the same, over the queries under the keeper."""
     entry = _grad_split(plan, element)
     if goal.name in WGMMA and element == 2 and pad(plan.head_dim) == 64 and plan.span(level + 1) <= 1024:
         # a run so short is over before copies ahead pay; four programs on a multiprocessor hide each other's loads

@@ -70,7 +70,7 @@ def _wasteful(plan: Plan, stage: str, made: Mapping[str, int], entry: Mapping[st
     """Why a tile is larger than anything that could fill it."""
     rows = facts_of(plan, stage, 2, "long").get("rows")
     kind = stage_kind(plan, stage)
-    name = "BLOCK_N" if kind in ("grad_kv_coarse", "grad_kv_tokens") else "BLOCK_M"
+    name = {"grad_kv_coarse": "BLOCK_N", "grad_kv_tokens": "BLOCK_N", "grad_gather": "BLOCK"}.get(kind, "BLOCK_M")
     if rows is None or kind in ("invert", "grad_kv_keeper") or made[name] <= max(int(rows), entry[name]):
         return None
     return f"{name} {made[name]}: a block fills {rows} rows at the most"

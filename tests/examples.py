@@ -19,6 +19,7 @@ BRANCHES = (
     spec("l1_narrow", 16, (31, 2)),  # as wide as blocks that are grouped can be: two of 32 rows fill a tile
     spec("l1_loose", 16, (40, 2)),  # wider, and yet narrower than the tile that each has for itself
     spec("l1_wide_none", 16, (66, 2), enrich="none"),
+    spec("l1_whole_none", 16, (64, 2), enrich="none"),  # lists that fill their tiles
     # two levels: both enriched, one, the other, none
     spec("l2", 80, (12, 3), (5, 2)),
     spec("l2_fine", 16, (4, 2), (3, 2), enrich=(1,)),
@@ -29,6 +30,7 @@ BRANCHES = (
     spec("l2_wide_above", 16, (2, 3), (30, 1)),
     # keys of a coarse level keeper by keeper, with the top's share and without; three splits of a keeper's queries
     spec("l2_keepers", 16, (24, 2), (3, 1)),
+    spec("l2_keepers_many", 64, (32, 2), (5, 3)),  # several tiles of children, the last one short
     spec("l2_keepers_alone", 16, (40, 2), (3, 1), enrich=(1,), reweight=False),
     # a K too large to sort for, at the top and below it
     spec("l1_large", 8, (2, 65)),

@@ -41,7 +41,9 @@ PAIRS = fuzz.Case(spec("pairs", 16, (32, 2), (2, 2)), n=3 * 64 + 5)
 CROWD = fuzz.Case(spec("crowd", 16, (32, 2), (2, 1)), n=12 * 64, popular=True)
 # 100 candidates, dealt to four warps in half precision
 MANY = fuzz.Case(spec("many", 16, (2, 3)), n=200, dtype="float16")
-# no loose ends; logits of several hundred, the larger the smaller the product
+# no loose ends, so that the peak stays where it begins
+WHOLE_NONE = fuzz.Case(spec("whole_none", 16, (64, 2), enrich="none"), n=192, dtype="float16")
+# the same; logits of several hundred
 NEGATIVE = fuzz.Case(spec("negative", 16, (64, 2), enrich="none"), n=192, std=8.0, scale=-3.0)
 STRIDES = fuzz.Case(TAILS.spec, n=13, heads=2, layouts=("contiguous", "transposed", "contiguous", "contiguous"))
 
@@ -77,6 +79,7 @@ KERNELS = (
     # the softmax
     mutation("sum not rescaled", "tiles.py", "total * shrink +", "total +"),
     mutation("values not rescaled", "tiles.py", "acc * tl.expand_dims(shrink, -1)", "acc"),
+    mutation("a sum of some", "attend.py", "total += tl.sum(p, 1)", "total += tl.max(p, 1)", WHOLE_NONE),
     mutation("a peak that is too low", "attend.py", "tl.int32), 0) == 0:", "tl.int32), 0) == 9:", NEGATIVE),
     mutation("lse in base 2", "attend.py", "log_sum * LN2", "log_sum"),
     # tails
