@@ -174,16 +174,18 @@ def test_the_second_call_launches_what_triton_launched_in_the_first(
 ) -> None:
     tensors = draw(4096)
     first = launches(gpu, module, tensors, run)
-    if run is step:
-        assert len(gpu.log) == 15 and len(first) == 14, "no list of level 2 is cut: its kernel is only compiled"
-    else:
-        assert len(gpu.log) == len(first) == (4 if run is infer else 3)
+    assert len(gpu.log) == len(first) == (15 if run is step else 4 if run is infer else 3)
     assert {x.data_ptr() for x in tensors[: 2 if run is select else 3]} <= {
         x.data_ptr() for launch in gpu.log for x in launch.arguments if isinstance(x, Tensor)
     }
     assert launches(gpu, module, tensors, run) == first
     assert not any(isinstance(x, Tensor) for launch in gpu.log for x in launch.arguments), "but addresses"
     assert launches(gpu, module, draw(4096), run) == first, "other tensors of the same shapes"
+
+
+def test_a_launch_without_programs_is_only_compiled(gpu: PretendedGpu, module: ModuleType) -> None:
+    first = launches(gpu, module, draw(1024), step)
+    assert len(gpu.log) == 15 and len(first) == 14, "no list is long enough to be cut"
 
 
 def test_the_order_of_calls_does_not_matter(gpu: PretendedGpu, module: ModuleType) -> None:
@@ -382,7 +384,8 @@ def test_buffers_have_their_own_part_of_their_memory(
     assert all(begin % 256 == 0 for begin in begins), "as torch's own allocations"
     assert all(end <= begin for end, begin in zip(ends, [*begins[1:], memory.nbytes], strict=True))
     assert [tuple(x.shape) for x in tensors] == [at.shapes[name] for name in module.LAYOUTS[layout]]
-    assert [x.dtype for x in tensors] == [own or torch.bfloat16 for own in module.LAYOUTS[layout].values()]
+    own = {"input": torch.bfloat16, "share": torch.bfloat16}
+    assert [x.dtype for x in tensors] == [own.get(kind, kind) for kind in module.LAYOUTS[layout].values()]
     at.ready["grad_kv_l0_kernel"] = ()
     places = [begin for begin, _ in at.places[layout].values()]
     assert at.buffers(memory, layout, "grad_kv_l0_kernel") == [memory.data_ptr() + begin for begin in places]
