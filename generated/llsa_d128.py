@@ -28,7 +28,7 @@ SPEC = {
     "name": "llsa_d128",
     "reweight": True,
 }
-OPERATOR = "llsa_d128_48a9e5017937f8b0"  # in torch.ops.llsa: the name of the spec and the hash of this text
+OPERATOR = "llsa_d128_9128a4d06cf10e56"  # in torch.ops.llsa: the name of the spec and the hash of this text
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -54,8 +54,8 @@ UNSPECIALISED = [
 # Tile shapes: target, bytes of an element, kernel.
 TILES_1 = {
     "pool": {"CHILDREN": 8, "ROWS": 8, "num_warps": 2},
-    "select_l1": {"BLOCK_M": 16, "BLOCK_N": 32, "KEEP": 8, "num_warps": 1, "num_stages": 2},
-    "select_l2": {"BLOCK_M": 16, "BLOCK_N": 64, "KEEP": 8, "num_warps": 4, "num_stages": 2, "SPLIT": 4},
+    "select_l1": {"BLOCK_M": 16, "BLOCK_N": 32, "KEEP": 8, "num_warps": 1, "num_stages": 2, "DOUBLES": 0},
+    "select_l2": {"BLOCK_M": 16, "BLOCK_N": 64, "KEEP": 8, "num_warps": 4, "num_stages": 2, "DOUBLES": 0, "SPLIT": 4},
     "attend": {"GROUP": 4, "BLOCK_M": 16, "BLOCK_C": 64, "BLOCK_N": 16, "num_warps": 4, "num_stages": 3, "AHEAD": 0},
     "count": {"BLOCK": 256, "num_warps": 8},
     "scan": {"BLOCK": 1024, "num_warps": 4},
@@ -70,8 +70,8 @@ TILES_1 = {
 }
 TILES_2 = {
     "pool": {"CHILDREN": 8, "ROWS": 8, "num_warps": 2},
-    "select_l1": {"BLOCK_M": 16, "BLOCK_N": 32, "KEEP": 8, "num_warps": 1, "num_stages": 2},
-    "select_l2": {"BLOCK_M": 16, "BLOCK_N": 32, "KEEP": 8, "num_warps": 1, "num_stages": 2, "SPLIT": 1},
+    "select_l1": {"BLOCK_M": 16, "BLOCK_N": 32, "KEEP": 8, "num_warps": 1, "num_stages": 2, "DOUBLES": 0},
+    "select_l2": {"BLOCK_M": 16, "BLOCK_N": 32, "KEEP": 8, "num_warps": 1, "num_stages": 2, "DOUBLES": 0, "SPLIT": 1},
     "attend": {"GROUP": 2, "BLOCK_M": 16, "BLOCK_C": 16, "BLOCK_N": 16, "num_warps": 8, "num_stages": 2, "AHEAD": 0},
     "count": {"BLOCK": 256, "num_warps": 8},
     "scan": {"BLOCK": 1024, "num_warps": 4},
@@ -86,8 +86,24 @@ TILES_2 = {
 }
 TILES_3 = {
     "pool": {"CHILDREN": 8, "ROWS": 8, "num_warps": 2},
-    "select_l1": {"BLOCK_M": 16, "BLOCK_N": 32, "KEEP": 8, "num_warps": 1, "num_stages": 2},
-    "select_l2": {"BLOCK_M": 16, "BLOCK_N": 64, "KEEP": 8, "num_warps": 4, "num_stages": 2, "SPLIT": 4},
+    "select_l1": {"BLOCK_M": 16, "BLOCK_N": 32, "KEEP": 8, "num_warps": 1, "num_stages": 2, "DOUBLES": 1},
+    "select_l2": {"BLOCK_M": 16, "BLOCK_N": 64, "KEEP": 8, "num_warps": 4, "num_stages": 2, "DOUBLES": 1, "SPLIT": 4},
+    "attend": {"GROUP": 4, "BLOCK_M": 16, "BLOCK_C": 64, "BLOCK_N": 16, "num_warps": 4, "num_stages": 3, "AHEAD": 0},
+    "count": {"BLOCK": 256, "num_warps": 8},
+    "scan": {"BLOCK": 1024, "num_warps": 4},
+    "invert_l1": {"BLOCK_M": 128, "KEYS": 16, "num_warps": 4},
+    "invert_l2": {"BLOCK_M": 128, "KEYS": 32, "num_warps": 4},
+    "grad_q": {"GROUP": 4, "BLOCK_M": 16, "BLOCK_C": 32, "BLOCK_N": 16, "num_warps": 4, "num_stages": 3, "AHEAD": 0},
+    "grad_kv_l2": {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
+    "grad_sum": {"BLOCK": 2, "num_warps": 4},
+    "grad_kv_l1": {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
+    "grad_gather_l1": {"ROWS": 8, "BLOCK": 1, "KEEP": 8, "num_warps": 1},
+    "grad_kv_l0": {"PART": 64, "BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 1, "num_stages": 2},
+}
+TILES_4 = {
+    "pool": {"CHILDREN": 8, "ROWS": 8, "num_warps": 2},
+    "select_l1": {"BLOCK_M": 16, "BLOCK_N": 32, "KEEP": 8, "num_warps": 1, "num_stages": 2, "DOUBLES": 0},
+    "select_l2": {"BLOCK_M": 16, "BLOCK_N": 64, "KEEP": 8, "num_warps": 4, "num_stages": 2, "DOUBLES": 0, "SPLIT": 4},
     "attend": {"GROUP": 4, "BLOCK_M": 16, "BLOCK_C": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 3, "AHEAD": 0},
     "count": {"BLOCK": 256, "num_warps": 8},
     "scan": {"BLOCK": 1024, "num_warps": 4},
@@ -105,8 +121,8 @@ SCHEDULES = {
     "cuda:120": {2: TILES_1, 4: TILES_2},
     "cuda:80": {2: TILES_1, 4: TILES_2},
     "cuda:86": {2: TILES_1, 4: TILES_2},
-    "cuda:90": {2: TILES_1, 4: TILES_2},
-    "hip:gfx942": {2: TILES_3, 4: TILES_2},
+    "cuda:90": {2: TILES_3, 4: TILES_2},
+    "hip:gfx942": {2: TILES_4, 4: TILES_2},
 }
 
 # ---- tiles -----------------------------------------------------------------------------------------------------------
@@ -273,14 +289,21 @@ def pool_l1_kernel(
 
 
 @triton.jit
-def rank_keys(scores, token, candidate):
-    """int64 keys that order candidates by score, of equal scores the lower token first; EMPTY where no candidate.
+def rank_keys(scores, token, candidate, DOUBLES: tl.constexpr):
+    """Keys that order candidates by score, of equal scores the lower token first; EMPTY where no candidate.
 
-    The high half is the float's bit pattern made monotonic, the low half counts down with the token.
+    int64: the high half is the float's bit pattern made monotonic, the low half counts down with the token. DOUBLES: the
+    same order as float64, which some GPUs compare in one instruction; bits as they are, and NaN a number above infinity.
     """
-    bits = tl.where(scores == 0.0, 0.0, scores).to(tl.int32, bitcast=True)
-    high = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64) << 32
-    return tl.where(candidate, high | (0x7FFFFFFF - token).to(tl.int64), EMPTY)
+    bits = (scores + 0.0).to(tl.int32, bitcast=True)  # of -0, too, those of 0
+    if DOUBLES:
+        bits = tl.where(scores == scores, bits, 0x7F800001)
+        low = tl.where(bits < 0, token, 0x7FFFFFFF - token)  # of negative numbers, the one with more bits is the lower
+        key = ((bits.to(tl.int64) << 32) | low).to(tl.float64, bitcast=True)
+        return tl.where(candidate, key, float("-inf"))
+    else:
+        high = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64) << 32
+        return tl.where(candidate, high | (0x7FFFFFFF - token).to(tl.int64), EMPTY)
 
 
 @triton.jit
@@ -291,10 +314,24 @@ def keep_best(best, keys, KEEP: tl.constexpr):
 
 
 @triton.jit
-def store_kept(kept_ptr, row, width, inside, best, KEEP: tl.constexpr):
+def no_keys(shape: tl.constexpr, DOUBLES: tl.constexpr):
+    """Rank keys of no token at all."""
+    if DOUBLES:
+        return tl.full(shape, float("-inf"), tl.float64)
+    else:
+        return tl.full(shape, EMPTY, tl.int64)
+
+
+@triton.jit
+def store_kept(kept_ptr, row, width, inside, best, KEEP: tl.constexpr, DOUBLES: tl.constexpr):
     """Write the tokens of the best rank keys, best first, to rows of `width`; -1 where there are fewer."""
     place = KEEP - 1 - tl.arange(0, KEEP)
-    token = tl.where(best == EMPTY, -1, 0x7FFFFFFF - (best & 0x7FFFFFFF)).to(tl.int32)
+    if DOUBLES:
+        bits = best.to(tl.int64, bitcast=True)
+        low = bits & 0x7FFFFFFF
+        token = tl.where(best == float("-inf"), -1, tl.where(bits < 0, low, 0x7FFFFFFF - low)).to(tl.int32)
+    else:
+        token = tl.where(best == EMPTY, -1, 0x7FFFFFFF - (best & 0x7FFFFFFF)).to(tl.int32)
     at = row.to(tl.int64)[:, None] * width + place[None, :]
     tl.store(kept_ptr + at, token, mask=inside[:, None] & (place < width)[None, :])
 
@@ -304,7 +341,7 @@ def select_l2_kernel(
     q_l2_ptr, k_l2_ptr,  # [B*H, T_2, D]
     kept_l2_ptr, width,  # [B*H, T_2, width] int32, out
     n_tokens,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, KEEP: tl.constexpr, SPLIT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, KEEP: tl.constexpr, DOUBLES: tl.constexpr, SPLIT: tl.constexpr,
 ):
     """I^(2): the K_2 = 8 best of all T_2 key tokens, for each query token of the coarsest level.
 
@@ -320,26 +357,26 @@ def select_l2_kernel(
     q = load_rows(q_l2_ptr + head * n_l2 * HEAD_DIM, row, HEAD_DIM, inside)
 
     if SPLIT == 1:
-        best = tl.full([BLOCK_M, KEEP], EMPTY, tl.int64)
+        best = no_keys([BLOCK_M, KEEP], DOUBLES)
         for start in range(0, n_candidates, BLOCK_N):
             token = start + tl.arange(0, BLOCK_N)
             candidate = token < n_l2
             k = load_rows(k_ptr, token, HEAD_DIM, candidate)
             scores = tl.dot(q, tl.trans(k), input_precision="ieee")
-            keys = rank_keys(scores, token[None, :], candidate[None, :])
+            keys = rank_keys(scores, token[None, :], candidate[None, :], DOUBLES)
             best = keep_best(best, keys, KEEP)
     else:
         q = tl.broadcast_to(q[None, :, :], [SPLIT, BLOCK_M, PAD_DIM])
-        best = tl.full([SPLIT, BLOCK_M, KEEP], EMPTY, tl.int64)
+        best = no_keys([SPLIT, BLOCK_M, KEEP], DOUBLES)
         share = tl.arange(0, SPLIT)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
         for start in range(0, n_candidates, SPLIT * BLOCK_N):
             token = start + share
             candidate = token < n_l2
             k = load_rows(k_ptr, token, HEAD_DIM, candidate)
             scores = tl.dot(q, tl.permute(k, (0, 2, 1)), input_precision="ieee")
-            best = keep_best(best, rank_keys(scores, token[:, None, :], candidate[:, None, :]), KEEP)
+            best = keep_best(best, rank_keys(scores, token[:, None, :], candidate[:, None, :], DOUBLES), KEEP)
         best = tl.bitonic_merge(tl.topk(tl.reshape(tl.permute(best, (1, 0, 2)), [BLOCK_M, SPLIT * KEEP]), KEEP))
-    store_kept(kept_l2_ptr + head * n_l2 * width, row, width, inside, best, KEEP)
+    store_kept(kept_l2_ptr + head * n_l2 * width, row, width, inside, best, KEEP, DOUBLES)
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
@@ -348,7 +385,7 @@ def select_l1_kernel(
     kept_l2_ptr, width_above,  # [B*H, T_2, width_above] int32
     kept_l1_ptr, width,  # [B*H, T_1, width] int32, out
     n_tokens,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, KEEP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, KEEP: tl.constexpr, DOUBLES: tl.constexpr,
 ):
     """I^(1): the K_1 = 8 best children of I^(2), for the query tokens under one parent.
 
@@ -367,16 +404,16 @@ def select_l1_kernel(
     k_ptr = k_l1_ptr + head * n_l1 * HEAD_DIM
     q = load_rows(q_l1_ptr + head * n_l1 * HEAD_DIM, row, HEAD_DIM, inside)
 
-    best = tl.full([BLOCK_M, KEEP], EMPTY, tl.int64)
+    best = no_keys([BLOCK_M, KEEP], DOUBLES)
     for start in range(0, n_candidates, BLOCK_N):
         within = tl.arange(0, BLOCK_N)
         kept_above = parents(kept_above_ptr, start, within, width_above, BLOCK_2)
         token, candidate = children(kept_above, start, within, n_l1, BLOCK_2, False)
         k = load_rows(k_ptr, token, HEAD_DIM, candidate)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
-        keys = rank_keys(scores, token[None, :], candidate[None, :])
+        keys = rank_keys(scores, token[None, :], candidate[None, :], DOUBLES)
         best = keep_best(best, keys, KEEP)
-    store_kept(kept_l1_ptr + head * n_l1 * width, row, width, inside, best, KEEP)
+    store_kept(kept_l1_ptr + head * n_l1 * width, row, width, inside, best, KEEP, DOUBLES)
 
 
 # ---- attention -------------------------------------------------------------------------------------------------------
@@ -496,7 +533,7 @@ def attend_kernel(
     total = tl.reshape(total, [GROUP * BLOCK_M])
     acc = tl.reshape(acc, [GROUP * BLOCK_M, PAD_DIM])
 
-    store_rows(o_ptr + head * n_tokens * HEAD_DIM, token, HEAD_DIM, inside, acc / total[:, None])
+    store_rows(o_ptr + head * n_tokens * HEAD_DIM, token, HEAD_DIM, inside, acc * (1.0 / total)[:, None])
     log_sum = peak + tl.log2(total)
     tl.store(lse_ptr + head * n_tokens + token, log_sum * LN2, mask=inside)
     if q.dtype != tl.float32:  # half precision rounds more than this sum: the backward pass is spared a product

@@ -34,6 +34,10 @@ USUAL_TOKENS = LENGTHS["medium"]
 WGMMA = ("cuda:90",)
 """Targets whose matrix units take 64 rows from four warps at once, and both operands from shared memory."""
 
+DOUBLES = ("cuda:90",)
+"""Targets that sort faster by float64 than by int64: two integer instructions a comparison, and a float64 unit that
+keeps up. Most GPUs have next to none."""
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -85,7 +89,7 @@ def _rules(plan: Plan, goal: Target, element: int) -> dict[str, tuple[Entry, tup
     if plan.top > 2:
         result["pool_sums"] = _pool_sums(plan), ()
     for level in plan.levels:
-        result[f"select_l{level}"] = _select(plan, element, level), ()
+        result[f"select_l{level}"] = _select(plan, goal, element, level), ()
     result["attend"] = _walk(plan, goal, element, "attend")
     result["count"] = {"BLOCK": 256, "num_warps": 8}, ()
     result["scan"] = {"BLOCK": 1024, "num_warps": 4}, ()
@@ -93,7 +97,7 @@ def _rules(plan: Plan, goal: Target, element: int) -> dict[str, tuple[Entry, tup
         result[f"invert_l{level}"] = _invert(plan, level), ()
     result["grad_q"] = _walk(plan, goal, element, "grad_q")
     if plan.attends_top:
-        result[f"grad_kv_l{plan.top}"] = _grad_split(plan, element), ()
+        result[f"grad_kv_l{plan.top}"] = _grad_split(plan, goal, element), ()
         result["grad_sum"] = _grad_sum(plan), ()
     for level in reversed(plan.by_keeper):
         result[f"grad_kv_l{level}"] = _grad_keeper(plan, goal, element, level), ()
@@ -116,13 +120,13 @@ def _pool_sums(plan: Plan) -> Entry:
     return {"CHILDREN": children, "ROWS": min(16, pad(plan.block(3), 1)), "num_warps": 1 if children == 1 else 4}
 
 
-def _select(plan: Plan, element: int, level: int) -> Entry:
+def _select(plan: Plan, goal: Target, element: int, level: int) -> Entry:
     if level not in plan.sorted_levels:
         return {"BLOCK_M": 16, "BLOCK_N": 64 if element == 2 else 32, "num_warps": 4, "num_stages": 2}
     keep = pad(plan.topk(level), 1)
-    # sorting networks live in registers, in those of a warp where a row's candidates are few
-    entry = {"BLOCK_M": 16, "BLOCK_N": max(32, keep), "KEEP": keep}
-    entry |= {"num_warps": 1 if keep <= 16 else 4, "num_stages": 2}
+    # sorting networks live in registers, those of one warp: between warps, every step goes through shared memory
+    entry = {"BLOCK_M": 16, "BLOCK_N": max(32, keep), "KEEP": keep, "num_warps": 1, "num_stages": 2}
+    entry["DOUBLES"] = int(element == 2 and goal.name in DOUBLES)  # float32 waits for its products anyway
     if level == plan.top:
         entry["SPLIT"] = 1
         if element == 2 and keep <= 16:  # few queries, each with many candidates
@@ -163,19 +167,21 @@ def _walk(plan: Plan, goal: Target, element: int, stage: str) -> tuple[Entry, tu
     """`attend` and `grad_q`: for a tile of queries, over tiles of keys."""
     width = pad(plan.head_dim)
     rows = pad(plan.block(1))
+    attend = stage == "attend"
+    # matrix units that read both operands from shared memory leave registers for 64 rows of 256 sums, but no gradients
+    wide = attend and goal.name in WGMMA
     if plan.grouped:
-        group = max(1, (64 if element == 2 and width <= 128 else 32) // rows)
+        group = max(1, (64 if element == 2 and (width <= 128 or wide) else 32) // rows)
         if plan.blocks_sharing is not None:
             group = min(group, pad(plan.blocks_sharing, 1))
         # fine keys come by the block; of coarse ones, registers hold more where no gradient stands beside the sums
-        attend = stage == "attend"
         entry = {"GROUP": group, "BLOCK_M": rows, "BLOCK_C": 64 if attend else 32, "BLOCK_N": rows}
         entry |= {"num_warps": 2 if width <= 64 else 4, "num_stages": 2 if attend and width <= 64 else 3}
         # what is worked out ahead takes registers, or spares some: float32 halves what grad_q spills
         entry |= {"AHEAD": int(element == 4 and width <= 64)}
-        if width == 64 and (group, rows) == (4, 16) and goal.name in WGMMA:
-            # a warp a block, and four programs at a time on a multiprocessor
-            entry |= {"num_warps": 4, "AHEAD": 1} | _capped(goal, 128)
+        if width <= 64 and (group, rows) == (4, 16) and goal.name in WGMMA:
+            # a warp a block, and four programs at a time on a multiprocessor, five where heads are short
+            entry |= {"num_warps": 4, "AHEAD": 1} | _capped(goal, 128 if width == 64 else 96)
             if attend and plan.topk(1) * plan.block(1) % 32 == 0:  # four warps with 16 rows of v meet in the same banks
                 entry["BLOCK_N"] = 32
     elif rows < 64:
@@ -193,6 +199,8 @@ def _walk(plan: Plan, goal: Target, element: int, stage: str) -> tuple[Entry, tu
             entry["BLOCK_M"] = min(rows, 32)
     elif width == 256:
         entry |= {"num_warps": 8, "num_stages": 2}
+        if plan.grouped and goal.name in WGMMA:  # a warp for 16 rows, and keys that its registers hold
+            entry |= {"num_warps": max(1, entry["GROUP"] * rows // 16), "BLOCK_C": 32, "BLOCK_N": 16}
     if not plan.enriched:
         entry.pop("BLOCK_C", None)
     elif "BLOCK_C" not in entry:
@@ -200,21 +208,25 @@ def _walk(plan: Plan, goal: Target, element: int, stage: str) -> tuple[Entry, tu
     return _fit(entry, goal, stage, width, element)
 
 
-def _grad_split(plan: Plan, element: int) -> Entry:
+def _grad_split(plan: Plan, goal: Target, element: int) -> Entry:
     """dk, dv of the coarsest level: for a tile of keys, over a long run of queries."""
     width = pad(plan.head_dim)
     if element == 4:
         return {"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 4 if width <= 128 else 8, "num_stages": 2}
-    rows, keys = (128, 64) if width <= 64 else (64, 64) if width == 128 else (32, 32)
-    return {"BLOCK_M": rows, "BLOCK_N": keys, "num_warps": 4, "num_stages": 2}
+    if width == 256:
+        if goal.name in WGMMA:
+            return {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}
+        return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
+    return {"BLOCK_M": 128 if width <= 64 else 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3 if width <= 32 else 2}
 
 
 def _grad_keeper(plan: Plan, goal: Target, element: int, level: int) -> Entry:
     """dk, dv of what a keeper keeps: the same, over the queries under the keeper."""
-    entry = _grad_split(plan, element)
-    if goal.name in WGMMA and element == 2 and pad(plan.head_dim) == 64 and plan.span(level + 1) <= 1024:
+    width = pad(plan.head_dim)
+    entry = _grad_split(plan, goal, element)
+    if goal.name in WGMMA and element == 2 and width <= 64 and plan.span(level + 1) <= 16 * width:
         # a run so short is over before copies ahead pay; four programs on a multiprocessor hide each other's loads
-        entry |= {"BLOCK_M": 32, "num_stages": 1} | _capped(goal, 128)
+        entry |= {"BLOCK_M": 32, "num_stages": 1} | _capped(goal, 128 if width == 64 else 96)
     return entry | {"BLOCK_N": min(entry["BLOCK_N"], pad(plan.most_kept(level + 1) * plan.block(level + 1)))}
 
 
@@ -243,10 +255,12 @@ def _grad_listed(plan: Plan, goal: Target, element: int, level: int) -> Entry:
         # one block of queries is 16 rows or so; a token of a coarser level is a long run of them
         entry |= {"BLOCK_M": 128 if level else 32 if width <= 64 else 16, "BLOCK_N": 16}
         entry |= {"num_warps": 4 if level else 1, "num_stages": 3 if width <= 64 else 2}
-        return entry | (_capped(goal, 168) if width <= 64 else {})
+        return entry | (_capped(goal, 168 if width == 64 else 128) if width <= 64 else {})
     keys = min(children, 128 if width <= 64 else 64 if width == 128 else 32)
     rows = 128 if level and keys <= 64 and width <= 64 else 32
     entry |= {"BLOCK_M": rows, "BLOCK_N": keys, "num_warps": 4, "num_stages": 2}
+    if keys == rows == 32 and width <= 128:  # more warps would wait for each other
+        entry["num_warps"] = 1 if width <= 32 else 2
     if rows == 32 and keys <= 64 and width <= 64:
         entry |= _capped(goal, 168)  # it would take 180, and one program less would fit
     return entry

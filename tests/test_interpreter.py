@@ -65,6 +65,35 @@ def test_kernels_agree_with_the_reference(chosen: Spec) -> None:
     fuzz.run(fuzz.Case(chosen, n=37 if n < 20 else n, layouts=MIXED)).raise_if_failed()
 
 
+@pytest.fixture(params=["cuda:90", "cuda:120"])
+def other_gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Spec:
+    """A spec whose kernels get the schedule of another GPU than the interpreter's usual cuda:80."""
+    chosen = spec("other_gpu", 16, (16, 3), (4, 5))
+    module = compile(chosen).module
+    monkeypatch.setattr(module, "prepared", module.prepared.__wrapped__)  # which remembers schedules
+    monkeypatch.setattr(module, "target_of", lambda device: request.param)
+    return chosen
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("values", ["normal", "integers", "zero_queries"])
+def test_the_schedule_of_another_gpu(other_gpu: Spec, dtype: fuzz.DType, values: fuzz.Values) -> None:
+    # what differs in more than tiles is how candidates are ordered: by float64, or by int64
+    fuzz.run(fuzz.Case(other_gpu, n=16 * 4 * 4 + 21, dtype=dtype, values=values)).raise_if_failed()
+
+
+def test_scores_that_are_no_numbers(other_gpu: Spec) -> None:
+    q, k = (torch.randn(1, 1, 277, 16, generator=torch.Generator().manual_seed(0)) for _ in range(2))
+    k[:, :, 40:50] = float("nan")
+    q[:, :, 60:70] = float("inf")
+    for level, kept in enumerate(compile(other_gpu).select(q, k), start=1):
+        tokens = -(-277 // other_gpu.span(level))
+        assert ((kept >= 0) & (kept < tokens)).sum(-1).min() == min(other_gpu.levels[level - 1].topk, tokens)
+        for row in kept.flatten(0, 2):
+            assert len(set(row.tolist())) == len(row)  # no token twice, whatever NaN compares like
+    assert (compile(other_gpu).select(q, k)[1] == 0).any(-1).all()  # NaN is above all numbers: all keep its token
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_a_peak_that_stays(dtype: fuzz.DType) -> None:
     chosen = next(chosen for chosen in BRANCHES if chosen.name == "l1_whole_none")

@@ -112,7 +112,7 @@ def test_every_stage_has_a_kind_and_facts_and_rules_that_are_legal(chosen: Spec)
         for stage, choice in choices(plan, BARE, element).items():
             kind = stage_kind(plan, stage)
             assert set(facts_of(plan, stage, element, "short")) == {"element", "pad_dim", "length", *STAGES[kind].facts}
-            assert {*choice.entry} <= {*STAGES[kind].tiles, *LIMITS, "KEEP", "KEYS", "AHEAD"}
+            assert {*choice.entry} <= {*STAGES[kind].tiles, *LIMITS, "KEEP", "KEYS", "AHEAD", "DOUBLES"}
             assert misfit(plan, stage, choice.entry, choice.entry, element, BARE.shared_memory) is None
 
 
@@ -264,3 +264,27 @@ def test_four_warps_where_they_take_64_rows_at_once(topk: int) -> None:
         entries = {name: one[stage] for name, one in made.items()}
         assert {name for name, one in entries.items() if one["AHEAD"]} == {"cuda:90"}
         assert {name: one["num_warps"] for name, one in entries.items()} == {name: 2 for name in made} | {"cuda:90": 4}
+
+
+def test_head_dims_that_share_the_rules_of_64_and_those_that_do_not() -> None:
+    made = {
+        dim: schedule(lower(spec("dims", dim, (16, 8), (16, 8))), targets()["cuda:90"], 2) for dim in (32, 64, 128, 256)
+    }
+    assert {dim: (one["attend"]["GROUP"], one["attend"]["num_warps"]) for dim, one in made.items()} == {
+        32: (4, 4), 64: (4, 4), 128: (4, 4), 256: (4, 4),
+    }  # fmt: skip
+    assert [one["attend"].get("maxnreg") for one in made.values()] == [96, 128, None, None]
+    # beside gradients, registers do not hold 64 rows of 256
+    assert [one["grad_q"]["GROUP"] for one in made.values()] == [4, 4, 4, 2]
+    for one in made.values():  # a warp for 16 rows
+        for stage in ("attend", "grad_q"):
+            assert one[stage]["num_warps"] * 16 == one[stage]["GROUP"] * one[stage]["BLOCK_M"]
+
+
+@pytest.mark.parametrize("topk", [1, 8, 32, 64])
+def test_a_sorting_network_lives_in_one_warp(topk: int) -> None:
+    for goal in targets().values():
+        for element in (2, 4):
+            entry = schedule(lower(spec("sort", 64, (16, topk), (16, 8))), goal, element)["select_l1"]
+            assert entry["num_warps"] == 1
+            assert entry["DOUBLES"] == (element == 2 and goal.name == "cuda:90")
