@@ -155,7 +155,7 @@ def _guides(axes: Axes, found: Sequence[Line]) -> None:
         end = min(right / 1.06, left * (high / start) ** (1 / power))
         top = start * (end / left) ** power
         axes.plot([left, end], [start, top], color=FAINT, linestyle=(0, (4, 4)), linewidth=1.4, zorder=1)
-        at = left * (end / left) ** 0.86
+        at = left * (end / left) ** 0.94  # beyond the names of lines that end before it
         axes.text(at, start * (at / left) ** power / 1.12, f"~{text}", color=MUTED, fontsize=11, va="top", zorder=1)
 
 
