@@ -28,7 +28,7 @@ SPEC = {
     "name": "llsa_l2",
     "reweight": True,
 }
-OPERATOR = "llsa_l2_a77869987b02e71d"  # in torch.ops.llsa: the name of the spec and the hash of this text
+OPERATOR = "llsa_l2_4d3e668c4730f6c8"  # in torch.ops.llsa: the name of the spec and the hash of this text
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -290,12 +290,12 @@ def pool_l1_kernel(
 
 @triton.jit
 def rank_keys(scores, token, candidate, DOUBLES: tl.constexpr):
-    """Keys that order candidates by score, of equal scores the lower token first; EMPTY where no candidate.
+    """Keys that order candidates by score, of equal scores the lower token first; the lowest of all where no candidate.
 
     int64: the high half is the float's bit pattern made monotonic, the low half counts down with the token. DOUBLES: the
     same order as float64, which some GPUs compare in one instruction; bits as they are, and NaN a number above infinity.
     """
-    bits = (scores + 0.0).to(tl.int32, bitcast=True)  # of -0, too, those of 0
+    bits = tl.where(scores == 0.0, 0.0, scores).to(tl.int32, bitcast=True)  # of -0, too, those of 0
     if DOUBLES:
         bits = tl.where(scores == scores, bits, 0x7F800001)
         low = tl.where(bits < 0, token, 0x7FFFFFFF - token)  # of negative numbers, the one with more bits is the lower

@@ -2,9 +2,10 @@
 
 A target is `cuda:<compute capability * 10>` or `hip:<gfx name>`. The last row of its table that matches decides
 (`llsa_gen.schedule_table`); where no row does, or what it says does not fit, the rules below. They know no more of a
-GPU than the size of its shared memory, and whether four warps multiply 64 rows at once (`WGMMA`), so a spec or a head
-dim that nobody has measured still gets tiles that suit it. A GPU that has no table gets that of the nearest older one,
-at run time: `target_of` in the generated module. Nothing here knows what a kernel computes.
+GPU than the size of its shared memory, whether four warps multiply 64 rows at once (`WGMMA`) and whether float64 sorts
+faster (`DOUBLES`), so a spec or a head dim that nobody has measured still gets tiles that suit it. A GPU that has no
+table gets that of the nearest older one, at run time: `target_of` in the generated module. Nothing here knows what a
+kernel computes.
 """
 
 from collections.abc import Mapping
@@ -35,8 +36,8 @@ WGMMA = ("cuda:90",)
 """Targets whose matrix units take 64 rows from four warps at once, and both operands from shared memory."""
 
 DOUBLES = ("cuda:90",)
-"""Targets that sort faster by float64 than by int64: two integer instructions a comparison, and a float64 unit that
-keeps up. Most GPUs have next to none."""
+"""Targets known to sort faster by float64 than by int64: two integer instructions a comparison, and float64 units that
+keep up. Consumer cards have next to none; other GPUs that have them were not measured."""
 
 
 @dataclass(frozen=True)
