@@ -169,10 +169,10 @@ def _walk(plan: Plan, goal: Target, element: int, stage: str) -> tuple[Entry, tu
     width = pad(plan.head_dim)
     rows = pad(plan.block(1))
     attend = stage == "attend"
-    # matrix units that read both operands from shared memory leave registers for 64 rows of 256 sums, but no gradients
-    wide = attend and goal.name in WGMMA
     if plan.grouped:
-        group = max(1, (64 if element == 2 and (width <= 128 or wide) else 32) // rows)
+        # products with both operands in shared memory leave registers for 64 rows of 256, if no gradients stand beside
+        fills = element == 2 and (width <= 128 or (attend and goal.name in WGMMA))
+        group = max(1, (64 if fills else 32) // rows)
         if plan.blocks_sharing is not None:
             group = min(group, pad(plan.blocks_sharing, 1))
         # fine keys come by the block; of coarse ones, registers hold more where no gradient stands beside the sums
@@ -190,7 +190,7 @@ def _walk(plan: Plan, goal: Target, element: int, stage: str) -> tuple[Entry, tu
         entry |= _capped(goal, 128) if width <= 64 and element == 2 else {}
     else:
         entry = {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3 if width <= 64 else 2}
-        if stage == "attend" and width <= 64 and element == 2:
+        if attend and width <= 64 and element == 2:
             # without wgmma it would take 177, and one program less would fit; without coarse keys it needs fewer
             entry |= _capped(goal, 168 if plan.enriched else 128)
     if element == 4:
@@ -201,7 +201,7 @@ def _walk(plan: Plan, goal: Target, element: int, stage: str) -> tuple[Entry, tu
     elif width == 256:
         entry |= {"num_warps": 8, "num_stages": 2}
         if plan.grouped and goal.name in WGMMA:  # a warp for 16 rows, and keys that its registers hold
-            entry |= {"num_warps": max(1, entry["GROUP"] * rows // 16), "BLOCK_C": 32, "BLOCK_N": 16}
+            entry |= {"num_warps": entry["GROUP"] * rows // 16, "BLOCK_C": 32, "BLOCK_N": 16}
     if not plan.enriched:
         entry.pop("BLOCK_C", None)
     elif "BLOCK_C" not in entry:
@@ -226,7 +226,8 @@ def _grad_keeper(plan: Plan, goal: Target, element: int, level: int) -> Entry:
     width = pad(plan.head_dim)
     entry = _grad_split(plan, goal, element)
     if goal.name in WGMMA and element == 2 and width <= 64 and plan.span(level + 1) <= 16 * width:
-        # a run so short is over before copies ahead pay; four programs on a multiprocessor hide each other's loads
+        # a run so short (1,024 queries at D = 64) is over before copies ahead pay; four or five programs on a
+        # multiprocessor hide each other's loads
         entry |= {"BLOCK_M": 32, "num_stages": 1} | _capped(goal, 128 if width == 64 else 96)
     return entry | {"BLOCK_N": min(entry["BLOCK_N"], pad(plan.most_kept(level + 1) * plan.block(level + 1)))}
 
@@ -260,7 +261,7 @@ def _grad_listed(plan: Plan, goal: Target, element: int, level: int) -> Entry:
     keys = min(children, 128 if width <= 64 else 64 if width == 128 else 32)
     rows = 128 if level and keys <= 64 and width <= 64 else 32
     entry |= {"BLOCK_M": rows, "BLOCK_N": keys, "num_warps": 4, "num_stages": 2}
-    if keys == rows == 32 and width <= 128:  # more warps would wait for each other
+    if not level and keys == 32 and width <= 128:  # more warps would wait for each other
         entry["num_warps"] = 1 if width <= 32 else 2
     if rows == 32 and keys <= 64 and width <= 64:
         entry |= _capped(goal, 168)  # it would take 180, and one program less would fit

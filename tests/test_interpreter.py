@@ -65,13 +65,18 @@ def test_kernels_agree_with_the_reference(chosen: Spec) -> None:
     fuzz.run(fuzz.Case(chosen, n=37 if n < 20 else n, layouts=MIXED)).raise_if_failed()
 
 
-@pytest.fixture(params=["cuda:90", "cuda:120"])
-def other_gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Spec:
-    """A spec whose kernels get the schedule of another GPU than the interpreter's usual cuda:80."""
-    chosen = spec("other_gpu", 16, (16, 3), (4, 5))
+def take_schedule_of(goal: str, chosen: Spec, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give the kernels of a spec the schedule of another GPU than the interpreter's usual cuda:80."""
     module = compile(chosen).module
     monkeypatch.setattr(module, "prepared", module.prepared.__wrapped__)  # which remembers schedules
-    monkeypatch.setattr(module, "target_of", lambda device: request.param)
+    monkeypatch.setattr(module, "target_of", lambda device: goal)
+
+
+@pytest.fixture(params=["cuda:90", "cuda:120"])
+def other_gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Spec:
+    """A spec whose kernels have the schedule of another GPU."""
+    chosen = spec("other_gpu", 16, (16, 3), (4, 5))
+    take_schedule_of(request.param, chosen, monkeypatch)
     return chosen
 
 
@@ -80,6 +85,14 @@ def other_gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 def test_the_schedule_of_another_gpu(other_gpu: Spec, dtype: fuzz.DType, values: fuzz.Values) -> None:
     # what differs in more than tiles is how candidates are ordered: by float64, or by int64
     fuzz.run(fuzz.Case(other_gpu, n=16 * 4 * 4 + 21, dtype=dtype, values=values)).raise_if_failed()
+
+
+def test_tiles_smaller_than_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    # 16 fine keys a tile, of blocks of 24 that are grouped: a tile may begin in one block and end in the next
+    chosen = spec("heads_of_256", 256, (24, 2), (3, 2))
+    take_schedule_of("cuda:90", chosen, monkeypatch)
+    assert compile(chosen).module.SCHEDULES["cuda:90"][2]["attend"]["BLOCK_N"] == 16
+    fuzz.run(fuzz.Case(chosen, n=24 * 3 * 3 + 5, dtype="float16")).raise_if_failed()
 
 
 @pytest.mark.parametrize("score", [-1.0, 0.0, 1.0])
