@@ -15,10 +15,14 @@ import contextlib
 import functools
 import math
 import numbers
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia import hopper
 
 SPEC = {
     "description": "Two enriched levels of 64.",
@@ -28,7 +32,7 @@ SPEC = {
     "name": "llsa_b64",
     "reweight": True,
 }
-OPERATOR = "llsa_b64_7da0fd4fd457190e"  # in torch.ops.llsa: the name of the spec and the hash of this text
+OPERATOR = "llsa_b64_3b93208cf2d90a40"  # in torch.ops.llsa: the name of the spec and the hash of this text
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -94,9 +98,9 @@ TILES_3 = {
     "invert_l1": {"BLOCK_M": 16, "KEYS": 64, "num_warps": 16},
     "invert_l2": {"BLOCK_M": 128, "KEYS": 32, "num_warps": 4},
     "grad_q": {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3, "BLOCK_C": 64},
-    "grad_kv_l2": {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
+    "grad_kv_l2": {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2, "HOPPER": 255},
     "grad_sum": {"BLOCK": 1, "num_warps": 1},
-    "grad_kv_l1": {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
+    "grad_kv_l1": {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2, "HOPPER": 255},
     "grad_gather_l1": {"ROWS": 8, "BLOCK": 2, "KEEP": 8, "num_warps": 1},
     "grad_kv_l0": {"PART": 64, "BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2, "maxnreg": 168},
 }
@@ -1123,6 +1127,239 @@ def grad_kv_l0_kernel(
     store_rows(grad_v_ptr + to_out, key, HEAD_DIM, exists, grad_v)
 
 
+# ---- the same for the matrix units of H100 ---------------------------------------------------------------------------
+
+
+# Layouts. In registers of four warps: rows that are copied, 16 bytes a thread; products of 64 rows (`warpgroup_mma`) with
+# a tile of PAD_DIM columns, and the left operand of one; in shared memory: rows as products read them, 128 bytes each.
+COPIED = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
+PRODUCT = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
+LEFT = gl.constexpr(gl.DotOperandLayout(0, PRODUCT.value, 2))
+SHARED = gl.constexpr(gl.NVMMASharedLayout(128, 16, rank=2))
+# The same of a batch of four blocks of 16 rows, a warp each; in shared memory they lie where SHARED has the 64 rows.
+BATCH = gl.constexpr(gl.NVMMADistributedLayout([2, 0], [4, 1, 1], [1, 16, 8]))
+LEFT_BATCH = gl.constexpr(gl.DotOperandLayout(0, BATCH.value, 2))
+RIGHT_BATCH = gl.constexpr(gl.DotOperandLayout(1, BATCH.value, 2))
+SHARED_BATCH = gl.constexpr(gl.SwizzledSharedLayout(8, 1, 8, [2, 1, 0]))
+WEIGHT_1 = gl.constexpr(math.log2(64))  # log2 of the weight of a whole token of level 1
+WEIGHT_2 = gl.constexpr(math.log2(4096))  # log2 of the weight of a whole token of level 2
+
+
+@gluon.jit
+def wide_product(a, b):
+    """a * b of 32 bits each, as 64 bits: one instruction, where the compiler makes four once it has widened b before a loop."""
+    return gl.inline_asm_elementwise(
+        "mul.wide.s32 $0, $1, $2;", "=l,r,r", [a, b], dtype=gl.int64, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
+def row_tile(ptr, row, stride, LAYOUT: gl.constexpr):
+    """Rows `row` [M] of a matrix [*, HEAD_DIM]: addresses [M, PAD_DIM] in a layout, and which columns exist."""
+    dim = gl.arange(0, PAD_DIM, layout=gl.SliceLayout(0, LAYOUT))[None, :]
+    begin = gl.multiple_of(row.to(gl.int64) * stride, [ROW_UNIT])
+    return ptr + begin[:, None] + dim, dim < HEAD_DIM
+
+
+@gluon.jit
+def copy_rows(to, ptr, row, stride, inside):
+    """Begin to copy rows `row` [M] to shared memory [M, PAD_DIM]; zero where not `inside` and in the padding."""
+    at, column = row_tile(ptr, row, stride, COPIED)
+    hopper.async_copy.async_copy_global_to_shared(to, at, mask=inside[:, None])
+
+
+@gluon.jit
+def write_rows(ptr, row, inside, tile):
+    """Write a tile [64, PAD_DIM] of products to rows `row` of a matrix [*, HEAD_DIM], where `inside`.
+
+    By way of shared memory: as products lie, a thread would write 4 bytes at a time.
+    """
+    at, column = row_tile(ptr, row, HEAD_DIM, COPIED)
+    gl.store(at, gl.convert_layout(tile.to(ptr.dtype.element_ty), COPIED), mask=inside[:, None] & column)
+
+
+@gluon.jit
+def next_of(stage, STAGES: gl.constexpr):
+    """The stage of a ring of buffers after this one."""
+    return gl.where(stage == STAGES - 1, 0, stage + 1)
+
+
+@gluon.jit
+def as_batch(tile):
+    """A tile of 64 rows in shared memory as four blocks of 16: [4, 16, D]."""
+    return tile._reinterpret(tile.dtype, [4, 16, PAD_DIM], SHARED_BATCH)
+
+
+@gluon.jit
+def batch_rows():
+    """The number of each row of four blocks of 16, [4, 16] as BATCH."""
+    ROWS: gl.constexpr = gl.SliceLayout(2, BATCH)
+    block = gl.arange(0, 4, layout=gl.SliceLayout(1, ROWS))[:, None]
+    return block * 16 + gl.arange(0, 16, layout=gl.SliceLayout(0, ROWS))[None, :]
+
+
+@gluon.jit
+def copy_queries(
+    q_ptr, stride_qn, grad_o_ptr, stride_gn, peak_ptr, delta_ptr, start, end,
+    q_to, grad_o_to, peak_to, delta_to, BLOCK_M: gl.constexpr,
+):
+    """Copy BLOCK_M queries of one head from `start` on, with what belongs to them; zeros beyond `end`."""
+    row = start + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, COPIED))
+    copy_rows(q_to, q_ptr, row, stride_qn, row < end)
+    copy_rows(grad_o_to, grad_o_ptr, row, stride_gn, row < end)
+    number = start + gl.arange(0, BLOCK_M, layout=gl.BlockedLayout([1], [32], [4], [0]))
+    hopper.async_copy.async_copy_global_to_shared(peak_to, peak_ptr + number, mask=number < end)
+    hopper.async_copy.async_copy_global_to_shared(delta_to, delta_ptr + number, mask=number < end)
+    hopper.async_copy.commit_group()
+
+
+@gluon.jit
+def grad_run_hopper(
+    q_ptr, stride_qn, grad_o_ptr, stride_gn, peak_ptr, delta_ptr, begin, end, k, v, bias, scale,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+):
+    """dk, dv of a tile of keys, k and v [N, D] as COPIED, from the queries begin..end of one head: `grad_run`.
+
+    Keys are rows of all products, so that what a softmax makes of two products is in registers the left operand of the
+    next two. Of a tile's four products, the first is waited for; then the second, while weights are worked out; the
+    third runs while those of the fourth are, and the fourth while the next tile begins.
+    """
+    STAGES: gl.constexpr = 3  # one is filled while one is read, and the last product may still read the third
+    LOGITS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])  # [N, M]
+    COLUMNS: gl.constexpr = gl.SliceLayout(0, LOGITS)
+    dtype: gl.constexpr = k.dtype
+    q_tiles = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, PAD_DIM], SHARED)
+    grad_o_tiles = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, PAD_DIM], SHARED)
+    peaks = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    deltas = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    zeros = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, layout=LOGITS)
+    grad_k = hopper.warpgroup_mma_init(gl.zeros([BLOCK_N, PAD_DIM], gl.float32, layout=PRODUCT))
+    grad_v = hopper.warpgroup_mma_init(gl.zeros([BLOCK_N, PAD_DIM], gl.float32, layout=PRODUCT))
+    place = gl.arange(0, BLOCK_M, layout=COLUMNS)
+    stage = 0
+    copy_queries(
+        q_ptr, stride_qn, grad_o_ptr, stride_gn, peak_ptr, delta_ptr, begin, end,
+        q_tiles.index(0), grad_o_tiles.index(0), peaks.index(0), deltas.index(0), BLOCK_M,
+    )
+    k = gl.allocate_shared_memory(dtype, [BLOCK_N, PAD_DIM], SHARED, k)
+    v = gl.allocate_shared_memory(dtype, [BLOCK_N, PAD_DIM], SHARED, v)
+    bias = gl.convert_layout(bias, gl.SliceLayout(1, LOGITS))
+    for start in range(begin, end, BLOCK_M):
+        hopper.async_copy.wait_group(0)
+        hopper.fence_async_shared()
+        ahead = next_of(stage, STAGES)
+        copy_queries(
+            q_ptr, stride_qn, grad_o_ptr, stride_gn, peak_ptr, delta_ptr, start + BLOCK_M, end,
+            q_tiles.index(ahead), grad_o_tiles.index(ahead), peaks.index(ahead), deltas.index(ahead), BLOCK_M,
+        )
+        q = q_tiles.index(stage)
+        grad_o = grad_o_tiles.index(stage)
+        products = hopper.warpgroup_mma(k, q.permute((1, 0)), zeros, use_acc=False, is_async=True)
+        dp = hopper.warpgroup_mma(v, grad_o.permute((1, 0)), zeros, use_acc=False, is_async=True)
+        peak = gl.where(start + place < end, peaks.index(stage).load(COLUMNS), float("inf"))  # so that p = 0 beyond
+        delta = deltas.index(stage).load(COLUMNS)
+        products = hopper.warpgroup_mma_wait(1, deps=[products])
+        p = gl.exp2(products * (scale * LOG2E) + bias[:, None] - peak[None, :])
+        grad_v = hopper.warpgroup_mma(gl.convert_layout(p.to(dtype), LEFT), grad_o, grad_v, is_async=True)
+        dp = hopper.warpgroup_mma_wait(1, deps=[dp])
+        grad_logits = (p * (dp - delta[None, :])).to(dtype)
+        grad_k = hopper.warpgroup_mma(gl.convert_layout(grad_logits, LEFT), q, grad_k, is_async=True)
+        stage = ahead
+    hopper.async_copy.wait_group(0)
+    grad_k, grad_v = hopper.warpgroup_mma_wait(0, deps=[grad_k, grad_v])
+    return grad_k * scale, grad_v
+
+
+@gluon.jit(do_not_specialize=UNSPECIALISED)
+def grad_kv_l2_hopper_kernel(
+    q_ptr, stride_qb, stride_qh, stride_qn,  # [B, H, N, D]
+    grad_o_ptr, stride_gb, stride_gh, stride_gn,
+    peak_ptr, total_ptr, delta_ptr,  # [B*H, N] float32
+    k_l2_ptr, v_l2_ptr,  # [B*H, T_2, D]
+    split_grad_k_ptr, split_grad_v_ptr,  # [B*H, splits, T_2, D], out: per token covered
+    rows_per_split, splits, scale, heads_per_batch, n_tokens,  # queries a split, how many splits, s, H, N
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+):
+    """What grad_kv_l2_kernel does; BLOCK_N is 64. `total` is 1 in half precision."""
+    n_l2 = gl.cdiv(n_tokens, SPAN_2)
+    place = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, COPIED))
+    n_keys = n_l2
+    tiles = gl.cdiv(n_keys, BLOCK_N)
+    head = (gl.program_id(0) // tiles // splits).to(gl.int64)
+    split = gl.program_id(0) // tiles % splits
+    first = gl.program_id(0) % tiles * BLOCK_N
+    key = first + place
+    begin = split * rows_per_split
+    end = gl.minimum(begin + rows_per_split, n_tokens)
+    to_split = (head * splits + split) * n_keys * HEAD_DIM
+    exists = (key >= 0) & (key < n_l2)
+    k_at, column = row_tile(k_l2_ptr + head * n_l2 * HEAD_DIM, key, HEAD_DIM, COPIED)
+    v_at, _ = row_tile(v_l2_ptr + head * n_l2 * HEAD_DIM, key, HEAD_DIM, COPIED)
+    inside = exists[:, None] & column
+    k = gl.load(k_at, mask=inside, other=0.0)
+    v = gl.load(v_at, mask=inside, other=0.0)
+    key = gl.convert_layout(key, gl.SliceLayout(1, PRODUCT))  # as rows of products lie
+    exists = (key >= 0) & (key < n_l2)
+    covered = gl.where(exists, gl.minimum(n_tokens - key * SPAN_2, SPAN_2), 1).to(gl.float32)
+    bias = gl.where(exists, gl.log2(covered), float("-inf"))
+    row = head * n_tokens
+    grad_k, grad_v = grad_run_hopper(
+        head_base(q_ptr, head, stride_qb, stride_qh, heads_per_batch), stride_qn,
+        head_base(grad_o_ptr, head, stride_gb, stride_gh, heads_per_batch), stride_gn,
+        peak_ptr + row, delta_ptr + row, begin, end, k, v, bias, scale, BLOCK_M, BLOCK_N,
+    )
+    write_rows(split_grad_k_ptr + to_split, first + place, first + place < n_keys, grad_k / covered[:, None])
+    write_rows(split_grad_v_ptr + to_split, first + place, first + place < n_keys, grad_v / covered[:, None])
+
+
+@gluon.jit(do_not_specialize=UNSPECIALISED)
+def grad_kv_l1_hopper_kernel(
+    q_ptr, stride_qb, stride_qh, stride_qn,  # [B, H, N, D]
+    grad_o_ptr, stride_gb, stride_gh, stride_gn,
+    peak_ptr, total_ptr, delta_ptr,  # [B*H, N] float32
+    k_l1_ptr, v_l1_ptr,  # [B*H, T_1, D]
+    kept_l2_ptr, width,  # [B*H, T_2, width] int32
+    split_grad_k_ptr, split_grad_v_ptr,  # [B*H, T_2, splits, width * b_2, D], out: per token covered
+    rows_per_split, splits, scale, heads_per_batch, n_tokens,  # queries a split, how many splits, s, H, N
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+):
+    """What grad_kv_l1_kernel does; BLOCK_N is 64. `total` is 1 in half precision."""
+    n_l1 = gl.cdiv(n_tokens, SPAN_1)
+    place = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, COPIED))
+    n_l2 = gl.cdiv(n_tokens, SPAN_2)
+    n_keys = width * BLOCK_2
+    tiles = gl.cdiv(n_keys, BLOCK_N)
+    keeper = gl.program_id(0) // tiles // splits  # over all heads
+    head = (keeper // n_l2).to(gl.int64)
+    split = gl.program_id(0) // tiles % splits
+    first = gl.program_id(0) % tiles * BLOCK_N
+    list_ptr = kept_l2_ptr + keeper.to(gl.int64) * width
+    slot = (first + place) // BLOCK_2
+    parent = gl.load(list_ptr + slot, mask=slot < width, other=-1)
+    key = parent * BLOCK_2 + (first + place) % BLOCK_2
+    begin = keeper % n_l2 * SPAN_2 + split * rows_per_split
+    end = gl.minimum(gl.minimum(begin + rows_per_split, (keeper % n_l2 + 1) * SPAN_2), n_tokens)
+    to_split = (keeper.to(gl.int64) * splits + split) * n_keys * HEAD_DIM
+    exists = (key >= 0) & (key < n_l1)
+    k_at, column = row_tile(k_l1_ptr + head * n_l1 * HEAD_DIM, key, HEAD_DIM, COPIED)
+    v_at, _ = row_tile(v_l1_ptr + head * n_l1 * HEAD_DIM, key, HEAD_DIM, COPIED)
+    inside = exists[:, None] & column
+    k = gl.load(k_at, mask=inside, other=0.0)
+    v = gl.load(v_at, mask=inside, other=0.0)
+    key = gl.convert_layout(key, gl.SliceLayout(1, PRODUCT))  # as rows of products lie
+    exists = (key >= 0) & (key < n_l1)
+    covered = gl.where(exists, gl.minimum(n_tokens - key * SPAN_1, SPAN_1), 1).to(gl.float32)
+    bias = gl.where(exists, gl.log2(covered), float("-inf"))
+    row = head * n_tokens
+    grad_k, grad_v = grad_run_hopper(
+        head_base(q_ptr, head, stride_qb, stride_qh, heads_per_batch), stride_qn,
+        head_base(grad_o_ptr, head, stride_gb, stride_gh, heads_per_batch), stride_gn,
+        peak_ptr + row, delta_ptr + row, begin, end, k, v, bias, scale, BLOCK_M, BLOCK_N,
+    )
+    write_rows(split_grad_k_ptr + to_split, first + place, first + place < n_keys, grad_k / covered[:, None])
+    write_rows(split_grad_v_ptr + to_split, first + place, first + place < n_keys, grad_v / covered[:, None])
+
+
 # ---- launches --------------------------------------------------------------------------------------------------------
 
 
@@ -1338,15 +1575,17 @@ class Prepared:
                 run(programs, 1, 1, stream, *handles, *arguments, *shapes)
             return
         programs, tile = self.grids[name]
-        compiled = kernel[(programs,)](*arguments, **tile)
+        chosen, taken = variant(kernel, tile)
+        compiled = chosen[(programs,)](*arguments, **taken)
         # nothing comes from the interpreter; on ROCm, Triton also tells large tensors from small ones
         if compiled is not None and not torch.version.hip:
-            shapes = [tile[parameter] for parameter in kernel.arg_names[len(arguments) :]]
+            shapes = [taken[parameter] for parameter in chosen.arg_names[len(arguments) :]]
             self.ready[name] = compiled, programs, *starter(compiled), shapes
         if compiled is not None and "WHOLE" in tile and name not in self.both:
             # another length may need the other variant: nothing is compiled then
             self.both.add(name)
-            kernel.warmup(*arguments, **tile | {"WHOLE": not tile["WHOLE"]}, grid=(programs,))
+            chosen, other = variant(kernel, tile | {"WHOLE": not tile["WHOLE"]})
+            chosen.warmup(*arguments, **other, grid=(programs,))
 
 
 def is_whole(tokens, tile):
@@ -1357,6 +1596,22 @@ def is_whole(tokens, tile):
         and min(8, tokens[1]) * 64 % tile["BLOCK_N"] == 0
         and min(8, tokens[2]) * 64 % tile["BLOCK_C"] == 0
     )
+
+
+def variant(kernel, tile):
+    """Which kernel a launch is, and what it takes of its tile shapes.
+
+    Of a pair, the one in Gluon where the schedule says HOPPER, the most registers that a thread of it may have, and
+    where nothing needs a mask; not in the interpreter, which knows no Gluon.
+    """
+    if not isinstance(kernel, tuple):
+        return kernel, tile
+    registers = tile.get("HOPPER", 0)
+    tile = {name: value for name, value in tile.items() if name != "HOPPER"}
+    if INTERPRETED or not registers or not tile.get("WHOLE", True):
+        return kernel[0], tile
+    taken = ["num_warps"] if "WHOLE" in tile else ["num_warps", "BLOCK_M", "BLOCK_N"]
+    return kernel[1], {name: tile[name] for name in taken} | {"maxnreg": registers}
 
 
 def starter(compiled):
@@ -1552,7 +1807,7 @@ def grad_kernels(grad_o, q, k, v, o, saved, scale):
         o_ptr, *grad_o_rows, peak, total, grad_q_ptr, delta, scale, heads_per_batch, n_tokens,
     )
     at.launch(
-        stream, grad_kv_l2_kernel, "grad_kv_l2_kernel",
+        stream, (grad_kv_l2_kernel, grad_kv_l2_hopper_kernel), "grad_kv_l2_kernel",
         *q_rows, *grad_o_rows, peak, total, delta, k_l2, v_l2, split_grad_k_l2, split_grad_v_l2,
         at.rows_l2, at.splits_l2, scale, heads_per_batch, n_tokens,
     )
@@ -1562,7 +1817,7 @@ def grad_kernels(grad_o, q, k, v, o, saved, scale):
         at.splits_l2, n_tokens,
     )
     at.launch(
-        stream, grad_kv_l1_kernel, "grad_kv_l1_kernel",
+        stream, (grad_kv_l1_kernel, grad_kv_l1_hopper_kernel), "grad_kv_l1_kernel",
         *q_rows, *grad_o_rows, peak, total, delta, k_l1, v_l1, kept_l2, at.widths[2], split_grad_k_l1, split_grad_v_l1,
         at.rows_l1, at.splits_l1, scale, heads_per_batch, n_tokens,
     )

@@ -15,10 +15,14 @@ import contextlib
 import functools
 import math
 import numbers
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia import hopper
 
 SPEC = {
     "description": "Two enriched levels of 16.",
@@ -28,7 +32,7 @@ SPEC = {
     "name": "llsa_l2",
     "reweight": True,
 }
-OPERATOR = "llsa_l2_4d3e668c4730f6c8"  # in torch.ops.llsa: the name of the spec and the hash of this text
+OPERATOR = "llsa_l2_00d04af717bd42c3"  # in torch.ops.llsa: the name of the spec and the hash of this text
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -88,15 +92,15 @@ TILES_3 = {
     "pool": {"CHILDREN": 16, "ROWS": 8, "num_warps": 2},
     "select_l1": {"BLOCK_M": 16, "BLOCK_N": 32, "KEEP": 8, "num_warps": 1, "num_stages": 2, "DOUBLES": 1},
     "select_l2": {"BLOCK_M": 16, "BLOCK_N": 64, "KEEP": 8, "num_warps": 4, "num_stages": 2, "DOUBLES": 1, "SPLIT": 4},
-    "attend": {"GROUP": 4, "BLOCK_M": 16, "BLOCK_C": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2, "AHEAD": 1, "maxnreg": 128},
+    "attend": {"GROUP": 4, "BLOCK_M": 16, "BLOCK_C": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2, "AHEAD": 1, "maxnreg": 128, "HOPPER": 128},
     "count": {"BLOCK": 256, "num_warps": 8},
     "scan": {"BLOCK": 1024, "num_warps": 4},
     "invert_l1": {"BLOCK_M": 128, "KEYS": 16, "num_warps": 4},
     "invert_l2": {"BLOCK_M": 128, "KEYS": 32, "num_warps": 4},
-    "grad_q": {"GROUP": 4, "BLOCK_M": 16, "BLOCK_C": 32, "BLOCK_N": 16, "num_warps": 4, "num_stages": 3, "AHEAD": 1, "maxnreg": 128},
-    "grad_kv_l2": {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
+    "grad_q": {"GROUP": 4, "BLOCK_M": 16, "BLOCK_C": 32, "BLOCK_N": 16, "num_warps": 4, "num_stages": 3, "AHEAD": 1, "maxnreg": 128, "HOPPER": 168},
+    "grad_kv_l2": {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2, "HOPPER": 255},
     "grad_sum": {"BLOCK": 1, "num_warps": 1},
-    "grad_kv_l1": {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 4, "num_stages": 1, "maxnreg": 128},
+    "grad_kv_l1": {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 4, "num_stages": 1, "HOPPER": 128, "maxnreg": 128},
     "grad_gather_l1": {"ROWS": 8, "BLOCK": 2, "KEEP": 8, "num_warps": 1},
     "grad_kv_l0": {"PART": 64, "BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 1, "num_stages": 3, "maxnreg": 168},
 }
@@ -1172,6 +1176,597 @@ def grad_kv_l0_kernel(
     store_rows(grad_v_ptr + to_out, key, HEAD_DIM, exists, grad_v)
 
 
+# ---- the same for the matrix units of H100 ---------------------------------------------------------------------------
+
+
+# Layouts. In registers of four warps: rows that are copied, 16 bytes a thread; products of 64 rows (`warpgroup_mma`) with
+# a tile of PAD_DIM columns, and the left operand of one; in shared memory: rows as products read them, 128 bytes each.
+COPIED = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
+PRODUCT = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
+LEFT = gl.constexpr(gl.DotOperandLayout(0, PRODUCT.value, 2))
+SHARED = gl.constexpr(gl.NVMMASharedLayout(128, 16, rank=2))
+# The same of a batch of four blocks of 16 rows, a warp each; in shared memory they lie where SHARED has the 64 rows.
+BATCH = gl.constexpr(gl.NVMMADistributedLayout([2, 0], [4, 1, 1], [1, 16, 8]))
+LEFT_BATCH = gl.constexpr(gl.DotOperandLayout(0, BATCH.value, 2))
+RIGHT_BATCH = gl.constexpr(gl.DotOperandLayout(1, BATCH.value, 2))
+SHARED_BATCH = gl.constexpr(gl.SwizzledSharedLayout(8, 1, 8, [2, 1, 0]))
+WEIGHT_1 = gl.constexpr(math.log2(16))  # log2 of the weight of a whole token of level 1
+WEIGHT_2 = gl.constexpr(math.log2(256))  # log2 of the weight of a whole token of level 2
+
+
+@gluon.jit
+def wide_product(a, b):
+    """a * b of 32 bits each, as 64 bits: one instruction, where the compiler makes four once it has widened b before a loop."""
+    return gl.inline_asm_elementwise(
+        "mul.wide.s32 $0, $1, $2;", "=l,r,r", [a, b], dtype=gl.int64, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
+def row_tile(ptr, row, stride, LAYOUT: gl.constexpr):
+    """Rows `row` [M] of a matrix [*, HEAD_DIM]: addresses [M, PAD_DIM] in a layout, and which columns exist."""
+    dim = gl.arange(0, PAD_DIM, layout=gl.SliceLayout(0, LAYOUT))[None, :]
+    begin = gl.multiple_of(row.to(gl.int64) * stride, [ROW_UNIT])
+    return ptr + begin[:, None] + dim, dim < HEAD_DIM
+
+
+@gluon.jit
+def copy_rows(to, ptr, row, stride, inside):
+    """Begin to copy rows `row` [M] to shared memory [M, PAD_DIM]; zero where not `inside` and in the padding."""
+    at, column = row_tile(ptr, row, stride, COPIED)
+    hopper.async_copy.async_copy_global_to_shared(to, at, mask=inside[:, None])
+
+
+@gluon.jit
+def write_rows(ptr, row, inside, tile):
+    """Write a tile [64, PAD_DIM] of products to rows `row` of a matrix [*, HEAD_DIM], where `inside`.
+
+    By way of shared memory: as products lie, a thread would write 4 bytes at a time.
+    """
+    at, column = row_tile(ptr, row, HEAD_DIM, COPIED)
+    gl.store(at, gl.convert_layout(tile.to(ptr.dtype.element_ty), COPIED), mask=inside[:, None] & column)
+
+
+@gluon.jit
+def next_of(stage, STAGES: gl.constexpr):
+    """The stage of a ring of buffers after this one."""
+    return gl.where(stage == STAGES - 1, 0, stage + 1)
+
+
+@gluon.jit
+def as_batch(tile):
+    """A tile of 64 rows in shared memory as four blocks of 16: [4, 16, D]."""
+    return tile._reinterpret(tile.dtype, [4, 16, PAD_DIM], SHARED_BATCH)
+
+
+@gluon.jit
+def batch_rows():
+    """The number of each row of four blocks of 16, [4, 16] as BATCH."""
+    ROWS: gl.constexpr = gl.SliceLayout(2, BATCH)
+    block = gl.arange(0, 4, layout=gl.SliceLayout(1, ROWS))[:, None]
+    return block * 16 + gl.arange(0, 16, layout=gl.SliceLayout(0, ROWS))[None, :]
+
+
+class Keys(NamedTuple):
+    """The keys that a program's queries attend to, of one head, as a row of tiles."""
+
+    k_ptr: gl.tensor  # of the fine keys
+    k_stride: gl.tensor
+    v_ptr: gl.tensor
+    v_stride: gl.tensor
+    kept_l1_ptr: gl.tensor  # [T_1, width_l1]: whose children they are
+    width_l1: gl.tensor
+    end: gl.tensor  # how many tiles there are
+    k_l1_ptr: gl.tensor
+    v_l1_ptr: gl.tensor
+    end_l1: gl.tensor  # how many of the tiles are of level 1 and those above
+    kept_l2_ptr: gl.tensor  # whose children they are
+    k_l2_ptr: gl.tensor
+    v_l2_ptr: gl.tensor
+    end_l2: gl.tensor  # how many of the tiles are of level 2
+    n_l2: gl.tensor  # T_2
+    first: gl.tensor  # of the query blocks
+    beyond: gl.tensor  # the last one that is in this group's reach
+
+
+@gluon.jit
+def parents_of_coarse(keys, tile):
+    """Of each row of a coarse tile, the kept token whose child it is; 0 at the coarsest level and beyond."""
+    place = gl.arange(0, 64, layout=gl.SliceLayout(1, COPIED))
+    parent = gl.zeros([64], gl.int32, layout=gl.SliceLayout(1, COPIED))
+    if (tile >= keys.end_l2) & (tile < keys.end_l1):
+        parent = gl.load(keys.kept_l2_ptr + ((tile - keys.end_l2) * 64 + place) // BLOCK_2)
+    return parent
+
+
+@gluon.jit
+def parents_of_fine(keys, tile):
+    """Of each row of a fine tile, the kept token whose child it is; 0 beyond the last."""
+    block = gl.minimum(keys.first + gl.arange(0, 64, layout=gl.SliceLayout(1, COPIED)) // 16, keys.beyond - 1)
+    slot = tile - keys.end_l1
+    return gl.load(keys.kept_l1_ptr + (block * keys.width_l1 + slot), mask=(block >= 0) & (slot >= 0) & (slot < keys.width_l1), other=0)
+
+
+@gluon.jit
+def copy_coarse(keys, tile, parent, k_to, v_to):
+    """Begin to copy a coarse tile of keys and values, the children of `parent`."""
+    place = gl.arange(0, 64, layout=gl.SliceLayout(1, COPIED))
+    if tile < keys.end_l2:
+        key = tile * 64 + place
+        inside = key < keys.n_l2
+        copy_rows(k_to, keys.k_l2_ptr, key, HEAD_DIM, inside)
+        copy_rows(v_to, keys.v_l2_ptr, key, HEAD_DIM, inside)
+    elif tile < keys.end_l1:
+        key = parent * BLOCK_2 + ((tile - keys.end_l2) * 64 + place) % BLOCK_2
+        copy_rows(k_to, keys.k_l1_ptr, key, HEAD_DIM, key >= 0)
+        copy_rows(v_to, keys.v_l1_ptr, key, HEAD_DIM, key >= 0)
+
+
+@gluon.jit
+def copy_listed(to, ptr, parent, stride):
+    """`copy_rows` of 16 children each of four tokens, [64] of which `parent` names each sixteen times.
+
+    A thread's rows are the same child of each: what differs between them, and from tile to tile, is one product.
+    """
+    child = gl.arange(0, 64, layout=gl.SliceLayout(1, COPIED)) % 16
+    at, column = row_tile(ptr, child, stride, COPIED)
+    at += (wide_product(parent, 2 * stride) * 8)[:, None]  # 8 elements are 16 bytes, which a thread copies
+    hopper.async_copy.async_copy_global_to_shared(to, at)
+
+
+@gluon.jit
+def copy_fine(keys, tile, parent, k_to, v_to):
+    """Begin to copy a fine tile of keys and values, the children of `parent`, if there is one."""
+    if tile < keys.end:
+        copy_listed(k_to, keys.k_ptr, parent, keys.k_stride)
+        copy_listed(v_to, keys.v_ptr, parent, keys.v_stride)
+
+
+@gluon.jit
+def copy_tile(keys, tile, parent, k_to, v_to):
+    """Begin to copy a tile of either kind."""
+    if tile < keys.end_l1:
+        copy_coarse(keys, tile, parent, k_to, v_to)
+    else:
+        copy_fine(keys, tile, parent, k_to, v_to)
+
+
+@gluon.jit
+def parents_of_tile(keys, tile):
+    """`parents_of_coarse` or `parents_of_fine`."""
+    if tile < keys.end_l1:
+        parent = parents_of_coarse(keys, tile)
+    else:
+        parent = parents_of_fine(keys, tile)
+    return parent
+
+
+@gluon.jit
+def attend_tiles(keys, q_base, stride_qn, scale, ANCHORED: gl.constexpr):
+    """peak, total [4, 16] and acc [4, 16, D] of four query blocks over all their keys, as `softmax_step` has them.
+
+    ANCHORED: `peak` is the largest logit of the first tile and stays. Nothing waits for a maximum then and no sum is rescaled,
+    but where later logits are much larger, a sum may be too large for the dtype.
+    """
+    ROWS: gl.constexpr = gl.SliceLayout(1, PRODUCT)
+    dtype: gl.constexpr = q_base.dtype.element_ty
+    q = gl.allocate_shared_memory(dtype, [64, PAD_DIM], SHARED)
+    k_tiles = gl.allocate_shared_memory(dtype, [3, 64, PAD_DIM], SHARED)
+    v_tiles = gl.allocate_shared_memory(dtype, [3, 64, PAD_DIM], SHARED)
+    token = keys.first * 16 + gl.arange(0, 64, layout=gl.SliceLayout(1, COPIED))
+    copy_rows(q, q_base, token, stride_qn, token < keys.beyond * 16)
+    parent = parents_of_tile(keys, 0)
+    for tile in range(2):
+        copy_tile(keys, tile, parent, k_tiles.index(tile), v_tiles.index(tile))
+        hopper.async_copy.commit_group()
+        parent = parents_of_tile(keys, tile + 1)
+    peak = gl.full([64], float("-inf"), gl.float32, layout=ROWS)
+    total = gl.zeros([64], gl.float32, layout=ROWS)
+    acc = hopper.warpgroup_mma_init(gl.zeros([64, PAD_DIM], gl.float32, layout=PRODUCT))
+    zeros = gl.zeros([64, 64], gl.float32, layout=PRODUCT)
+    column = gl.arange(0, 64, layout=gl.SliceLayout(0, PRODUCT))[None, :]
+    stage = 0
+    for tile in range(0, keys.end_l1):
+        hopper.async_copy.wait_group(1)
+        acc = hopper.warpgroup_mma_wait(0, deps=[acc])  # of the tile before, whose place is filled again now
+        hopper.fence_async_shared()
+        before = gl.where(stage == 0, 2, stage - 1)
+        copy_tile(keys, tile + 2, parent, k_tiles.index(before), v_tiles.index(before))
+        hopper.async_copy.commit_group()
+        parent = parents_of_tile(keys, tile + 3)
+        products = hopper.warpgroup_mma(q, k_tiles.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
+        products = hopper.warpgroup_mma_wait(0, deps=[products])
+        weight = gl.where(tile < keys.end_l2, WEIGHT_2, WEIGHT_1)
+        exist = gl.where(tile < keys.end_l2, keys.n_l2 - tile * 64, 64)  # keys of this tile, or more
+        if ANCHORED:
+            if tile == 0:
+                # not of logits: those of the line below would then be kept apart from their bias
+                high = gl.max(gl.where(column < exist, products, float("-inf")), 1) * scale
+                low = gl.min(gl.where(column < exist, products, float("inf")), 1) * scale  # if the scale is negative
+                peak = gl.maximum(high, low) + weight
+            p = gl.exp2(products * scale + (weight - peak)[:, None])
+            if exist < 64:
+                p = gl.where(column < exist, p, 0.0)
+            total += gl.sum(p, 1)
+        else:
+            logits = products * scale + weight
+            if exist < 64:
+                logits = gl.where(column < exist, logits, float("-inf"))
+            new_peak = gl.maximum(peak, gl.max(logits, 1))
+            p = gl.exp2(logits - new_peak[:, None])
+            shrink = gl.exp2(peak - new_peak)
+            total = total * shrink + gl.sum(p, 1)
+            peak = new_peak
+            acc = acc * shrink[:, None]
+        acc = hopper.warpgroup_mma(
+            gl.convert_layout(p.to(dtype), LEFT), v_tiles.index(stage), hopper.warpgroup_mma_init(acc), is_async=True
+        )
+        stage = next_of(stage, 3)
+    acc = hopper.warpgroup_mma_wait(0, deps=[acc])
+
+    # from here on a warp each has its own block: rows of products lie in registers as they did
+    acc = gl.convert_layout(gl.reshape(acc, [4, 16, PAD_DIM]), BATCH)
+    peak = gl.convert_layout(gl.reshape(peak, [4, 16]), gl.SliceLayout(2, BATCH))
+    total = gl.convert_layout(gl.reshape(total, [4, 16]), gl.SliceLayout(2, BATCH))
+    q_batch = as_batch(q).load(LEFT_BATCH)
+    zeros_batch = gl.zeros([4, 16, 16], gl.float32, layout=BATCH)
+    for tile in range(keys.end_l1, keys.end):
+        hopper.async_copy.wait_group(1)
+        before = gl.where(stage == 0, 2, stage - 1)
+        copy_fine(keys, tile + 2, parent, k_tiles.index(before), v_tiles.index(before))
+        hopper.async_copy.commit_group()
+        parent = parents_of_fine(keys, tile + 3)
+        k = as_batch(k_tiles.index(stage)).permute((0, 2, 1)).load(RIGHT_BATCH)
+        products = hopper.mma_v2(q_batch, k, zeros_batch)
+        if ANCHORED:
+            p = gl.exp2(products * scale - peak[:, :, None])
+            total += gl.sum(p, 2)
+        else:
+            logits = products * scale
+            new_peak = gl.maximum(peak, gl.max(logits, 2))
+            p = gl.exp2(logits - new_peak[:, :, None])
+            shrink = gl.exp2(peak - new_peak)
+            total = total * shrink + gl.sum(p, 2)
+            peak = new_peak
+            acc = acc * shrink[:, :, None]
+        v = as_batch(v_tiles.index(stage)).load(RIGHT_BATCH)
+        acc = hopper.mma_v2(gl.convert_layout(p.to(dtype), LEFT_BATCH), v, acc)
+        stage = next_of(stage, 3)
+    hopper.async_copy.wait_group(0)
+    return peak, total, acc
+
+
+@gluon.jit(do_not_specialize=UNSPECIALISED)
+def attend_hopper_kernel(
+    q_ptr, stride_qb, stride_qh, stride_qn,  # [B, H, N, D]
+    k_ptr, stride_kb, stride_kh, stride_kn,
+    v_ptr, stride_vb, stride_vh, stride_vn,
+    k_l1_ptr, v_l1_ptr,  # [B*H, T_1, D]
+    k_l2_ptr, v_l2_ptr,  # [B*H, T_2, D]
+    kept_l1_ptr, width_l1,  # [B*H, T_1, width] int32
+    kept_l2_ptr, width_l2,  # [B*H, T_2, width] int32
+    o_ptr,  # [B*H, N, D], out
+    lse_ptr,  # [B*H, N] float32, out: natural logarithm of the sum of weights
+    peak_ptr, total_ptr,  # [B*H, N] float32, out: the same as 2^peak * total, for the backward pass
+    scale, heads_per_batch, n_tokens,  # s, H, N
+):
+    """What attend_kernel does where WHOLE, with four query blocks a program."""
+    n_l1 = gl.cdiv(n_tokens, SPAN_1)
+    n_l2 = gl.cdiv(n_tokens, SPAN_2)
+    siblings = gl.minimum(16, n_l1)  # query blocks under one level-2 token
+    groups = gl.cdiv(siblings, 4)
+    head = (gl.program_id(0) // groups // n_l2).to(gl.int64)
+    above = gl.program_id(0) // groups % n_l2
+    first = above * siblings + gl.program_id(0) % groups * 4  # of the query blocks
+    beyond = gl.minimum((above + 1) * siblings, n_l1)
+    # tiles before the end of each level
+    end_l2 = gl.cdiv(n_l2, 64)
+    end_l1 = end_l2 + width_l2 * BLOCK_2 // 64
+    keys = Keys(
+        head_base(k_ptr, head, stride_kb, stride_kh, heads_per_batch), stride_kn,
+        head_base(v_ptr, head, stride_vb, stride_vh, heads_per_batch), stride_vn,
+        kept_l1_ptr + head * n_l1 * width_l1, width_l1, end_l1 + width_l1,
+        k_l1_ptr + head * n_l1 * HEAD_DIM, v_l1_ptr + head * n_l1 * HEAD_DIM, end_l1,
+        kept_l2_ptr + (head * n_l2 + above) * width_l2,
+        k_l2_ptr + head * n_l2 * HEAD_DIM, v_l2_ptr + head * n_l2 * HEAD_DIM, end_l2,
+        n_l2, first, beyond,
+    )
+    q_base = head_base(q_ptr, head, stride_qb, stride_qh, heads_per_batch)
+
+    scale *= LOG2E
+    peak, total, acc = attend_tiles(keys, q_base, stride_qn, scale, ANCHORED=True)
+    fits = (total > 0.5) & (total < (2.0**15 if q_base.dtype.element_ty == gl.float16 else 2.0**64))
+    if gl.min(gl.min(fits.to(gl.int32), 1), 0) == 0:  # too large for the dtype of p somewhere, or no number
+        peak, total, acc = attend_tiles(keys, q_base, stride_qn, scale, ANCHORED=False)
+
+    token = first * 16 + gl.arange(0, 64, layout=gl.SliceLayout(1, COPIED))
+    o = gl.reshape(acc * (1.0 / total)[:, :, None], [64, PAD_DIM])
+    write_rows(o_ptr + head * n_tokens * HEAD_DIM, token, token < beyond * 16, o)
+    row = first * 16 + batch_rows()
+    inside = row < beyond * 16
+    at = head * n_tokens + row
+    log_sum = peak + gl.log2(total)
+    gl.store(lse_ptr + at, log_sum * LN2, mask=inside)
+    gl.store(peak_ptr + at, log_sum, mask=inside)  # half precision rounds more than this sum: see attend_kernel
+    gl.store(total_ptr + at, gl.full([4, 16], 1.0, gl.float32, layout=gl.SliceLayout(2, BATCH)), mask=inside)
+
+
+@gluon.jit(do_not_specialize=UNSPECIALISED)
+def grad_q_hopper_kernel(
+    q_ptr, stride_qb, stride_qh, stride_qn,  # [B, H, N, D]
+    k_ptr, stride_kb, stride_kh, stride_kn,
+    v_ptr, stride_vb, stride_vh, stride_vn,
+    k_l1_ptr, v_l1_ptr,  # [B*H, T_1, D]
+    k_l2_ptr, v_l2_ptr,  # [B*H, T_2, D]
+    kept_l1_ptr, width_l1,  # [B*H, T_1, width] int32
+    kept_l2_ptr, width_l2,  # [B*H, T_2, width] int32
+    o_ptr,  # [B*H, N, D]
+    grad_o_ptr, stride_gb, stride_gh, stride_gn,  # [B, H, N, D]
+    peak_ptr, total_ptr,  # [B*H, N] float32, of the forward pass
+    grad_q_ptr,  # [B*H, N, D], out
+    delta_ptr,  # [B*H, N] float32, out
+    scale, heads_per_batch, n_tokens,  # s, H, N
+):
+    """What grad_q_kernel does where WHOLE, with four query blocks a program. `total` is 1 in half precision."""
+    n_l1 = gl.cdiv(n_tokens, SPAN_1)
+    n_l2 = gl.cdiv(n_tokens, SPAN_2)
+    siblings = gl.minimum(16, n_l1)  # query blocks under one level-2 token
+    groups = gl.cdiv(siblings, 4)
+    head = (gl.program_id(0) // groups // n_l2).to(gl.int64)
+    above = gl.program_id(0) // groups % n_l2
+    first = above * siblings + gl.program_id(0) % groups * 4  # of the query blocks
+    beyond = gl.minimum((above + 1) * siblings, n_l1)
+    # tiles before the end of each level
+    end_l2 = gl.cdiv(n_l2, 64)
+    end_l1 = end_l2 + width_l2 * BLOCK_2 // 64
+    keys = Keys(
+        head_base(k_ptr, head, stride_kb, stride_kh, heads_per_batch), stride_kn,
+        head_base(v_ptr, head, stride_vb, stride_vh, heads_per_batch), stride_vn,
+        kept_l1_ptr + head * n_l1 * width_l1, width_l1, end_l1 + width_l1,
+        k_l1_ptr + head * n_l1 * HEAD_DIM, v_l1_ptr + head * n_l1 * HEAD_DIM, end_l1,
+        kept_l2_ptr + (head * n_l2 + above) * width_l2,
+        k_l2_ptr + head * n_l2 * HEAD_DIM, v_l2_ptr + head * n_l2 * HEAD_DIM, end_l2,
+        n_l2, first, beyond,
+    )
+    q_base = head_base(q_ptr, head, stride_qb, stride_qh, heads_per_batch)
+
+    ROWS: gl.constexpr = gl.SliceLayout(1, PRODUCT)
+    dtype: gl.constexpr = q_ptr.dtype.element_ty
+    q = gl.allocate_shared_memory(dtype, [64, PAD_DIM], SHARED)
+    k_tiles = gl.allocate_shared_memory(dtype, [3, 64, PAD_DIM], SHARED)
+    v_tiles = gl.allocate_shared_memory(dtype, [3, 64, PAD_DIM], SHARED)
+    token = first * 16 + gl.arange(0, 64, layout=gl.SliceLayout(1, COPIED))
+    inside = token < beyond * 16
+    copy_rows(q, q_base, token, stride_qn, inside)
+    parent = parents_of_tile(keys, 0)
+    for tile in range(2):
+        copy_tile(keys, tile, parent, k_tiles.index(tile), v_tiles.index(tile))
+        hopper.async_copy.commit_group()
+        parent = parents_of_tile(keys, tile + 1)
+    o_at, column = row_tile(o_ptr + head * n_tokens * HEAD_DIM, token, HEAD_DIM, COPIED)
+    o = gl.load(o_at, mask=inside[:, None] & column, other=0.0)
+    grad_o_base = head_base(grad_o_ptr, head, stride_gb, stride_gh, heads_per_batch)
+    grad_o_at, _ = row_tile(grad_o_base, token, stride_gn, COPIED)
+    grad_o_rows = gl.load(grad_o_at, mask=inside[:, None] & column, other=0.0)
+    grad_o = gl.allocate_shared_memory(dtype, [64, PAD_DIM], SHARED, grad_o_rows)
+    delta = gl.sum(o.to(gl.float32) * grad_o_rows.to(gl.float32), 1)
+    gl.store(delta_ptr + head * n_tokens + token, delta, mask=inside)
+    delta = gl.convert_layout(delta, ROWS)
+    row = first * 16 + gl.arange(0, 64, layout=ROWS)
+    peak = gl.load(peak_ptr + head * n_tokens + row, mask=row < beyond * 16, other=0.0)
+    scale_log2e = scale * LOG2E
+    grad_q = hopper.warpgroup_mma_init(gl.zeros([64, PAD_DIM], gl.float32, layout=PRODUCT))
+    zeros = gl.zeros([64, 64], gl.float32, layout=PRODUCT)
+    stage = 0
+    for tile in range(0, end_l1):
+        hopper.async_copy.wait_group(1)
+        grad_q = hopper.warpgroup_mma_wait(0, deps=[grad_q])  # of the tile before, whose place is filled again now
+        grad_q = hopper.warpgroup_mma_init(grad_q)
+        hopper.fence_async_shared()
+        before = gl.where(stage == 0, 2, stage - 1)
+        copy_tile(keys, tile + 2, parent, k_tiles.index(before), v_tiles.index(before))
+        hopper.async_copy.commit_group()
+        parent = parents_of_tile(keys, tile + 3)
+        weight = gl.where(tile < end_l2, WEIGHT_2, WEIGHT_1)
+        k, v = k_tiles.index(stage), v_tiles.index(stage)
+        products = hopper.warpgroup_mma(q, k.permute((1, 0)), zeros, use_acc=False, is_async=True)
+        dp = hopper.warpgroup_mma(grad_o, v.permute((1, 0)), zeros, use_acc=False, is_async=True)
+        products = hopper.warpgroup_mma_wait(1, deps=[products])
+        p = gl.exp2(products * scale_log2e + (weight - peak)[:, None])
+        dp = hopper.warpgroup_mma_wait(0, deps=[dp])
+        grad_logits = (p * (dp - delta[:, None])).to(dtype)
+        grad_q = hopper.warpgroup_mma(gl.convert_layout(grad_logits, LEFT), k, grad_q, is_async=True)
+        stage = next_of(stage, 3)
+    grad_q = hopper.warpgroup_mma_wait(0, deps=[grad_q])
+
+    # from here on a warp each has its own block: rows of products lie in registers as they did
+    grad_q = gl.convert_layout(gl.reshape(grad_q, [4, 16, PAD_DIM]), BATCH)
+    peak = gl.convert_layout(gl.reshape(peak, [4, 16]), gl.SliceLayout(2, BATCH))
+    delta = gl.convert_layout(gl.reshape(delta, [4, 16]), gl.SliceLayout(2, BATCH))
+    q_batch = as_batch(q).load(LEFT_BATCH)
+    grad_o_batch = as_batch(grad_o).load(LEFT_BATCH)
+    zeros_batch = gl.zeros([4, 16, 16], gl.float32, layout=BATCH)
+    for tile in range(end_l1, end_l1 + width_l1):
+        hopper.async_copy.wait_group(1)
+        before = gl.where(stage == 0, 2, stage - 1)
+        copy_fine(keys, tile + 2, parent, k_tiles.index(before), v_tiles.index(before))
+        hopper.async_copy.commit_group()
+        parent = parents_of_fine(keys, tile + 3)
+        k, v = as_batch(k_tiles.index(stage)), as_batch(v_tiles.index(stage))
+        products = hopper.mma_v2(q_batch, k.permute((0, 2, 1)).load(RIGHT_BATCH), zeros_batch)
+        dp = hopper.mma_v2(grad_o_batch, v.permute((0, 2, 1)).load(RIGHT_BATCH), zeros_batch)
+        p = gl.exp2(products * scale_log2e - peak[:, :, None])
+        grad_logits = (p * (dp - delta[:, :, None])).to(dtype)
+        grad_q = hopper.mma_v2(gl.convert_layout(grad_logits, LEFT_BATCH), k.load(RIGHT_BATCH), grad_q)
+        stage = next_of(stage, 3)
+    hopper.async_copy.wait_group(0)
+
+    grad_q = gl.reshape(grad_q * scale, [64, PAD_DIM])
+    write_rows(grad_q_ptr + head * n_tokens * HEAD_DIM, token, inside, grad_q)
+
+
+@gluon.jit
+def copy_queries(
+    q_ptr, stride_qn, grad_o_ptr, stride_gn, peak_ptr, delta_ptr, start, end,
+    q_to, grad_o_to, peak_to, delta_to, BLOCK_M: gl.constexpr,
+):
+    """Copy BLOCK_M queries of one head from `start` on, with what belongs to them; zeros beyond `end`."""
+    row = start + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, COPIED))
+    copy_rows(q_to, q_ptr, row, stride_qn, row < end)
+    copy_rows(grad_o_to, grad_o_ptr, row, stride_gn, row < end)
+    number = start + gl.arange(0, BLOCK_M, layout=gl.BlockedLayout([1], [32], [4], [0]))
+    hopper.async_copy.async_copy_global_to_shared(peak_to, peak_ptr + number, mask=number < end)
+    hopper.async_copy.async_copy_global_to_shared(delta_to, delta_ptr + number, mask=number < end)
+    hopper.async_copy.commit_group()
+
+
+@gluon.jit
+def grad_run_hopper(
+    q_ptr, stride_qn, grad_o_ptr, stride_gn, peak_ptr, delta_ptr, begin, end, k, v, bias, scale,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+):
+    """dk, dv of a tile of keys, k and v [N, D] as COPIED, from the queries begin..end of one head: `grad_run`.
+
+    Keys are rows of all products, so that what a softmax makes of two products is in registers the left operand of the
+    next two. Of a tile's four products, the first is waited for; then the second, while weights are worked out; the
+    third runs while those of the fourth are, and the fourth while the next tile begins.
+    """
+    STAGES: gl.constexpr = 3  # one is filled while one is read, and the last product may still read the third
+    LOGITS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])  # [N, M]
+    COLUMNS: gl.constexpr = gl.SliceLayout(0, LOGITS)
+    dtype: gl.constexpr = k.dtype
+    q_tiles = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, PAD_DIM], SHARED)
+    grad_o_tiles = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, PAD_DIM], SHARED)
+    peaks = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    deltas = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    zeros = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, layout=LOGITS)
+    grad_k = hopper.warpgroup_mma_init(gl.zeros([BLOCK_N, PAD_DIM], gl.float32, layout=PRODUCT))
+    grad_v = hopper.warpgroup_mma_init(gl.zeros([BLOCK_N, PAD_DIM], gl.float32, layout=PRODUCT))
+    place = gl.arange(0, BLOCK_M, layout=COLUMNS)
+    stage = 0
+    copy_queries(
+        q_ptr, stride_qn, grad_o_ptr, stride_gn, peak_ptr, delta_ptr, begin, end,
+        q_tiles.index(0), grad_o_tiles.index(0), peaks.index(0), deltas.index(0), BLOCK_M,
+    )
+    k = gl.allocate_shared_memory(dtype, [BLOCK_N, PAD_DIM], SHARED, k)
+    v = gl.allocate_shared_memory(dtype, [BLOCK_N, PAD_DIM], SHARED, v)
+    bias = gl.convert_layout(bias, gl.SliceLayout(1, LOGITS))
+    for start in range(begin, end, BLOCK_M):
+        hopper.async_copy.wait_group(0)
+        hopper.fence_async_shared()
+        ahead = next_of(stage, STAGES)
+        copy_queries(
+            q_ptr, stride_qn, grad_o_ptr, stride_gn, peak_ptr, delta_ptr, start + BLOCK_M, end,
+            q_tiles.index(ahead), grad_o_tiles.index(ahead), peaks.index(ahead), deltas.index(ahead), BLOCK_M,
+        )
+        q = q_tiles.index(stage)
+        grad_o = grad_o_tiles.index(stage)
+        products = hopper.warpgroup_mma(k, q.permute((1, 0)), zeros, use_acc=False, is_async=True)
+        dp = hopper.warpgroup_mma(v, grad_o.permute((1, 0)), zeros, use_acc=False, is_async=True)
+        peak = gl.where(start + place < end, peaks.index(stage).load(COLUMNS), float("inf"))  # so that p = 0 beyond
+        delta = deltas.index(stage).load(COLUMNS)
+        products = hopper.warpgroup_mma_wait(1, deps=[products])
+        p = gl.exp2(products * (scale * LOG2E) + bias[:, None] - peak[None, :])
+        grad_v = hopper.warpgroup_mma(gl.convert_layout(p.to(dtype), LEFT), grad_o, grad_v, is_async=True)
+        dp = hopper.warpgroup_mma_wait(1, deps=[dp])
+        grad_logits = (p * (dp - delta[None, :])).to(dtype)
+        grad_k = hopper.warpgroup_mma(gl.convert_layout(grad_logits, LEFT), q, grad_k, is_async=True)
+        stage = ahead
+    hopper.async_copy.wait_group(0)
+    grad_k, grad_v = hopper.warpgroup_mma_wait(0, deps=[grad_k, grad_v])
+    return grad_k * scale, grad_v
+
+
+@gluon.jit(do_not_specialize=UNSPECIALISED)
+def grad_kv_l2_hopper_kernel(
+    q_ptr, stride_qb, stride_qh, stride_qn,  # [B, H, N, D]
+    grad_o_ptr, stride_gb, stride_gh, stride_gn,
+    peak_ptr, total_ptr, delta_ptr,  # [B*H, N] float32
+    k_l2_ptr, v_l2_ptr,  # [B*H, T_2, D]
+    split_grad_k_ptr, split_grad_v_ptr,  # [B*H, splits, T_2, D], out: per token covered
+    rows_per_split, splits, scale, heads_per_batch, n_tokens,  # queries a split, how many splits, s, H, N
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+):
+    """What grad_kv_l2_kernel does; BLOCK_N is 64. `total` is 1 in half precision."""
+    n_l2 = gl.cdiv(n_tokens, SPAN_2)
+    place = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, COPIED))
+    n_keys = n_l2
+    tiles = gl.cdiv(n_keys, BLOCK_N)
+    head = (gl.program_id(0) // tiles // splits).to(gl.int64)
+    split = gl.program_id(0) // tiles % splits
+    first = gl.program_id(0) % tiles * BLOCK_N
+    key = first + place
+    begin = split * rows_per_split
+    end = gl.minimum(begin + rows_per_split, n_tokens)
+    to_split = (head * splits + split) * n_keys * HEAD_DIM
+    exists = (key >= 0) & (key < n_l2)
+    k_at, column = row_tile(k_l2_ptr + head * n_l2 * HEAD_DIM, key, HEAD_DIM, COPIED)
+    v_at, _ = row_tile(v_l2_ptr + head * n_l2 * HEAD_DIM, key, HEAD_DIM, COPIED)
+    inside = exists[:, None] & column
+    k = gl.load(k_at, mask=inside, other=0.0)
+    v = gl.load(v_at, mask=inside, other=0.0)
+    key = gl.convert_layout(key, gl.SliceLayout(1, PRODUCT))  # as rows of products lie
+    exists = (key >= 0) & (key < n_l2)
+    covered = gl.where(exists, gl.minimum(n_tokens - key * SPAN_2, SPAN_2), 1).to(gl.float32)
+    bias = gl.where(exists, gl.log2(covered), float("-inf"))
+    row = head * n_tokens
+    grad_k, grad_v = grad_run_hopper(
+        head_base(q_ptr, head, stride_qb, stride_qh, heads_per_batch), stride_qn,
+        head_base(grad_o_ptr, head, stride_gb, stride_gh, heads_per_batch), stride_gn,
+        peak_ptr + row, delta_ptr + row, begin, end, k, v, bias, scale, BLOCK_M, BLOCK_N,
+    )
+    write_rows(split_grad_k_ptr + to_split, first + place, first + place < n_keys, grad_k / covered[:, None])
+    write_rows(split_grad_v_ptr + to_split, first + place, first + place < n_keys, grad_v / covered[:, None])
+
+
+@gluon.jit(do_not_specialize=UNSPECIALISED)
+def grad_kv_l1_hopper_kernel(
+    q_ptr, stride_qb, stride_qh, stride_qn,  # [B, H, N, D]
+    grad_o_ptr, stride_gb, stride_gh, stride_gn,
+    peak_ptr, total_ptr, delta_ptr,  # [B*H, N] float32
+    k_l1_ptr, v_l1_ptr,  # [B*H, T_1, D]
+    kept_l2_ptr, width,  # [B*H, T_2, width] int32
+    split_grad_k_ptr, split_grad_v_ptr,  # [B*H, T_2, splits, width * b_2, D], out: per token covered
+    rows_per_split, splits, scale, heads_per_batch, n_tokens,  # queries a split, how many splits, s, H, N
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+):
+    """What grad_kv_l1_kernel does; BLOCK_N is 64. `total` is 1 in half precision."""
+    n_l1 = gl.cdiv(n_tokens, SPAN_1)
+    place = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, COPIED))
+    n_l2 = gl.cdiv(n_tokens, SPAN_2)
+    n_keys = width * BLOCK_2
+    tiles = gl.cdiv(n_keys, BLOCK_N)
+    keeper = gl.program_id(0) // tiles // splits  # over all heads
+    head = (keeper // n_l2).to(gl.int64)
+    split = gl.program_id(0) // tiles % splits
+    first = gl.program_id(0) % tiles * BLOCK_N
+    list_ptr = kept_l2_ptr + keeper.to(gl.int64) * width
+    slot = (first + place) // BLOCK_2
+    parent = gl.load(list_ptr + slot, mask=slot < width, other=-1)
+    key = parent * BLOCK_2 + (first + place) % BLOCK_2
+    begin = keeper % n_l2 * SPAN_2 + split * rows_per_split
+    end = gl.minimum(gl.minimum(begin + rows_per_split, (keeper % n_l2 + 1) * SPAN_2), n_tokens)
+    to_split = (keeper.to(gl.int64) * splits + split) * n_keys * HEAD_DIM
+    exists = (key >= 0) & (key < n_l1)
+    k_at, column = row_tile(k_l1_ptr + head * n_l1 * HEAD_DIM, key, HEAD_DIM, COPIED)
+    v_at, _ = row_tile(v_l1_ptr + head * n_l1 * HEAD_DIM, key, HEAD_DIM, COPIED)
+    inside = exists[:, None] & column
+    k = gl.load(k_at, mask=inside, other=0.0)
+    v = gl.load(v_at, mask=inside, other=0.0)
+    key = gl.convert_layout(key, gl.SliceLayout(1, PRODUCT))  # as rows of products lie
+    exists = (key >= 0) & (key < n_l1)
+    covered = gl.where(exists, gl.minimum(n_tokens - key * SPAN_1, SPAN_1), 1).to(gl.float32)
+    bias = gl.where(exists, gl.log2(covered), float("-inf"))
+    row = head * n_tokens
+    grad_k, grad_v = grad_run_hopper(
+        head_base(q_ptr, head, stride_qb, stride_qh, heads_per_batch), stride_qn,
+        head_base(grad_o_ptr, head, stride_gb, stride_gh, heads_per_batch), stride_gn,
+        peak_ptr + row, delta_ptr + row, begin, end, k, v, bias, scale, BLOCK_M, BLOCK_N,
+    )
+    write_rows(split_grad_k_ptr + to_split, first + place, first + place < n_keys, grad_k / covered[:, None])
+    write_rows(split_grad_v_ptr + to_split, first + place, first + place < n_keys, grad_v / covered[:, None])
+
+
 # ---- launches --------------------------------------------------------------------------------------------------------
 
 
@@ -1319,6 +1914,8 @@ class Prepared:
         tile = tiles["select_l1"]
         self.grids["select_l1_kernel"] = heads * tokens[2] * ceil_div(min(16, tokens[1]), tile["BLOCK_M"]), tile
         tile = tiles["attend"] | {"WHOLE": is_whole(tokens, tiles["attend"])}
+        if not is_whole(tokens, {"BLOCK_C": 64, "BLOCK_N": 16}):  # its tiles
+            tile = tile | {"HOPPER": 0}
         self.grids["attend_kernel"] = heads * tokens[2] * ceil_div(min(16, tokens[1]), tile["GROUP"]), tile
         tile = tiles["count"]
         self.grids["count_kernel"] = heads * (ceil_div(tokens[1] * min(8, tokens[1]), tile["BLOCK"]) + ceil_div(tokens[2] * min(8, tokens[2]), tile["BLOCK"])), tile
@@ -1329,6 +1926,8 @@ class Prepared:
         tile = tiles["invert_l1"]
         self.grids["invert_l1_kernel"] = heads * tokens[2], tile
         tile = tiles["grad_q"] | {"WHOLE": is_whole(tokens, tiles["grad_q"])}
+        if not is_whole(tokens, {"BLOCK_C": 64, "BLOCK_N": 16}):  # its tiles
+            tile = tile | {"HOPPER": 0}
         self.grids["grad_q_kernel"] = heads * tokens[2] * ceil_div(min(16, tokens[1]), tile["GROUP"]), tile
         tile = tiles["grad_kv_l2"]
         self.grids["grad_kv_l2_kernel"] = heads * splits_l2 * ceil_div(tokens[2], tile["BLOCK_N"]), tile
@@ -1387,15 +1986,17 @@ class Prepared:
                 run(programs, 1, 1, stream, *handles, *arguments, *shapes)
             return
         programs, tile = self.grids[name]
-        compiled = kernel[(programs,)](*arguments, **tile)
+        chosen, taken = variant(kernel, tile)
+        compiled = chosen[(programs,)](*arguments, **taken)
         # nothing comes from the interpreter; on ROCm, Triton also tells large tensors from small ones
         if compiled is not None and not torch.version.hip:
-            shapes = [tile[parameter] for parameter in kernel.arg_names[len(arguments) :]]
+            shapes = [taken[parameter] for parameter in chosen.arg_names[len(arguments) :]]
             self.ready[name] = compiled, programs, *starter(compiled), shapes
         if compiled is not None and "WHOLE" in tile and name not in self.both:
             # another length may need the other variant: nothing is compiled then
             self.both.add(name)
-            kernel.warmup(*arguments, **tile | {"WHOLE": not tile["WHOLE"]}, grid=(programs,))
+            chosen, other = variant(kernel, tile | {"WHOLE": not tile["WHOLE"]})
+            chosen.warmup(*arguments, **other, grid=(programs,))
 
 
 def is_whole(tokens, tile):
@@ -1406,6 +2007,22 @@ def is_whole(tokens, tile):
         and min(8, tokens[1]) * 16 % tile["BLOCK_N"] == 0
         and min(8, tokens[2]) * 16 % tile["BLOCK_C"] == 0
     )
+
+
+def variant(kernel, tile):
+    """Which kernel a launch is, and what it takes of its tile shapes.
+
+    Of a pair, the one in Gluon where the schedule says HOPPER, the most registers that a thread of it may have, and
+    where nothing needs a mask; not in the interpreter, which knows no Gluon.
+    """
+    if not isinstance(kernel, tuple):
+        return kernel, tile
+    registers = tile.get("HOPPER", 0)
+    tile = {name: value for name, value in tile.items() if name != "HOPPER"}
+    if INTERPRETED or not registers or not tile.get("WHOLE", True):
+        return kernel[0], tile
+    taken = ["num_warps"] if "WHOLE" in tile else ["num_warps", "BLOCK_M", "BLOCK_N"]
+    return kernel[1], {name: tile[name] for name in taken} | {"maxnreg": registers}
 
 
 def starter(compiled):
@@ -1540,7 +2157,7 @@ def attend_kernels(q, k, v, scale, save=True):
     pool_and_select(q, k, v, k_l1, v_l1, k_l2, v_l2, kept_l1, kept_l2, at, stream)
     [q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr] = at.pointers("attend_kernel", q, k, v, o, lse)
     at.launch(
-        stream, attend_kernel, "attend_kernel",
+        stream, (attend_kernel, attend_hopper_kernel), "attend_kernel",
         q_ptr, *at.steps[0], k_ptr, *at.steps[1], v_ptr, *at.steps[2],
         k_l1, v_l1,
         k_l2, v_l2,
@@ -1592,7 +2209,7 @@ def grad_kernels(grad_o, q, k, v, o, saved, scale):
         kept_l1, at.widths[1], offsets_l1, offsets_l2, keepers_l2, at.widths[2], keepers_l1, n_tokens,
     )
     at.launch(
-        stream, grad_q_kernel, "grad_q_kernel",
+        stream, (grad_q_kernel, grad_q_hopper_kernel), "grad_q_kernel",
         *q_rows, *k_rows, *v_rows,
         k_l1, v_l1,
         k_l2, v_l2,
@@ -1601,7 +2218,7 @@ def grad_kernels(grad_o, q, k, v, o, saved, scale):
         o_ptr, *grad_o_rows, peak, total, grad_q_ptr, delta, scale, heads_per_batch, n_tokens,
     )
     at.launch(
-        stream, grad_kv_l2_kernel, "grad_kv_l2_kernel",
+        stream, (grad_kv_l2_kernel, grad_kv_l2_hopper_kernel), "grad_kv_l2_kernel",
         *q_rows, *grad_o_rows, peak, total, delta, k_l2, v_l2, split_grad_k_l2, split_grad_v_l2,
         at.rows_l2, at.splits_l2, scale, heads_per_batch, n_tokens,
     )
@@ -1611,7 +2228,7 @@ def grad_kernels(grad_o, q, k, v, o, saved, scale):
         at.splits_l2, n_tokens,
     )
     at.launch(
-        stream, grad_kv_l1_kernel, "grad_kv_l1_kernel",
+        stream, (grad_kv_l1_kernel, grad_kv_l1_hopper_kernel), "grad_kv_l1_kernel",
         *q_rows, *grad_o_rows, peak, total, delta, k_l1, v_l1, kept_l2, at.widths[2], split_grad_k_l1, split_grad_v_l1,
         at.rows_l1, at.splits_l1, scale, heads_per_batch, n_tokens,
     )

@@ -22,6 +22,7 @@ import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel, make_backend
+from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import create_function_from_signature
 
 from llsa_gen import emit, schedule, schedule_table
@@ -158,7 +159,8 @@ def specialise(launch: Launch, gpu: GPUTarget) -> tuple[ASTSource, dict[str, Any
     binder = create_function_from_signature(function.signature, function.params, backend)
     bound, specialization, _ = binder(**launch.arguments, **options)
     full, signature, constexprs, attrs = function._pack_args(backend, options, bound, specialization, None)
-    return ASTSource(function, signature, constexprs, attrs), dict(full.__dict__)
+    source = GluonASTSource if function.is_gluon() else ASTSource
+    return source(function, signature, constexprs, attrs), dict(full.__dict__)
 
 
 def compile_launch(launch: Launch, target: str, dtype: torch.dtype | str, gpu: GPUTarget | None = None) -> Report:

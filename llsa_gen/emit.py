@@ -99,6 +99,7 @@ def render(plan: Plan, schedules: Schedules) -> str:
                 pad_dim=pad(plan.head_dim),
                 schedules=schedules_literal(schedules),
                 by_length=differ_by_length(schedules),
+                hopper=stages_in_gluon(schedules),
             )
         )
     except Exception as error:  # whatever an expression in a template may raise
@@ -133,6 +134,12 @@ def literal(spec: Mapping[str, object]) -> str:
 def differ_by_length(schedules: Schedules) -> bool:
     """Whether any target has other tile shapes for long sequences than for short ones."""
     return any(len(runs(lengths)) > 1 for by_size in schedules.values() for lengths in by_size.values())
+
+
+def stages_in_gluon(schedules: Schedules) -> frozenset[str]:
+    """The stages that some target's schedule hands to a kernel for the matrix units of H100."""
+    tables = (tiles for by_size in schedules.values() for lengths in by_size.values() for tiles in lengths.values())
+    return frozenset(stage for tiles in tables for stage, entry in tiles.items() if entry.get("HOPPER"))
 
 
 def runs(lengths: Mapping[int, Schedule]) -> dict[int, Schedule]:

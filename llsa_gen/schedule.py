@@ -33,7 +33,11 @@ USUAL_TOKENS = LENGTHS["medium"]
 """The length meant where none is given."""
 
 WGMMA = ("cuda:90",)
-"""Targets whose matrix units take 64 rows from four warps at once, and both operands from shared memory."""
+"""Targets whose matrix units take 64 rows from four warps at once, and both operands from shared memory.
+
+For them there are kernels in Gluon beside some of those in Triton. An entry hands its launches to such a kernel by
+`HOPPER`, the most registers that a thread of it may have.
+"""
 
 DOUBLES = ("cuda:90",)
 """Targets known to sort faster by float64 than by int64: two integer instructions a comparison, and float64 units that
@@ -185,6 +189,8 @@ def _walk(plan: Plan, goal: Target, element: int, stage: str) -> tuple[Entry, tu
             entry |= {"num_warps": 4, "AHEAD": 1} | _capped(goal, 128 if width == 64 else 96)
             if attend and plan.topk(1) * plan.block(1) % 32 == 0:  # four warps with 16 rows of v meet in the same banks
                 entry["BLOCK_N"] = 32
+            if width == 64 and plan.block(1) == 16 and plan.enriched == tuple(plan.levels):
+                entry["HOPPER"] = 128 if attend else 168  # four programs on a multiprocessor, or three
     elif rows < 64:
         entry = {"BLOCK_M": rows, "BLOCK_N": 32, "num_warps": rows // 16 if width <= 64 else rows // 8, "num_stages": 2}
         entry |= _capped(goal, 128) if width <= 64 and element == 2 else {}
@@ -218,7 +224,10 @@ def _grad_split(plan: Plan, goal: Target, element: int) -> Entry:
         if goal.name in WGMMA:
             return {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}
         return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
-    return {"BLOCK_M": 128 if width <= 64 else 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3 if width <= 32 else 2}
+    entry = {"BLOCK_M": 128 if width <= 64 else 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3 if width <= 32 else 2}
+    if width == 64 and goal.name in WGMMA:
+        entry |= {"BLOCK_M": 64, "HOPPER": 255}  # fewer registers, and it waits for every product
+    return entry
 
 
 def _grad_keeper(plan: Plan, goal: Target, element: int, level: int) -> Entry:
@@ -229,7 +238,12 @@ def _grad_keeper(plan: Plan, goal: Target, element: int, level: int) -> Entry:
         # a run so short (1,024 queries at D = 64) is over before copies ahead pay; four or five programs on a
         # multiprocessor hide each other's loads
         entry |= {"BLOCK_M": 32, "num_stages": 1} | _capped(goal, 128 if width == 64 else 96)
-    return entry | {"BLOCK_N": min(entry["BLOCK_N"], pad(plan.most_kept(level + 1) * plan.block(level + 1)))}
+        entry |= {"HOPPER": 128} if width == 64 else {}
+    keys = pad(plan.most_kept(level + 1) * plan.block(level + 1))
+    if keys < entry["BLOCK_N"]:
+        entry["BLOCK_N"] = keys
+        entry.pop("HOPPER", None)  # which has 64 keys a program
+    return entry
 
 
 def _grad_sum(plan: Plan) -> Entry:
