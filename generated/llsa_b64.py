@@ -15,7 +15,6 @@ import contextlib
 import functools
 import math
 import numbers
-from typing import NamedTuple
 
 import torch
 import triton
@@ -32,7 +31,7 @@ SPEC = {
     "name": "llsa_b64",
     "reweight": True,
 }
-OPERATOR = "llsa_b64_3b93208cf2d90a40"  # in torch.ops.llsa: the name of the spec and the hash of this text
+OPERATOR = "llsa_b64_ed46c4c88dd5d860"  # in torch.ops.llsa: the name of the spec and the hash of this text
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -1136,21 +1135,6 @@ COPIED = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
 PRODUCT = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
 LEFT = gl.constexpr(gl.DotOperandLayout(0, PRODUCT.value, 2))
 SHARED = gl.constexpr(gl.NVMMASharedLayout(128, 16, rank=2))
-# The same of a batch of four blocks of 16 rows, a warp each; in shared memory they lie where SHARED has the 64 rows.
-BATCH = gl.constexpr(gl.NVMMADistributedLayout([2, 0], [4, 1, 1], [1, 16, 8]))
-LEFT_BATCH = gl.constexpr(gl.DotOperandLayout(0, BATCH.value, 2))
-RIGHT_BATCH = gl.constexpr(gl.DotOperandLayout(1, BATCH.value, 2))
-SHARED_BATCH = gl.constexpr(gl.SwizzledSharedLayout(8, 1, 8, [2, 1, 0]))
-WEIGHT_1 = gl.constexpr(math.log2(64))  # log2 of the weight of a whole token of level 1
-WEIGHT_2 = gl.constexpr(math.log2(4096))  # log2 of the weight of a whole token of level 2
-
-
-@gluon.jit
-def wide_product(a, b):
-    """a * b of 32 bits each, as 64 bits: one instruction, where the compiler makes four once it has widened b before a loop."""
-    return gl.inline_asm_elementwise(
-        "mul.wide.s32 $0, $1, $2;", "=l,r,r", [a, b], dtype=gl.int64, is_pure=True, pack=1
-    )
 
 
 @gluon.jit
@@ -1164,7 +1148,7 @@ def row_tile(ptr, row, stride, LAYOUT: gl.constexpr):
 @gluon.jit
 def copy_rows(to, ptr, row, stride, inside):
     """Begin to copy rows `row` [M] to shared memory [M, PAD_DIM]; zero where not `inside` and in the padding."""
-    at, column = row_tile(ptr, row, stride, COPIED)
+    at, _ = row_tile(ptr, row, stride, COPIED)
     hopper.async_copy.async_copy_global_to_shared(to, at, mask=inside[:, None])
 
 
@@ -1182,20 +1166,6 @@ def write_rows(ptr, row, inside, tile):
 def next_of(stage, STAGES: gl.constexpr):
     """The stage of a ring of buffers after this one."""
     return gl.where(stage == STAGES - 1, 0, stage + 1)
-
-
-@gluon.jit
-def as_batch(tile):
-    """A tile of 64 rows in shared memory as four blocks of 16: [4, 16, D]."""
-    return tile._reinterpret(tile.dtype, [4, 16, PAD_DIM], SHARED_BATCH)
-
-
-@gluon.jit
-def batch_rows():
-    """The number of each row of four blocks of 16, [4, 16] as BATCH."""
-    ROWS: gl.constexpr = gl.SliceLayout(2, BATCH)
-    block = gl.arange(0, 4, layout=gl.SliceLayout(1, ROWS))[:, None]
-    return block * 16 + gl.arange(0, 16, layout=gl.SliceLayout(0, ROWS))[None, :]
 
 
 @gluon.jit
@@ -1605,9 +1575,9 @@ def variant(kernel, tile):
     where nothing needs a mask; not in the interpreter, which knows no Gluon.
     """
     if not isinstance(kernel, tuple):
-        return kernel, tile
-    registers = tile.get("HOPPER", 0)
-    tile = {name: value for name, value in tile.items() if name != "HOPPER"}
+        return kernel, {name: value for name, value in tile.items() if name != "HOPPER"}
+    tile = dict(tile)
+    registers = tile.pop("HOPPER", 0)
     if INTERPRETED or not registers or not tile.get("WHOLE", True):
         return kernel[0], tile
     taken = ["num_warps"] if "WHOLE" in tile else ["num_warps", "BLOCK_M", "BLOCK_N"]
@@ -1688,7 +1658,10 @@ def prepared(device, dtype, shape, strides, starts):
     """One `Prepared` for all calls that Triton does not tell apart; None where tensors have to be copied first."""
     if not all(map(is_aligned, strides)):
         return None
-    return Prepared(shape[0] * shape[1], shape[2], dtype, strides, schedule_for(device, dtype))
+    tiles = schedule_for(device, dtype)
+    if any(starts):  # the kernels in Gluon copy 16 bytes at a time
+        tiles = {stage: {name: size for name, size in entry.items() if name != "HOPPER"} for stage, entry in tiles.items()}
+    return Prepared(shape[0] * shape[1], shape[2], dtype, strides, tiles)
 
 
 def pool_and_select(q, k, v, k_l1, v_l1, k_l2, v_l2, kept_l1, kept_l2, at, stream):

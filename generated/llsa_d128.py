@@ -28,7 +28,7 @@ SPEC = {
     "name": "llsa_d128",
     "reweight": True,
 }
-OPERATOR = "llsa_d128_95f04d72deef32e4"  # in torch.ops.llsa: the name of the spec and the hash of this text
+OPERATOR = "llsa_d128_aad7f7223ad3362e"  # in torch.ops.llsa: the name of the spec and the hash of this text
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -1482,7 +1482,8 @@ def prepared(device, dtype, shape, strides, starts):
     """One `Prepared` for all calls that Triton does not tell apart; None where tensors have to be copied first."""
     if not all(map(is_aligned, strides)):
         return None
-    return Prepared(shape[0] * shape[1], shape[2], dtype, strides, schedule_for(device, dtype))
+    tiles = schedule_for(device, dtype)
+    return Prepared(shape[0] * shape[1], shape[2], dtype, strides, tiles)
 
 
 def pool_and_select(q, k, v, k_l1, v_l1, k_l2, v_l2, kept_l1, kept_l2, at, stream):

@@ -32,7 +32,7 @@ SPEC = {
     "name": "llsa_l2",
     "reweight": True,
 }
-OPERATOR = "llsa_l2_00d04af717bd42c3"  # in torch.ops.llsa: the name of the spec and the hash of this text
+OPERATOR = "llsa_l2_5998290d66d97299"  # in torch.ops.llsa: the name of the spec and the hash of this text
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -1195,14 +1195,6 @@ WEIGHT_2 = gl.constexpr(math.log2(256))  # log2 of the weight of a whole token o
 
 
 @gluon.jit
-def wide_product(a, b):
-    """a * b of 32 bits each, as 64 bits: one instruction, where the compiler makes four once it has widened b before a loop."""
-    return gl.inline_asm_elementwise(
-        "mul.wide.s32 $0, $1, $2;", "=l,r,r", [a, b], dtype=gl.int64, is_pure=True, pack=1
-    )
-
-
-@gluon.jit
 def row_tile(ptr, row, stride, LAYOUT: gl.constexpr):
     """Rows `row` [M] of a matrix [*, HEAD_DIM]: addresses [M, PAD_DIM] in a layout, and which columns exist."""
     dim = gl.arange(0, PAD_DIM, layout=gl.SliceLayout(0, LAYOUT))[None, :]
@@ -1213,7 +1205,7 @@ def row_tile(ptr, row, stride, LAYOUT: gl.constexpr):
 @gluon.jit
 def copy_rows(to, ptr, row, stride, inside):
     """Begin to copy rows `row` [M] to shared memory [M, PAD_DIM]; zero where not `inside` and in the padding."""
-    at, column = row_tile(ptr, row, stride, COPIED)
+    at, _ = row_tile(ptr, row, stride, COPIED)
     hopper.async_copy.async_copy_global_to_shared(to, at, mask=inside[:, None])
 
 
@@ -1231,6 +1223,14 @@ def write_rows(ptr, row, inside, tile):
 def next_of(stage, STAGES: gl.constexpr):
     """The stage of a ring of buffers after this one."""
     return gl.where(stage == STAGES - 1, 0, stage + 1)
+
+
+@gluon.jit
+def wide_product(a, b):
+    """a * b of 32 bits each, as 64 bits: one instruction, where the compiler makes four once it has widened b before a loop."""
+    return gl.inline_asm_elementwise(
+        "mul.wide.s32 $0, $1, $2;", "=l,r,r", [a, b], dtype=gl.int64, is_pure=True, pack=1
+    )
 
 
 @gluon.jit
@@ -1264,9 +1264,9 @@ class Keys(NamedTuple):
     k_l2_ptr: gl.tensor
     v_l2_ptr: gl.tensor
     end_l2: gl.tensor  # how many of the tiles are of level 2
+    n_l1: gl.tensor  # T_1
     n_l2: gl.tensor  # T_2
     first: gl.tensor  # of the query blocks
-    beyond: gl.tensor  # the last one that is in this group's reach
 
 
 @gluon.jit
@@ -1282,7 +1282,7 @@ def parents_of_coarse(keys, tile):
 @gluon.jit
 def parents_of_fine(keys, tile):
     """Of each row of a fine tile, the kept token whose child it is; 0 beyond the last."""
-    block = gl.minimum(keys.first + gl.arange(0, 64, layout=gl.SliceLayout(1, COPIED)) // 16, keys.beyond - 1)
+    block = gl.minimum(keys.first + gl.arange(0, 64, layout=gl.SliceLayout(1, COPIED)) // 16, keys.n_l1 - 1)
     slot = tile - keys.end_l1
     return gl.load(keys.kept_l1_ptr + (block * keys.width_l1 + slot), mask=(block >= 0) & (slot >= 0) & (slot < keys.width_l1), other=0)
 
@@ -1309,7 +1309,7 @@ def copy_listed(to, ptr, parent, stride):
     A thread's rows are the same child of each: what differs between them, and from tile to tile, is one product.
     """
     child = gl.arange(0, 64, layout=gl.SliceLayout(1, COPIED)) % 16
-    at, column = row_tile(ptr, child, stride, COPIED)
+    at, _ = row_tile(ptr, child, stride, COPIED)
     at += (wide_product(parent, 2 * stride) * 8)[:, None]  # 8 elements are 16 bytes, which a thread copies
     hopper.async_copy.async_copy_global_to_shared(to, at)
 
@@ -1342,11 +1342,23 @@ def parents_of_tile(keys, tile):
 
 
 @gluon.jit
+def sum_of_own(p):
+    """Of each row of a tile [64, 64], as PRODUCT, what each of its four threads sums up of its own elements: [64, 4]."""
+    return gl.sum(gl.sum(gl.reshape(p, [64, 8, 4, 2]), 3), 1)
+
+
+@gluon.jit
+def sum_of_own_batch(p):
+    """The same of a batch of tiles [4, 16, 16], as BATCH: [4, 16, 4]."""
+    return gl.sum(gl.sum(gl.reshape(p, [4, 16, 2, 4, 2]), 4), 2)
+
+
+@gluon.jit
 def attend_tiles(keys, q_base, stride_qn, scale, ANCHORED: gl.constexpr):
     """peak, total [4, 16] and acc [4, 16, D] of four query blocks over all their keys, as `softmax_step` has them.
 
-    ANCHORED: `peak` is the largest logit of the first tile and stays. Nothing waits for a maximum then and no sum is rescaled,
-    but where later logits are much larger, a sum may be too large for the dtype.
+    ANCHORED: `peak` is the largest logit of the first tile and stays. Nothing waits for a maximum then, no sum is
+    rescaled, and threads add up their sums at the end; but where later logits are much larger, a sum may not fit.
     """
     ROWS: gl.constexpr = gl.SliceLayout(1, PRODUCT)
     dtype: gl.constexpr = q_base.dtype.element_ty
@@ -1354,16 +1366,16 @@ def attend_tiles(keys, q_base, stride_qn, scale, ANCHORED: gl.constexpr):
     k_tiles = gl.allocate_shared_memory(dtype, [3, 64, PAD_DIM], SHARED)
     v_tiles = gl.allocate_shared_memory(dtype, [3, 64, PAD_DIM], SHARED)
     token = keys.first * 16 + gl.arange(0, 64, layout=gl.SliceLayout(1, COPIED))
-    copy_rows(q, q_base, token, stride_qn, token < keys.beyond * 16)
+    copy_rows(q, q_base, token, stride_qn, token < keys.n_l1 * 16)
     parent = parents_of_tile(keys, 0)
     for tile in range(2):
         copy_tile(keys, tile, parent, k_tiles.index(tile), v_tiles.index(tile))
         hopper.async_copy.commit_group()
         parent = parents_of_tile(keys, tile + 1)
     peak = gl.full([64], float("-inf"), gl.float32, layout=ROWS)
-    total = gl.zeros([64], gl.float32, layout=ROWS)
-    acc = hopper.warpgroup_mma_init(gl.zeros([64, PAD_DIM], gl.float32, layout=PRODUCT))
     zeros = gl.zeros([64, 64], gl.float32, layout=PRODUCT)
+    total = sum_of_own(zeros) if ANCHORED else gl.zeros([64], gl.float32, layout=ROWS)
+    acc = hopper.warpgroup_mma_init(gl.zeros([64, PAD_DIM], gl.float32, layout=PRODUCT))
     column = gl.arange(0, 64, layout=gl.SliceLayout(0, PRODUCT))[None, :]
     stage = 0
     for tile in range(0, keys.end_l1):
@@ -1387,7 +1399,7 @@ def attend_tiles(keys, q_base, stride_qn, scale, ANCHORED: gl.constexpr):
             p = gl.exp2(products * scale + (weight - peak)[:, None])
             if exist < 64:
                 p = gl.where(column < exist, p, 0.0)
-            total += gl.sum(p, 1)
+            total += sum_of_own(p)
         else:
             logits = products * scale + weight
             if exist < 64:
@@ -1407,9 +1419,13 @@ def attend_tiles(keys, q_base, stride_qn, scale, ANCHORED: gl.constexpr):
     # from here on a warp each has its own block: rows of products lie in registers as they did
     acc = gl.convert_layout(gl.reshape(acc, [4, 16, PAD_DIM]), BATCH)
     peak = gl.convert_layout(gl.reshape(peak, [4, 16]), gl.SliceLayout(2, BATCH))
+    if ANCHORED:
+        total = gl.convert_layout(gl.sum(total, 1), ROWS)
     total = gl.convert_layout(gl.reshape(total, [4, 16]), gl.SliceLayout(2, BATCH))
     q_batch = as_batch(q).load(LEFT_BATCH)
     zeros_batch = gl.zeros([4, 16, 16], gl.float32, layout=BATCH)
+    if ANCHORED:
+        fine_total = sum_of_own_batch(zeros_batch)
     for tile in range(keys.end_l1, keys.end):
         hopper.async_copy.wait_group(1)
         before = gl.where(stage == 0, 2, stage - 1)
@@ -1420,7 +1436,7 @@ def attend_tiles(keys, q_base, stride_qn, scale, ANCHORED: gl.constexpr):
         products = hopper.mma_v2(q_batch, k, zeros_batch)
         if ANCHORED:
             p = gl.exp2(products * scale - peak[:, :, None])
-            total += gl.sum(p, 2)
+            fine_total += sum_of_own_batch(p)
         else:
             logits = products * scale
             new_peak = gl.maximum(peak, gl.max(logits, 2))
@@ -1433,7 +1449,30 @@ def attend_tiles(keys, q_base, stride_qn, scale, ANCHORED: gl.constexpr):
         acc = hopper.mma_v2(gl.convert_layout(p.to(dtype), LEFT_BATCH), v, acc)
         stage = next_of(stage, 3)
     hopper.async_copy.wait_group(0)
+    if ANCHORED:
+        total += gl.convert_layout(gl.sum(fine_total, 2), gl.SliceLayout(2, BATCH))
     return peak, total, acc
+
+
+@gluon.jit
+def write_attended(keys, o_ptr, lse_ptr, peak_ptr, total_ptr, head, n_tokens, peak, total, acc, fits):
+    """Write what `attend_tiles` returned. `total`, 1 in half precision (attend_kernel), is 0 where the sum does not fit."""
+    token = keys.first * 16 + gl.arange(0, 64, layout=gl.SliceLayout(1, COPIED))
+    o = gl.reshape(acc * (1.0 / total)[:, :, None], [64, PAD_DIM])
+    write_rows(o_ptr + head * n_tokens * HEAD_DIM, token, token < n_tokens, o)
+    row = keys.first * 16 + batch_rows()
+    at = head * n_tokens + row
+    log_sum = peak + gl.log2(total)
+    gl.store(lse_ptr + at, log_sum * LN2, mask=row < n_tokens)
+    gl.store(peak_ptr + at, log_sum, mask=row < n_tokens)
+    gl.store(total_ptr + at, gl.where(fits, 1.0, 0.0), mask=row < n_tokens)
+
+
+@gluon.jit
+def all_fit(totals_ptr, first, n_tokens, ROWS: gl.constexpr):
+    """Whether the sums of ROWS queries of one head from `first` on fit, by what `write_attended` left in `total`."""
+    row = first + gl.arange(0, ROWS, layout=gl.BlockedLayout([(ROWS + 127) // 128], [32], [4], [0]))
+    return gl.min(gl.load(totals_ptr + row, mask=row < n_tokens, other=1.0), 0) > 0.0
 
 
 @gluon.jit(do_not_specialize=UNSPECIALISED)
@@ -1450,15 +1489,14 @@ def attend_hopper_kernel(
     peak_ptr, total_ptr,  # [B*H, N] float32, out: the same as 2^peak * total, for the backward pass
     scale, heads_per_batch, n_tokens,  # s, H, N
 ):
-    """What attend_kernel does where WHOLE, with four query blocks a program."""
+    """What attend_kernel does where WHOLE, four query blocks a program, but for queries whose sums do not fit."""
+    program = gl.program_id(0)
     n_l1 = gl.cdiv(n_tokens, SPAN_1)
     n_l2 = gl.cdiv(n_tokens, SPAN_2)
-    siblings = gl.minimum(16, n_l1)  # query blocks under one level-2 token
-    groups = gl.cdiv(siblings, 4)
-    head = (gl.program_id(0) // groups // n_l2).to(gl.int64)
-    above = gl.program_id(0) // groups % n_l2
-    first = above * siblings + gl.program_id(0) % groups * 4  # of the query blocks
-    beyond = gl.minimum((above + 1) * siblings, n_l1)
+    groups = gl.cdiv(n_l1, 4)
+    head = (program // groups).to(gl.int64)
+    first = program % groups * 4  # of the query blocks
+    above = first // 16  # the level-2 token that they are under
     # tiles before the end of each level
     end_l2 = gl.cdiv(n_l2, 64)
     end_l1 = end_l2 + width_l2 * BLOCK_2 // 64
@@ -1469,26 +1507,65 @@ def attend_hopper_kernel(
         k_l1_ptr + head * n_l1 * HEAD_DIM, v_l1_ptr + head * n_l1 * HEAD_DIM, end_l1,
         kept_l2_ptr + (head * n_l2 + above) * width_l2,
         k_l2_ptr + head * n_l2 * HEAD_DIM, v_l2_ptr + head * n_l2 * HEAD_DIM, end_l2,
-        n_l2, first, beyond,
+        n_l1, n_l2, first,
     )
     q_base = head_base(q_ptr, head, stride_qb, stride_qh, heads_per_batch)
 
-    scale *= LOG2E
-    peak, total, acc = attend_tiles(keys, q_base, stride_qn, scale, ANCHORED=True)
+    peak, total, acc = attend_tiles(keys, q_base, stride_qn, scale * LOG2E, ANCHORED=True)
+    # not too large for the dtype of p, not rounded away, and a number
     fits = (total > 0.5) & (total < (2.0**15 if q_base.dtype.element_ty == gl.float16 else 2.0**64))
-    if gl.min(gl.min(fits.to(gl.int32), 1), 0) == 0:  # too large for the dtype of p somewhere, or no number
-        peak, total, acc = attend_tiles(keys, q_base, stride_qn, scale, ANCHORED=False)
+    write_attended(keys, o_ptr, lse_ptr, peak_ptr, total_ptr, head, n_tokens, peak, total, acc, fits)
 
-    token = first * 16 + gl.arange(0, 64, layout=gl.SliceLayout(1, COPIED))
-    o = gl.reshape(acc * (1.0 / total)[:, :, None], [64, PAD_DIM])
-    write_rows(o_ptr + head * n_tokens * HEAD_DIM, token, token < beyond * 16, o)
-    row = first * 16 + batch_rows()
-    inside = row < beyond * 16
-    at = head * n_tokens + row
-    log_sum = peak + gl.log2(total)
-    gl.store(lse_ptr + at, log_sum * LN2, mask=inside)
-    gl.store(peak_ptr + at, log_sum, mask=inside)  # half precision rounds more than this sum: see attend_kernel
-    gl.store(total_ptr + at, gl.full([4, 16], 1.0, gl.float32, layout=gl.SliceLayout(2, BATCH)), mask=inside)
+
+@gluon.jit(do_not_specialize=UNSPECIALISED)
+def attend_hopper_again_kernel(
+    q_ptr, stride_qb, stride_qh, stride_qn,  # [B, H, N, D]
+    k_ptr, stride_kb, stride_kh, stride_kn,
+    v_ptr, stride_vb, stride_vh, stride_vn,
+    k_l1_ptr, v_l1_ptr,  # [B*H, T_1, D]
+    k_l2_ptr, v_l2_ptr,  # [B*H, T_2, D]
+    kept_l1_ptr, width_l1,  # [B*H, T_1, width] int32
+    kept_l2_ptr, width_l2,  # [B*H, T_2, width] int32
+    o_ptr,  # [B*H, N, D], out
+    lse_ptr,  # [B*H, N] float32, out: natural logarithm of the sum of weights
+    peak_ptr, total_ptr,  # [B*H, N] float32, out: the same as 2^peak * total, for the backward pass
+    scale, heads_per_batch, n_tokens,  # s, H, N
+):
+    """Attend again with a running maximum where attend_hopper_kernel found sums that do not fit: `total` is 0 there.
+
+    A kernel of its own, since in the same one it would take registers from the usual case; it has next to nothing to do.
+    Grid: B*H * ceil(ceil(T_1 / 4) / 16), 16 programs of the other one each.
+    """
+    groups_of_head = gl.cdiv(gl.cdiv(n_tokens, SPAN_1), 4)
+    parts = gl.cdiv(groups_of_head, 16)
+    begin = gl.program_id(0) % parts * 16
+    totals_ptr = total_ptr + (gl.program_id(0) // parts).to(gl.int64) * n_tokens
+    if not all_fit(totals_ptr, begin * 64, n_tokens, 16 * 64):
+        for group in range(begin, gl.minimum(begin + 16, groups_of_head)):
+            if not all_fit(totals_ptr, group * 64, n_tokens, 64):
+                program = gl.program_id(0) // parts * groups_of_head + group
+                n_l1 = gl.cdiv(n_tokens, SPAN_1)
+                n_l2 = gl.cdiv(n_tokens, SPAN_2)
+                groups = gl.cdiv(n_l1, 4)
+                head = (program // groups).to(gl.int64)
+                first = program % groups * 4  # of the query blocks
+                above = first // 16  # the level-2 token that they are under
+                # tiles before the end of each level
+                end_l2 = gl.cdiv(n_l2, 64)
+                end_l1 = end_l2 + width_l2 * BLOCK_2 // 64
+                keys = Keys(
+                    head_base(k_ptr, head, stride_kb, stride_kh, heads_per_batch), stride_kn,
+                    head_base(v_ptr, head, stride_vb, stride_vh, heads_per_batch), stride_vn,
+                    kept_l1_ptr + head * n_l1 * width_l1, width_l1, end_l1 + width_l1,
+                    k_l1_ptr + head * n_l1 * HEAD_DIM, v_l1_ptr + head * n_l1 * HEAD_DIM, end_l1,
+                    kept_l2_ptr + (head * n_l2 + above) * width_l2,
+                    k_l2_ptr + head * n_l2 * HEAD_DIM, v_l2_ptr + head * n_l2 * HEAD_DIM, end_l2,
+                    n_l1, n_l2, first,
+                )
+                q_base = head_base(q_ptr, head, stride_qb, stride_qh, heads_per_batch)
+                peak, total, acc = attend_tiles(keys, q_base, stride_qn, scale * LOG2E, ANCHORED=False)
+                fits = gl.full([4, 16], True, gl.int1, layout=gl.SliceLayout(2, BATCH))
+                write_attended(keys, o_ptr, lse_ptr, peak_ptr, total_ptr, head, n_tokens, peak, total, acc, fits)
 
 
 @gluon.jit(do_not_specialize=UNSPECIALISED)
@@ -1508,14 +1585,13 @@ def grad_q_hopper_kernel(
     scale, heads_per_batch, n_tokens,  # s, H, N
 ):
     """What grad_q_kernel does where WHOLE, with four query blocks a program. `total` is 1 in half precision."""
+    program = gl.program_id(0)
     n_l1 = gl.cdiv(n_tokens, SPAN_1)
     n_l2 = gl.cdiv(n_tokens, SPAN_2)
-    siblings = gl.minimum(16, n_l1)  # query blocks under one level-2 token
-    groups = gl.cdiv(siblings, 4)
-    head = (gl.program_id(0) // groups // n_l2).to(gl.int64)
-    above = gl.program_id(0) // groups % n_l2
-    first = above * siblings + gl.program_id(0) % groups * 4  # of the query blocks
-    beyond = gl.minimum((above + 1) * siblings, n_l1)
+    groups = gl.cdiv(n_l1, 4)
+    head = (program // groups).to(gl.int64)
+    first = program % groups * 4  # of the query blocks
+    above = first // 16  # the level-2 token that they are under
     # tiles before the end of each level
     end_l2 = gl.cdiv(n_l2, 64)
     end_l1 = end_l2 + width_l2 * BLOCK_2 // 64
@@ -1526,7 +1602,7 @@ def grad_q_hopper_kernel(
         k_l1_ptr + head * n_l1 * HEAD_DIM, v_l1_ptr + head * n_l1 * HEAD_DIM, end_l1,
         kept_l2_ptr + (head * n_l2 + above) * width_l2,
         k_l2_ptr + head * n_l2 * HEAD_DIM, v_l2_ptr + head * n_l2 * HEAD_DIM, end_l2,
-        n_l2, first, beyond,
+        n_l1, n_l2, first,
     )
     q_base = head_base(q_ptr, head, stride_qb, stride_qh, heads_per_batch)
 
@@ -1536,7 +1612,7 @@ def grad_q_hopper_kernel(
     k_tiles = gl.allocate_shared_memory(dtype, [3, 64, PAD_DIM], SHARED)
     v_tiles = gl.allocate_shared_memory(dtype, [3, 64, PAD_DIM], SHARED)
     token = first * 16 + gl.arange(0, 64, layout=gl.SliceLayout(1, COPIED))
-    inside = token < beyond * 16
+    inside = token < n_tokens
     copy_rows(q, q_base, token, stride_qn, inside)
     parent = parents_of_tile(keys, 0)
     for tile in range(2):
@@ -1553,7 +1629,7 @@ def grad_q_hopper_kernel(
     gl.store(delta_ptr + head * n_tokens + token, delta, mask=inside)
     delta = gl.convert_layout(delta, ROWS)
     row = first * 16 + gl.arange(0, 64, layout=ROWS)
-    peak = gl.load(peak_ptr + head * n_tokens + row, mask=row < beyond * 16, other=0.0)
+    peak = gl.load(peak_ptr + head * n_tokens + row, mask=row < n_tokens, other=0.0)
     scale_log2e = scale * LOG2E
     grad_q = hopper.warpgroup_mma_init(gl.zeros([64, PAD_DIM], gl.float32, layout=PRODUCT))
     zeros = gl.zeros([64, 64], gl.float32, layout=PRODUCT)
@@ -1914,9 +1990,12 @@ class Prepared:
         tile = tiles["select_l1"]
         self.grids["select_l1_kernel"] = heads * tokens[2] * ceil_div(min(16, tokens[1]), tile["BLOCK_M"]), tile
         tile = tiles["attend"] | {"WHOLE": is_whole(tokens, tiles["attend"])}
-        if not is_whole(tokens, {"BLOCK_C": 64, "BLOCK_N": 16}):  # its tiles
-            tile = tile | {"HOPPER": 0}
+        if tile["WHOLE"] and not is_whole(tokens, {"BLOCK_C": 64, "BLOCK_N": 16}):  # the tiles of the kernel in Gluon
+            tile.pop("HOPPER", None)
         self.grids["attend_kernel"] = heads * tokens[2] * ceil_div(min(16, tokens[1]), tile["GROUP"]), tile
+        if "HOPPER" in tile and not INTERPRETED:
+            programs = heads * ceil_div(ceil_div(tokens[1], 4), 16) if tile["HOPPER"] and tile["WHOLE"] else 0
+            self.grids["attend_hopper_again_kernel"] = programs, {"num_warps": 4, "maxnreg": 168}
         tile = tiles["count"]
         self.grids["count_kernel"] = heads * (ceil_div(tokens[1] * min(8, tokens[1]), tile["BLOCK"]) + ceil_div(tokens[2] * min(8, tokens[2]), tile["BLOCK"])), tile
         tile = tiles["scan"]
@@ -1926,8 +2005,8 @@ class Prepared:
         tile = tiles["invert_l1"]
         self.grids["invert_l1_kernel"] = heads * tokens[2], tile
         tile = tiles["grad_q"] | {"WHOLE": is_whole(tokens, tiles["grad_q"])}
-        if not is_whole(tokens, {"BLOCK_C": 64, "BLOCK_N": 16}):  # its tiles
-            tile = tile | {"HOPPER": 0}
+        if tile["WHOLE"] and not is_whole(tokens, {"BLOCK_C": 64, "BLOCK_N": 16}):  # the tiles of the kernel in Gluon
+            tile.pop("HOPPER", None)
         self.grids["grad_q_kernel"] = heads * tokens[2] * ceil_div(min(16, tokens[1]), tile["GROUP"]), tile
         tile = tiles["grad_kv_l2"]
         self.grids["grad_kv_l2_kernel"] = heads * splits_l2 * ceil_div(tokens[2], tile["BLOCK_N"]), tile
@@ -2016,9 +2095,9 @@ def variant(kernel, tile):
     where nothing needs a mask; not in the interpreter, which knows no Gluon.
     """
     if not isinstance(kernel, tuple):
-        return kernel, tile
-    registers = tile.get("HOPPER", 0)
-    tile = {name: value for name, value in tile.items() if name != "HOPPER"}
+        return kernel, {name: value for name, value in tile.items() if name != "HOPPER"}
+    tile = dict(tile)
+    registers = tile.pop("HOPPER", 0)
     if INTERPRETED or not registers or not tile.get("WHOLE", True):
         return kernel[0], tile
     taken = ["num_warps"] if "WHOLE" in tile else ["num_warps", "BLOCK_M", "BLOCK_N"]
@@ -2099,7 +2178,10 @@ def prepared(device, dtype, shape, strides, starts):
     """One `Prepared` for all calls that Triton does not tell apart; None where tensors have to be copied first."""
     if not all(map(is_aligned, strides)):
         return None
-    return Prepared(shape[0] * shape[1], shape[2], dtype, strides, schedule_for(device, dtype))
+    tiles = schedule_for(device, dtype)
+    if any(starts):  # the kernels in Gluon copy 16 bytes at a time
+        tiles = {stage: {name: size for name, size in entry.items() if name != "HOPPER"} for stage, entry in tiles.items()}
+    return Prepared(shape[0] * shape[1], shape[2], dtype, strides, tiles)
 
 
 def pool_and_select(q, k, v, k_l1, v_l1, k_l2, v_l2, kept_l1, kept_l2, at, stream):
@@ -2156,8 +2238,7 @@ def attend_kernels(q, k, v, scale, save=True):
     [peak, total, k_l1, v_l1, k_l2, v_l2, kept_l1, kept_l2] = buffers
     pool_and_select(q, k, v, k_l1, v_l1, k_l2, v_l2, kept_l1, kept_l2, at, stream)
     [q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr] = at.pointers("attend_kernel", q, k, v, o, lse)
-    at.launch(
-        stream, (attend_kernel, attend_hopper_kernel), "attend_kernel",
+    arguments = (
         q_ptr, *at.steps[0], k_ptr, *at.steps[1], v_ptr, *at.steps[2],
         k_l1, v_l1,
         k_l2, v_l2,
@@ -2165,6 +2246,9 @@ def attend_kernels(q, k, v, scale, save=True):
         kept_l2, at.widths[2],
         o_ptr, lse_ptr, peak, total, scale, heads_per_batch, n_tokens,
     )
+    at.launch(stream, (attend_kernel, attend_hopper_kernel), "attend_kernel", *arguments)
+    if "attend_hopper_again_kernel" in at.grids:
+        at.launch(stream, attend_hopper_again_kernel, "attend_hopper_again_kernel", *arguments)
     return o, lse, *saved
 
 

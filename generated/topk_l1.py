@@ -27,7 +27,7 @@ SPEC = {
     "name": "topk_l1",
     "reweight": True,
 }
-OPERATOR = "topk_l1_31afacc9e5f9d6ec"  # in torch.ops.llsa: the name of the spec and the hash of this text
+OPERATOR = "topk_l1_8c1296ae22042657"  # in torch.ops.llsa: the name of the spec and the hash of this text
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -960,7 +960,8 @@ def prepared(device, dtype, shape, strides, starts):
     """One `Prepared` for all calls that Triton does not tell apart; None where tensors have to be copied first."""
     if not all(map(is_aligned, strides)):
         return None
-    return Prepared(shape[0] * shape[1], shape[2], dtype, strides, schedule_for(device, dtype))
+    tiles = schedule_for(device, dtype)
+    return Prepared(shape[0] * shape[1], shape[2], dtype, strides, tiles)
 
 
 def pool_and_select(q, k, kept_l1, at, stream):

@@ -115,7 +115,8 @@ def _compile(
     launches = record(module, USUAL_TOKENS if n_tokens is None else n_tokens, dtype, target, batch=batch, heads=heads)
     if n_tokens is None:
         seen = set(map(_variant, launches))
-        for other in (USUAL_TOKENS - 1, module.MAX_TOKENS, schedule_table.LENGTHS["short"]):
+        most, short = module.MAX_TOKENS, schedule_table.LENGTHS["short"]
+        for other in (USUAL_TOKENS - 1, most, most - 1, short, short - 1):
             more = record(module, other, dtype, target, batch=batch, heads=heads)
             launches += [launch for launch in more if _variant(launch) not in seen]
             seen.update(map(_variant, more))

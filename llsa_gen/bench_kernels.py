@@ -21,6 +21,7 @@ from torch.profiler import ProfilerActivity, profile
 from llsa_gen.bench_rows import Ceilings, KernelRow
 from llsa_gen.bench_timing import Stopwatch
 from llsa_gen.cost import Cost, evaluate
+from llsa_gen.launches import planned
 
 __all__ = ["Event", "Work", "breakdown", "ceilings", "events", "profiled", "work"]
 
@@ -75,7 +76,7 @@ def breakdown(
     total = sum(us.values())
     rows = []
     for name, spent in us.most_common():
-        known, each_us = needed.get(name.replace("_hopper_", "_")), spent / passes  # the same work in Gluon
+        known, each_us = needed.get(planned(name) or name), spent / passes
         floor_s = known and max(known.flops / limits.flops_per_s, known.moved_bytes / limits.bytes_per_s)
         rows.append(
             KernelRow(

@@ -43,6 +43,16 @@ class Launch:
         """The name of the kernel."""
         return self.function.__name__
 
+    @property
+    def step(self) -> str | None:
+        """The name of the plan's kernel whose work it does; None for what only picks up what such a one leaves over."""
+        return planned(self.kernel)
+
+
+def planned(kernel: str) -> str | None:
+    """The plan's name for what a kernel does, which those in Gluon share with those whose place they take."""
+    return None if kernel == "attend_hopper_again_kernel" else kernel.replace("_hopper_kernel", "_kernel")
+
 
 def module_of(source: Attention | ModuleType) -> ModuleType:
     """The generated module of a compiled operator, or the imported one itself.

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from llsa_gen.plan import Plan
-from llsa_gen.schedule_fit import misfit, shared_memory
+from llsa_gen.schedule_fit import misfit, settled, shared_memory
 from llsa_gen.schedule_table import LENGTHS, Target, bucket, facts_of, pad, stage_kind, target, targets
 
 __all__ = [
@@ -75,7 +75,7 @@ def choices(plan: Plan, goal: Target, element: int, n_tokens: int = USUAL_TOKENS
         origin = "rule"
         for row in reversed(goal.rows):
             if row.matches(kind, facts):
-                chosen = {**entry, **row.set}
+                chosen = settled(kind, {**entry, **row.set})
                 reason = misfit(plan, stage, entry, chosen, element, goal.shared_memory)
                 if reason is None:
                     entry, origin = chosen, f"{row.place}: {row.reason}"
@@ -189,7 +189,8 @@ def _walk(plan: Plan, goal: Target, element: int, stage: str) -> tuple[Entry, tu
             entry |= {"num_warps": 4, "AHEAD": 1} | _capped(goal, 128 if width == 64 else 96)
             if attend and plan.topk(1) * plan.block(1) % 32 == 0:  # four warps with 16 rows of v meet in the same banks
                 entry["BLOCK_N"] = 32
-            if width == 64 and plan.block(1) == 16 and plan.enriched == tuple(plan.levels):
+            known = plan.block(1) == 16 and plan.enriched == tuple(plan.levels) and (plan.blocks_sharing or 4) % 4 == 0
+            if known and _in_gluon(plan, goal, element):
                 entry["HOPPER"] = 128 if attend else 168  # four programs on a multiprocessor, or three
     elif rows < 64:
         entry = {"BLOCK_M": rows, "BLOCK_N": 32, "num_warps": rows // 16 if width <= 64 else rows // 8, "num_stages": 2}
@@ -224,9 +225,10 @@ def _grad_split(plan: Plan, goal: Target, element: int) -> Entry:
         if goal.name in WGMMA:
             return {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}
         return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
-    entry = {"BLOCK_M": 128 if width <= 64 else 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3 if width <= 32 else 2}
-    if width == 64 and goal.name in WGMMA:
-        entry |= {"BLOCK_M": 64, "HOPPER": 255}  # fewer registers, and it waits for every product
+    entry = {"BLOCK_M": 128 if width <= 64 else 64, "BLOCK_N": 64, "num_warps": 4}
+    entry["num_stages"] = 3 if width <= 32 else 2
+    if _in_gluon(plan, goal, element):
+        entry |= {"BLOCK_M": 64, "HOPPER": 255}  # with fewer registers it would wait for every product
     return entry
 
 
@@ -238,7 +240,7 @@ def _grad_keeper(plan: Plan, goal: Target, element: int, level: int) -> Entry:
         # a run so short (1,024 queries at D = 64) is over before copies ahead pay; four or five programs on a
         # multiprocessor hide each other's loads
         entry |= {"BLOCK_M": 32, "num_stages": 1} | _capped(goal, 128 if width == 64 else 96)
-        entry |= {"HOPPER": 128} if width == 64 else {}
+        entry |= {"HOPPER": 128} if "HOPPER" in entry else {}
     keys = pad(plan.most_kept(level + 1) * plan.block(level + 1))
     if keys < entry["BLOCK_N"]:
         entry["BLOCK_N"] = keys
@@ -280,6 +282,11 @@ def _grad_listed(plan: Plan, goal: Target, element: int, level: int) -> Entry:
     if rows == 32 and keys <= 64 and width <= 64:
         entry |= _capped(goal, 168)  # it would take 180, and one program less would fit
     return entry
+
+
+def _in_gluon(plan: Plan, goal: Target, element: int) -> bool:
+    """Whether kernels in Gluon take rows of this kind: 128 bytes in shared memory, copied 16 bytes at a time."""
+    return goal.name in WGMMA and element == 2 and pad(plan.head_dim) == 64 and plan.row_unit == 8
 
 
 def _capped(goal: Target, registers: int) -> Entry:

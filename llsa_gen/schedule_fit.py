@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from llsa_gen.plan import Plan
 from llsa_gen.schedule_table import LIMITS, pad, stage_kind
 
-__all__ = ["misfit", "shared_memory"]
+__all__ = ["misfit", "settled", "shared_memory"]
 
 DOT = 16
 """Rows and columns of the smallest product that matrix units take."""
@@ -36,6 +36,13 @@ def shared_memory(kind: str, tiles: Mapping[str, int], width: int, element: int)
     return (rows * width + weights) * element
 
 
+def settled(kind: str, tiles: Mapping[str, int]) -> dict[str, int]:
+    """`tiles` as they are launched: without HOPPER where they are not those of the kernel in Gluon, which are fixed."""
+    fixed = {"num_warps": 4} | ({"BLOCK_N": 64} if kind.startswith("grad_kv") else {"GROUP": 4})
+    fits = "HOPPER" in tiles and all(tiles.get(name) == only for name, only in fixed.items())
+    return {name: value for name, value in tiles.items() if fits or name != "HOPPER"}
+
+
 def misfit(
     plan: Plan, stage: str, known: Mapping[str, int], tiles: Mapping[str, int], element: int, limit: int
 ) -> str | None:
@@ -43,7 +50,7 @@ def misfit(
 
     `known` is a legal entry, for the names that the kernel takes; `limit` is the target's shared memory in bytes.
     """
-    strangers = [name for name in tiles if name not in {*known, *LIMITS}]
+    strangers = [name for name in tiles if name not in {*known, *LIMITS} or (name == "HOPPER" and name not in known)]
     if strangers:
         return f"the kernel takes no {', '.join(strangers)}"
     kind = stage_kind(plan, stage)

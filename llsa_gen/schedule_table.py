@@ -69,10 +69,13 @@ STAGES = {
     "grad_gather": Stage(("rows", "keep"), ("ROWS", "BLOCK")),
 }
 
-LIMITS = {"num_warps": 32, "num_stages": 8, "maxnreg": 255}
-"""The largest value of what is no tile; of a tile, 2^20. maxnreg, the most registers of a thread, is CUDA's alone."""
+LIMITS = {"num_warps": 32, "num_stages": 8, "maxnreg": 255, "HOPPER": 255}
+"""The largest value of what is no tile; of a tile, 2^20."""
 
-ANY_NUMBER = ("num_stages", "maxnreg", "PART")
+CUDA_ONLY = ("maxnreg", "HOPPER")
+"""The most registers of a thread; the same of the kernel in Gluon that takes the place of the one in Triton."""
+
+ANY_NUMBER = ("num_stages", "maxnreg", "HOPPER", "PART")
 """What needs to be no power of two."""
 
 MEASURED: dict[str, type | tuple[type, ...]] = {
@@ -184,7 +187,7 @@ def parse(data: Any, file: str, shared_memory: int | None = None) -> Target:
     where.need(_number(size), "shared_memory", "a number of bytes", size)
     rows = data.get("rows", [])
     where.need(isinstance(rows, list), "rows", "a list", rows)
-    options = tuple(name for name in LIMITS if name != "maxnreg" or data["target"].startswith("cuda:"))
+    options = tuple(name for name in LIMITS if name not in CUDA_ONLY or data["target"].startswith("cuda:"))
     return Target(data["target"], size, tuple(_row(row, f"{file}: rows[{at}]", options) for at, row in enumerate(rows)))
 
 

@@ -172,7 +172,7 @@ class DeviceBench:
 
     def _of(self, stage: str, launches: Sequence[Launch]) -> list[Launch]:
         names = kernels_of(self.plan, stage)
-        return [launch for launch in launches if launch.kernel in names and launch.phase != "select"]
+        return [launch for launch in launches if launch.step in names and launch.phase != "select"]
 
 
 def _worst_row(found: Tensor, wanted: Tensor) -> float:

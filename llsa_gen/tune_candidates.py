@@ -9,7 +9,7 @@ from itertools import combinations, product
 
 from llsa_gen.plan import Plan
 from llsa_gen.schedule import Entry
-from llsa_gen.schedule_fit import misfit
+from llsa_gen.schedule_fit import misfit, settled
 from llsa_gen.schedule_table import STAGES, facts_of, stage_kind
 
 __all__ = ["Candidate", "candidates", "settable"]
@@ -36,12 +36,12 @@ class Candidate:
 
 
 REGISTERS = (96, 128, 168, 255)
-"""What of `maxnreg` is tried: 20, 16, 12 and 8 warps at a time on a multiprocessor of 65,536 registers."""
+"""What of `maxnreg` and `HOPPER` is tried: 20, 16, 12 and 8 warps at a time on a multiprocessor of 65,536 registers."""
 
 
 def settable(kind: str) -> tuple[str, ...]:
     """What may be varied of a kind of kernel, tiles first."""
-    return (*STAGES[kind].tiles, "num_warps", *(("num_stages", "maxnreg") if kind in PIPELINED else ()))
+    return (*STAGES[kind].tiles, "num_warps", *(("num_stages", "maxnreg", "HOPPER") if kind in PIPELINED else ()))
 
 
 def candidates(plan: Plan, stage: str, entry: Entry, element: int, limit: int) -> Iterator[Candidate]:
@@ -49,17 +49,18 @@ def candidates(plan: Plan, stage: str, entry: Entry, element: int, limit: int) -
 
     `limit` is the shared memory that a program may use, in bytes.
     """
-    names = [name for name in settable(stage_kind(plan, stage)) if name in entry]
+    kind = stage_kind(plan, stage)
+    names = [name for name in settable(kind) if name in entry]
     for steps in (1, 2):
         for changed in combinations(names, steps):
             for values in product(*(_moves(name, entry[name]) for name in changed)):
-                made = {**entry, **dict(zip(changed, values, strict=True))}
+                made = settled(kind, {**entry, **dict(zip(changed, values, strict=True))})
                 reason = _wasteful(plan, stage, made, entry) or misfit(plan, stage, entry, made, element, limit)
                 yield Candidate(made, reason)
 
 
 def _moves(name: str, value: int) -> list[int]:
-    if name == "maxnreg":
+    if name in ("maxnreg", "HOPPER"):
         return [new for new in REGISTERS if new != value]
     low, high = RANGES[name]
     around = (value - 1, value + 1) if name == "num_stages" else (value // 2, value * 2)

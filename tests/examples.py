@@ -48,3 +48,17 @@ BRANCHES = (
     # five: a third step, so that sums are handed on twice
     spec("l5", 8, (2, 2), (2, 2), (2, 2), (2, 2), (2, 1), enrich=(1, 5)),
 )
+
+WHOLE: dict[str, tuple[Spec, tuple[int, ...]]] = {
+    # tiles of the coarsest level that are not full, and full ones with one that is not
+    "l1": (spec("whole_l1", 64, (16, 3)), (80, 1136, 4096)),
+    "l1_40": (spec("whole_l1_40", 40, (16, 8), reweight=False), (64, 1040)),
+    "l2": (spec("whole_l2", 64, (16, 8), (16, 8)), (2048, 1024, 65 * 256)),
+    "l2_8": (spec("whole_l2_8", 64, (16, 5), (8, 8)), (9 * 128, 70 * 128)),
+    "l2_32": (spec("whole_l2_32", 48, (16, 9), (32, 2)), (3 * 512,)),
+    "l2_64": (spec("whole_l2_64", 64, (16, 4), (64, 3), reweight=False), (2 * 1024,)),
+    "l3": (spec("whole_l3", 64, (16, 8), (4, 16), (4, 16)), (20 * 256,)),
+    "l3_keeper": (spec("whole_l3_keeper", 56, (16, 2), (16, 4), (2, 32)), (40 * 512,)),
+    "l4": (spec("whole_l4", 64, (16, 8), (4, 16), (4, 16), (4, 16)), (17 * 1024,)),
+}
+"""Specs whose attention is in Gluon on an H100, and lengths at which it is: nothing needs a mask."""

@@ -15,26 +15,27 @@ GPU = aot.gpu_target("cuda:90")
 NAMES = ("llsa_l1", "llsa_l2", "llsa_d128", "topk_l2")
 
 
-def reads(name: str, kernel: str, *rows: dict[str, object]) -> list[int]:
+def reads(name: str, step: str, n_tokens: int, *rows: dict[str, object]) -> list[int]:
     """What `steps` says of one kernel of a shipped spec, with rows in place of the shipped table's."""
     plan = lower(load(ROOT / "spec" / f"{name}.yaml"))
     text = emit.render(plan, schedules(plan, {"cuda:90": table(*rows)}))
     module = load_text(name, f"{len(rows)}" * 64, text)
-    (launch,) = (one for one in record(module, 65_536, "bfloat16", "cuda:90") if one.kernel == kernel)
+    (launch,) = (one for one in record(module, n_tokens, "bfloat16", "cuda:90") if one.step == step)
     source, options = aot.specialise(launch, GPU)
     return steps(triton.compile(source, target=GPU, options=options).asm["ptx"])
 
 
-@pytest.mark.parametrize("kernel", ["attend_kernel", "grad_q_kernel", "grad_kv_l0_kernel"])
+@pytest.mark.parametrize("n_tokens", [65_536, 65_535])  # kernels in Gluon, where there are some, and those in Triton
+@pytest.mark.parametrize("step", ["attend_kernel", "grad_q_kernel", "grad_kv_l0_kernel"])
 @pytest.mark.parametrize("name", NAMES)
-def test_no_rows_meet_in_the_same_banks(name: str, kernel: str) -> None:
-    found = reads(name, kernel)
-    assert len(found) > 20
+def test_no_rows_meet_in_the_same_banks(name: str, step: str, n_tokens: int) -> None:
+    found = reads(name, step, n_tokens)
+    assert len(found) > 15
     # Triton 3.7, other than 3.6, swizzles k by the block where two products read it: in the first tile, and in the loop
-    known = 8 if kernel == "grad_q_kernel" and name in ("llsa_l1", "llsa_l2") else 0
+    known = 8 if step == "grad_q_kernel" and name in ("llsa_l1", "llsa_l2") and n_tokens == 65_535 else 0
     assert len([step for step in found if step > 1]) <= known
 
 
 def test_rows_that_meet_are_found() -> None:
     # four warps that copy 16 rows of each of four blocks: Triton swizzles by the block, not by the row
-    assert 8 in reads("llsa_l2", "attend_kernel", row("attend", {"BLOCK_N": 16}))
+    assert 8 in reads("llsa_l2", "attend_kernel", 65_535, row("attend", {"BLOCK_N": 16}))

@@ -192,7 +192,7 @@ def size_of(launches: list[Launch]) -> int:
 
 def steps_of(cost: Cost, launches: list[Launch]) -> list[tuple[Kernel, Launch]]:
     steps = iter(cost.plan.kernels)
-    return [(next(step for step in steps if step.name == launch.kernel), launch) for launch in launches]
+    return [(next(step for step in steps if step.name == launch.step), launch) for launch in launches if launch.step]
 
 
 def spare_splits(cost: Cost, launches: list[Launch], n: int, heads: int) -> dict[str, int]:

@@ -5,11 +5,13 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from shutil import copytree
 
 import pytest
+from examples import BRANCHES, WHOLE
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -21,6 +23,9 @@ from llsa_gen.schedule import schedules
 
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = sorted((ROOT / "spec").glob("*.yaml"))
+PIXELS = Spec(name="pixels", head_dim=64, levels=(Level(block=16, topk=8), Level(block=16, topk=8)))
+"""One that has kernels in Gluon."""
+
 SMALL = Spec(name="small", head_dim=20, levels=(Level(block=4, topk=2), Level(block=3, topk=2)))
 
 PRINT_DIGESTS = """
@@ -81,8 +86,7 @@ def test_a_module_is_well_formed_whatever_the_spec(spec: Spec) -> None:
 
 def test_modules_pass_ruff(tmp_path: Path) -> None:
     """No unused name, no undefined one, no dead variable: in the branches of all shipped specs."""
-    for path in SHIPPED:
-        spec = load(path)
+    for spec in (*map(load, SHIPPED), *(spec for spec, _ in WHOLE.values())):
         (tmp_path / f"{spec.name}.py").write_text(render(spec))
     ruff = [sys.executable, "-m", "ruff", "check", "--isolated", "--no-cache", "--select", "F,E9,RUF059"]
     result = subprocess.run([*ruff, "."], cwd=tmp_path, capture_output=True, text=True, timeout=120)
@@ -188,9 +192,19 @@ def test_every_template_has_a_part_in_the_modules(templates: Path) -> None:
         text = path.read_text()
         path.write_text("{{ nobody_knows_this_name }}\n" + text)
         with pytest.raises(TemplateError):
-            render(SMALL)
+            for spec in (SMALL, PIXELS):
+                render(spec)
         path.write_text(text)
     render(SMALL)
+
+
+@pytest.mark.parametrize("spec", [*BRANCHES, *(spec for spec, _ in WHOLE.values())], ids=lambda spec: spec.name)
+def test_no_name_of_a_module_is_taken_twice(spec: Spec) -> None:
+    made = ast.parse(render(spec)).body
+    names = [one.name for one in made if isinstance(one, ast.FunctionDef | ast.ClassDef)]
+    targets = (target for one in made if isinstance(one, ast.Assign) for target in one.targets)
+    names += [one.id for target in targets for one in ast.walk(target) if isinstance(one, ast.Name)]
+    assert [name for name, times in Counter(names).items() if times > 1] == []
 
 
 # ---- broken templates -------------------------------------------------------------------------------------------

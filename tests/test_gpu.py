@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from examples import BRANCHES
+from examples import BRANCHES, WHOLE
 from torch import Tensor
 
 import llsa_gen
@@ -71,10 +71,43 @@ def test_any_inputs(dtype: fuzz.DType) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_peak_that_turns_out_too_low(dtype: fuzz.DType) -> None:
+@pytest.mark.parametrize("name", ["topk_b128", "llsa_l2"])
+def test_a_peak_that_turns_out_too_low(name: str, dtype: fuzz.DType) -> None:
     # deviations of 4 leave it to some programs, of 8 and more to nearly all
     for std in (0.1, 4.0, 8.0, 24.0):
-        fuzz.run(fuzz.Case(shipped("topk_b128"), n=2048, dtype=dtype, std=std, device=DEVICE)).raise_if_failed()
+        fuzz.run(fuzz.Case(shipped(name), n=2048, dtype=dtype, std=std, device=DEVICE)).raise_if_failed()
+
+
+class Missing:
+    """Stands where a kernel stood, and does nothing."""
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return lambda *args, **kwargs: None
+
+
+def test_sums_that_do_not_fit_are_found_and_left_to_a_second_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = llsa_gen.compile(SPECS["llsa_l2"]).module
+    monkeypatch.setattr(module, "attend_hopper_again_kernel", Missing())
+    totals = {}
+    for std in (1.0, 24.0):
+        module.prepared.cache_clear()
+        q, k, v, _ = (x.detach() * std for x in draw(2048, 64, 2, torch.bfloat16))
+        _, _, _, total, *_ = module.attend_kernels(q, k, v, 0.125)
+        totals[std] = total.unique().tolist()
+    module.prepared.cache_clear()
+    assert totals == {1.0: [1.0], 24.0: [0.0, 1.0]}
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("name", sorted(WHOLE))
+def test_lengths_for_kernels_in_gluon(name: str, dtype: fuzz.DType) -> None:
+    spec, lengths = WHOLE[name]
+    for n in lengths:
+        case = fuzz.Case(spec, n=n, heads=2, dtype=dtype, device=DEVICE, scale=-0.2 if name == "l1" else None)
+        fuzz.run(case).raise_if_failed()
+    layouts: Layouts = ("transposed", "sliced", "expanded", "every_second")
+    case = fuzz.Case(spec, n=lengths[0], heads=3, batch=2, layouts=layouts, dtype=dtype, device=DEVICE)
+    fuzz.run(case).raise_if_failed()
 
 
 @pytest.mark.parametrize("name", ["llsa_l1", "llsa_l2", "topk_b128", "uneven"])

@@ -174,7 +174,7 @@ def test_the_second_call_launches_what_triton_launched_in_the_first(
 ) -> None:
     tensors = draw(4096)
     first = launches(gpu, module, tensors, run)
-    assert len(gpu.log) == len(first) == (15 if run is step else 4 if run is infer else 3)
+    assert len(gpu.log) == len(first) == (16 if run is step else 5 if run is infer else 3)
     assert {x.data_ptr() for x in tensors[: 2 if run is select else 3]} <= {
         x.data_ptr() for launch in gpu.log for x in launch.arguments if isinstance(x, Tensor)
     }
@@ -185,7 +185,7 @@ def test_the_second_call_launches_what_triton_launched_in_the_first(
 
 def test_a_launch_without_programs_is_only_compiled(gpu: PretendedGpu, module: ModuleType) -> None:
     first = launches(gpu, module, draw(1024), step)
-    assert len(gpu.log) == 15 and len(first) == 14, "no list is long enough to be cut"
+    assert len(gpu.log) == 16 and len(first) == 15, "no list is long enough to be cut"
 
 
 def test_the_order_of_calls_does_not_matter(gpu: PretendedGpu, module: ModuleType) -> None:
@@ -199,7 +199,7 @@ def test_the_order_of_calls_does_not_matter(gpu: PretendedGpu, module: ModuleTyp
         module.prepared.cache_clear()
         for run in (*order, *order):
             assert launches(gpu, module, tensors, run) == wanted[run], order
-    assert len(gpu.loaded) == 15, "nothing is compiled for the second of them"
+    assert len(gpu.loaded) == 16, "nothing is compiled for the second of them"
 
 
 class CudaLauncher:
@@ -316,7 +316,7 @@ def test_another_length_compiles_nothing(
     gpu: PretendedGpu, module: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     step(module, draw(4096))
-    assert len(gpu.loaded) == 15
+    assert len(gpu.loaded) == 16
 
     def compiled(self: Any, *_: Any, **__: Any) -> None:
         raise AssertionError(f"{self.fn.__name__} is compiled")
@@ -324,7 +324,7 @@ def test_another_length_compiles_nothing(
     monkeypatch.setattr(JITFunction, "_do_compile", compiled)
     for n in (4097, 8191, 65_536, 100_003):  # those that do not fill their coarsest tokens need other kernels
         step(module, draw(n, heads=1))
-    assert sorted(gpu.loaded[15:]) == ["attend_kernel", "grad_q_kernel"]
+    assert sorted(gpu.loaded[16:]) == ["attend_kernel", "grad_q_kernel"]
 
 
 def test_a_length_that_moves_where_heads_begin_compiles_nothing(

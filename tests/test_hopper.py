@@ -1,0 +1,101 @@
+"""The kernels in Gluon, without a GPU: where they are launched, and that they compile.
+
+Whether they are right can only be seen on an H100: test_gpu.py.
+"""
+
+from types import ModuleType
+
+import pytest
+import torch
+from examples import WHOLE, spec
+
+from llsa_gen import Spec, aot, emit
+from llsa_gen.launches import record
+from llsa_gen.loading import load_text
+from llsa_gen.plan import lower
+from llsa_gen.schedule import schedule, schedules
+from llsa_gen.schedule_table import target
+
+PIXELS = WHOLE["l2"][0]
+ATTENTION = {"attend_hopper_kernel", "attend_hopper_again_kernel", "grad_q_hopper_kernel"}
+
+
+def module_for(chosen: Spec) -> ModuleType:
+    plan = lower(chosen)
+    return load_text(chosen.name, "a" * 64, emit.render(plan, schedules(plan)))
+
+
+def launched(chosen: Spec, n_tokens: int, dtype: str = "bfloat16", where: str = "cuda:90") -> set[str]:
+    """Names of the kernels that have programs in a forward and a backward pass."""
+    made = record(module_for(chosen), n_tokens, dtype, where)
+    return {launch.kernel for launch in made if launch.grid[0]}
+
+
+@pytest.mark.parametrize("name", sorted(WHOLE))
+def test_attention_is_in_gluon_where_nothing_needs_a_mask(name: str) -> None:
+    chosen, lengths = WHOLE[name]
+    for n in lengths:
+        assert launched(chosen, n) >= ATTENTION, n
+    for n in (lengths[0] - 1, lengths[0] + 1):
+        assert not launched(chosen, n) & ATTENTION, n
+        assert launched(chosen, n) >= {"attend_kernel", "grad_q_kernel"}
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        spec("short_heads", 32, (16, 8), (16, 8)),
+        spec("long_heads", 128, (16, 8), (16, 8)),
+        spec("odd_heads", 60, (16, 8), (16, 8)),  # rows begin at multiples of 8 bytes
+        spec("blocks_of_8", 64, (8, 8), (16, 8)),
+        spec("blocks_of_12", 64, (12, 8), (16, 8)),
+        spec("some_levels", 64, (16, 8), (16, 8), enrich=(2,)),
+        spec("odd_families", 64, (16, 8), (6, 32)),  # groups of four blocks would be of two parents
+        spec("short_lists", 64, (16, 8), (16, 3)),  # 48 keys of level 1
+    ],
+    ids=lambda chosen: chosen.name,
+)
+def test_other_specs_keep_attention_in_triton(chosen: Spec) -> None:
+    assert not launched(chosen, 3 * 2**14) & ATTENTION
+
+
+@pytest.mark.parametrize(
+    ("dtype", "where"),
+    [("float32", "cuda:90"), ("bfloat16", "cuda:80"), ("float16", "cuda:100"), ("float16", "hip:gfx942")],
+)
+def test_other_dtypes_and_gpus_have_no_kernels_in_gluon(dtype: str, where: str) -> None:
+    assert not {name for name in launched(PIXELS, 65_536, dtype, where) if "hopper" in name}
+
+
+def test_tensors_that_begin_anywhere_are_left_to_triton() -> None:
+    module = module_for(PIXELS)
+    shape = (1, 2, 4096, 64)
+    strides = [(2 * 4096 * 64, 4096 * 64, 64, 1)] * 3
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "target_of", lambda device: "cuda:90")
+        found = [
+            module.prepared.__wrapped__(torch.device("cuda"), torch.bfloat16, shape, strides, starts)
+            for starts in ((0, 0, 0), (0, 2, 0))
+        ]
+    assert [at.grids["attend_kernel"][1].get("HOPPER") for at in found] == [128, None]
+    assert ["attend_hopper_again_kernel" in at.grids for at in found] == [True, False]
+
+
+def test_a_keeper_with_few_keys_is_left_to_triton() -> None:
+    entries = schedule(lower(spec("few", 64, (32, 2), (8, 4))), target("cuda:90"), 2)
+    assert "HOPPER" not in entries["grad_kv_l1"] and entries["grad_kv_l1"]["BLOCK_N"] == 32
+    assert "HOPPER" in entries["grad_kv_l2"]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("name", ["l1_40", "l2_32", "l4"])
+def test_they_compile_and_fit(name: str, dtype: str) -> None:
+    chosen, lengths = WHOLE[name]
+    reports = aot.compile_kernels(module_for(chosen), "cuda:90", dtype, lengths[0])
+    found = [report for report in reports if "hopper" in report.kernel]
+    assert {report.kernel for report in found} > ATTENTION
+    usual = [report for report in found if "again" not in report.kernel]
+    assert {report.kernel: report.spilled_bytes for report in usual if report.spilled_bytes > 64} == {}
+    (attend,) = (report for report in found if report.kernel == "attend_hopper_kernel")
+    # four programs on a multiprocessor: of 228 KiB of shared memory, each program takes one for itself
+    assert attend.registers <= 128 and 4 * (attend.shared_memory + 1024) <= 228 * 1024
