@@ -31,7 +31,7 @@ SPEC = {
     "name": "llsa_b64",
     "reweight": True,
 }
-OPERATOR = "llsa_b64_ed46c4c88dd5d860"  # in torch.ops.llsa: the name of the spec and the hash of this text
+OPERATOR = "llsa_b64_5fdca1ab98b66911"  # in torch.ops.llsa: the name of the spec and the hash of this text
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -1659,7 +1659,8 @@ def prepared(device, dtype, shape, strides, starts):
     if not all(map(is_aligned, strides)):
         return None
     tiles = schedule_for(device, dtype)
-    if any(starts):  # the kernels in Gluon copy 16 bytes at a time
+    # the kernels in Gluon copy 16 bytes at a time, and multiply a stride in 32 bits
+    if any(starts) or any(stride[2] >= 2**30 for stride in strides):
         tiles = {stage: {name: size for name, size in entry.items() if name != "HOPPER"} for stage, entry in tiles.items()}
     return Prepared(shape[0] * shape[1], shape[2], dtype, strides, tiles)
 

@@ -32,7 +32,7 @@ SPEC = {
     "name": "llsa_l2",
     "reweight": True,
 }
-OPERATOR = "llsa_l2_5998290d66d97299"  # in torch.ops.llsa: the name of the spec and the hash of this text
+OPERATOR = "llsa_l2_d79d93db48987a1d"  # in torch.ops.llsa: the name of the spec and the hash of this text
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -1379,8 +1379,8 @@ def attend_tiles(keys, q_base, stride_qn, scale, ANCHORED: gl.constexpr):
     column = gl.arange(0, 64, layout=gl.SliceLayout(0, PRODUCT))[None, :]
     stage = 0
     for tile in range(0, keys.end_l1):
-        hopper.async_copy.wait_group(1)
         acc = hopper.warpgroup_mma_wait(0, deps=[acc])  # of the tile before, whose place is filled again now
+        hopper.async_copy.wait_group(1)
         hopper.fence_async_shared()
         before = gl.where(stage == 0, 2, stage - 1)
         copy_tile(keys, tile + 2, parent, k_tiles.index(before), v_tiles.index(before))
@@ -1633,11 +1633,12 @@ def grad_q_hopper_kernel(
     scale_log2e = scale * LOG2E
     grad_q = hopper.warpgroup_mma_init(gl.zeros([64, PAD_DIM], gl.float32, layout=PRODUCT))
     zeros = gl.zeros([64, 64], gl.float32, layout=PRODUCT)
+    column = gl.arange(0, 64, layout=gl.SliceLayout(0, PRODUCT))[None, :]
     stage = 0
     for tile in range(0, end_l1):
-        hopper.async_copy.wait_group(1)
         grad_q = hopper.warpgroup_mma_wait(0, deps=[grad_q])  # of the tile before, whose place is filled again now
         grad_q = hopper.warpgroup_mma_init(grad_q)
+        hopper.async_copy.wait_group(1)
         hopper.fence_async_shared()
         before = gl.where(stage == 0, 2, stage - 1)
         copy_tile(keys, tile + 2, parent, k_tiles.index(before), v_tiles.index(before))
@@ -1650,6 +1651,9 @@ def grad_q_hopper_kernel(
         products = hopper.warpgroup_mma_wait(1, deps=[products])
         p = gl.exp2(products * scale_log2e + (weight - peak)[:, None])
         dp = hopper.warpgroup_mma_wait(0, deps=[dp])
+        exist = gl.where(tile < end_l2, n_l2 - tile * 64, 64)  # keys of this tile, or more
+        if exist < 64:  # rows of zeros add nothing, but infinity times zero is no number
+            p = gl.where(column < exist, p, 0.0)
         grad_logits = (p * (dp - delta[:, None])).to(dtype)
         grad_q = hopper.warpgroup_mma(gl.convert_layout(grad_logits, LEFT), k, grad_q, is_async=True)
         stage = next_of(stage, 3)
@@ -1990,11 +1994,11 @@ class Prepared:
         tile = tiles["select_l1"]
         self.grids["select_l1_kernel"] = heads * tokens[2] * ceil_div(min(16, tokens[1]), tile["BLOCK_M"]), tile
         tile = tiles["attend"] | {"WHOLE": is_whole(tokens, tiles["attend"])}
-        if tile["WHOLE"] and not is_whole(tokens, {"BLOCK_C": 64, "BLOCK_N": 16}):  # the tiles of the kernel in Gluon
-            tile.pop("HOPPER", None)
+        if "HOPPER" in tile and not is_whole(tokens, {"BLOCK_C": 64, "BLOCK_N": 16}):  # the tiles of the kernel in Gluon
+            tile["WHOLE"] = False
         self.grids["attend_kernel"] = heads * tokens[2] * ceil_div(min(16, tokens[1]), tile["GROUP"]), tile
         if "HOPPER" in tile and not INTERPRETED:
-            programs = heads * ceil_div(ceil_div(tokens[1], 4), 16) if tile["HOPPER"] and tile["WHOLE"] else 0
+            programs = heads * ceil_div(ceil_div(tokens[1], 4), 16) if tile["WHOLE"] else 0
             self.grids["attend_hopper_again_kernel"] = programs, {"num_warps": 4, "maxnreg": 168}
         tile = tiles["count"]
         self.grids["count_kernel"] = heads * (ceil_div(tokens[1] * min(8, tokens[1]), tile["BLOCK"]) + ceil_div(tokens[2] * min(8, tokens[2]), tile["BLOCK"])), tile
@@ -2005,8 +2009,8 @@ class Prepared:
         tile = tiles["invert_l1"]
         self.grids["invert_l1_kernel"] = heads * tokens[2], tile
         tile = tiles["grad_q"] | {"WHOLE": is_whole(tokens, tiles["grad_q"])}
-        if tile["WHOLE"] and not is_whole(tokens, {"BLOCK_C": 64, "BLOCK_N": 16}):  # the tiles of the kernel in Gluon
-            tile.pop("HOPPER", None)
+        if "HOPPER" in tile and not is_whole(tokens, {"BLOCK_C": 64, "BLOCK_N": 16}):  # the tiles of the kernel in Gluon
+            tile["WHOLE"] = False
         self.grids["grad_q_kernel"] = heads * tokens[2] * ceil_div(min(16, tokens[1]), tile["GROUP"]), tile
         tile = tiles["grad_kv_l2"]
         self.grids["grad_kv_l2_kernel"] = heads * splits_l2 * ceil_div(tokens[2], tile["BLOCK_N"]), tile
@@ -2179,7 +2183,8 @@ def prepared(device, dtype, shape, strides, starts):
     if not all(map(is_aligned, strides)):
         return None
     tiles = schedule_for(device, dtype)
-    if any(starts):  # the kernels in Gluon copy 16 bytes at a time
+    # the kernels in Gluon copy 16 bytes at a time, and multiply a stride in 32 bits
+    if any(starts) or any(stride[2] >= 2**30 for stride in strides):
         tiles = {stage: {name: size for name, size in entry.items() if name != "HOPPER"} for stage, entry in tiles.items()}
     return Prepared(shape[0] * shape[1], shape[2], dtype, strides, tiles)
 
@@ -2226,18 +2231,19 @@ def attend_kernels(q, k, v, scale, save=True):
     """o, lse and, to `save`, what the backward pass needs, in the order of the operator's outputs, by the Triton kernels."""
     at, q, k, v = prepare((q, k, v))
     stream = at.stream(q)
+    last = "attend_hopper_again_kernel" if "attend_hopper_again_kernel" in at.grids else "attend_kernel"
     _, heads_per_batch, n_tokens, _ = q.shape
     o, lse = q.new_empty(q.shape), q.new_empty(at.shapes["lse"], dtype=torch.float32)
     if save:
         saved = at.separate(q, LAYOUTS["saved"])
-        buffers = at.pointers("attend_kernel", *saved)
+        buffers = at.pointers(last, *saved)
     else:
         saved = []
         memory = at.memory(q, "saved")  # held until all is launched: buffers may be but addresses in it
-        buffers = at.buffers(memory, "saved", "attend_kernel")
+        buffers = at.buffers(memory, "saved", last)
     [peak, total, k_l1, v_l1, k_l2, v_l2, kept_l1, kept_l2] = buffers
     pool_and_select(q, k, v, k_l1, v_l1, k_l2, v_l2, kept_l1, kept_l2, at, stream)
-    [q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr] = at.pointers("attend_kernel", q, k, v, o, lse)
+    [q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr] = at.pointers(last, q, k, v, o, lse)
     arguments = (
         q_ptr, *at.steps[0], k_ptr, *at.steps[1], v_ptr, *at.steps[2],
         k_l1, v_l1,
@@ -2247,8 +2253,8 @@ def attend_kernels(q, k, v, scale, save=True):
         o_ptr, lse_ptr, peak, total, scale, heads_per_batch, n_tokens,
     )
     at.launch(stream, (attend_kernel, attend_hopper_kernel), "attend_kernel", *arguments)
-    if "attend_hopper_again_kernel" in at.grids:
-        at.launch(stream, attend_hopper_again_kernel, "attend_hopper_again_kernel", *arguments)
+    if last == "attend_hopper_again_kernel":
+        at.launch(stream, attend_hopper_again_kernel, last, *arguments)
     return o, lse, *saved
 
 

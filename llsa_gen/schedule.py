@@ -72,7 +72,7 @@ def choices(plan: Plan, goal: Target, element: int, n_tokens: int = USUAL_TOKENS
     found: dict[str, Choice] = {}
     for stage, (entry, pruned) in _rules(plan, goal, element).items():
         kind, facts = stage_kind(plan, stage), facts_of(plan, stage, element, bucket(n_tokens))
-        origin = "rule"
+        entry, origin = settled(kind, entry), "rule"
         for row in reversed(goal.rows):
             if row.matches(kind, facts):
                 chosen = settled(kind, {**entry, **row.set})
@@ -189,8 +189,8 @@ def _walk(plan: Plan, goal: Target, element: int, stage: str) -> tuple[Entry, tu
             entry |= {"num_warps": 4, "AHEAD": 1} | _capped(goal, 128 if width == 64 else 96)
             if attend and plan.topk(1) * plan.block(1) % 32 == 0:  # four warps with 16 rows of v meet in the same banks
                 entry["BLOCK_N"] = 32
-            known = plan.block(1) == 16 and plan.enriched == tuple(plan.levels) and (plan.blocks_sharing or 4) % 4 == 0
-            if known and _in_gluon(plan, goal, element):
+            families = plan.block(1) == 16 and (plan.blocks_sharing or 4) % 4 == 0
+            if families and plan.enriched == tuple(plan.levels) and plan.lists_fill and _in_gluon(plan, goal, element):
                 entry["HOPPER"] = 128 if attend else 168  # four programs on a multiprocessor, or three
     elif rows < 64:
         entry = {"BLOCK_M": rows, "BLOCK_N": 32, "num_warps": rows // 16 if width <= 64 else rows // 8, "num_stages": 2}

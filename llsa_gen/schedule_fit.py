@@ -38,8 +38,9 @@ def shared_memory(kind: str, tiles: Mapping[str, int], width: int, element: int)
 
 def settled(kind: str, tiles: Mapping[str, int]) -> dict[str, int]:
     """`tiles` as they are launched: without HOPPER where they are not those of the kernel in Gluon, which are fixed."""
-    fixed = {"num_warps": 4} | ({"BLOCK_N": 64} if kind.startswith("grad_kv") else {"GROUP": 4})
-    fits = "HOPPER" in tiles and all(tiles.get(name) == only for name, only in fixed.items())
+    grad_kv = kind.startswith("grad_kv")
+    fixed = {"num_warps": (4,)} | ({"BLOCK_N": (64,), "BLOCK_M": (32, 64)} if grad_kv else {"GROUP": (4,)})
+    fits = all(tiles.get(name) in sizes for name, sizes in fixed.items())
     return {name: value for name, value in tiles.items() if fits or name != "HOPPER"}
 
 

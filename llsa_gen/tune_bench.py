@@ -171,7 +171,7 @@ class DeviceBench:
         return 1000 * float(milliseconds)  # type: ignore[arg-type]
 
     def _of(self, stage: str, launches: Sequence[Launch]) -> list[Launch]:
-        names = kernels_of(self.plan, stage)
+        names: set[str | None] = {*kernels_of(self.plan, stage), *([None] if stage == "attend" else [])}
         return [launch for launch in launches if launch.step in names and launch.phase != "select"]
 
 

@@ -55,6 +55,8 @@ def candidates(plan: Plan, stage: str, entry: Entry, element: int, limit: int) -
         for changed in combinations(names, steps):
             for values in product(*(_moves(name, entry[name]) for name in changed)):
                 made = settled(kind, {**entry, **dict(zip(changed, values, strict=True))})
+                if "HOPPER" in changed and "HOPPER" not in made:
+                    continue  # the same as without that step
                 reason = _wasteful(plan, stage, made, entry) or misfit(plan, stage, entry, made, element, limit)
                 yield Candidate(made, reason)
 

@@ -3,18 +3,21 @@
 Whether they are right can only be seen on an H100: test_gpu.py.
 """
 
+import hashlib
+from dataclasses import replace
 from types import ModuleType
 
 import pytest
 import torch
 from examples import WHOLE, spec
+from test_schedule import row, table
 
 from llsa_gen import Spec, aot, emit
 from llsa_gen.launches import record
 from llsa_gen.loading import load_text
 from llsa_gen.plan import lower
 from llsa_gen.schedule import schedule, schedules
-from llsa_gen.schedule_table import target
+from llsa_gen.schedule_table import stage_kind, target
 
 PIXELS = WHOLE["l2"][0]
 ATTENTION = {"attend_hopper_kernel", "attend_hopper_again_kernel", "grad_q_hopper_kernel"}
@@ -50,6 +53,7 @@ def test_attention_is_in_gluon_where_nothing_needs_a_mask(name: str) -> None:
         spec("blocks_of_8", 64, (8, 8), (16, 8)),
         spec("blocks_of_12", 64, (12, 8), (16, 8)),
         spec("some_levels", 64, (16, 8), (16, 8), enrich=(2,)),
+        spec("gaps", 64, (16, 40), (16, 2)),  # lists of up to 40 of 32
         spec("odd_families", 64, (16, 8), (6, 32)),  # groups of four blocks would be of two parents
         spec("short_lists", 64, (16, 8), (16, 3)),  # 48 keys of level 1
     ],
@@ -79,6 +83,32 @@ def test_tensors_that_begin_anywhere_are_left_to_triton() -> None:
         ]
     assert [at.grids["attend_kernel"][1].get("HOPPER") for at in found] == [128, None]
     assert ["attend_hopper_again_kernel" in at.grids for at in found] == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("stage", "tiles"),
+    [
+        ("attend", {"num_warps": 8}),
+        ("grad_q", {"GROUP": 2}),
+        ("grad_kv_top", {"BLOCK_M": 128}),
+        ("grad_kv_keeper", {"BLOCK_N": 32}),
+    ],
+)
+def test_rows_with_other_tiles_get_the_kernels_in_triton(stage: str, tiles: dict[str, int]) -> None:
+    plan = lower(PIXELS)
+    text = emit.render(plan, schedules(plan, {"cuda:90": table(row(stage, tiles))}))
+    module = load_text("rows", hashlib.sha256(text.encode()).hexdigest(), text)
+    made = {launch.kernel for launch in record(module, 65_536, "bfloat16", "cuda:90") if launch.grid[0]}
+    (name,) = (name for name in schedule(plan, table(), 2) if stage_kind(plan, name) == stage)
+    assert f"{name}_kernel" in made and f"{name}_hopper_kernel" not in made
+    assert {kernel for kernel in made if "hopper" in kernel}, "the others stay"
+    assert ("attend_hopper_again_kernel" in made) == (stage != "attend")
+
+
+def test_rules_that_have_to_be_cut_get_the_kernels_in_triton() -> None:
+    small = replace(target("cuda:90"), shared_memory=40_000)
+    entry = schedule(lower(PIXELS), small, 2)["grad_q"]
+    assert entry["GROUP"] < 4 and "HOPPER" not in entry
 
 
 def test_a_keeper_with_few_keys_is_left_to_triton() -> None:

@@ -6,6 +6,7 @@ without Triton's own search for the kernel: these tests hold both ways against e
 
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import permutations
 from pathlib import Path
@@ -322,9 +323,29 @@ def test_another_length_compiles_nothing(
         raise AssertionError(f"{self.fn.__name__} is compiled")
 
     monkeypatch.setattr(JITFunction, "_do_compile", compiled)
-    for n in (4097, 8191, 65_536, 100_003):  # those that do not fill their coarsest tokens need other kernels
+    # those that do not fill their coarsest tokens need other kernels, as do 512 and 1,536, whose lists fill no 64 rows
+    for n in (4097, 8191, 65_536, 100_003, 512, 1536):
         step(module, draw(n, heads=1))
     assert sorted(gpu.loaded[16:]) == ["attend_kernel", "grad_q_kernel"]
+
+
+def test_a_first_call_may_be_interrupted_anywhere(gpu: PretendedGpu, module: ModuleType) -> None:
+    class Interrupted:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            raise KeyboardInterrupt
+
+        def warmup(self, *args: object, **kwargs: object) -> None:
+            raise KeyboardInterrupt
+
+    tensors = draw(4096)
+    wanted = launches(gpu, module, tensors)
+    names = [name for name in vars(module) if name.endswith("_kernel")]
+    assert "attend_hopper_again_kernel" in names
+    for name in names:
+        module.prepared.cache_clear()
+        with patch.object(module, name, Interrupted()), suppress(KeyboardInterrupt):
+            step(module, tensors)
+        assert launches(gpu, module, tensors) == launches(gpu, module, tensors) == wanted, name
 
 
 def test_a_length_that_moves_where_heads_begin_compiles_nothing(
