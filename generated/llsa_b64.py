@@ -31,7 +31,7 @@ SPEC = {
     "name": "llsa_b64",
     "reweight": True,
 }
-OPERATOR = "llsa_b64_5fdca1ab98b66911"  # in torch.ops.llsa: the name of the spec and the hash of this text
+OPERATOR = "llsa_b64_2107f2916919afb8"  # in torch.ops.llsa: the name of the spec and the hash of this text
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -1135,6 +1135,8 @@ COPIED = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
 PRODUCT = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
 LEFT = gl.constexpr(gl.DotOperandLayout(0, PRODUCT.value, 2))
 SHARED = gl.constexpr(gl.NVMMASharedLayout(128, 16, rank=2))
+# Buffers of a ring that tiles are copied into: of two tiles that are on their way, while one is read.
+STAGES = gl.constexpr(3)
 
 
 @gluon.jit
@@ -1163,9 +1165,15 @@ def write_rows(ptr, row, inside, tile):
 
 
 @gluon.jit
-def next_of(stage, STAGES: gl.constexpr):
-    """The stage of a ring of buffers after this one."""
+def next_of(stage):
+    """Of a ring of STAGES buffers, the one after this one."""
     return gl.where(stage == STAGES - 1, 0, stage + 1)
+
+
+@gluon.jit
+def before(stage):
+    """The one before this one: the last to be done with, and so the next to be filled."""
+    return gl.where(stage == 0, STAGES - 1, stage - 1)
 
 
 @gluon.jit
@@ -1194,7 +1202,6 @@ def grad_run_hopper(
     next two. Of a tile's four products, the first is waited for; then the second, while weights are worked out; the
     third runs while those of the fourth are, and the fourth while the next tile begins.
     """
-    STAGES: gl.constexpr = 3  # one is filled while one is read, and the last product may still read the third
     LOGITS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])  # [N, M]
     COLUMNS: gl.constexpr = gl.SliceLayout(0, LOGITS)
     dtype: gl.constexpr = k.dtype
@@ -1217,7 +1224,7 @@ def grad_run_hopper(
     for start in range(begin, end, BLOCK_M):
         hopper.async_copy.wait_group(0)
         hopper.fence_async_shared()
-        ahead = next_of(stage, STAGES)
+        ahead = next_of(stage)
         copy_queries(
             q_ptr, stride_qn, grad_o_ptr, stride_gn, peak_ptr, delta_ptr, start + BLOCK_M, end,
             q_tiles.index(ahead), grad_o_tiles.index(ahead), peaks.index(ahead), deltas.index(ahead), BLOCK_M,

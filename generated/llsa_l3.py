@@ -33,7 +33,7 @@ SPEC = {
     "name": "llsa_l3",
     "reweight": True,
 }
-OPERATOR = "llsa_l3_0fc802af596e6b35"  # in torch.ops.llsa: the name of the spec and the hash of this text
+OPERATOR = "llsa_l3_697464d39491105e"  # in torch.ops.llsa: the name of the spec and the hash of this text
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -1476,6 +1476,8 @@ SHARED_BATCH = gl.constexpr(gl.SwizzledSharedLayout(8, 1, 8, [2, 1, 0]))
 WEIGHT_1 = gl.constexpr(math.log2(16))  # log2 of the weight of a whole token of level 1
 WEIGHT_2 = gl.constexpr(math.log2(256))  # log2 of the weight of a whole token of level 2
 WEIGHT_3 = gl.constexpr(math.log2(4096))  # log2 of the weight of a whole token of level 3
+# Buffers of a ring that tiles are copied into: of two tiles that are on their way, while one is read.
+STAGES = gl.constexpr(3)
 
 
 @gluon.jit
@@ -1504,9 +1506,15 @@ def write_rows(ptr, row, inside, tile):
 
 
 @gluon.jit
-def next_of(stage, STAGES: gl.constexpr):
-    """The stage of a ring of buffers after this one."""
+def next_of(stage):
+    """Of a ring of STAGES buffers, the one after this one."""
     return gl.where(stage == STAGES - 1, 0, stage + 1)
+
+
+@gluon.jit
+def before(stage):
+    """The one before this one: the last to be done with, and so the next to be filled."""
+    return gl.where(stage == 0, STAGES - 1, stage - 1)
 
 
 @gluon.jit
@@ -1574,7 +1582,8 @@ def parents_of_fine(keys, tile):
     """Of each row of a fine tile, the kept token whose child it is; 0 beyond the last."""
     block = gl.minimum(keys.first + gl.arange(0, 64, layout=gl.SliceLayout(1, COPIED)) // 16, keys.n_l1 - 1)
     slot = tile - keys.end_l1
-    return gl.load(keys.kept_l1_ptr + (block * keys.width_l1 + slot), mask=(block >= 0) & (slot >= 0) & (slot < keys.width_l1), other=0)
+    inside = (block >= 0) & (slot >= 0) & (slot < keys.width_l1)
+    return gl.load(keys.kept_l1_ptr + (block * keys.width_l1 + slot), mask=inside, other=0)
 
 
 @gluon.jit
@@ -1657,8 +1666,8 @@ def attend_tiles(keys, q_base, stride_qn, scale, ANCHORED: gl.constexpr):
     ROWS: gl.constexpr = gl.SliceLayout(1, PRODUCT)
     dtype: gl.constexpr = q_base.dtype.element_ty
     q = gl.allocate_shared_memory(dtype, [64, PAD_DIM], SHARED)
-    k_tiles = gl.allocate_shared_memory(dtype, [3, 64, PAD_DIM], SHARED)
-    v_tiles = gl.allocate_shared_memory(dtype, [3, 64, PAD_DIM], SHARED)
+    k_tiles = gl.allocate_shared_memory(dtype, [STAGES, 64, PAD_DIM], SHARED)
+    v_tiles = gl.allocate_shared_memory(dtype, [STAGES, 64, PAD_DIM], SHARED)
     token = keys.first * 16 + gl.arange(0, 64, layout=gl.SliceLayout(1, COPIED))
     copy_rows(q, q_base, token, stride_qn, token < keys.n_l1 * 16)
     parent = parents_of_tile(keys, 0)
@@ -1676,8 +1685,8 @@ def attend_tiles(keys, q_base, stride_qn, scale, ANCHORED: gl.constexpr):
         acc = hopper.warpgroup_mma_wait(0, deps=[acc])  # of the tile before, whose place is filled again now
         hopper.async_copy.wait_group(1)
         hopper.fence_async_shared()
-        before = gl.where(stage == 0, 2, stage - 1)
-        copy_tile(keys, tile + 2, parent, k_tiles.index(before), v_tiles.index(before))
+        to = before(stage)
+        copy_tile(keys, tile + 2, parent, k_tiles.index(to), v_tiles.index(to))
         hopper.async_copy.commit_group()
         parent = parents_of_tile(keys, tile + 3)
         products = hopper.warpgroup_mma(q, k_tiles.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
@@ -1707,7 +1716,7 @@ def attend_tiles(keys, q_base, stride_qn, scale, ANCHORED: gl.constexpr):
         acc = hopper.warpgroup_mma(
             gl.convert_layout(p.to(dtype), LEFT), v_tiles.index(stage), hopper.warpgroup_mma_init(acc), is_async=True
         )
-        stage = next_of(stage, 3)
+        stage = next_of(stage)
     acc = hopper.warpgroup_mma_wait(0, deps=[acc])
 
     # from here on a warp each has its own block: rows of products lie in registers as they did
@@ -1722,8 +1731,8 @@ def attend_tiles(keys, q_base, stride_qn, scale, ANCHORED: gl.constexpr):
         fine_total = sum_of_own_batch(zeros_batch)
     for tile in range(keys.end_l1, keys.end):
         hopper.async_copy.wait_group(1)
-        before = gl.where(stage == 0, 2, stage - 1)
-        copy_fine(keys, tile + 2, parent, k_tiles.index(before), v_tiles.index(before))
+        to = before(stage)
+        copy_fine(keys, tile + 2, parent, k_tiles.index(to), v_tiles.index(to))
         hopper.async_copy.commit_group()
         parent = parents_of_fine(keys, tile + 3)
         k = as_batch(k_tiles.index(stage)).permute((0, 2, 1)).load(RIGHT_BATCH)
@@ -1741,7 +1750,7 @@ def attend_tiles(keys, q_base, stride_qn, scale, ANCHORED: gl.constexpr):
             acc = acc * shrink[:, :, None]
         v = as_batch(v_tiles.index(stage)).load(RIGHT_BATCH)
         acc = hopper.mma_v2(gl.convert_layout(p.to(dtype), LEFT_BATCH), v, acc)
-        stage = next_of(stage, 3)
+        stage = next_of(stage)
     hopper.async_copy.wait_group(0)
     if ANCHORED:
         total += gl.convert_layout(gl.sum(fine_total, 2), gl.SliceLayout(2, BATCH))
@@ -1921,8 +1930,8 @@ def grad_q_hopper_kernel(
     ROWS: gl.constexpr = gl.SliceLayout(1, PRODUCT)
     dtype: gl.constexpr = q_ptr.dtype.element_ty
     q = gl.allocate_shared_memory(dtype, [64, PAD_DIM], SHARED)
-    k_tiles = gl.allocate_shared_memory(dtype, [3, 64, PAD_DIM], SHARED)
-    v_tiles = gl.allocate_shared_memory(dtype, [3, 64, PAD_DIM], SHARED)
+    k_tiles = gl.allocate_shared_memory(dtype, [STAGES, 64, PAD_DIM], SHARED)
+    v_tiles = gl.allocate_shared_memory(dtype, [STAGES, 64, PAD_DIM], SHARED)
     token = first * 16 + gl.arange(0, 64, layout=gl.SliceLayout(1, COPIED))
     inside = token < n_tokens
     copy_rows(q, q_base, token, stride_qn, inside)
@@ -1952,8 +1961,8 @@ def grad_q_hopper_kernel(
         grad_q = hopper.warpgroup_mma_init(grad_q)
         hopper.async_copy.wait_group(1)
         hopper.fence_async_shared()
-        before = gl.where(stage == 0, 2, stage - 1)
-        copy_tile(keys, tile + 2, parent, k_tiles.index(before), v_tiles.index(before))
+        to = before(stage)
+        copy_tile(keys, tile + 2, parent, k_tiles.index(to), v_tiles.index(to))
         hopper.async_copy.commit_group()
         parent = parents_of_tile(keys, tile + 3)
         weight = gl.where(tile < end_l3, WEIGHT_3, gl.where(tile < end_l2, WEIGHT_2, WEIGHT_1))
@@ -1968,7 +1977,7 @@ def grad_q_hopper_kernel(
             p = gl.where(column < exist, p, 0.0)
         grad_logits = (p * (dp - delta[:, None])).to(dtype)
         grad_q = hopper.warpgroup_mma(gl.convert_layout(grad_logits, LEFT), k, grad_q, is_async=True)
-        stage = next_of(stage, 3)
+        stage = next_of(stage)
     grad_q = hopper.warpgroup_mma_wait(0, deps=[grad_q])
 
     # from here on a warp each has its own block: rows of products lie in registers as they did
@@ -1980,8 +1989,8 @@ def grad_q_hopper_kernel(
     zeros_batch = gl.zeros([4, 16, 16], gl.float32, layout=BATCH)
     for tile in range(end_l1, end_l1 + width_l1):
         hopper.async_copy.wait_group(1)
-        before = gl.where(stage == 0, 2, stage - 1)
-        copy_fine(keys, tile + 2, parent, k_tiles.index(before), v_tiles.index(before))
+        to = before(stage)
+        copy_fine(keys, tile + 2, parent, k_tiles.index(to), v_tiles.index(to))
         hopper.async_copy.commit_group()
         parent = parents_of_fine(keys, tile + 3)
         k, v = as_batch(k_tiles.index(stage)), as_batch(v_tiles.index(stage))
@@ -1990,7 +1999,7 @@ def grad_q_hopper_kernel(
         p = gl.exp2(products * scale_log2e - peak[:, :, None])
         grad_logits = (p * (dp - delta[:, :, None])).to(dtype)
         grad_q = hopper.mma_v2(gl.convert_layout(grad_logits, LEFT_BATCH), k.load(RIGHT_BATCH), grad_q)
-        stage = next_of(stage, 3)
+        stage = next_of(stage)
     hopper.async_copy.wait_group(0)
 
     grad_q = gl.reshape(grad_q * scale, [64, PAD_DIM])
@@ -2023,7 +2032,6 @@ def grad_run_hopper(
     next two. Of a tile's four products, the first is waited for; then the second, while weights are worked out; the
     third runs while those of the fourth are, and the fourth while the next tile begins.
     """
-    STAGES: gl.constexpr = 3  # one is filled while one is read, and the last product may still read the third
     LOGITS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])  # [N, M]
     COLUMNS: gl.constexpr = gl.SliceLayout(0, LOGITS)
     dtype: gl.constexpr = k.dtype
@@ -2046,7 +2054,7 @@ def grad_run_hopper(
     for start in range(begin, end, BLOCK_M):
         hopper.async_copy.wait_group(0)
         hopper.fence_async_shared()
-        ahead = next_of(stage, STAGES)
+        ahead = next_of(stage)
         copy_queries(
             q_ptr, stride_qn, grad_o_ptr, stride_gn, peak_ptr, delta_ptr, start + BLOCK_M, end,
             q_tiles.index(ahead), grad_o_tiles.index(ahead), peaks.index(ahead), deltas.index(ahead), BLOCK_M,
