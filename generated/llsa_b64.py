@@ -31,7 +31,7 @@ SPEC = {
     "name": "llsa_b64",
     "reweight": True,
 }
-OPERATOR = "llsa_b64_2107f2916919afb8"  # in torch.ops.llsa: the name of the spec and the hash of this text
+OPERATOR = "llsa_b64_1100904d08a6d50d"  # in torch.ops.llsa: the name of the spec and the hash of this text
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -1135,7 +1135,7 @@ COPIED = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
 PRODUCT = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
 LEFT = gl.constexpr(gl.DotOperandLayout(0, PRODUCT.value, 2))
 SHARED = gl.constexpr(gl.NVMMASharedLayout(128, 16, rank=2))
-# Buffers of a ring that tiles are copied into: of two tiles that are on their way, while one is read.
+# Buffers of a ring that tiles are copied into, while one is read, and another perhaps still by the last product.
 STAGES = gl.constexpr(3)
 
 
@@ -1168,12 +1168,6 @@ def write_rows(ptr, row, inside, tile):
 def next_of(stage):
     """Of a ring of STAGES buffers, the one after this one."""
     return gl.where(stage == STAGES - 1, 0, stage + 1)
-
-
-@gluon.jit
-def before(stage):
-    """The one before this one: the last to be done with, and so the next to be filled."""
-    return gl.where(stage == 0, STAGES - 1, stage - 1)
 
 
 @gluon.jit

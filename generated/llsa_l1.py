@@ -31,7 +31,7 @@ SPEC = {
     "name": "llsa_l1",
     "reweight": True,
 }
-OPERATOR = "llsa_l1_99aef35393f003b4"  # in torch.ops.llsa: the name of the spec and the hash of this text
+OPERATOR = "llsa_l1_00b30e3a34596621"  # in torch.ops.llsa: the name of the spec and the hash of this text
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -939,7 +939,7 @@ LEFT_BATCH = gl.constexpr(gl.DotOperandLayout(0, BATCH.value, 2))
 RIGHT_BATCH = gl.constexpr(gl.DotOperandLayout(1, BATCH.value, 2))
 SHARED_BATCH = gl.constexpr(gl.SwizzledSharedLayout(8, 1, 8, [2, 1, 0]))
 WEIGHT_1 = gl.constexpr(math.log2(16))  # log2 of the weight of a whole token of level 1
-# Buffers of a ring that tiles are copied into: of two tiles that are on their way, while one is read.
+# Buffers of a ring that tiles are copied into, while one is read, and another perhaps still by the last product.
 STAGES = gl.constexpr(3)
 
 
@@ -992,14 +992,6 @@ def wide_product(a, b):
 def as_batch(tile):
     """A tile of 64 rows in shared memory as four blocks of 16: [4, 16, D]."""
     return tile._reinterpret(tile.dtype, [4, 16, PAD_DIM], SHARED_BATCH)
-
-
-@gluon.jit
-def batch_rows():
-    """The number of each row of four blocks of 16, [4, 16] as BATCH."""
-    ROWS: gl.constexpr = gl.SliceLayout(2, BATCH)
-    block = gl.arange(0, 4, layout=gl.SliceLayout(1, ROWS))[:, None]
-    return block * 16 + gl.arange(0, 16, layout=gl.SliceLayout(0, ROWS))[None, :]
 
 
 class Keys(NamedTuple):
@@ -1196,6 +1188,14 @@ def attend_tiles(keys, q_base, stride_qn, scale, ANCHORED: gl.constexpr):
     if ANCHORED:
         total += gl.convert_layout(gl.sum(fine_total, 2), gl.SliceLayout(2, BATCH))
     return peak, total, acc
+
+
+@gluon.jit
+def batch_rows():
+    """The number of each row of four blocks of 16, [4, 16] as BATCH."""
+    ROWS: gl.constexpr = gl.SliceLayout(2, BATCH)
+    block = gl.arange(0, 4, layout=gl.SliceLayout(1, ROWS))[:, None]
+    return block * 16 + gl.arange(0, 16, layout=gl.SliceLayout(0, ROWS))[None, :]
 
 
 @gluon.jit

@@ -33,7 +33,7 @@ SPEC = {
     "name": "llsa_l3",
     "reweight": True,
 }
-OPERATOR = "llsa_l3_697464d39491105e"  # in torch.ops.llsa: the name of the spec and the hash of this text
+OPERATOR = "llsa_l3_75c6fc9c8b092315"  # in torch.ops.llsa: the name of the spec and the hash of this text
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -1476,7 +1476,7 @@ SHARED_BATCH = gl.constexpr(gl.SwizzledSharedLayout(8, 1, 8, [2, 1, 0]))
 WEIGHT_1 = gl.constexpr(math.log2(16))  # log2 of the weight of a whole token of level 1
 WEIGHT_2 = gl.constexpr(math.log2(256))  # log2 of the weight of a whole token of level 2
 WEIGHT_3 = gl.constexpr(math.log2(4096))  # log2 of the weight of a whole token of level 3
-# Buffers of a ring that tiles are copied into: of two tiles that are on their way, while one is read.
+# Buffers of a ring that tiles are copied into, while one is read, and another perhaps still by the last product.
 STAGES = gl.constexpr(3)
 
 
@@ -1529,14 +1529,6 @@ def wide_product(a, b):
 def as_batch(tile):
     """A tile of 64 rows in shared memory as four blocks of 16: [4, 16, D]."""
     return tile._reinterpret(tile.dtype, [4, 16, PAD_DIM], SHARED_BATCH)
-
-
-@gluon.jit
-def batch_rows():
-    """The number of each row of four blocks of 16, [4, 16] as BATCH."""
-    ROWS: gl.constexpr = gl.SliceLayout(2, BATCH)
-    block = gl.arange(0, 4, layout=gl.SliceLayout(1, ROWS))[:, None]
-    return block * 16 + gl.arange(0, 16, layout=gl.SliceLayout(0, ROWS))[None, :]
 
 
 class Keys(NamedTuple):
@@ -1755,6 +1747,14 @@ def attend_tiles(keys, q_base, stride_qn, scale, ANCHORED: gl.constexpr):
     if ANCHORED:
         total += gl.convert_layout(gl.sum(fine_total, 2), gl.SliceLayout(2, BATCH))
     return peak, total, acc
+
+
+@gluon.jit
+def batch_rows():
+    """The number of each row of four blocks of 16, [4, 16] as BATCH."""
+    ROWS: gl.constexpr = gl.SliceLayout(2, BATCH)
+    block = gl.arange(0, 4, layout=gl.SliceLayout(1, ROWS))[:, None]
+    return block * 16 + gl.arange(0, 16, layout=gl.SliceLayout(0, ROWS))[None, :]
 
 
 @gluon.jit

@@ -56,6 +56,7 @@ def test_attention_is_in_gluon_where_nothing_needs_a_mask(name: str) -> None:
         spec("gaps", 64, (16, 40), (16, 2)),  # lists of up to 40 of 32
         spec("odd_families", 64, (16, 8), (6, 32)),  # groups of four blocks would be of two parents
         spec("short_lists", 64, (16, 8), (16, 3)),  # 48 keys of level 1
+        spec("half_a_tile", 64, (16, 8), (16, 6)),  # 96, which fill tiles of 32 but not of 64
     ],
     ids=lambda chosen: chosen.name,
 )

@@ -74,7 +74,7 @@ ROOMS = {
     "bench_timing": room("bench_rows", "torch"),
     "bench_rivals": room("bench_rows", "torch"),
     "bench_check": room("reference compiler fuzz fuzz_cases fuzz_oracle bench_rivals", "torch"),
-    "bench_kernels": room("cost bench_rows bench_timing", "torch"),
+    "bench_kernels": room("cost launches bench_rows bench_timing", "torch"),
     "bench_cell": room(
         "plan schedule compiler cost fuzz_cases bench_rows bench_timing bench_rivals bench_check bench_kernels", "torch"
     ),
