@@ -75,8 +75,10 @@ def choices(plan: Plan, goal: Target, element: int, n_tokens: int = USUAL_TOKENS
         entry, origin = settled(kind, entry), "rule"
         for row in reversed(goal.rows):
             if row.matches(kind, facts):
-                chosen = settled(kind, {**entry, **row.set})
-                reason = misfit(plan, stage, entry, chosen, element, goal.shared_memory)
+                wanted = {**entry, **row.set}
+                chosen, reason = settled(kind, wanted), misfit(plan, stage, entry, wanted, element, goal.shared_memory)
+                if reason is None and "HOPPER" in row.set and "HOPPER" not in chosen:
+                    reason = f"HOPPER {row.set['HOPPER']}: its kernel has other tiles"
                 if reason is None:
                     entry, origin = chosen, f"{row.place}: {row.reason}"
                     break

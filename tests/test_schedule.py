@@ -150,6 +150,8 @@ def test_the_last_row_that_matches_decides_and_the_rules_give_the_rest() -> None
         (L2, "attend", {"BLOCK_M": 32}, "BLOCK_M 32: a block of 16 grouped tokens is a tile of 16 rows"),
         (spec("few", 64, (16, 8), (4, 8), (4, 8)), "attend", {"GROUP": 8}, "GROUP 8: only 4 query blocks share"),
         (WIDE, "attend", {"GROUP": 2}, "the kernel takes no GROUP"),
+        (WIDE, "attend", {"HOPPER": 128}, "the kernel takes no HOPPER"),
+        (L2, "attend", {"HOPPER": 128, "num_warps": 8}, "HOPPER 128: its kernel has other tiles"),
         (L2, "grad_kv_tokens", {"BLOCK_N": 8}, "BLOCK_N 8: products need 16 rows and columns"),
         (spec("k", 64, (16, 33)), "select_top", {"BLOCK_N": 32}, "BLOCK_N 32: Top-64 of a tile needs as many"),
     ],
