@@ -33,7 +33,7 @@ SPEC = {
     "name": "llsa_l3",
     "reweight": True,
 }
-OPERATOR = "llsa_l3_75c6fc9c8b092315"  # in torch.ops.llsa: the name of the spec and the hash of this text
+OPERATOR = "llsa_l3_d558aea35e2e4b1b"  # in torch.ops.llsa: the name of the spec and the hash of this text
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -1940,11 +1940,11 @@ def grad_q_hopper_kernel(
         copy_tile(keys, tile, parent, k_tiles.index(tile), v_tiles.index(tile))
         hopper.async_copy.commit_group()
         parent = parents_of_tile(keys, tile + 1)
-    o_at, column = row_tile(o_ptr + head * n_tokens * HEAD_DIM, token, HEAD_DIM, COPIED)
-    o = gl.load(o_at, mask=inside[:, None] & column, other=0.0)
+    o_at, columns = row_tile(o_ptr + head * n_tokens * HEAD_DIM, token, HEAD_DIM, COPIED)
+    o = gl.load(o_at, mask=inside[:, None] & columns, other=0.0)
     grad_o_base = head_base(grad_o_ptr, head, stride_gb, stride_gh, heads_per_batch)
     grad_o_at, _ = row_tile(grad_o_base, token, stride_gn, COPIED)
-    grad_o_rows = gl.load(grad_o_at, mask=inside[:, None] & column, other=0.0)
+    grad_o_rows = gl.load(grad_o_at, mask=inside[:, None] & columns, other=0.0)
     grad_o = gl.allocate_shared_memory(dtype, [64, PAD_DIM], SHARED, grad_o_rows)
     delta = gl.sum(o.to(gl.float32) * grad_o_rows.to(gl.float32), 1)
     gl.store(delta_ptr + head * n_tokens + token, delta, mask=inside)
@@ -1956,7 +1956,7 @@ def grad_q_hopper_kernel(
     zeros = gl.zeros([64, 64], gl.float32, layout=PRODUCT)
     column = gl.arange(0, 64, layout=gl.SliceLayout(0, PRODUCT))[None, :]
     stage = 0
-    for tile in range(0, end_l1):
+    for tile in range(0, keys.end_l1):
         grad_q = hopper.warpgroup_mma_wait(0, deps=[grad_q])  # of the tile before, whose place is filled again now
         grad_q = hopper.warpgroup_mma_init(grad_q)
         hopper.async_copy.wait_group(1)
@@ -1965,14 +1965,14 @@ def grad_q_hopper_kernel(
         copy_tile(keys, tile + 2, parent, k_tiles.index(to), v_tiles.index(to))
         hopper.async_copy.commit_group()
         parent = parents_of_tile(keys, tile + 3)
-        weight = gl.where(tile < end_l3, WEIGHT_3, gl.where(tile < end_l2, WEIGHT_2, WEIGHT_1))
+        weight = gl.where(tile < keys.end_l3, WEIGHT_3, gl.where(tile < keys.end_l2, WEIGHT_2, WEIGHT_1))
         k, v = k_tiles.index(stage), v_tiles.index(stage)
         products = hopper.warpgroup_mma(q, k.permute((1, 0)), zeros, use_acc=False, is_async=True)
         dp = hopper.warpgroup_mma(grad_o, v.permute((1, 0)), zeros, use_acc=False, is_async=True)
         products = hopper.warpgroup_mma_wait(1, deps=[products])
         p = gl.exp2(products * scale_log2e + (weight - peak)[:, None])
         dp = hopper.warpgroup_mma_wait(0, deps=[dp])
-        exist = gl.where(tile < end_l3, n_l3 - tile * 64, 64)  # keys of this tile, or more
+        exist = gl.where(tile < keys.end_l3, keys.n_l3 - tile * 64, 64)  # keys of this tile, or more
         if exist < 64:  # rows of zeros add nothing, but infinity times zero is no number
             p = gl.where(column < exist, p, 0.0)
         grad_logits = (p * (dp - delta[:, None])).to(dtype)
@@ -1987,7 +1987,7 @@ def grad_q_hopper_kernel(
     q_batch = as_batch(q).load(LEFT_BATCH)
     grad_o_batch = as_batch(grad_o).load(LEFT_BATCH)
     zeros_batch = gl.zeros([4, 16, 16], gl.float32, layout=BATCH)
-    for tile in range(end_l1, end_l1 + width_l1):
+    for tile in range(keys.end_l1, keys.end):
         hopper.async_copy.wait_group(1)
         to = before(stage)
         copy_fine(keys, tile + 2, parent, k_tiles.index(to), v_tiles.index(to))
