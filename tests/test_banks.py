@@ -30,7 +30,7 @@ def reads(name: str, step: str, n_tokens: int, *rows: dict[str, object]) -> list
 @pytest.mark.parametrize("name", NAMES)
 def test_no_rows_meet_in_the_same_banks(name: str, step: str, n_tokens: int) -> None:
     found = reads(name, step, n_tokens)
-    assert len(found) > 15
+    assert len(found) > (20 if n_tokens == 65_535 else 15)
     # Triton 3.7, other than 3.6, swizzles k by the block where two products read it: in the first tile, and in the loop
     known = 8 if step == "grad_q_kernel" and name in ("llsa_l1", "llsa_l2") and n_tokens == 65_535 else 0
     assert len([step for step in found if step > 1]) <= known
