@@ -28,7 +28,7 @@ SPEC = {
     "name": "llsa_d128",
     "reweight": True,
 }
-OPERATOR = "llsa_d128_aad7f7223ad3362e"  # in torch.ops.llsa: the name of the spec and the hash of this text
+OPERATOR = "llsa_d128_1493d72122c2a650"  # in torch.ops.llsa: the name of the spec and the hash of this text
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -48,7 +48,7 @@ EMPTY = tl.constexpr(-(2**63))  # the rank of no token at all
 # What differs from call to call: Triton makes no kernel of its own where one of these is 1 or a multiple of 16.
 UNSPECIALISED = [
     "heads", "heads_per_batch", "n_tokens", "width", "width_above", "parts", "rows_per_split", "splits",
-    "width_l1", "width_l2", "part_l1",
+    "part_l1",
 ]
 
 # Tile shapes: target, bytes of an element, kernel.
@@ -57,7 +57,6 @@ TILES_1 = {
     "select_l1": {"BLOCK_M": 16, "BLOCK_N": 32, "KEEP": 8, "num_warps": 1, "num_stages": 2, "DOUBLES": 0},
     "select_l2": {"BLOCK_M": 16, "BLOCK_N": 64, "KEEP": 8, "num_warps": 4, "num_stages": 2, "DOUBLES": 0, "SPLIT": 4},
     "attend": {"GROUP": 4, "BLOCK_M": 16, "BLOCK_C": 64, "BLOCK_N": 16, "num_warps": 4, "num_stages": 3, "AHEAD": 0},
-    "count": {"BLOCK": 256, "num_warps": 8},
     "scan": {"BLOCK": 1024, "num_warps": 4},
     "invert_l1": {"BLOCK_M": 128, "KEYS": 16, "num_warps": 4},
     "invert_l2": {"BLOCK_M": 128, "KEYS": 32, "num_warps": 4},
@@ -73,7 +72,6 @@ TILES_2 = {
     "select_l1": {"BLOCK_M": 16, "BLOCK_N": 32, "KEEP": 8, "num_warps": 1, "num_stages": 2, "DOUBLES": 0},
     "select_l2": {"BLOCK_M": 16, "BLOCK_N": 32, "KEEP": 8, "num_warps": 1, "num_stages": 2, "DOUBLES": 0, "SPLIT": 1},
     "attend": {"GROUP": 2, "BLOCK_M": 16, "BLOCK_C": 16, "BLOCK_N": 16, "num_warps": 8, "num_stages": 2, "AHEAD": 0},
-    "count": {"BLOCK": 256, "num_warps": 8},
     "scan": {"BLOCK": 1024, "num_warps": 4},
     "invert_l1": {"BLOCK_M": 128, "KEYS": 16, "num_warps": 4},
     "invert_l2": {"BLOCK_M": 128, "KEYS": 32, "num_warps": 4},
@@ -89,7 +87,6 @@ TILES_3 = {
     "select_l1": {"BLOCK_M": 16, "BLOCK_N": 32, "KEEP": 8, "num_warps": 1, "num_stages": 2, "DOUBLES": 1},
     "select_l2": {"BLOCK_M": 16, "BLOCK_N": 64, "KEEP": 8, "num_warps": 4, "num_stages": 2, "DOUBLES": 1, "SPLIT": 4},
     "attend": {"GROUP": 4, "BLOCK_M": 16, "BLOCK_C": 64, "BLOCK_N": 16, "num_warps": 4, "num_stages": 3, "AHEAD": 0},
-    "count": {"BLOCK": 256, "num_warps": 8},
     "scan": {"BLOCK": 1024, "num_warps": 4},
     "invert_l1": {"BLOCK_M": 128, "KEYS": 16, "num_warps": 4},
     "invert_l2": {"BLOCK_M": 128, "KEYS": 32, "num_warps": 4},
@@ -105,7 +102,6 @@ TILES_4 = {
     "select_l1": {"BLOCK_M": 16, "BLOCK_N": 32, "KEEP": 8, "num_warps": 1, "num_stages": 2, "DOUBLES": 0},
     "select_l2": {"BLOCK_M": 16, "BLOCK_N": 64, "KEEP": 8, "num_warps": 4, "num_stages": 2, "DOUBLES": 0, "SPLIT": 4},
     "attend": {"GROUP": 4, "BLOCK_M": 16, "BLOCK_C": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 3, "AHEAD": 0},
-    "count": {"BLOCK": 256, "num_warps": 8},
     "scan": {"BLOCK": 1024, "num_warps": 4},
     "invert_l1": {"BLOCK_M": 128, "KEYS": 16, "num_warps": 4},
     "invert_l2": {"BLOCK_M": 128, "KEYS": 32, "num_warps": 4},
@@ -229,7 +225,7 @@ def softmax_step(logits, v, peak, total, acc):
 
 @triton.jit
 def pool_l1_tile(
-    x_ptr, stride_n, mean_l1_ptr, mean_l2_ptr,
+    x_ptr, stride_n, mean_l1_ptr, mean_l2_ptr, counts_l1_ptr, counts_l2_ptr,
     first, n_tokens, CHILDREN: tl.constexpr, ROWS: tl.constexpr,
 ):
     """Level-2 token `first` of one head: its mean, and the means of the level-1 tokens that it covers."""
@@ -248,10 +244,12 @@ def pool_l1_tile(
         total = tl.sum(total, 1)
         covered = tl.minimum(n_tokens - token * SPAN_1, SPAN_1).to(tl.float32)
         store_rows(mean_l1_ptr, token, HEAD_DIM, inside, total / covered[:, None])
+        tl.store(counts_l1_ptr + token, 0, mask=inside)
         whole += tl.sum(total, 0)
     token = first + tl.arange(0, 1)
     covered = tl.minimum(n_tokens - token * SPAN_2, SPAN_2).to(tl.float32)
     store_rows(mean_l2_ptr, token, HEAD_DIM, token >= 0, whole[None, :] / covered[:, None])
+    tl.store(counts_l2_ptr + token, 0)
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
@@ -261,6 +259,8 @@ def pool_l1_kernel(
     v_ptr, stride_vb, stride_vh, stride_vn,  # [B, H, N, D]
     q_l1_ptr, k_l1_ptr, v_l1_ptr,  # [B*H, T_1, D] means
     q_l2_ptr, k_l2_ptr, v_l2_ptr,  # [B*H, T_2, D] means
+    counts_l1_ptr,  # [B*H, T_1] int32, zeroed
+    counts_l2_ptr,  # [B*H, T_2] int32, zeroed
     heads_per_batch, heads, n_tokens,  # H, B*H, N
     CHILDREN: tl.constexpr, ROWS: tl.constexpr,  # level-1 tokens summed at a time, and rows of each
 ):
@@ -273,16 +273,18 @@ def pool_l1_kernel(
     tensor = tl.program_id(0) // tiles // heads
     head = tl.program_id(0) // tiles % heads
     to_l1 = head.to(tl.int64) * tl.cdiv(n_tokens, SPAN_1) * HEAD_DIM
+    counts_l1_ptr += head.to(tl.int64) * tl.cdiv(n_tokens, SPAN_1)
     to_l2 = head.to(tl.int64) * tl.cdiv(n_tokens, SPAN_2) * HEAD_DIM
+    counts_l2_ptr += head.to(tl.int64) * tl.cdiv(n_tokens, SPAN_2)
     if tensor == 0:
         base = head_base(q_ptr, head, stride_qb, stride_qh, heads_per_batch)
-        pool_l1_tile(base, stride_qn, q_l1_ptr + to_l1, q_l2_ptr + to_l2, first, n_tokens, CHILDREN, ROWS)
+        pool_l1_tile(base, stride_qn, q_l1_ptr + to_l1, q_l2_ptr + to_l2, counts_l1_ptr, counts_l2_ptr, first, n_tokens, CHILDREN, ROWS)
     elif tensor == 1:
         base = head_base(k_ptr, head, stride_kb, stride_kh, heads_per_batch)
-        pool_l1_tile(base, stride_kn, k_l1_ptr + to_l1, k_l2_ptr + to_l2, first, n_tokens, CHILDREN, ROWS)
+        pool_l1_tile(base, stride_kn, k_l1_ptr + to_l1, k_l2_ptr + to_l2, counts_l1_ptr, counts_l2_ptr, first, n_tokens, CHILDREN, ROWS)
     else:
         base = head_base(v_ptr, head, stride_vb, stride_vh, heads_per_batch)
-        pool_l1_tile(base, stride_vn, v_l1_ptr + to_l1, v_l2_ptr + to_l2, first, n_tokens, CHILDREN, ROWS)
+        pool_l1_tile(base, stride_vn, v_l1_ptr + to_l1, v_l2_ptr + to_l2, counts_l1_ptr, counts_l2_ptr, first, n_tokens, CHILDREN, ROWS)
 
 
 # ---- selection -------------------------------------------------------------------------------------------------------
@@ -323,8 +325,8 @@ def no_keys(shape: tl.constexpr, DOUBLES: tl.constexpr):
 
 
 @triton.jit
-def store_kept(kept_ptr, row, width, inside, best, KEEP: tl.constexpr, DOUBLES: tl.constexpr):
-    """Write the tokens of the best rank keys, best first, to rows of `width`; -1 where there are fewer."""
+def store_kept(kept_ptr, counts_ptr, row, width, inside, best, KEEP: tl.constexpr, DOUBLES: tl.constexpr):
+    """Write the tokens of the best rank keys, best first, to rows of `width`, -1 where there are fewer; count them."""
     place = KEEP - 1 - tl.arange(0, KEEP)
     if DOUBLES:
         bits = best.to(tl.int64, bitcast=True)
@@ -333,13 +335,16 @@ def store_kept(kept_ptr, row, width, inside, best, KEEP: tl.constexpr, DOUBLES: 
     else:
         token = tl.where(best == EMPTY, -1, 0x7FFFFFFF - (best & 0x7FFFFFFF)).to(tl.int32)
     at = row.to(tl.int64)[:, None] * width + place[None, :]
-    tl.store(kept_ptr + at, token, mask=inside[:, None] & (place < width)[None, :])
+    inside = inside[:, None] & (place < width)[None, :]
+    tl.store(kept_ptr + at, token, mask=inside)
+    tl.atomic_add(counts_ptr + token, 1, mask=inside & (token >= 0), sem="relaxed")  # nothing waits for it here
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def select_l2_kernel(
     q_l2_ptr, k_l2_ptr,  # [B*H, T_2, D]
     kept_l2_ptr, width,  # [B*H, T_2, width] int32, out
+    counts_l2_ptr,  # [B*H, T_2] int32, zero before, out: how many query tokens keep each key token
     n_tokens,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, KEEP: tl.constexpr, DOUBLES: tl.constexpr, SPLIT: tl.constexpr,
 ):
@@ -353,6 +358,7 @@ def select_l2_kernel(
     row = tl.program_id(0) % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = row < n_l2
     n_candidates = n_l2
+    counts_ptr = counts_l2_ptr + head * n_l2  # integer sums are the same in any order
     k_ptr = k_l2_ptr + head * n_l2 * HEAD_DIM
     q = load_rows(q_l2_ptr + head * n_l2 * HEAD_DIM, row, HEAD_DIM, inside)
 
@@ -376,7 +382,7 @@ def select_l2_kernel(
             scores = tl.dot(q, tl.permute(k, (0, 2, 1)), input_precision="ieee")
             best = keep_best(best, rank_keys(scores, token[:, None, :], candidate[:, None, :], DOUBLES), KEEP)
         best = tl.bitonic_merge(tl.topk(tl.reshape(tl.permute(best, (1, 0, 2)), [BLOCK_M, SPLIT * KEEP]), KEEP))
-    store_kept(kept_l2_ptr + head * n_l2 * width, row, width, inside, best, KEEP, DOUBLES)
+    store_kept(kept_l2_ptr + head * n_l2 * width, counts_ptr, row, width, inside, best, KEEP, DOUBLES)
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
@@ -384,6 +390,7 @@ def select_l1_kernel(
     q_l1_ptr, k_l1_ptr,  # [B*H, T_1, D]
     kept_l2_ptr, width_above,  # [B*H, T_2, width_above] int32
     kept_l1_ptr, width,  # [B*H, T_1, width] int32, out
+    counts_l1_ptr,  # [B*H, T_1] int32, zero before, out: how many query tokens keep each key token
     n_tokens,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, KEEP: tl.constexpr, DOUBLES: tl.constexpr,
 ):
@@ -401,6 +408,7 @@ def select_l1_kernel(
     inside = (child < BLOCK_2) & (row < n_l1)
     kept_above_ptr = kept_l2_ptr + (head * n_l2 + parent) * width_above
     n_candidates = width_above * BLOCK_2
+    counts_ptr = counts_l1_ptr + head * n_l1  # integer sums are the same in any order
     k_ptr = k_l1_ptr + head * n_l1 * HEAD_DIM
     q = load_rows(q_l1_ptr + head * n_l1 * HEAD_DIM, row, HEAD_DIM, inside)
 
@@ -413,7 +421,7 @@ def select_l1_kernel(
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
         keys = rank_keys(scores, token[None, :], candidate[None, :], DOUBLES)
         best = keep_best(best, keys, KEEP)
-    store_kept(kept_l1_ptr + head * n_l1 * width, row, width, inside, best, KEEP, DOUBLES)
+    store_kept(kept_l1_ptr + head * n_l1 * width, counts_ptr, row, width, inside, best, KEEP, DOUBLES)
 
 
 # ---- attention -------------------------------------------------------------------------------------------------------
@@ -544,42 +552,6 @@ def attend_kernel(
 
 
 # ---- gradients -------------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def count_keepers(kept_ptr, counts_ptr, n_entries, n_rows, program, BLOCK: tl.constexpr):
-    """Count the key tokens, of n_rows a head, in BLOCK of the n_entries a head that a level's lists hold."""
-    tiles = tl.cdiv(n_entries, BLOCK)
-    head = (program // tiles).to(tl.int64)
-    entry = program % tiles * BLOCK + tl.arange(0, BLOCK)
-    token = tl.load(kept_ptr + head * n_entries + entry, mask=entry < n_entries, other=-1)
-    tl.atomic_add(counts_ptr + head * n_rows + token, 1, mask=token >= 0)
-
-
-@triton.jit(do_not_specialize=UNSPECIALISED)
-def count_kernel(
-    kept_l1_ptr, width_l1,  # [B*H, T_1, width] int32
-    kept_l2_ptr, width_l2,  # [B*H, T_2, width] int32
-    counts_l1_ptr,  # [B*H, T_1] int32, zero before
-    counts_l2_ptr,  # [B*H, T_2] int32, zero before
-    heads, n_tokens, BLOCK: tl.constexpr,  # B*H, N
-):
-    """How many query tokens keep each key token. Integer sums are the same in any order.
-
-    Grid: B*H * the sum over levels of ceil(T_l * width_l / BLOCK), level 1 first.
-    """
-    program = tl.program_id(0)
-
-    n_l1 = tl.cdiv(n_tokens, SPAN_1)
-    programs = heads * tl.cdiv(n_l1 * width_l1, BLOCK)
-    if (program >= 0) & (program < programs):
-        count_keepers(kept_l1_ptr, counts_l1_ptr, n_l1 * width_l1, n_l1, program, BLOCK)
-    program -= programs
-
-    n_l2 = tl.cdiv(n_tokens, SPAN_2)
-    programs = heads * tl.cdiv(n_l2 * width_l2, BLOCK)
-    if (program >= 0) & (program < programs):
-        count_keepers(kept_l2_ptr, counts_l2_ptr, n_l2 * width_l2, n_l2, program, BLOCK)
 
 
 @triton.jit
@@ -1210,12 +1182,12 @@ LAYOUTS = {
         "v_l1": "input",
         "k_l2": "input",
         "v_l2": "input",
+        "counts_l1": torch.int32,
+        "counts_l2": torch.int32,
         "kept_l1": torch.int32,
         "kept_l2": torch.int32,
     },
     "gradients": {
-        "counts_l1": torch.int32,
-        "counts_l2": torch.int32,
         "delta": torch.float32,
         "offsets_l1": torch.int32,
         "keepers_l1": torch.int32,
@@ -1236,20 +1208,57 @@ LAYOUTS = {
 }
 
 
-def own_dtypes(dtype):
-    """What LAYOUTS leaves to the dtype of q: shares of a sum may be rounded as it will be, but float16 has not the range."""
-    return {"input": dtype, "share": dtype if dtype == torch.bfloat16 else torch.float32}
+def own_dtypes(layout, dtype):
+    """The buffers of a layout and their dtypes: shares of a sum may be rounded as it will be, but float16 has not the range."""
+    own = {"input": dtype, "share": dtype if dtype == torch.bfloat16 else torch.float32}
+    return {name: own.get(known, known) for name, known in LAYOUTS[layout].items()}
+
+
+def lay_out(layout, shapes, dtype):
+    """The byte at which each buffer of a layout begins in its memory, a multiple of 256, and how many bytes that has."""
+    begins, end = [], 0
+    for name, own in own_dtypes(layout, dtype).items():
+        begins.append(end)
+        end += ceil_div(math.prod(shapes[name]) * own.itemsize, 256) * 256
+    return begins, end
+
+
+def views_of(memory, layout, shapes, dtype):
+    """The buffers of a layout as tensors in its memory."""
+    begins, _ = lay_out(layout, shapes, dtype)
+    return [
+        memory[begin : begin + math.prod(shapes[name]) * own.itemsize].view(own).view(shapes[name])
+        for begin, (name, own) in zip(begins, own_dtypes(layout, dtype).items(), strict=True)
+    ]
+
+
+def saved_shapes(heads, n_tokens):
+    """What the forward pass leaves to the backward pass: the shapes of the layout `saved`."""
+    tokens = level_tokens(n_tokens)
+    return {
+        "peak": (heads, n_tokens),
+        "total": (heads, n_tokens),
+        "k_l1": (heads, tokens[1], 128),
+        "v_l1": (heads, tokens[1], 128),
+        "k_l2": (heads, tokens[2], 128),
+        "v_l2": (heads, tokens[2], 128),
+        "counts_l1": (heads, tokens[1]),
+        "counts_l2": (heads, tokens[2]),
+        "kept_l1": (heads, tokens[1], min(8, tokens[1])),
+        "kept_l2": (heads, tokens[2], min(8, tokens[2])),
+    }
 
 
 class Prepared:
     """What depends on shapes, strides, dtype and device alone, worked out at the first call with them.
 
-    steps: between batches, heads and rows of each tensor. shapes: of every buffer. places: where buffers begin and end
-    in the memory of their layout, in bytes; sizes: of that memory. grids: programs and tile shapes of every launch.
+    steps: between batches, heads and rows of each tensor. shapes: of every buffer. begins, sizes: of buffers in the
+    memory of each layout and of that memory, see `lay_out`. grids: programs and tile shapes of every launch.
     ready: what Triton made of a launch, so that from the second one on it does not look for it. both: launches whose two variants are compiled.
     """
 
     def __init__(self, heads, n_tokens, dtype, strides, tiles):
+        self.dtype = dtype
         self.steps = [stride[:3] for stride in strides]
         tokens = level_tokens(n_tokens)
         self.rows_l2, splits_l2 = split_queries(
@@ -1263,28 +1272,18 @@ class Prepared:
         tile = tiles["grad_kv_l0"]
         parts_l0 = self.parts_l0 = min(((tokens[1] * min(8, tokens[1])) // tile["PART"]), tokens[1] * ((tokens[1] - 1) // tile["PART"]))
         self.part_lengths = {0: tiles["grad_kv_l0"]["PART"]}
-        self.shapes = {
+        self.shapes = saved_shapes(heads, n_tokens) | {
             "o": (heads, n_tokens, 128),
             "lse": (heads, n_tokens),
-            "peak": (heads, n_tokens),
-            "total": (heads, n_tokens),
             "q_l1": (heads, tokens[1], 128),
-            "k_l1": (heads, tokens[1], 128),
-            "v_l1": (heads, tokens[1], 128),
             "q_l2": (heads, tokens[2], 128),
-            "k_l2": (heads, tokens[2], 128),
-            "v_l2": (heads, tokens[2], 128),
-            "kept_l1": (heads, tokens[1], min(8, tokens[1])),
-            "kept_l2": (heads, tokens[2], min(8, tokens[2])),
             "grad_q": (heads, n_tokens, 128),
             "grad_k": (heads, n_tokens, 128),
             "grad_v": (heads, n_tokens, 128),
             "delta": (heads, n_tokens),
-            "counts_l1": (heads, tokens[1]),
             "offsets_l1": (heads, tokens[1] + 1),
             "keepers_l1": (heads, tokens[1] * min(8, tokens[1])),
             "extra_l1": (heads, tokens[1] + 1),
-            "counts_l2": (heads, tokens[2]),
             "offsets_l2": (heads, tokens[2] + 1),
             "keepers_l2": (heads, tokens[2] * min(8, tokens[2])),
             "extra_grad_k_l0": (heads, parts_l0, 16, 128),
@@ -1299,17 +1298,9 @@ class Prepared:
             "grad_v_l2": (heads, tokens[2], 128),
         }
         self.widths = {1: self.shapes["kept_l1"][2], 2: self.shapes["kept_l2"][2]}
-        own = own_dtypes(dtype)
-        self.dtypes = {name: own.get(known, known) for layout in LAYOUTS.values() for name, known in layout.items()}
-        self.places, self.sizes = {}, {}
-        for layout, names in LAYOUTS.items():
-            places = self.places[layout] = {}
-            end = 0
-            for name in names:
-                begin = ceil_div(end, 256) * 256
-                end = begin + math.prod(self.shapes[name]) * self.dtypes[name].itemsize
-                places[name] = begin, end
-            self.sizes[layout] = end
+        self.begins, self.sizes = {}, {}
+        for layout in LAYOUTS:
+            self.begins[layout], self.sizes[layout] = lay_out(layout, self.shapes, dtype)
 
         self.grids = {}
         tile = tiles["pool"]
@@ -1320,8 +1311,6 @@ class Prepared:
         self.grids["select_l1_kernel"] = heads * tokens[2] * ceil_div(min(16, tokens[1]), tile["BLOCK_M"]), tile
         tile = tiles["attend"] | {"WHOLE": is_whole(tokens, tiles["attend"])}
         self.grids["attend_kernel"] = heads * tokens[2] * ceil_div(min(16, tokens[1]), tile["GROUP"]), tile
-        tile = tiles["count"]
-        self.grids["count_kernel"] = heads * (ceil_div(tokens[1] * min(8, tokens[1]), tile["BLOCK"]) + ceil_div(tokens[2] * min(8, tokens[2]), tile["BLOCK"])), tile
         tile = tiles["scan"]
         self.grids["scan_kernel"] = 3 * heads, tile
         tile = tiles["invert_l2"]
@@ -1352,15 +1341,8 @@ class Prepared:
         """The buffers of a layout in its memory, as launches up to the one of name `last` take them: see `pointers`."""
         if last in self.ready:
             first = memory.data_ptr()
-            return [first + begin for begin, _ in self.places[layout].values()]
-        return [
-            memory[begin:end].view(self.dtypes[name]).view(self.shapes[name])
-            for name, (begin, end) in self.places[layout].items()
-        ]
-
-    def separate(self, q, names):
-        """Buffers as tensors of their own."""
-        return [q.new_empty(self.shapes[name], dtype=self.dtypes[name]) for name in names]
+            return [first + begin for begin in self.begins[layout]]
+        return views_of(memory, layout, self.shapes, self.dtype)
 
     def pointers(self, last, *tensors):
         """The tensors as launches take them, up to the one of name `last`: themselves or, from the second time on, addresses.
@@ -1486,11 +1468,11 @@ def prepared(device, dtype, shape, strides, starts):
     return Prepared(shape[0] * shape[1], shape[2], dtype, strides, tiles)
 
 
-def pool_and_select(q, k, v, k_l1, v_l1, k_l2, v_l2, kept_l1, kept_l2, at, stream):
+def pool_and_select(q, k, v, k_l1, v_l1, k_l2, v_l2, counts_l1, counts_l2, kept_l1, kept_l2, at, stream):
     """Fill in the pyramid and, from the coarsest level down, the tokens that are kept.
 
     Takes [B, H, N, D] tensors, `aligned`, and, as launches take them, the buffers to fill in: means of k and of v, [B*H, T_l, D];
-    lists of kept tokens, [B*H, T_l, width] int32.
+    how many queries keep each token, [B*H, T_l], and lists of kept tokens, [B*H, T_l, width], int32.
     """
     batch, heads_per_batch, n_tokens, _ = q.shape
     memory = at.memory(q, "selection")  # held until all is launched: buffers may be but addresses in it
@@ -1504,41 +1486,39 @@ def pool_and_select(q, k, v, k_l1, v_l1, k_l2, v_l2, kept_l1, kept_l2, at, strea
         v_ptr, *at.steps[2],
         q_l1, k_l1, v_l1,
         q_l2, k_l2, v_l2,
+        counts_l1, counts_l2,
         heads_per_batch, batch * heads_per_batch, n_tokens,
     )
     at.launch(
         stream, select_l2_kernel, "select_l2_kernel",
-        q_l2, k_l2, kept_l2, at.widths[2], n_tokens,
+        q_l2, k_l2, kept_l2, at.widths[2], counts_l2, n_tokens,
     )
     at.launch(
         stream, select_l1_kernel, "select_l1_kernel",
-        q_l1, k_l1, kept_l2, at.widths[2], kept_l1, at.widths[1], n_tokens,
+        q_l1, k_l1, kept_l2, at.widths[2], kept_l1, at.widths[1], counts_l1, n_tokens,
     )
 
 
 def select_kernels(q, k):
     """The kept tokens of each level, finest first, by the Triton kernels."""
     at, q, k, _ = prepare((q, k, k))  # k in place of v, whose means nobody will look at
-    pyramid = at.separate(q, ["k_l1", "v_l1", "k_l2", "v_l2", "kept_l1", "kept_l2"])
-    pool_and_select(q, k, k, *at.pointers("select_l1_kernel", *pyramid), at, at.stream(q))
-    return pyramid[-2:]
+    saved = at.memory(q, "saved")
+    _, _, *pyramid = at.buffers(saved, "saved", "select_l1_kernel")
+    pool_and_select(q, k, k, *pyramid, at, at.stream(q))
+    return [kept.clone() for kept in views_of(saved, "saved", at.shapes, q.dtype)[-2:]]
 
 
-def attend_kernels(q, k, v, scale, save=True):
-    """o, lse and, to `save`, what the backward pass needs, in the order of the operator's outputs, by the Triton kernels."""
+def attend_kernels(q, k, v, scale):
+    """o, lse and what the backward pass needs, memory of the layout `saved`, by the Triton kernels."""
     at, q, k, v = prepare((q, k, v))
     stream = at.stream(q)
     _, heads_per_batch, n_tokens, _ = q.shape
-    o, lse = q.new_empty(q.shape), q.new_empty(at.shapes["lse"], dtype=torch.float32)
-    if save:
-        saved = at.separate(q, LAYOUTS["saved"])
-        buffers = at.pointers("attend_kernel", *saved)
-    else:
-        saved = []
-        memory = at.memory(q, "saved")  # held until all is launched: buffers may be but addresses in it
-        buffers = at.buffers(memory, "saved", "attend_kernel")
-    [peak, total, k_l1, v_l1, k_l2, v_l2, kept_l1, kept_l2] = buffers
-    pool_and_select(q, k, v, k_l1, v_l1, k_l2, v_l2, kept_l1, kept_l2, at, stream)
+    o, lse, saved = q.new_empty(q.shape), q.new_empty(at.shapes["lse"], dtype=torch.float32), at.memory(q, "saved")
+    [
+        peak, total, k_l1, v_l1, k_l2, v_l2,
+        counts_l1, counts_l2, kept_l1, kept_l2,
+    ] = at.buffers(saved, "saved", "attend_kernel")
+    pool_and_select(q, k, v, k_l1, v_l1, k_l2, v_l2, counts_l1, counts_l2, kept_l1, kept_l2, at, stream)
     [q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr] = at.pointers("attend_kernel", q, k, v, o, lse)
     at.launch(
         stream, attend_kernel, "attend_kernel",
@@ -1549,34 +1529,32 @@ def attend_kernels(q, k, v, scale, save=True):
         kept_l2, at.widths[2],
         o_ptr, lse_ptr, peak, total, scale, heads_per_batch, n_tokens,
     )
-    return o, lse, *saved
+    return o, lse, saved
 
 
 def grad_kernels(grad_o, q, k, v, o, saved, scale):
     """dq, dk, dv by the Triton kernels, from what `attend_kernels` returned."""
-    at, q, k, v, grad_o = prepare((q, k, v, grad_o), (o, *saved))
+    if saved.data_ptr() % 16:  # wherever somebody kept it meanwhile
+        saved = saved.clone()
+    at, q, k, v, grad_o = prepare((q, k, v, grad_o), (o,))
     stream = at.stream(q)
     _, heads_per_batch, n_tokens, _ = q.shape
     heads = q.shape[0] * heads_per_batch
     grad_q, grad_k, grad_v = q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape)
     memory = at.memory(q, "gradients")  # held until all is launched: buffers may be but addresses in it
-    memory.narrow(0, 0, at.places["gradients"]["counts_l2"][1]).zero_()  # the counts, which are added to
     [
-        counts_l1, counts_l2, delta, offsets_l1, keepers_l1, extra_l1,
-        offsets_l2, keepers_l2, extra_grad_k_l0, extra_grad_v_l0, split_grad_k_l1, split_grad_v_l1,
-        split_grad_k_l2, split_grad_v_l2, grad_k_l1, grad_v_l1, grad_k_l2, grad_v_l2,
+        delta, offsets_l1, keepers_l1, extra_l1, offsets_l2, keepers_l2,
+        extra_grad_k_l0, extra_grad_v_l0, split_grad_k_l1, split_grad_v_l1, split_grad_k_l2, split_grad_v_l2,
+        grad_k_l1, grad_v_l1, grad_k_l2, grad_v_l2,
     ] = at.buffers(memory, "gradients", "grad_kv_l0_kernel")
-    [peak, total, k_l1, v_l1, k_l2, v_l2, kept_l1, kept_l2] = at.pointers("grad_kv_l0_kernel", *saved)
+    [
+        peak, total, k_l1, v_l1, k_l2, v_l2,
+        counts_l1, counts_l2, kept_l1, kept_l2,
+    ] = at.buffers(saved, "saved", "grad_kv_l0_kernel")
     [q_ptr, k_ptr, v_ptr, grad_o_ptr, o_ptr, grad_q_ptr, grad_k_ptr, grad_v_ptr] = at.pointers("grad_kv_l0_kernel", q, k, v, grad_o, o, grad_q, grad_k, grad_v)
     q_steps, k_steps, v_steps, grad_o_steps = at.steps
     q_rows, k_rows, v_rows, grad_o_rows = (q_ptr, *q_steps), (k_ptr, *k_steps), (v_ptr, *v_steps), (grad_o_ptr, *grad_o_steps)
 
-    at.launch(
-        stream, count_kernel, "count_kernel",
-        kept_l1, at.widths[1],
-        kept_l2, at.widths[2],
-        counts_l1, counts_l2, heads, n_tokens,
-    )
     at.launch(
         stream, scan_kernel, "scan_kernel",
         counts_l1, counts_l2,
@@ -1823,7 +1801,7 @@ def grad_attend_blocks(grad_o, queries, keys, values, weights, top, scale):
 
 
 def attend_torch(q, k, v, scale):
-    """o, lse and what the backward pass needs, in torch."""
+    """o, lse and what the backward pass needs, in torch: of the layout `saved`, the kept tokens alone."""
     pyramid = Pyramid(q, k, v)
     top = pyramid.top()
     parts = [
@@ -1832,16 +1810,21 @@ def attend_torch(q, k, v, scale):
     ]
     o, lse = (torch.cat(part, dim=1).flatten(1, 2)[:, : pyramid.n_tokens] for part in zip(*parts, strict=True))
     o, lse = q.new_empty(q.shape).copy_(o.unflatten(0, q.shape[:2])), lse.contiguous()  # autograd's outputs may be no views
-    peak, total = lse * LOG2E.value, torch.ones_like(lse)
-    k_l1, v_l1 = pyramid.k_levels[1].to(q.dtype), pyramid.v_levels[1].to(q.dtype)
-    k_l2, v_l2 = pyramid.k_levels[2].to(q.dtype), pyramid.v_levels[2].to(q.dtype)
-    [kept_l1, kept_l2] = pyramid.kept
-    return o, lse, peak, total, k_l1, v_l1, k_l2, v_l2, kept_l1, kept_l2
+    saved = empty_saved(q).zero_()
+    for to, kept in zip(saved_lists(saved, q), pyramid.kept, strict=True):
+        to.copy_(kept)
+    return o, lse, saved
 
 
-def grad_torch(grad_o, q, k, v, kept, scale):
+def saved_lists(saved, q):
+    """The kept tokens of each level, finest first, in what the forward pass over q left to the backward pass."""
+    heads, n_tokens = q.shape[0] * q.shape[1], q.shape[2]
+    return views_of(saved, "saved", saved_shapes(heads, n_tokens), q.dtype)[-LEVELS:]
+
+
+def grad_torch(grad_o, q, k, v, saved, scale):
     """dq, dk, dv in torch: the softmax of every run of query blocks once more, then the pooling backwards."""
-    pyramid = Pyramid(q, k, v, kept)
+    pyramid = Pyramid(q, k, v, saved_lists(saved, q))
     n_tokens = pyramid.n_tokens
     grad_blocks = blocks_of(grad_o.flatten(0, 1).float(), BLOCKS[0])
     grad_q = []
@@ -1918,22 +1901,16 @@ def runs_kernels(x):
     return x.is_cuda or INTERPRETED
 
 
+def empty_saved(q):
+    """Memory for what the forward pass over `q` leaves to the backward pass."""
+    _, size = lay_out("saved", saved_shapes(q.shape[0] * q.shape[1], q.shape[2]), q.dtype)
+    return q.new_empty(size, dtype=torch.uint8)
+
+
 def empty_outputs(q):
-    """The operator's outputs for inputs like `q`, not filled in."""
-    heads, n_tokens = q.shape[0] * q.shape[1], q.shape[2]
-    tokens = level_tokens(n_tokens)
-    return (
-        q.new_empty(q.shape),  # o
-        q.new_empty((heads, n_tokens), dtype=torch.float32),  # lse
-        q.new_empty((heads, n_tokens), dtype=torch.float32),  # peak
-        q.new_empty((heads, n_tokens), dtype=torch.float32),  # total
-        q.new_empty((heads, tokens[1], 128)),  # k_l1
-        q.new_empty((heads, tokens[1], 128)),  # v_l1
-        q.new_empty((heads, tokens[2], 128)),  # k_l2
-        q.new_empty((heads, tokens[2], 128)),  # v_l2
-        q.new_empty((heads, tokens[1], min(8, tokens[1])), dtype=torch.int32),  # kept_l1
-        q.new_empty((heads, tokens[2], min(8, tokens[2])), dtype=torch.int32),  # kept_l2
-    )
+    """The operator's outputs for inputs like `q`, not filled in: o, lse and what is saved."""
+    lse = q.new_empty((q.shape[0] * q.shape[1], q.shape[2]), dtype=torch.float32)
+    return q.new_empty(q.shape), lse, empty_saved(q)
 
 
 def empty_selection(q, k):
@@ -1945,15 +1922,15 @@ def empty_selection(q, k):
     ]
 
 
-def forward(q, k, v, scale, save=True):
-    """o, lse and, at least where it is to be saved, what the backward pass needs."""
+def forward(q, k, v, scale):
+    """o, lse and what the backward pass needs, memory of the layout `saved`."""
     if q.numel() == 0:
         return empty_outputs(q)
     if not runs_kernels(q):
         with without_autocast():
             return attend_torch(q, k, v, scale)
     with on_device_of(q):
-        return attend_kernels(q, k, v, scale, save)
+        return attend_kernels(q, k, v, scale)
 
 
 def backward(grad_o, q, k, v, o, saved, scale):
@@ -1962,7 +1939,7 @@ def backward(grad_o, q, k, v, o, saved, scale):
         return tuple(q.new_empty(q.shape) for _ in range(3))
     if not runs_kernels(q):
         with without_autocast():
-            return grad_torch(grad_o, q, k, v, saved[-LEVELS:], scale)
+            return grad_torch(grad_o, q, k, v, saved, scale)
     with on_device_of(q):
         return grad_kernels(grad_o, q, k, v, o, saved, scale)
 
@@ -1981,9 +1958,9 @@ def select_forward(q, k):
 def save_for_backward(ctx, inputs, output):
     """Keep what `differentiate` reads."""
     q, k, v, ctx.scale = inputs
-    o, _, *saved = output
+    o, _, saved = output
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, o, *saved)
+    ctx.save_for_backward(q, k, v, o, saved)
 
 
 def differentiate(ctx, grad_o, *_):
@@ -1992,7 +1969,7 @@ def differentiate(ctx, grad_o, *_):
         return None, None, None, None
     if torch.is_grad_enabled():  # create_graph=True: better an error than terms that are missing
         raise NotImplementedError(f"{OPERATOR}: second derivatives are not available; backward without create_graph")
-    q, k, v, o, *saved = ctx.saved_tensors
+    q, k, v, o, saved = ctx.saved_tensors
     run = backward if is_plain(grad_o, q) else getattr(torch.ops.llsa, OPERATOR + "_backward")
     return *run(grad_o, q, k, v, o, saved, ctx.scale), None
 
@@ -2015,10 +1992,9 @@ def register():
     if hasattr(torch.ops.llsa, OPERATOR):
         return None
     library = torch.library.Library("llsa", "FRAGMENT")
-    outputs = ", ".join(["Tensor"] * 10)
-    library.define(f"{OPERATOR}(Tensor q, Tensor k, Tensor v, float scale) -> ({outputs})")
+    library.define(f"{OPERATOR}(Tensor q, Tensor k, Tensor v, float scale) -> (Tensor, Tensor, Tensor)")
     library.define(
-        f"{OPERATOR}_backward(Tensor grad_o, Tensor q, Tensor k, Tensor v, Tensor o, Tensor[] saved, float scale)"
+        f"{OPERATOR}_backward(Tensor grad_o, Tensor q, Tensor k, Tensor v, Tensor o, Tensor saved, float scale)"
         " -> (Tensor, Tensor, Tensor)"
     )
     library.define(f"{OPERATOR}_select(Tensor q, Tensor k) -> Tensor[]")
@@ -2097,7 +2073,7 @@ def attention(q, k, v, *, scale=None, return_lse=False):
     elif torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         run = Attend.apply
     else:
-        run = functools.partial(forward, save=False)
+        run = forward
     o, lse, *_ = run(q, k, v, float(scale))
     return (o, lse.detach().view(q.shape[:3])) if return_lse else o
 

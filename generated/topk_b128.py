@@ -27,7 +27,7 @@ SPEC = {
     "name": "topk_b128",
     "reweight": True,
 }
-OPERATOR = "topk_b128_c988e73fe0326463"  # in torch.ops.llsa: the name of the spec and the hash of this text
+OPERATOR = "topk_b128_86a901240eec8380"  # in torch.ops.llsa: the name of the spec and the hash of this text
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -45,7 +45,7 @@ EMPTY = tl.constexpr(-(2**63))  # the rank of no token at all
 # What differs from call to call: Triton makes no kernel of its own where one of these is 1 or a multiple of 16.
 UNSPECIALISED = [
     "heads", "heads_per_batch", "n_tokens", "width", "parts",
-    "width_l1", "part_l1",
+    "part_l1",
 ]
 
 # Tile shapes: target, bytes of an element, kernel.
@@ -53,7 +53,6 @@ TILES_1 = {
     "pool": {"CHILDREN": 1, "ROWS": 64, "num_warps": 4},
     "select_l1": {"BLOCK_M": 16, "BLOCK_N": 64, "KEEP": 4, "num_warps": 4, "num_stages": 2, "DOUBLES": 0, "SPLIT": 4},
     "attend": {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3, "maxnreg": 128},
-    "count": {"BLOCK": 256, "num_warps": 8},
     "scan": {"BLOCK": 1024, "num_warps": 4},
     "invert_l1": {"BLOCK_M": 128, "KEYS": 32, "num_warps": 4},
     "grad_q": {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
@@ -63,7 +62,6 @@ TILES_2 = {
     "pool": {"CHILDREN": 1, "ROWS": 64, "num_warps": 4},
     "select_l1": {"BLOCK_M": 16, "BLOCK_N": 32, "KEEP": 4, "num_warps": 1, "num_stages": 2, "DOUBLES": 0, "SPLIT": 1},
     "attend": {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2},
-    "count": {"BLOCK": 256, "num_warps": 8},
     "scan": {"BLOCK": 1024, "num_warps": 4},
     "invert_l1": {"BLOCK_M": 128, "KEYS": 32, "num_warps": 4},
     "grad_q": {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2},
@@ -73,7 +71,6 @@ TILES_3 = {
     "pool": {"CHILDREN": 1, "ROWS": 64, "num_warps": 4},
     "select_l1": {"BLOCK_M": 16, "BLOCK_N": 64, "KEEP": 4, "num_warps": 4, "num_stages": 2, "DOUBLES": 1, "SPLIT": 4},
     "attend": {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3, "maxnreg": 128},
-    "count": {"BLOCK": 256, "num_warps": 8},
     "scan": {"BLOCK": 1024, "num_warps": 4},
     "invert_l1": {"BLOCK_M": 128, "KEYS": 32, "num_warps": 4},
     "grad_q": {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
@@ -83,7 +80,6 @@ TILES_4 = {
     "pool": {"CHILDREN": 1, "ROWS": 64, "num_warps": 4},
     "select_l1": {"BLOCK_M": 16, "BLOCK_N": 64, "KEEP": 4, "num_warps": 4, "num_stages": 2, "DOUBLES": 0, "SPLIT": 4},
     "attend": {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
-    "count": {"BLOCK": 256, "num_warps": 8},
     "scan": {"BLOCK": 1024, "num_warps": 4},
     "invert_l1": {"BLOCK_M": 128, "KEYS": 32, "num_warps": 4},
     "grad_q": {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
@@ -189,7 +185,7 @@ def softmax_step(logits, v, peak, total, acc):
 
 @triton.jit
 def pool_l1_tile(
-    x_ptr, stride_n, mean_l1_ptr,
+    x_ptr, stride_n, mean_l1_ptr, counts_l1_ptr,
     first, n_tokens, CHILDREN: tl.constexpr, ROWS: tl.constexpr,
 ):
     """CHILDREN tokens of level 1 of one head, from `first` on: their means."""
@@ -205,6 +201,7 @@ def pool_l1_tile(
     total = tl.sum(total, 1)
     covered = tl.minimum(n_tokens - token * SPAN_1, SPAN_1).to(tl.float32)
     store_rows(mean_l1_ptr, token, HEAD_DIM, inside, total / covered[:, None])
+    tl.store(counts_l1_ptr + token, 0, mask=inside)
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
@@ -212,6 +209,7 @@ def pool_l1_kernel(
     q_ptr, stride_qb, stride_qh, stride_qn,  # [B, H, N, D]
     k_ptr, stride_kb, stride_kh, stride_kn,  # [B, H, N, D]
     q_l1_ptr, k_l1_ptr,  # [B*H, T_1, D] means
+    counts_l1_ptr,  # [B*H, T_1] int32, zeroed
     heads_per_batch, heads, n_tokens,  # H, B*H, N
     CHILDREN: tl.constexpr, ROWS: tl.constexpr,  # level-1 tokens summed at a time, and rows of each
 ):
@@ -224,12 +222,13 @@ def pool_l1_kernel(
     tensor = tl.program_id(0) // tiles // heads
     head = tl.program_id(0) // tiles % heads
     to_l1 = head.to(tl.int64) * tl.cdiv(n_tokens, SPAN_1) * HEAD_DIM
+    counts_l1_ptr += head.to(tl.int64) * tl.cdiv(n_tokens, SPAN_1)
     if tensor == 0:
         base = head_base(q_ptr, head, stride_qb, stride_qh, heads_per_batch)
-        pool_l1_tile(base, stride_qn, q_l1_ptr + to_l1, first, n_tokens, CHILDREN, ROWS)
+        pool_l1_tile(base, stride_qn, q_l1_ptr + to_l1, counts_l1_ptr, first, n_tokens, CHILDREN, ROWS)
     else:
         base = head_base(k_ptr, head, stride_kb, stride_kh, heads_per_batch)
-        pool_l1_tile(base, stride_kn, k_l1_ptr + to_l1, first, n_tokens, CHILDREN, ROWS)
+        pool_l1_tile(base, stride_kn, k_l1_ptr + to_l1, counts_l1_ptr, first, n_tokens, CHILDREN, ROWS)
 
 
 # ---- selection -------------------------------------------------------------------------------------------------------
@@ -270,8 +269,8 @@ def no_keys(shape: tl.constexpr, DOUBLES: tl.constexpr):
 
 
 @triton.jit
-def store_kept(kept_ptr, row, width, inside, best, KEEP: tl.constexpr, DOUBLES: tl.constexpr):
-    """Write the tokens of the best rank keys, best first, to rows of `width`; -1 where there are fewer."""
+def store_kept(kept_ptr, counts_ptr, row, width, inside, best, KEEP: tl.constexpr, DOUBLES: tl.constexpr):
+    """Write the tokens of the best rank keys, best first, to rows of `width`, -1 where there are fewer; count them."""
     place = KEEP - 1 - tl.arange(0, KEEP)
     if DOUBLES:
         bits = best.to(tl.int64, bitcast=True)
@@ -280,13 +279,16 @@ def store_kept(kept_ptr, row, width, inside, best, KEEP: tl.constexpr, DOUBLES: 
     else:
         token = tl.where(best == EMPTY, -1, 0x7FFFFFFF - (best & 0x7FFFFFFF)).to(tl.int32)
     at = row.to(tl.int64)[:, None] * width + place[None, :]
-    tl.store(kept_ptr + at, token, mask=inside[:, None] & (place < width)[None, :])
+    inside = inside[:, None] & (place < width)[None, :]
+    tl.store(kept_ptr + at, token, mask=inside)
+    tl.atomic_add(counts_ptr + token, 1, mask=inside & (token >= 0), sem="relaxed")  # nothing waits for it here
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def select_l1_kernel(
     q_l1_ptr, k_l1_ptr,  # [B*H, T_1, D]
     kept_l1_ptr, width,  # [B*H, T_1, width] int32, out
+    counts_l1_ptr,  # [B*H, T_1] int32, zero before, out: how many query tokens keep each key token
     n_tokens,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, KEEP: tl.constexpr, DOUBLES: tl.constexpr, SPLIT: tl.constexpr,
 ):
@@ -300,6 +302,7 @@ def select_l1_kernel(
     row = tl.program_id(0) % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = row < n_l1
     n_candidates = n_l1
+    counts_ptr = counts_l1_ptr + head * n_l1  # integer sums are the same in any order
     k_ptr = k_l1_ptr + head * n_l1 * HEAD_DIM
     q = load_rows(q_l1_ptr + head * n_l1 * HEAD_DIM, row, HEAD_DIM, inside)
 
@@ -323,7 +326,7 @@ def select_l1_kernel(
             scores = tl.dot(q, tl.permute(k, (0, 2, 1)), input_precision="ieee")
             best = keep_best(best, rank_keys(scores, token[:, None, :], candidate[:, None, :], DOUBLES), KEEP)
         best = tl.bitonic_merge(tl.topk(tl.reshape(tl.permute(best, (1, 0, 2)), [BLOCK_M, SPLIT * KEEP]), KEEP))
-    store_kept(kept_l1_ptr + head * n_l1 * width, row, width, inside, best, KEEP, DOUBLES)
+    store_kept(kept_l1_ptr + head * n_l1 * width, counts_ptr, row, width, inside, best, KEEP, DOUBLES)
 
 
 # ---- attention -------------------------------------------------------------------------------------------------------
@@ -420,34 +423,6 @@ def attend_kernel(
 
 
 # ---- gradients -------------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def count_keepers(kept_ptr, counts_ptr, n_entries, n_rows, program, BLOCK: tl.constexpr):
-    """Count the key tokens, of n_rows a head, in BLOCK of the n_entries a head that a level's lists hold."""
-    tiles = tl.cdiv(n_entries, BLOCK)
-    head = (program // tiles).to(tl.int64)
-    entry = program % tiles * BLOCK + tl.arange(0, BLOCK)
-    token = tl.load(kept_ptr + head * n_entries + entry, mask=entry < n_entries, other=-1)
-    tl.atomic_add(counts_ptr + head * n_rows + token, 1, mask=token >= 0)
-
-
-@triton.jit(do_not_specialize=UNSPECIALISED)
-def count_kernel(
-    kept_l1_ptr, width_l1,  # [B*H, T_1, width] int32
-    counts_l1_ptr,  # [B*H, T_1] int32, zero before
-    heads, n_tokens, BLOCK: tl.constexpr,  # B*H, N
-):
-    """How many query tokens keep each key token. Integer sums are the same in any order.
-
-    Grid: B*H * the sum over levels of ceil(T_l * width_l / BLOCK), level 1 first.
-    """
-    program = tl.program_id(0)
-
-    n_l1 = tl.cdiv(n_tokens, SPAN_1)
-    programs = heads * tl.cdiv(n_l1 * width_l1, BLOCK)
-    if (program >= 0) & (program < programs):
-        count_keepers(kept_l1_ptr, counts_l1_ptr, n_l1 * width_l1, n_l1, program, BLOCK)
 
 
 @triton.jit
@@ -772,10 +747,10 @@ LAYOUTS = {
     "saved": {
         "peak": torch.float32,
         "total": torch.float32,
+        "counts_l1": torch.int32,
         "kept_l1": torch.int32,
     },
     "gradients": {
-        "counts_l1": torch.int32,
         "delta": torch.float32,
         "offsets_l1": torch.int32,
         "keepers_l1": torch.int32,
@@ -786,38 +761,65 @@ LAYOUTS = {
 }
 
 
-def own_dtypes(dtype):
-    """What LAYOUTS leaves to the dtype of q: shares of a sum may be rounded as it will be, but float16 has not the range."""
-    return {"input": dtype, "share": dtype if dtype == torch.bfloat16 else torch.float32}
+def own_dtypes(layout, dtype):
+    """The buffers of a layout and their dtypes: shares of a sum may be rounded as it will be, but float16 has not the range."""
+    own = {"input": dtype, "share": dtype if dtype == torch.bfloat16 else torch.float32}
+    return {name: own.get(known, known) for name, known in LAYOUTS[layout].items()}
+
+
+def lay_out(layout, shapes, dtype):
+    """The byte at which each buffer of a layout begins in its memory, a multiple of 256, and how many bytes that has."""
+    begins, end = [], 0
+    for name, own in own_dtypes(layout, dtype).items():
+        begins.append(end)
+        end += ceil_div(math.prod(shapes[name]) * own.itemsize, 256) * 256
+    return begins, end
+
+
+def views_of(memory, layout, shapes, dtype):
+    """The buffers of a layout as tensors in its memory."""
+    begins, _ = lay_out(layout, shapes, dtype)
+    return [
+        memory[begin : begin + math.prod(shapes[name]) * own.itemsize].view(own).view(shapes[name])
+        for begin, (name, own) in zip(begins, own_dtypes(layout, dtype).items(), strict=True)
+    ]
+
+
+def saved_shapes(heads, n_tokens):
+    """What the forward pass leaves to the backward pass: the shapes of the layout `saved`."""
+    tokens = level_tokens(n_tokens)
+    return {
+        "peak": (heads, n_tokens),
+        "total": (heads, n_tokens),
+        "counts_l1": (heads, tokens[1]),
+        "kept_l1": (heads, tokens[1], min(4, tokens[1])),
+    }
 
 
 class Prepared:
     """What depends on shapes, strides, dtype and device alone, worked out at the first call with them.
 
-    steps: between batches, heads and rows of each tensor. shapes: of every buffer. places: where buffers begin and end
-    in the memory of their layout, in bytes; sizes: of that memory. grids: programs and tile shapes of every launch.
+    steps: between batches, heads and rows of each tensor. shapes: of every buffer. begins, sizes: of buffers in the
+    memory of each layout and of that memory, see `lay_out`. grids: programs and tile shapes of every launch.
     ready: what Triton made of a launch, so that from the second one on it does not look for it. both: launches whose two variants are compiled.
     """
 
     def __init__(self, heads, n_tokens, dtype, strides, tiles):
+        self.dtype = dtype
         self.steps = [stride[:3] for stride in strides]
         tokens = level_tokens(n_tokens)
         tile = tiles["grad_kv_l0"]
         parts_l0 = self.parts_l0 = min(((tokens[1] * min(4, tokens[1])) // tile["PART"]), tokens[1] * ((tokens[1] - 1) // tile["PART"]))
         self.part_lengths = {0: tiles["grad_kv_l0"]["PART"]}
-        self.shapes = {
+        self.shapes = saved_shapes(heads, n_tokens) | {
             "o": (heads, n_tokens, 64),
             "lse": (heads, n_tokens),
-            "peak": (heads, n_tokens),
-            "total": (heads, n_tokens),
             "q_l1": (heads, tokens[1], 64),
             "k_l1": (heads, tokens[1], 64),
-            "kept_l1": (heads, tokens[1], min(4, tokens[1])),
             "grad_q": (heads, n_tokens, 64),
             "grad_k": (heads, n_tokens, 64),
             "grad_v": (heads, n_tokens, 64),
             "delta": (heads, n_tokens),
-            "counts_l1": (heads, tokens[1]),
             "offsets_l1": (heads, tokens[1] + 1),
             "keepers_l1": (heads, tokens[1] * min(4, tokens[1])),
             "extra_l1": (heads, tokens[1] + 1),
@@ -825,17 +827,9 @@ class Prepared:
             "extra_grad_v_l0": (heads, parts_l0, 128, 64),
         }
         self.widths = {1: self.shapes["kept_l1"][2]}
-        own = own_dtypes(dtype)
-        self.dtypes = {name: own.get(known, known) for layout in LAYOUTS.values() for name, known in layout.items()}
-        self.places, self.sizes = {}, {}
-        for layout, names in LAYOUTS.items():
-            places = self.places[layout] = {}
-            end = 0
-            for name in names:
-                begin = ceil_div(end, 256) * 256
-                end = begin + math.prod(self.shapes[name]) * self.dtypes[name].itemsize
-                places[name] = begin, end
-            self.sizes[layout] = end
+        self.begins, self.sizes = {}, {}
+        for layout in LAYOUTS:
+            self.begins[layout], self.sizes[layout] = lay_out(layout, self.shapes, dtype)
 
         self.grids = {}
         tile = tiles["pool"]
@@ -844,8 +838,6 @@ class Prepared:
         self.grids["select_l1_kernel"] = heads * ceil_div(tokens[1], tile["BLOCK_M"]), tile
         tile = tiles["attend"] | {"WHOLE": is_whole(tokens, tiles["attend"])}
         self.grids["attend_kernel"] = heads * tokens[1] * ceil_div(128, tile["BLOCK_M"]), tile
-        tile = tiles["count"]
-        self.grids["count_kernel"] = heads * ceil_div(tokens[1] * min(4, tokens[1]), tile["BLOCK"]), tile
         tile = tiles["scan"]
         self.grids["scan_kernel"] = 2 * heads, tile
         tile = tiles["invert_l1"]
@@ -866,15 +858,8 @@ class Prepared:
         """The buffers of a layout in its memory, as launches up to the one of name `last` take them: see `pointers`."""
         if last in self.ready:
             first = memory.data_ptr()
-            return [first + begin for begin, _ in self.places[layout].values()]
-        return [
-            memory[begin:end].view(self.dtypes[name]).view(self.shapes[name])
-            for name, (begin, end) in self.places[layout].items()
-        ]
-
-    def separate(self, q, names):
-        """Buffers as tensors of their own."""
-        return [q.new_empty(self.shapes[name], dtype=self.dtypes[name]) for name in names]
+            return [first + begin for begin in self.begins[layout]]
+        return views_of(memory, layout, self.shapes, self.dtype)
 
     def pointers(self, last, *tensors):
         """The tensors as launches take them, up to the one of name `last`: themselves or, from the second time on, addresses.
@@ -999,11 +984,11 @@ def prepared(device, dtype, shape, strides, starts):
     return Prepared(shape[0] * shape[1], shape[2], dtype, strides, tiles)
 
 
-def pool_and_select(q, k, kept_l1, at, stream):
+def pool_and_select(q, k, counts_l1, kept_l1, at, stream):
     """Fill in the pyramid and, from the coarsest level down, the tokens that are kept.
 
     Takes [B, H, N, D] tensors, `aligned`, and, as launches take them, the buffers to fill in:
-    lists of kept tokens, [B*H, T_l, width] int32.
+    how many queries keep each token, [B*H, T_l], and lists of kept tokens, [B*H, T_l, width], int32.
     """
     batch, heads_per_batch, n_tokens, _ = q.shape
     memory = at.memory(q, "selection")  # held until all is launched: buffers may be but addresses in it
@@ -1015,37 +1000,32 @@ def pool_and_select(q, k, kept_l1, at, stream):
         q_ptr, *at.steps[0],
         k_ptr, *at.steps[1],
         q_l1, k_l1,
+        counts_l1,
         heads_per_batch, batch * heads_per_batch, n_tokens,
     )
     at.launch(
         stream, select_l1_kernel, "select_l1_kernel",
-        q_l1, k_l1, kept_l1, at.widths[1], n_tokens,
+        q_l1, k_l1, kept_l1, at.widths[1], counts_l1, n_tokens,
     )
 
 
 def select_kernels(q, k):
     """The kept tokens of each level, finest first, by the Triton kernels."""
     at, q, k = prepare((q, k))
-    pyramid = at.separate(q, ["kept_l1"])
-    pool_and_select(q, k, *at.pointers("select_l1_kernel", *pyramid), at, at.stream(q))
-    return pyramid[-1:]
+    saved = at.memory(q, "saved")
+    _, _, *pyramid = at.buffers(saved, "saved", "select_l1_kernel")
+    pool_and_select(q, k, *pyramid, at, at.stream(q))
+    return [kept.clone() for kept in views_of(saved, "saved", at.shapes, q.dtype)[-1:]]
 
 
-def attend_kernels(q, k, v, scale, save=True):
-    """o, lse and, to `save`, what the backward pass needs, in the order of the operator's outputs, by the Triton kernels."""
+def attend_kernels(q, k, v, scale):
+    """o, lse and what the backward pass needs, memory of the layout `saved`, by the Triton kernels."""
     at, q, k, v = prepare((q, k, v))
     stream = at.stream(q)
     _, heads_per_batch, n_tokens, _ = q.shape
-    o, lse = q.new_empty(q.shape), q.new_empty(at.shapes["lse"], dtype=torch.float32)
-    if save:
-        saved = at.separate(q, LAYOUTS["saved"])
-        buffers = at.pointers("attend_kernel", *saved)
-    else:
-        saved = []
-        memory = at.memory(q, "saved")  # held until all is launched: buffers may be but addresses in it
-        buffers = at.buffers(memory, "saved", "attend_kernel")
-    [peak, total, kept_l1] = buffers
-    pool_and_select(q, k, kept_l1, at, stream)
+    o, lse, saved = q.new_empty(q.shape), q.new_empty(at.shapes["lse"], dtype=torch.float32), at.memory(q, "saved")
+    [peak, total, counts_l1, kept_l1] = at.buffers(saved, "saved", "attend_kernel")
+    pool_and_select(q, k, counts_l1, kept_l1, at, stream)
     [q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr] = at.pointers("attend_kernel", q, k, v, o, lse)
     at.launch(
         stream, attend_kernel, "attend_kernel",
@@ -1053,29 +1033,25 @@ def attend_kernels(q, k, v, scale, save=True):
         kept_l1, at.widths[1],
         o_ptr, lse_ptr, peak, total, scale, heads_per_batch, n_tokens,
     )
-    return o, lse, *saved
+    return o, lse, saved
 
 
 def grad_kernels(grad_o, q, k, v, o, saved, scale):
     """dq, dk, dv by the Triton kernels, from what `attend_kernels` returned."""
-    at, q, k, v, grad_o = prepare((q, k, v, grad_o), (o, *saved))
+    if saved.data_ptr() % 16:  # wherever somebody kept it meanwhile
+        saved = saved.clone()
+    at, q, k, v, grad_o = prepare((q, k, v, grad_o), (o,))
     stream = at.stream(q)
     _, heads_per_batch, n_tokens, _ = q.shape
     heads = q.shape[0] * heads_per_batch
     grad_q, grad_k, grad_v = q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape)
     memory = at.memory(q, "gradients")  # held until all is launched: buffers may be but addresses in it
-    memory.narrow(0, 0, at.places["gradients"]["counts_l1"][1]).zero_()  # the counts, which are added to
-    [counts_l1, delta, offsets_l1, keepers_l1, extra_l1, extra_grad_k_l0, extra_grad_v_l0] = at.buffers(memory, "gradients", "grad_kv_l0_kernel")
-    [peak, total, kept_l1] = at.pointers("grad_kv_l0_kernel", *saved)
+    [delta, offsets_l1, keepers_l1, extra_l1, extra_grad_k_l0, extra_grad_v_l0] = at.buffers(memory, "gradients", "grad_kv_l0_kernel")
+    [peak, total, counts_l1, kept_l1] = at.buffers(saved, "saved", "grad_kv_l0_kernel")
     [q_ptr, k_ptr, v_ptr, grad_o_ptr, o_ptr, grad_q_ptr, grad_k_ptr, grad_v_ptr] = at.pointers("grad_kv_l0_kernel", q, k, v, grad_o, o, grad_q, grad_k, grad_v)
     q_steps, k_steps, v_steps, grad_o_steps = at.steps
     q_rows, k_rows, v_rows, grad_o_rows = (q_ptr, *q_steps), (k_ptr, *k_steps), (v_ptr, *v_steps), (grad_o_ptr, *grad_o_steps)
 
-    at.launch(
-        stream, count_kernel, "count_kernel",
-        kept_l1, at.widths[1],
-        counts_l1, heads, n_tokens,
-    )
     at.launch(
         stream, scan_kernel, "scan_kernel",
         counts_l1,
@@ -1270,7 +1246,7 @@ def grad_attend_blocks(grad_o, queries, keys, values, weights, scale):
 
 
 def attend_torch(q, k, v, scale):
-    """o, lse and what the backward pass needs, in torch."""
+    """o, lse and what the backward pass needs, in torch: of the layout `saved`, the kept tokens alone."""
     pyramid = Pyramid(q, k, v)
     parts = [
         attend_blocks(pyramid.q_blocks[:, run], *pyramid.gather(pyramid.lists(run)), scale)
@@ -1278,14 +1254,21 @@ def attend_torch(q, k, v, scale):
     ]
     o, lse = (torch.cat(part, dim=1).flatten(1, 2)[:, : pyramid.n_tokens] for part in zip(*parts, strict=True))
     o, lse = q.new_empty(q.shape).copy_(o.unflatten(0, q.shape[:2])), lse.contiguous()  # autograd's outputs may be no views
-    peak, total = lse * LOG2E.value, torch.ones_like(lse)
-    [kept_l1] = pyramid.kept
-    return o, lse, peak, total, kept_l1
+    saved = empty_saved(q).zero_()
+    for to, kept in zip(saved_lists(saved, q), pyramid.kept, strict=True):
+        to.copy_(kept)
+    return o, lse, saved
 
 
-def grad_torch(grad_o, q, k, v, kept, scale):
+def saved_lists(saved, q):
+    """The kept tokens of each level, finest first, in what the forward pass over q left to the backward pass."""
+    heads, n_tokens = q.shape[0] * q.shape[1], q.shape[2]
+    return views_of(saved, "saved", saved_shapes(heads, n_tokens), q.dtype)[-LEVELS:]
+
+
+def grad_torch(grad_o, q, k, v, saved, scale):
     """dq, dk, dv in torch: the softmax of every run of query blocks once more, then the pooling backwards."""
-    pyramid = Pyramid(q, k, v, kept)
+    pyramid = Pyramid(q, k, v, saved_lists(saved, q))
     n_tokens = pyramid.n_tokens
     grad_blocks = blocks_of(grad_o.flatten(0, 1).float(), BLOCKS[0])
     grad_q = []
@@ -1350,17 +1333,16 @@ def runs_kernels(x):
     return x.is_cuda or INTERPRETED
 
 
+def empty_saved(q):
+    """Memory for what the forward pass over `q` leaves to the backward pass."""
+    _, size = lay_out("saved", saved_shapes(q.shape[0] * q.shape[1], q.shape[2]), q.dtype)
+    return q.new_empty(size, dtype=torch.uint8)
+
+
 def empty_outputs(q):
-    """The operator's outputs for inputs like `q`, not filled in."""
-    heads, n_tokens = q.shape[0] * q.shape[1], q.shape[2]
-    tokens = level_tokens(n_tokens)
-    return (
-        q.new_empty(q.shape),  # o
-        q.new_empty((heads, n_tokens), dtype=torch.float32),  # lse
-        q.new_empty((heads, n_tokens), dtype=torch.float32),  # peak
-        q.new_empty((heads, n_tokens), dtype=torch.float32),  # total
-        q.new_empty((heads, tokens[1], min(4, tokens[1])), dtype=torch.int32),  # kept_l1
-    )
+    """The operator's outputs for inputs like `q`, not filled in: o, lse and what is saved."""
+    lse = q.new_empty((q.shape[0] * q.shape[1], q.shape[2]), dtype=torch.float32)
+    return q.new_empty(q.shape), lse, empty_saved(q)
 
 
 def empty_selection(q, k):
@@ -1371,15 +1353,15 @@ def empty_selection(q, k):
     ]
 
 
-def forward(q, k, v, scale, save=True):
-    """o, lse and, at least where it is to be saved, what the backward pass needs."""
+def forward(q, k, v, scale):
+    """o, lse and what the backward pass needs, memory of the layout `saved`."""
     if q.numel() == 0:
         return empty_outputs(q)
     if not runs_kernels(q):
         with without_autocast():
             return attend_torch(q, k, v, scale)
     with on_device_of(q):
-        return attend_kernels(q, k, v, scale, save)
+        return attend_kernels(q, k, v, scale)
 
 
 def backward(grad_o, q, k, v, o, saved, scale):
@@ -1388,7 +1370,7 @@ def backward(grad_o, q, k, v, o, saved, scale):
         return tuple(q.new_empty(q.shape) for _ in range(3))
     if not runs_kernels(q):
         with without_autocast():
-            return grad_torch(grad_o, q, k, v, saved[-LEVELS:], scale)
+            return grad_torch(grad_o, q, k, v, saved, scale)
     with on_device_of(q):
         return grad_kernels(grad_o, q, k, v, o, saved, scale)
 
@@ -1407,9 +1389,9 @@ def select_forward(q, k):
 def save_for_backward(ctx, inputs, output):
     """Keep what `differentiate` reads."""
     q, k, v, ctx.scale = inputs
-    o, _, *saved = output
+    o, _, saved = output
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, o, *saved)
+    ctx.save_for_backward(q, k, v, o, saved)
 
 
 def differentiate(ctx, grad_o, *_):
@@ -1418,7 +1400,7 @@ def differentiate(ctx, grad_o, *_):
         return None, None, None, None
     if torch.is_grad_enabled():  # create_graph=True: better an error than terms that are missing
         raise NotImplementedError(f"{OPERATOR}: second derivatives are not available; backward without create_graph")
-    q, k, v, o, *saved = ctx.saved_tensors
+    q, k, v, o, saved = ctx.saved_tensors
     run = backward if is_plain(grad_o, q) else getattr(torch.ops.llsa, OPERATOR + "_backward")
     return *run(grad_o, q, k, v, o, saved, ctx.scale), None
 
@@ -1441,10 +1423,9 @@ def register():
     if hasattr(torch.ops.llsa, OPERATOR):
         return None
     library = torch.library.Library("llsa", "FRAGMENT")
-    outputs = ", ".join(["Tensor"] * 5)
-    library.define(f"{OPERATOR}(Tensor q, Tensor k, Tensor v, float scale) -> ({outputs})")
+    library.define(f"{OPERATOR}(Tensor q, Tensor k, Tensor v, float scale) -> (Tensor, Tensor, Tensor)")
     library.define(
-        f"{OPERATOR}_backward(Tensor grad_o, Tensor q, Tensor k, Tensor v, Tensor o, Tensor[] saved, float scale)"
+        f"{OPERATOR}_backward(Tensor grad_o, Tensor q, Tensor k, Tensor v, Tensor o, Tensor saved, float scale)"
         " -> (Tensor, Tensor, Tensor)"
     )
     library.define(f"{OPERATOR}_select(Tensor q, Tensor k) -> Tensor[]")
@@ -1523,7 +1504,7 @@ def attention(q, k, v, *, scale=None, return_lse=False):
     elif torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         run = Attend.apply
     else:
-        run = functools.partial(forward, save=False)
+        run = forward
     o, lse, *_ = run(q, k, v, float(scale))
     return (o, lse.detach().view(q.shape[:3])) if return_lse else o
 

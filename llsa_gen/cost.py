@@ -32,7 +32,7 @@ BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "int32": 4}
 
 FORWARD_PRODUCTS, GRAD_Q_PRODUCTS, GRAD_KV_PRODUCTS, DENSE_BACKWARD_PRODUCTS = 2, 3, 4, 5
 
-INTEGER_STAGES = ("count", "scan", "invert", "grad_sum", "grad_gather")
+INTEGER_STAGES = ("scan", "invert", "grad_sum", "grad_gather")
 """Stages that move data but multiply no matrices; the shares that the last two add up are not worth counting."""
 
 

@@ -23,7 +23,9 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 Phase = Literal["forward", "backward", "select"]
 
-_HOST_CODE = ("target_of", "schedule_for", "attend_kernels", "grad_kernels", "select_kernels")
+_HOST_CODE = (
+    "target_of", "schedule_for", "attend_kernels", "grad_kernels", "select_kernels", "saved_shapes", "views_of",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,7 @@ def record(
     shape = (batch, heads, n_tokens, head_dim)
     q, k, v, grad_o = (torch.empty(shape, dtype=element, device="meta") for _ in range(4))
     scale = head_dim**-0.5
-    o, _, *saved = host["attend_kernels"](q, k, v, scale)
+    o, _, saved = host["attend_kernels"](q, k, v, scale)
     phase = "backward"
     host["grad_kernels"](grad_o, q, k, v, o, saved, scale)
     phase = "select"
@@ -152,10 +154,12 @@ def perform(
 
     host = _rehearsal(_any_module(source), {"schedule_for": lambda *_: tiles}, note)
     with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
-        o, lse, *saved = host["attend_kernels"](q, k, v, scale)
+        o, lse, saved = host["attend_kernels"](q, k, v, scale)
         phase = "backward"
         grads = host["grad_kernels"](grad_o, q, k, v, o, saved, scale)
-    return (*grads, o, lse, *saved), log
+        shapes = host["saved_shapes"](q.shape[0] * q.shape[1], q.shape[2])
+        buffers = host["views_of"](saved, "saved", shapes, q.dtype)
+    return (*grads, o, lse, *buffers), log
 
 
 Note = Callable[[JITFunction, tuple[int, ...], tuple[object, ...], dict[str, int]], None]  # type: ignore[type-arg]

@@ -90,6 +90,8 @@ class Plan(Levels):
             shape = (sympy.Integer(self.pooled_tensors), HEADS, self.tokens(step[-1]), d)
             yield Buffer(f"sums_l{step[-1]}", shape, "float32", Role.SCRATCH)
         for level in self.levels:
+            yield Buffer(f"counts_l{level}", (HEADS, self.tokens(level)), "int32", Role.SAVED)
+        for level in self.levels:
             yield Buffer(f"kept_l{level}", (HEADS, self.tokens(level), self.width(level)), "int32", Role.SAVED)
         yield Buffer("grad_o", (HEADS, N, d), "input", Role.INPUT)
         for name in ("grad_q", "grad_k", "grad_v"):
@@ -97,7 +99,6 @@ class Plan(Levels):
         yield Buffer("delta", (HEADS, N), "float32", Role.SCRATCH)
         for level in self.levels:
             tokens = self.tokens(level)
-            yield Buffer(f"counts_l{level}", (HEADS, tokens), "int32", Role.SCRATCH)
             yield Buffer(f"offsets_l{level}", (HEADS, tokens + 1), "int32", Role.SCRATCH)
             yield Buffer(f"keepers_l{level}", (HEADS, tokens * self.width(level)), "int32", Role.SCRATCH)
             if level in self.parted:
@@ -144,20 +145,19 @@ class Plan(Levels):
 
     @property
     def saved(self) -> tuple[str, ...]:
-        """Names of the tensors that the forward pass leaves to the backward pass, in the operator's order."""
+        """Names of the buffers that the forward pass leaves to the backward pass, in the order of their memory."""
         return tuple(name for name, buffer in self.buffers.items() if buffer.role is Role.SAVED)
 
     @cached_property
     def layouts(self) -> dict[str, tuple[str, ...]]:
         """Names of the buffers that can share a piece of memory, since they are made together and are gone together.
 
-        `selection` lives within the forward pass, `saved` too where no gradients are wanted, `gradients` within the
-        backward pass; there the counts of the counting sort come first.
+        `selection` lives within the forward pass, `saved` until the backward pass is done, `gradients` within that.
         """
         return {
             "selection": self._scratch_of(self.forward),
             "saved": self.saved,
-            "gradients": tuple(sorted(self._scratch_of(self.backward), key=lambda name: not name.startswith("counts"))),
+            "gradients": self._scratch_of(self.backward),
         }
 
     def _scratch_of(self, kernels: Iterable[Kernel]) -> tuple[str, ...]:
@@ -190,6 +190,7 @@ class Plan(Levels):
             reads = names if first == 1 else (f"sums_l{first - 1}",)
             writes = [f"{name}_l{level}" for name in names for level in step]
             writes += [f"sums_l{last}"] * (last < self.top)
+            writes += [f"counts_l{level}" for level in step]  # zero, before the selection adds to them
             programs = ceil_div(self.tokens(last), 1 if len(step) == 2 else tile("CHILDREN"))
             yield Kernel(
                 f"pool_l{first}_kernel", stage, f"means of level {' and '.join(map(str, step))}",
@@ -207,7 +208,7 @@ class Plan(Levels):
                 rows = self.tokens(level + 1) * ceil_div(children, tile("BLOCK_M"))
             yield Kernel(
                 f"select_l{level}_kernel", f"select_l{level}", f"Top-{self.topk(level)} of level {level}",
-                HEADS * rows, reads, (f"kept_l{level}",),
+                HEADS * rows, reads, (f"kept_l{level}", f"counts_l{level}"),
             )  # fmt: skip
 
     def _coarse(self) -> tuple[str, ...]:
@@ -245,13 +246,7 @@ class Plan(Levels):
         )
 
     def _invert(self) -> Iterable[Kernel]:
-        kept = tuple(f"kept_l{level}" for level in self.levels)
         counts = tuple(f"counts_l{level}" for level in self.levels)
-        tiles = (ceil_div(self.tokens(level) * self.width(level), tile("BLOCK")) for level in self.levels)
-        yield Kernel(
-            "count_kernel", "count", "how many query tokens keep each key token, on all levels",
-            HEADS * sympy.Add(*tiles), kept, counts,
-        )  # fmt: skip
         sums = (*(f"offsets_l{level}" for level in self.levels), *(f"extra_l{level}" for level in self.parted))
         yield Kernel("scan_kernel", "scan", "running sums of the counts", HEADS * len(sums), counts, sums)
         for level in reversed(self.levels):

@@ -98,7 +98,6 @@ def _rules(plan: Plan, goal: Target, element: int) -> dict[str, tuple[Entry, tup
     for level in plan.levels:
         result[f"select_l{level}"] = _select(plan, goal, element, level), ()
     result["attend"] = _walk(plan, goal, element, "attend")
-    result["count"] = {"BLOCK": 256, "num_warps": 8}, ()
     result["scan"] = {"BLOCK": 1024, "num_warps": 4}, ()
     for level in plan.levels:
         result[f"invert_l{level}"] = _invert(plan, level), ()

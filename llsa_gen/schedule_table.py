@@ -56,7 +56,6 @@ STAGES = {
     "select_top": Stage(("keep",), ("SPLIT", "BLOCK_M", "BLOCK_N")),  # the coarsest level
     "select": Stage(("rows", "keep"), ("BLOCK_M", "BLOCK_N")),  # the levels below it
     "attend": WALK,
-    "count": Stage((), ("BLOCK",)),
     "scan": Stage((), ("BLOCK",)),
     "invert_top": Stage((), ("BLOCK_M", "KEYS")),
     "invert": Stage(("rows",), ("BLOCK_M",)),

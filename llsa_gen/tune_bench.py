@@ -67,7 +67,7 @@ class DeviceBench:
         self._wanted, _ = self._run(present, self._inputs, self.plan.head_dim**-0.5)
         self._ready: tuple[str, Entry, list[Launch]] = ("", {}, [])
         """Stage, entry and launches of the last run. Never those of an older one: a stage whose launches were made
-        again and again, as `count` adds and adds, leaves nothing that the launches of another may read."""
+        again and again, as a selection counts and counts, leaves nothing that the launches of another may read."""
         self._spills: dict[str, int] = {}
 
     # ---- is it right? -------------------------------------------------------------------------------------------

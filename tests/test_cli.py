@@ -555,19 +555,19 @@ def test_what_tune_prints(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from llsa_gen.tune_search import StageResult, Trial
 
     def fake(spec: Spec, **asked: object) -> tune.Report:
-        assert (asked["n_tokens"], asked["stages"], asked["seconds"]) == (4096, ["attend", "count"], 5)
+        assert (asked["n_tokens"], asked["stages"], asked["seconds"]) == (4096, ["attend", "scan"], 5)
         before, after = {"BLOCK_N": 32, "num_warps": 2}, {"BLOCK_N": 64, "num_warps": 2}
         trials = [Trial(after, 50.0), Trial(before, reason="wrong: o")]
-        results = (StageResult("attend", before, 100.0, after, 50.0, trials), StageResult("count", {}, 9.0, {}, 9.0))
+        results = (StageResult("attend", before, 100.0, after, 50.0, trials), StageResult("scan", {}, 9.0, {}, 9.0))
         rows = ({"stage": "attend", "set": after},)
         return tune.Report(spec.name, "cuda:90", "A GPU", 4096, "bfloat16", results, rows, Path("cuda_90.json"))
 
     monkeypatch.setattr(tune, "tune", fake)
-    words = "tune tiny -n 4096 --stage attend --stage count --seconds 5"
+    words = "tune tiny -n 4096 --stage attend --stage scan --seconds 5"
     text = call(words).out
     assert "tiny at 4,096 tokens, bfloat16, on A GPU (cuda:90)" in text
     assert re.search(r"attend +100.0 +50.0 +1 +1 +BLOCK_N 64", text) and re.search(
-        r"count +9.0 +- +0 +0 +as it was", text
+        r"scan +9.0 +- +0 +0 +as it was", text
     )
     assert text.endswith('{"stage": "attend", "set": {"BLOCK_N": 64, "num_warps": 2}}\n')
     data = call(words + " --json").json

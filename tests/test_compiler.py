@@ -439,7 +439,7 @@ def test_the_operators_pass_torchs_checks(attention: Attention, dtype: torch.dty
     operators = torch.ops.llsa
     torch.library.opcheck(getattr(operators, name).default, (q, k, v, 0.2))
     with torch.no_grad():
-        o, _, *saved = getattr(operators, name)(q, k, v, 0.2)
+        o, _, saved = getattr(operators, name)(q, k, v, 0.2)
         torch.library.opcheck(getattr(operators, f"{name}_select").default, (q.detach(), k.detach()))
         backward = (torch.randn_like(o), q.detach(), k.detach(), v.detach(), o, saved, 0.2)
         torch.library.opcheck(getattr(operators, f"{name}_backward").default, backward)

@@ -131,13 +131,13 @@ def draw(n: int, batch: int = 1, heads: int = 2, offset: int = 0) -> list[Tensor
 def step(module: ModuleType, tensors: list[Tensor]) -> None:
     """Forward and backward, as a GPU does them."""
     q, k, v, grad_o = tensors
-    o, _, *saved = module.attend_kernels(q, k, v, 0.125)
+    o, _, saved = module.attend_kernels(q, k, v, 0.125)
     module.grad_kernels(grad_o, q, k, v, o, saved, 0.125)
 
 
-def infer(module: ModuleType, tensors: list[Tensor]) -> None:
-    """Forward where no gradients are wanted."""
-    o, lse = module.attend_kernels(*tensors[:3], 0.125, save=False)
+def attend(module: ModuleType, tensors: list[Tensor]) -> None:
+    """The forward pass alone."""
+    o, lse, _ = module.attend_kernels(*tensors[:3], 0.125)
     assert (o.shape, lse.shape) == (tensors[0].shape, (o.shape[0] * o.shape[1], o.shape[2]))
 
 
@@ -169,13 +169,13 @@ def launches(
     return [launch.told_apart(places) for launch in gpu.log if launch.programs[0]]
 
 
-@pytest.mark.parametrize("run", [step, infer, select])
+@pytest.mark.parametrize("run", [step, attend, select])
 def test_the_second_call_launches_what_triton_launched_in_the_first(
     gpu: PretendedGpu, module: ModuleType, run: Callable[..., None]
 ) -> None:
     tensors = draw(4096)
     first = launches(gpu, module, tensors, run)
-    assert len(gpu.log) == len(first) == (16 if run is step else 5 if run is infer else 3)
+    assert len(gpu.log) == len(first) == (15 if run is step else 5 if run is attend else 3)
     assert {x.data_ptr() for x in tensors[: 2 if run is select else 3]} <= {
         x.data_ptr() for launch in gpu.log for x in launch.arguments if isinstance(x, Tensor)
     }
@@ -186,12 +186,12 @@ def test_the_second_call_launches_what_triton_launched_in_the_first(
 
 def test_a_launch_without_programs_is_only_compiled(gpu: PretendedGpu, module: ModuleType) -> None:
     first = launches(gpu, module, draw(1024), step)
-    assert len(gpu.log) == 16 and len(first) == 15, "no list is long enough to be cut"
+    assert len(gpu.log) == 15 and len(first) == 14, "no list is long enough to be cut"
 
 
 def test_the_order_of_calls_does_not_matter(gpu: PretendedGpu, module: ModuleType) -> None:
     tensors = draw(4096)
-    runs = step, infer, select
+    runs = step, attend, select
     wanted = {}
     for run in runs:
         module.prepared.cache_clear()
@@ -200,7 +200,7 @@ def test_the_order_of_calls_does_not_matter(gpu: PretendedGpu, module: ModuleTyp
         module.prepared.cache_clear()
         for run in (*order, *order):
             assert launches(gpu, module, tensors, run) == wanted[run], order
-    assert len(gpu.loaded) == 16, "nothing is compiled for the second of them"
+    assert len(gpu.loaded) == 15, "nothing is compiled for the second of them"
 
 
 class CudaLauncher:
@@ -317,7 +317,7 @@ def test_another_length_compiles_nothing(
     gpu: PretendedGpu, module: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     step(module, draw(4096))
-    assert len(gpu.loaded) == 16
+    assert len(gpu.loaded) == 15
 
     def compiled(self: Any, *_: Any, **__: Any) -> None:
         raise AssertionError(f"{self.fn.__name__} is compiled")
@@ -326,7 +326,7 @@ def test_another_length_compiles_nothing(
     # those that do not fill their coarsest tokens need other kernels, as do 512 and 1,536, whose lists fill no 64 rows
     for n in (4097, 8191, 65_536, 100_003, 512, 1536):
         step(module, draw(n, heads=1))
-    assert sorted(gpu.loaded[16:]) == ["attend_kernel", "grad_q_kernel"]
+    assert sorted(gpu.loaded[15:]) == ["attend_kernel", "grad_q_kernel"]
 
 
 def test_a_first_call_may_be_interrupted_anywhere(gpu: PretendedGpu, module: ModuleType) -> None:
@@ -408,27 +408,22 @@ def test_buffers_have_their_own_part_of_their_memory(
     own = {"input": torch.bfloat16, "share": torch.bfloat16}
     assert [x.dtype for x in tensors] == [own.get(kind, kind) for kind in module.LAYOUTS[layout].values()]
     at.ready["grad_kv_l0_kernel"] = ()
-    places = [begin for begin, _ in at.places[layout].values()]
+    places = at.begins[layout]
     assert at.buffers(memory, layout, "grad_kv_l0_kernel") == [memory.data_ptr() + begin for begin in places]
     assert [begin for begin, x in zip(places, tensors, strict=True) if x.numel()] == begins
 
 
-def test_only_counts_are_set_to_zero(gpu: PretendedGpu, module: ModuleType) -> None:
-    counts = [name for name in module.LAYOUTS["gradients"] if name.startswith("counts")]
-    assert counts == list(module.LAYOUTS["gradients"])[:2] == ["counts_l1", "counts_l2"]
-    made: list[tuple[Any, Tensor]] = []
-    memory = module.Prepared.memory
-
-    def hold_memory(at: Any, q: Tensor, layout: str) -> Tensor:
-        made.append((at, memory(at, q, layout)))
-        return made[-1][1]
-
-    with fuzz.poisoned_memory(), patch.object(module.Prepared, "memory", hold_memory):
-        step(module, draw(4096))
-    at, memory_of_gradients = made[-1]
-    for name, x in zip(module.LAYOUTS["gradients"], at.buffers(memory_of_gradients, "gradients", ""), strict=True):
-        bytes_of = x.reshape(-1).view(torch.uint8)
-        assert (bytes_of == (0 if name in counts else 255)).all(), name
+def test_what_was_saved_may_be_kept_anywhere(gpu: PretendedGpu, module: ModuleType) -> None:
+    # Hooks of autograd's may have moved it, into one piece with other tensors, say.
+    q, k, v, grad_o = draw(4096)
+    o, _, saved = module.attend_kernels(q, k, v, 0.125)
+    elsewhere = torch.zeros(saved.numel() + 1, dtype=torch.uint8)[1:]
+    for memory in (saved, elsewhere, saved):
+        gpu.log.clear()
+        module.grad_kernels(grad_o, q, k, v, o, memory, 0.125)
+        addresses = [x.data_ptr() if isinstance(x, Tensor) else x for one in gpu.log for x in one.arguments]
+        assert all(x % 16 == 0 for x in addresses if isinstance(x, int) and x >= LOWEST_ADDRESS)
+    assert len(gpu.loaded) == 15, "nothing is compiled for it"
 
 
 def test_from_the_second_call_on_little_python_runs(gpu: PretendedGpu, module: ModuleType) -> None:
@@ -446,4 +441,4 @@ def test_from_the_second_call_on_little_python_runs(gpu: PretendedGpu, module: M
         step(module, tensors)
     finally:
         sys.setprofile(None)
-    assert count < 300, count
+    assert count < 260, count

@@ -41,6 +41,8 @@ PAIRS = fuzz.Case(spec("pairs", 16, (32, 2), (2, 2)), n=3 * 64 + 5)
 CROWD = fuzz.Case(spec("crowd", 16, (32, 2), (2, 1)), n=12 * 64, popular=True)
 # 100 candidates, dealt to four warps in half precision
 MANY = fuzz.Case(spec("many", 16, (2, 3)), n=200, dtype="float16")
+# a K too large to sort for, of 70 candidates
+WIDE = fuzz.Case(spec("wide", 16, (2, 65)), n=139)
 # no loose ends, so that the peak stays where it begins
 WHOLE_NONE = fuzz.Case(spec("whole_none", 16, (64, 2), enrich="none"), n=192, dtype="float16")
 # the same; logits of several hundred
@@ -194,11 +196,12 @@ KERNELS = (
         "tl.broadcast_to(row[:, None], keeps.shape)",
         "tl.broadcast_to(tl.maximum(row - 1, 0)[:, None], keeps.shape)",
     ),
-    mutation("counts not zero", "host.py", '"][1]).zero_()', '"][1])'),
+    mutation("counts not zero", "pool.py", "counts_l{{ low }}_ptr + token, 0", "counts_l{{ low }}_ptr + token, 1"),
+    mutation("counts of the top not zero", "pool.py", "_l{{ high }}_ptr + token, 0", "_l{{ high }}_ptr + token, 1"),
+    mutation("counts of another head", "select.py", "_ptr + head * n_l{{ level }}  #", "_ptr  #"),
+    mutation("one too few counted", "select.py", "inside & (token >= 0)", "inside & (token > 0)"),
+    mutation("one too few of many counted", "select.py", "+ ids, 1, mask=stored", "+ ids, 1, mask=stored & (ids > 0)", WIDE),
     mutation("lists begin where they end", "invert.py", "sums - value, mask", "sums, mask"),
-    mutation(
-        "counts of another level", "invert.py", "count_keepers(kept_l{{ level }}_ptr,", "count_keepers(kept_l1_ptr,"
-    ),
     mutation(
         "extra parts dropped",
         "grad_kv.py",

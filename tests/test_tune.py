@@ -210,8 +210,8 @@ def test_what_was_found_before_an_interrupt_is_kept(error: BaseException) -> Non
     results = run(Fake(times, lambda entry: None), "attend")
     assert results[0].after["num_warps"] == 4
     bench = Fake(times, wrong)
-    results = run(bench, "count", "attend", "grad_q", seconds=1e9)
-    assert [result.stage for result in results] == ["count", "attend"]
+    results = run(bench, "scan", "attend", "grad_q", seconds=1e9)
+    assert [result.stage for result in results] == ["scan", "attend"]
     assert not results[0].improved
     if isinstance(error, KeyboardInterrupt):
         assert results[1].after["num_warps"] == 4, "confirmed, and kept"
@@ -316,7 +316,7 @@ def test_entries_are_checked_with_the_kernels_themselves(dtype: Any) -> None:
     bench = DeviceBench(
         compile(SMALL), present, [Case(SMALL, 29, dtype=dtype)], 29, dtype, "cuda:80", device="cpu", batch=1, heads=1
     )
-    for stage in ("attend", "grad_q", "grad_kv_l0", "grad_kv_l2", "select_l1", "count", "pool"):
+    for stage in ("attend", "grad_q", "grad_kv_l0", "grad_kv_l2", "select_l1", "scan", "pool"):
         legal = [one.entry for one in candidates(plan, stage, present[stage], element, LIMIT) if one.reason is None]
         tiles = [entry for entry in legal if entry | {"num_warps": 1} != present[stage] | {"num_warps": 1}]
         assert bench.check(stage, tiles[0]) is None, stage
