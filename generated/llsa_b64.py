@@ -31,7 +31,7 @@ SPEC = {
     "name": "llsa_b64",
     "reweight": True,
 }
-OPERATOR = "llsa_b64_bee382ca4d30ca20"  # in torch.ops.llsa: the name of the spec and the hash of this text
+OPERATOR = "llsa_b64_cad9744f6f754a27"  # in torch.ops.llsa: the name of the spec and the hash of this text
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -231,7 +231,7 @@ def pool_l1_tile(
     x_ptr, stride_n, mean_l1_ptr, mean_l2_ptr, counts_l1_ptr, counts_l2_ptr,
     first, n_tokens, CHILDREN: tl.constexpr, ROWS: tl.constexpr,
 ):
-    """Level-2 token `first` of one head: its mean, and the means of the level-1 tokens that it covers."""
+    """Level-2 token `first` of one head: its mean, and the means of the level-1 tokens that it covers; zeroes counts."""
     n_l1 = tl.cdiv(n_tokens, SPAN_1)
     whole = tl.zeros([PAD_DIM], tl.float32)
     for child in range(0, tl.minimum(BLOCK_2, n_l1 - first * BLOCK_2), CHILDREN):
@@ -1121,19 +1121,25 @@ def row_tile(ptr, row, stride, LAYOUT: gl.constexpr):
 
 @gluon.jit
 def copy_rows(to, ptr, row, stride, inside):
-    """Begin to copy rows `row` [M] to shared memory [M, PAD_DIM]; zero where not `inside` and in the padding."""
-    at, _ = row_tile(ptr, row, stride, COPIED)
+    """Begin to copy rows `row` [M] to shared memory [M, PAD_DIM]; zero where not `inside` and in the padding.
+
+    Here and in `write_rows`, `row` lies as the rows of a layout for copies, 16 bytes a thread.
+    """
+    LAYOUT: gl.constexpr = row.type.layout.parent
+    at, _ = row_tile(ptr, row, stride, LAYOUT)
     hopper.async_copy.async_copy_global_to_shared(to, at, mask=inside[:, None])
 
 
 @gluon.jit
 def write_rows(ptr, row, inside, tile):
-    """Write a tile [64, PAD_DIM] of products to rows `row` of a matrix [*, HEAD_DIM], where `inside`.
+    """Write a tile [M, PAD_DIM] of products to rows `row` [M] of a matrix [*, HEAD_DIM], where `inside`.
 
     By way of shared memory: as products lie, a thread would write 4 bytes at a time.
     """
-    at, column = row_tile(ptr, row, HEAD_DIM, COPIED)
-    gl.store(at, gl.convert_layout(tile.to(ptr.dtype.element_ty), COPIED), mask=inside[:, None] & column)
+    LAYOUT: gl.constexpr = row.type.layout.parent
+    at, column = row_tile(ptr, row, HEAD_DIM, LAYOUT)
+    tile = gl.convert_layout(tile.to(ptr.dtype.element_ty), LAYOUT)
+    gl.store(at, tile, mask=inside[:, None] & column)
 
 
 @gluon.jit
@@ -1143,18 +1149,23 @@ def next_of(stage):
 
 
 @gluon.jit
+def before(stage):
+    """The one before this one: the last to be done with, and so the next to be filled."""
+    return gl.where(stage == 0, STAGES - 1, stage - 1)
+
+
+@gluon.jit
 def copy_queries(
     q_ptr, stride_qn, grad_o_ptr, stride_gn, peak_ptr, delta_ptr, start, end,
-    q_to, grad_o_to, peak_to, delta_to, BLOCK_M: gl.constexpr,
+    q_to, grad_o_to, peak_to, delta_to, BLOCK_M: gl.constexpr, LAYOUT: gl.constexpr,
 ):
-    """Copy BLOCK_M queries of one head from `start` on, with what belongs to them; zeros beyond `end`."""
-    row = start + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, COPIED))
+    """Begin to copy BLOCK_M queries of one head from `start` on, with what belongs to them; zeros beyond `end`."""
+    row = start + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, LAYOUT))
     copy_rows(q_to, q_ptr, row, stride_qn, row < end)
     copy_rows(grad_o_to, grad_o_ptr, row, stride_gn, row < end)
-    number = start + gl.arange(0, BLOCK_M, layout=gl.BlockedLayout([1], [32], [4], [0]))
+    number = start + gl.arange(0, BLOCK_M, layout=gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
     hopper.async_copy.async_copy_global_to_shared(peak_to, peak_ptr + number, mask=number < end)
     hopper.async_copy.async_copy_global_to_shared(delta_to, delta_ptr + number, mask=number < end)
-    hopper.async_copy.commit_group()
 
 
 @gluon.jit
@@ -1182,8 +1193,9 @@ def grad_run_hopper(
     stage = 0
     copy_queries(
         q_ptr, stride_qn, grad_o_ptr, stride_gn, peak_ptr, delta_ptr, begin, end,
-        q_tiles.index(0), grad_o_tiles.index(0), peaks.index(0), deltas.index(0), BLOCK_M,
+        q_tiles.index(0), grad_o_tiles.index(0), peaks.index(0), deltas.index(0), BLOCK_M, COPIED,
     )
+    hopper.async_copy.commit_group()
     k = gl.allocate_shared_memory(dtype, [BLOCK_N, PAD_DIM], SHARED, k)
     v = gl.allocate_shared_memory(dtype, [BLOCK_N, PAD_DIM], SHARED, v)
     bias = gl.convert_layout(bias, gl.SliceLayout(1, LOGITS))
@@ -1193,8 +1205,9 @@ def grad_run_hopper(
         ahead = next_of(stage)
         copy_queries(
             q_ptr, stride_qn, grad_o_ptr, stride_gn, peak_ptr, delta_ptr, start + BLOCK_M, end,
-            q_tiles.index(ahead), grad_o_tiles.index(ahead), peaks.index(ahead), deltas.index(ahead), BLOCK_M,
+            q_tiles.index(ahead), grad_o_tiles.index(ahead), peaks.index(ahead), deltas.index(ahead), BLOCK_M, COPIED,
         )
+        hopper.async_copy.commit_group()
         q = q_tiles.index(stage)
         grad_o = grad_o_tiles.index(stage)
         products = hopper.warpgroup_mma(k, q.permute((1, 0)), zeros, use_acc=False, is_async=True)
@@ -1563,8 +1576,8 @@ def variant(kernel, tile):
     registers = tile.pop("HOPPER", 0)
     if INTERPRETED or not registers or not tile.get("WHOLE", True):
         return kernel[0], tile
-    taken = ["num_warps"] if "WHOLE" in tile else ["num_warps", "BLOCK_M", "BLOCK_N"]
-    return kernel[1], {name: tile[name] for name in taken} | {"maxnreg": registers}
+    taken = {name: size for name, size in tile.items() if name == "num_warps" or name in kernel[1].arg_names}
+    return kernel[1], taken | {"maxnreg": registers}
 
 
 def starter(compiled):
@@ -1591,6 +1604,11 @@ def is_watched():
 def tells(hook):
     """Whether there is anybody in what Triton calls at a launch: a chain of its own, or what was put in its place."""
     return bool(hook.calls) if isinstance(hook, triton.knobs.HookChain) else hook is not None
+
+
+def empty_like(x):
+    """A contiguous tensor of the shape, the dtype and the device of `x`; `new_empty` takes torch twice as long."""
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def is_aligned(stride):
@@ -1693,7 +1711,7 @@ def attend_kernels(q, k, v, scale):
     at, q, k, v = prepare((q, k, v))
     stream = at.stream(q)
     _, heads_per_batch, n_tokens, _ = q.shape
-    o, lse, saved = q.new_empty(q.shape), q.new_empty(at.shapes["lse"], dtype=torch.float32), at.memory(q, "saved")
+    o, lse, saved = empty_like(q), q.new_empty(at.shapes["lse"], dtype=torch.float32), at.memory(q, "saved")
     [
         peak, total, k_l1, v_l1, k_l2, v_l2,
         counts_l1, counts_l2, kept_l1, kept_l2,
@@ -1720,7 +1738,7 @@ def grad_kernels(grad_o, q, k, v, o, saved, scale):
     stream = at.stream(q)
     _, heads_per_batch, n_tokens, _ = q.shape
     heads = q.shape[0] * heads_per_batch
-    grad_q, grad_k, grad_v = q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape)
+    grad_q, grad_k, grad_v = empty_like(q), empty_like(q), empty_like(q)
     memory = at.memory(q, "gradients")  # held until all is launched: buffers may be but addresses in it
     [
         delta, offsets_l1, keepers_l1, extra_l1, offsets_l2, keepers_l2,
@@ -1989,7 +2007,7 @@ def attend_torch(q, k, v, scale):
         for run in pyramid.runs()
     ]
     o, lse = (torch.cat(part, dim=1).flatten(1, 2)[:, : pyramid.n_tokens] for part in zip(*parts, strict=True))
-    o, lse = q.new_empty(q.shape).copy_(o.unflatten(0, q.shape[:2])), lse.contiguous()  # autograd's outputs may be no views
+    o, lse = empty_like(q).copy_(o.unflatten(0, q.shape[:2])), lse.contiguous()  # autograd's outputs may be no views
     saved = empty_saved(q).zero_()
     for to, kept in zip(saved_lists(saved, q), pyramid.kept, strict=True):
         to.copy_(kept)
@@ -2064,11 +2082,14 @@ def is_plain(*tensors):
     )
 
 
+ON_CURRENT_DEVICE = contextlib.nullcontext()
+
+
 def on_device_of(x):
     """Kernels are launched on the current GPU: make it that of `x`."""
-    if x.is_cuda and x.device.index != torch.cuda.current_device():
+    if x.is_cuda and x.get_device() != torch.cuda.current_device():
         return torch.cuda.device(x.device)
-    return contextlib.nullcontext()
+    return ON_CURRENT_DEVICE
 
 
 def without_autocast():
@@ -2090,7 +2111,7 @@ def empty_saved(q):
 def empty_outputs(q):
     """The operator's outputs for inputs like `q`, not filled in: o, lse and what is saved."""
     lse = q.new_empty((q.shape[0] * q.shape[1], q.shape[2]), dtype=torch.float32)
-    return q.new_empty(q.shape), lse, empty_saved(q)
+    return empty_like(q), lse, empty_saved(q)
 
 
 def empty_selection(q, k):
@@ -2116,7 +2137,7 @@ def forward(q, k, v, scale):
 def backward(grad_o, q, k, v, o, saved, scale):
     """dq, dk, dv, [B, H, N, D] each."""
     if q.numel() == 0:
-        return tuple(q.new_empty(q.shape) for _ in range(3))
+        return tuple(empty_like(q) for _ in range(3))
     if not runs_kernels(q):
         with without_autocast():
             return grad_torch(grad_o, q, k, v, saved, scale)
@@ -2183,7 +2204,7 @@ def register():
         library.impl(OPERATOR + suffix, function, "CUDA")
 
     def fake_backward(grad_o, q, k, v, o, saved, scale):
-        return tuple(q.new_empty(q.shape) for _ in range(3))
+        return tuple(empty_like(q) for _ in range(3))
 
     name = f"llsa::{OPERATOR}"
     torch.library.register_fake(name, lambda q, k, v, scale: empty_outputs(q), lib=library)
@@ -2225,8 +2246,15 @@ def check(tensors):
         raise ValueError(f"{first}: expected 1 to {MAX_TOKENS} tokens, got N = {q.shape[2]} in shape {list(q.shape)}")
 
 
-def autocast(x):
-    """`x` in the dtype of torch.autocast where that is on, as torch's own attention takes it."""
+def autocast(*tensors):
+    """The tensors in the dtype of torch.autocast where that is on, as torch's own attention takes them."""
+    if not (torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu")):
+        return tensors
+    return [autocast_one(x) for x in tensors]
+
+
+def autocast_one(x):
+    """`x` in the dtype of torch.autocast on its device."""
     if isinstance(x, torch.Tensor) and x.dtype in DTYPES and x.device.type in ("cpu", "cuda"):
         if torch.is_autocast_enabled(x.device.type):
             return x.to(torch.get_autocast_dtype(x.device.type))
@@ -2239,7 +2267,7 @@ def attention(q, k, v, *, scale=None, return_lse=False):
     Any strides; float32, float16 or bfloat16, on a GPU or the CPU; under torch.autocast in its dtype. The logits are `scale` * q.k, 1/sqrt(64) unless
     given. With return_lse also the natural logarithm of the sum of weights, [B, H, N] float32, without gradient.
     """
-    q, k, v = autocast(q), autocast(k), autocast(v)
+    q, k, v = autocast(q, k, v)
     check({"q": q, "k": k, "v": v})
     if scale is None:
         scale = HEAD_DIM.value**-0.5
@@ -2260,7 +2288,7 @@ def attention(q, k, v, *, scale=None, return_lse=False):
 
 def select(q, k):
     """What `attention` selects: per level, finest first, [B, H, T_l, width] int32 kept key tokens, -1 where fewer."""
-    q, k = autocast(q), autocast(k)
+    q, k = autocast(q, k)
     check({"q": q, "k": k})
     kept = (select_forward if is_plain(q, k) else getattr(torch.ops.llsa, OPERATOR + "_select"))(q, k)
     return tuple(x.view(*q.shape[:2], *x.shape[1:]) for x in kept)

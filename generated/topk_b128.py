@@ -27,7 +27,7 @@ SPEC = {
     "name": "topk_b128",
     "reweight": True,
 }
-OPERATOR = "topk_b128_86a901240eec8380"  # in torch.ops.llsa: the name of the spec and the hash of this text
+OPERATOR = "topk_b128_ebabc1d55aaa02e3"  # in torch.ops.llsa: the name of the spec and the hash of this text
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -188,7 +188,7 @@ def pool_l1_tile(
     x_ptr, stride_n, mean_l1_ptr, counts_l1_ptr,
     first, n_tokens, CHILDREN: tl.constexpr, ROWS: tl.constexpr,
 ):
-    """CHILDREN tokens of level 1 of one head, from `first` on: their means."""
+    """CHILDREN tokens of level 1 of one head, from `first` on: their means; zeroes counts."""
     n_l1 = tl.cdiv(n_tokens, SPAN_1)
     token = first + tl.arange(0, CHILDREN)
     inside = token < n_l1
@@ -932,6 +932,11 @@ def tells(hook):
     return bool(hook.calls) if isinstance(hook, triton.knobs.HookChain) else hook is not None
 
 
+def empty_like(x):
+    """A contiguous tensor of the shape, the dtype and the device of `x`; `new_empty` takes torch twice as long."""
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
 def is_aligned(stride):
     """Whether a row's elements lie side by side, and rows begin at multiples of ROW_UNIT elements."""
     batches, heads, rows, step = stride
@@ -1023,7 +1028,7 @@ def attend_kernels(q, k, v, scale):
     at, q, k, v = prepare((q, k, v))
     stream = at.stream(q)
     _, heads_per_batch, n_tokens, _ = q.shape
-    o, lse, saved = q.new_empty(q.shape), q.new_empty(at.shapes["lse"], dtype=torch.float32), at.memory(q, "saved")
+    o, lse, saved = empty_like(q), q.new_empty(at.shapes["lse"], dtype=torch.float32), at.memory(q, "saved")
     [peak, total, counts_l1, kept_l1] = at.buffers(saved, "saved", "attend_kernel")
     pool_and_select(q, k, counts_l1, kept_l1, at, stream)
     [q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr] = at.pointers("attend_kernel", q, k, v, o, lse)
@@ -1044,7 +1049,7 @@ def grad_kernels(grad_o, q, k, v, o, saved, scale):
     stream = at.stream(q)
     _, heads_per_batch, n_tokens, _ = q.shape
     heads = q.shape[0] * heads_per_batch
-    grad_q, grad_k, grad_v = q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape)
+    grad_q, grad_k, grad_v = empty_like(q), empty_like(q), empty_like(q)
     memory = at.memory(q, "gradients")  # held until all is launched: buffers may be but addresses in it
     [delta, offsets_l1, keepers_l1, extra_l1, extra_grad_k_l0, extra_grad_v_l0] = at.buffers(memory, "gradients", "grad_kv_l0_kernel")
     [peak, total, counts_l1, kept_l1] = at.buffers(saved, "saved", "grad_kv_l0_kernel")
@@ -1253,7 +1258,7 @@ def attend_torch(q, k, v, scale):
         for run in pyramid.runs()
     ]
     o, lse = (torch.cat(part, dim=1).flatten(1, 2)[:, : pyramid.n_tokens] for part in zip(*parts, strict=True))
-    o, lse = q.new_empty(q.shape).copy_(o.unflatten(0, q.shape[:2])), lse.contiguous()  # autograd's outputs may be no views
+    o, lse = empty_like(q).copy_(o.unflatten(0, q.shape[:2])), lse.contiguous()  # autograd's outputs may be no views
     saved = empty_saved(q).zero_()
     for to, kept in zip(saved_lists(saved, q), pyramid.kept, strict=True):
         to.copy_(kept)
@@ -1316,11 +1321,14 @@ def is_plain(*tensors):
     )
 
 
+ON_CURRENT_DEVICE = contextlib.nullcontext()
+
+
 def on_device_of(x):
     """Kernels are launched on the current GPU: make it that of `x`."""
-    if x.is_cuda and x.device.index != torch.cuda.current_device():
+    if x.is_cuda and x.get_device() != torch.cuda.current_device():
         return torch.cuda.device(x.device)
-    return contextlib.nullcontext()
+    return ON_CURRENT_DEVICE
 
 
 def without_autocast():
@@ -1342,7 +1350,7 @@ def empty_saved(q):
 def empty_outputs(q):
     """The operator's outputs for inputs like `q`, not filled in: o, lse and what is saved."""
     lse = q.new_empty((q.shape[0] * q.shape[1], q.shape[2]), dtype=torch.float32)
-    return q.new_empty(q.shape), lse, empty_saved(q)
+    return empty_like(q), lse, empty_saved(q)
 
 
 def empty_selection(q, k):
@@ -1367,7 +1375,7 @@ def forward(q, k, v, scale):
 def backward(grad_o, q, k, v, o, saved, scale):
     """dq, dk, dv, [B, H, N, D] each."""
     if q.numel() == 0:
-        return tuple(q.new_empty(q.shape) for _ in range(3))
+        return tuple(empty_like(q) for _ in range(3))
     if not runs_kernels(q):
         with without_autocast():
             return grad_torch(grad_o, q, k, v, saved, scale)
@@ -1434,7 +1442,7 @@ def register():
         library.impl(OPERATOR + suffix, function, "CUDA")
 
     def fake_backward(grad_o, q, k, v, o, saved, scale):
-        return tuple(q.new_empty(q.shape) for _ in range(3))
+        return tuple(empty_like(q) for _ in range(3))
 
     name = f"llsa::{OPERATOR}"
     torch.library.register_fake(name, lambda q, k, v, scale: empty_outputs(q), lib=library)
@@ -1476,8 +1484,15 @@ def check(tensors):
         raise ValueError(f"{first}: expected 1 to {MAX_TOKENS} tokens, got N = {q.shape[2]} in shape {list(q.shape)}")
 
 
-def autocast(x):
-    """`x` in the dtype of torch.autocast where that is on, as torch's own attention takes it."""
+def autocast(*tensors):
+    """The tensors in the dtype of torch.autocast where that is on, as torch's own attention takes them."""
+    if not (torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu")):
+        return tensors
+    return [autocast_one(x) for x in tensors]
+
+
+def autocast_one(x):
+    """`x` in the dtype of torch.autocast on its device."""
     if isinstance(x, torch.Tensor) and x.dtype in DTYPES and x.device.type in ("cpu", "cuda"):
         if torch.is_autocast_enabled(x.device.type):
             return x.to(torch.get_autocast_dtype(x.device.type))
@@ -1490,7 +1505,7 @@ def attention(q, k, v, *, scale=None, return_lse=False):
     Any strides; float32, float16 or bfloat16, on a GPU or the CPU; under torch.autocast in its dtype. The logits are `scale` * q.k, 1/sqrt(64) unless
     given. With return_lse also the natural logarithm of the sum of weights, [B, H, N] float32, without gradient.
     """
-    q, k, v = autocast(q), autocast(k), autocast(v)
+    q, k, v = autocast(q, k, v)
     check({"q": q, "k": k, "v": v})
     if scale is None:
         scale = HEAD_DIM.value**-0.5
@@ -1511,7 +1526,7 @@ def attention(q, k, v, *, scale=None, return_lse=False):
 
 def select(q, k):
     """What `attention` selects: per level, finest first, [B, H, T_l, width] int32 kept key tokens, -1 where fewer."""
-    q, k = autocast(q), autocast(k)
+    q, k = autocast(q, k)
     check({"q": q, "k": k})
     kept = (select_forward if is_plain(q, k) else getattr(torch.ops.llsa, OPERATOR + "_select"))(q, k)
     return tuple(x.view(*q.shape[:2], *x.shape[1:]) for x in kept)

@@ -18,6 +18,9 @@ import numbers
 import torch
 import triton
 import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia import hopper
 
 SPEC = {
     "description": "Top-K over one level of 16 tokens, no enrichment.",
@@ -27,7 +30,7 @@ SPEC = {
     "name": "topk_l1",
     "reweight": True,
 }
-OPERATOR = "topk_l1_53e7af30e00b5407"  # in torch.ops.llsa: the name of the spec and the hash of this text
+OPERATOR = "topk_l1_c6afb646f888a658"  # in torch.ops.llsa: the name of the spec and the hash of this text
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -74,7 +77,7 @@ TILES_3 = {
     "scan": {"BLOCK": 1024, "num_warps": 4},
     "invert_l1": {"BLOCK_M": 128, "KEYS": 32, "num_warps": 4},
     "grad_q": {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 1, "num_stages": 2, "maxnreg": 128},
-    "grad_kv_l0": {"PART": 64, "BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 1, "num_stages": 3, "maxnreg": 168},
+    "grad_kv_l0": {"PART": 64, "BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 1, "num_stages": 3, "HOPPER": 168, "maxnreg": 168},
 }
 TILES_4 = {
     "pool": {"CHILDREN": 16, "ROWS": 8, "num_warps": 2},
@@ -188,7 +191,7 @@ def pool_l1_tile(
     x_ptr, stride_n, mean_l1_ptr, counts_l1_ptr,
     first, n_tokens, CHILDREN: tl.constexpr, ROWS: tl.constexpr,
 ):
-    """CHILDREN tokens of level 1 of one head, from `first` on: their means."""
+    """CHILDREN tokens of level 1 of one head, from `first` on: their means; zeroes counts."""
     n_l1 = tl.cdiv(n_tokens, SPAN_1)
     token = first + tl.arange(0, CHILDREN)
     inside = token < n_l1
@@ -690,6 +693,181 @@ def grad_kv_l0_kernel(
     store_rows(grad_v_ptr + to_out, key, HEAD_DIM, exists, grad_v)
 
 
+# ---- the same for the matrix units of H100 ---------------------------------------------------------------------------
+
+
+# Buffers of a ring that tiles are copied into, while one is read, and another perhaps still by the last product.
+STAGES = gl.constexpr(3)
+
+
+@gluon.jit
+def row_tile(ptr, row, stride, LAYOUT: gl.constexpr):
+    """Rows `row` [M] of a matrix [*, HEAD_DIM]: addresses [M, PAD_DIM] in a layout, and which columns exist."""
+    dim = gl.arange(0, PAD_DIM, layout=gl.SliceLayout(0, LAYOUT))[None, :]
+    begin = gl.multiple_of(row.to(gl.int64) * stride, [ROW_UNIT])
+    return ptr + begin[:, None] + dim, dim < HEAD_DIM
+
+
+@gluon.jit
+def copy_rows(to, ptr, row, stride, inside):
+    """Begin to copy rows `row` [M] to shared memory [M, PAD_DIM]; zero where not `inside` and in the padding.
+
+    Here and in `write_rows`, `row` lies as the rows of a layout for copies, 16 bytes a thread.
+    """
+    LAYOUT: gl.constexpr = row.type.layout.parent
+    at, _ = row_tile(ptr, row, stride, LAYOUT)
+    hopper.async_copy.async_copy_global_to_shared(to, at, mask=inside[:, None])
+
+
+@gluon.jit
+def write_rows(ptr, row, inside, tile):
+    """Write a tile [M, PAD_DIM] of products to rows `row` [M] of a matrix [*, HEAD_DIM], where `inside`.
+
+    By way of shared memory: as products lie, a thread would write 4 bytes at a time.
+    """
+    LAYOUT: gl.constexpr = row.type.layout.parent
+    at, column = row_tile(ptr, row, HEAD_DIM, LAYOUT)
+    tile = gl.convert_layout(tile.to(ptr.dtype.element_ty), LAYOUT)
+    gl.store(at, tile, mask=inside[:, None] & column)
+
+
+@gluon.jit
+def next_of(stage):
+    """Of a ring of STAGES buffers, the one after this one."""
+    return gl.where(stage == STAGES - 1, 0, stage + 1)
+
+
+@gluon.jit
+def before(stage):
+    """The one before this one: the last to be done with, and so the next to be filled."""
+    return gl.where(stage == 0, STAGES - 1, stage - 1)
+
+
+@gluon.jit
+def copy_queries(
+    q_ptr, stride_qn, grad_o_ptr, stride_gn, peak_ptr, delta_ptr, start, end,
+    q_to, grad_o_to, peak_to, delta_to, BLOCK_M: gl.constexpr, LAYOUT: gl.constexpr,
+):
+    """Begin to copy BLOCK_M queries of one head from `start` on, with what belongs to them; zeros beyond `end`."""
+    row = start + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, LAYOUT))
+    copy_rows(q_to, q_ptr, row, stride_qn, row < end)
+    copy_rows(grad_o_to, grad_o_ptr, row, stride_gn, row < end)
+    number = start + gl.arange(0, BLOCK_M, layout=gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
+    hopper.async_copy.async_copy_global_to_shared(peak_to, peak_ptr + number, mask=number < end)
+    hopper.async_copy.async_copy_global_to_shared(delta_to, delta_ptr + number, mask=number < end)
+
+
+# Layouts of one warp: products of 16 rows and their operands; rows that are copied; rows in shared memory.
+WARP = gl.constexpr(gl.NVMMADistributedLayout([2, 0], [1, 1], [16, 8]))
+LEFT_WARP = gl.constexpr(gl.DotOperandLayout(0, WARP.value, 2))
+RIGHT_WARP = gl.constexpr(gl.DotOperandLayout(1, WARP.value, 2))
+COPIED_WARP = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [1, 1], [1, 0]))
+SHARED_WARP = gl.constexpr(gl.SwizzledSharedLayout(8, 1, 8, [1, 0]))
+
+
+@gluon.jit
+def keeper_at(keepers_ptr, entry, end):
+    """The level-1 query token at an entry of a list; 0 from `end` on."""
+    return gl.load(keepers_ptr + entry, mask=entry < end, other=0)
+
+
+@gluon.jit(do_not_specialize=UNSPECIALISED)
+def grad_kv_l0_hopper_kernel(
+    q_ptr, stride_qb, stride_qh, stride_qn,  # [B, H, N, D]
+    grad_o_ptr, stride_gb, stride_gh, stride_gn,
+    peak_ptr, total_ptr, delta_ptr,  # [B*H, N] float32
+    k_ptr, stride_kb, stride_kh, stride_kn,  # [B, H, N, D]
+    v_ptr, stride_vb, stride_vh, stride_vn,
+    keepers_l1_ptr, width,  # [B*H, T_1 * width] int32
+    offsets_l1_ptr, extra_l1_ptr,  # [B*H, T_1 + 1] int32
+    extra_grad_k_ptr, extra_grad_v_ptr,  # [B*H, parts, b_1, D] float32
+    grad_k_ptr, grad_v_ptr,  # [B*H, N, D], out
+    parts, scale, heads_per_batch, n_tokens,  # room for extra parts a head, s, H, N
+    PART: gl.constexpr,
+):
+    """What grad_kv_l0_kernel does, a keeper's 16 queries a tile. `total` is 1 in half precision.
+
+    Queries that do not exist, in the last block of the sequence, are rows of zeros, and so is what becomes of them.
+    """
+    COLUMNS: gl.constexpr = gl.SliceLayout(0, WARP)
+    VECTOR: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    dtype: gl.constexpr = q_ptr.dtype.element_ty
+    n_l1 = gl.cdiv(n_tokens, SPAN_1)
+    head = (gl.program_id(0) // n_l1).to(gl.int64)
+    parent = gl.program_id(0) % n_l1
+
+    key = parent * 16 + gl.arange(0, 16, layout=gl.SliceLayout(1, COPIED_WARP))
+    k_tile = gl.allocate_shared_memory(dtype, [16, PAD_DIM], SHARED_WARP)
+    v_tile = gl.allocate_shared_memory(dtype, [16, PAD_DIM], SHARED_WARP)
+    copy_rows(k_tile, head_base(k_ptr, head, stride_kb, stride_kh, heads_per_batch), key, stride_kn, key < n_tokens)
+    copy_rows(v_tile, head_base(v_ptr, head, stride_vb, stride_vh, heads_per_batch), key, stride_vn, key < n_tokens)
+
+    offsets_ptr = offsets_l1_ptr + head * (n_l1 + 1) + parent
+    begin = gl.load(offsets_ptr)
+    end = gl.minimum(begin + PART, gl.load(offsets_ptr + 1))
+    keepers_ptr = keepers_l1_ptr + head * n_l1 * width
+    q_base = head_base(q_ptr, head, stride_qb, stride_qh, heads_per_batch)
+    grad_o_base = head_base(grad_o_ptr, head, stride_gb, stride_gh, heads_per_batch)
+    peak_ptr += head * n_tokens
+    delta_ptr += head * n_tokens
+    q_tiles = gl.allocate_shared_memory(dtype, [STAGES, 16, PAD_DIM], SHARED_WARP)
+    grad_o_tiles = gl.allocate_shared_memory(dtype, [STAGES, 16, PAD_DIM], SHARED_WARP)
+    peaks = gl.allocate_shared_memory(gl.float32, [STAGES, 16], VECTOR)
+    deltas = gl.allocate_shared_memory(gl.float32, [STAGES, 16], VECTOR)
+    keeper = keeper_at(keepers_ptr, begin, end)
+    for tile in range(2):
+        if begin + tile < end:
+            copy_queries(
+                q_base, stride_qn, grad_o_base, stride_gn, peak_ptr, delta_ptr, keeper * 16, n_tokens,
+                q_tiles.index(tile), grad_o_tiles.index(tile), peaks.index(tile), deltas.index(tile), 16, COPIED_WARP,
+            )
+        hopper.async_copy.commit_group()
+        keeper = keeper_at(keepers_ptr, begin + tile + 1, end)
+    # added at the end, read now, while there is nothing else to do
+    extra_ptr = extra_l1_ptr + head * (n_l1 + 1) + parent
+    first_extra, last_extra = gl.load(extra_ptr), gl.load(extra_ptr + 1)
+
+    hopper.async_copy.wait_group(1)
+    k = k_tile.load(LEFT_WARP)
+    v = v_tile.load(LEFT_WARP)
+    zeros = gl.zeros([16, 16], gl.float32, layout=WARP)
+    grad_k = gl.zeros([16, PAD_DIM], gl.float32, layout=WARP)
+    grad_v = gl.zeros([16, PAD_DIM], gl.float32, layout=WARP)
+    stage = 0
+    for entry in range(begin, end):
+        hopper.async_copy.wait_group(1)
+        q = q_tiles.index(stage)
+        grad_o = grad_o_tiles.index(stage)
+        products = hopper.mma_v2(k, q.permute((1, 0)).load(RIGHT_WARP), zeros)
+        dp = hopper.mma_v2(v, grad_o.permute((1, 0)).load(RIGHT_WARP), zeros)
+        if entry + 2 < end:
+            to = before(stage)
+            copy_queries(
+                q_base, stride_qn, grad_o_base, stride_gn, peak_ptr, delta_ptr, keeper * 16, n_tokens,
+                q_tiles.index(to), grad_o_tiles.index(to), peaks.index(to), deltas.index(to), 16, COPIED_WARP,
+            )
+        hopper.async_copy.commit_group()
+        keeper = keeper_at(keepers_ptr, entry + 3, end)
+        p = gl.exp2(products * (scale * LOG2E) - peaks.index(stage).load(COLUMNS)[None, :])
+        grad_v = hopper.mma_v2(gl.convert_layout(p.to(dtype), LEFT_WARP), grad_o.load(RIGHT_WARP), grad_v)
+        grad_logits = p * (dp - deltas.index(stage).load(COLUMNS)[None, :])
+        grad_k = hopper.mma_v2(gl.convert_layout(grad_logits.to(dtype), LEFT_WARP), q.load(RIGHT_WARP), grad_k)
+        stage = next_of(stage)
+    hopper.async_copy.wait_group(0)
+
+    grad_k = grad_k * scale
+    dim = gl.arange(0, PAD_DIM, layout=COLUMNS)
+    child = gl.arange(0, 16, layout=gl.SliceLayout(1, WARP))
+    for part in range(first_extra, last_extra):
+        at = ((head * parts + part) * 16 + child)[:, None] * HEAD_DIM + dim[None, :]
+        inside = (child < 16)[:, None]
+        grad_k += gl.load(extra_grad_k_ptr + at, mask=inside, other=0.0)
+        grad_v += gl.load(extra_grad_v_ptr + at, mask=inside, other=0.0)
+    to_head = head * n_tokens * HEAD_DIM
+    write_rows(grad_k_ptr + to_head, key, key < n_tokens, grad_k)
+    write_rows(grad_v_ptr + to_head, key, key < n_tokens, grad_v)
+
+
 # ---- launches --------------------------------------------------------------------------------------------------------
 
 
@@ -851,15 +1029,17 @@ class Prepared:
                 run(programs, 1, 1, stream, *handles, *arguments, *shapes)
             return
         programs, tile = self.grids[name]
-        compiled = kernel[(programs,)](*arguments, **tile)
+        chosen, taken = variant(kernel, tile)
+        compiled = chosen[(programs,)](*arguments, **taken)
         # nothing comes from the interpreter; on ROCm, Triton also tells large tensors from small ones
         if compiled is not None and not torch.version.hip:
-            shapes = [tile[parameter] for parameter in kernel.arg_names[len(arguments) :]]
+            shapes = [taken[parameter] for parameter in chosen.arg_names[len(arguments) :]]
             self.ready[name] = compiled, programs, *starter(compiled), shapes
         if compiled is not None and "WHOLE" in tile and name not in self.both:
             # another length may need the other variant: nothing is compiled then
             self.both.add(name)
-            kernel.warmup(*arguments, **tile | {"WHOLE": not tile["WHOLE"]}, grid=(programs,))
+            chosen, other = variant(kernel, tile | {"WHOLE": not tile["WHOLE"]})
+            chosen.warmup(*arguments, **other, grid=(programs,))
 
 
 def is_whole(tokens, tile):
@@ -869,6 +1049,22 @@ def is_whole(tokens, tile):
         n_tokens % 16 == 0
         and min(8, tokens[1]) * 16 % tile["BLOCK_N"] == 0
     )
+
+
+def variant(kernel, tile):
+    """Which kernel a launch is, and what it takes of its tile shapes.
+
+    Of a pair, the one in Gluon where the schedule says HOPPER, the most registers that a thread of it may have, and
+    where nothing needs a mask; not in the interpreter, which knows no Gluon.
+    """
+    if not isinstance(kernel, tuple):
+        return kernel, {name: value for name, value in tile.items() if name != "HOPPER"}
+    tile = dict(tile)
+    registers = tile.pop("HOPPER", 0)
+    if INTERPRETED or not registers or not tile.get("WHOLE", True):
+        return kernel[0], tile
+    taken = {name: size for name, size in tile.items() if name == "num_warps" or name in kernel[1].arg_names}
+    return kernel[1], taken | {"maxnreg": registers}
 
 
 def starter(compiled):
@@ -895,6 +1091,11 @@ def is_watched():
 def tells(hook):
     """Whether there is anybody in what Triton calls at a launch: a chain of its own, or what was put in its place."""
     return bool(hook.calls) if isinstance(hook, triton.knobs.HookChain) else hook is not None
+
+
+def empty_like(x):
+    """A contiguous tensor of the shape, the dtype and the device of `x`; `new_empty` takes torch twice as long."""
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def is_aligned(stride):
@@ -946,6 +1147,9 @@ def prepared(device, dtype, shape, strides, starts):
     if not all(map(is_aligned, strides)):
         return None
     tiles = schedule_for(device, dtype)
+    # the kernels in Gluon copy 16 bytes at a time, and multiply a stride in 32 bits
+    if any(starts) or any(stride[2] >= 2**30 for stride in strides):
+        tiles = {stage: {name: size for name, size in entry.items() if name != "HOPPER"} for stage, entry in tiles.items()}
     return Prepared(shape[0] * shape[1], shape[2], dtype, strides, tiles)
 
 
@@ -988,7 +1192,7 @@ def attend_kernels(q, k, v, scale):
     at, q, k, v = prepare((q, k, v))
     stream = at.stream(q)
     _, heads_per_batch, n_tokens, _ = q.shape
-    o, lse, saved = q.new_empty(q.shape), q.new_empty(at.shapes["lse"], dtype=torch.float32), at.memory(q, "saved")
+    o, lse, saved = empty_like(q), q.new_empty(at.shapes["lse"], dtype=torch.float32), at.memory(q, "saved")
     [peak, total, counts_l1, kept_l1] = at.buffers(saved, "saved", "attend_kernel")
     pool_and_select(q, k, counts_l1, kept_l1, at, stream)
     [q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr] = at.pointers("attend_kernel", q, k, v, o, lse)
@@ -1009,7 +1213,7 @@ def grad_kernels(grad_o, q, k, v, o, saved, scale):
     stream = at.stream(q)
     _, heads_per_batch, n_tokens, _ = q.shape
     heads = q.shape[0] * heads_per_batch
-    grad_q, grad_k, grad_v = q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape)
+    grad_q, grad_k, grad_v = empty_like(q), empty_like(q), empty_like(q)
     memory = at.memory(q, "gradients")  # held until all is launched: buffers may be but addresses in it
     [delta, offsets_l1, keepers_l1, extra_l1, extra_grad_k_l0, extra_grad_v_l0] = at.buffers(memory, "gradients", "grad_kv_l0_kernel")
     [peak, total, counts_l1, kept_l1] = at.buffers(saved, "saved", "grad_kv_l0_kernel")
@@ -1039,7 +1243,7 @@ def grad_kernels(grad_o, q, k, v, o, saved, scale):
         keepers_l1, at.widths[1], offsets_l1, extra_l1, extra_grad_k_l0, extra_grad_v_l0, at.parts_l0, scale, heads_per_batch, n_tokens,
     )
     at.launch(
-        stream, grad_kv_l0_kernel, "grad_kv_l0_kernel",
+        stream, (grad_kv_l0_kernel, grad_kv_l0_hopper_kernel), "grad_kv_l0_kernel",
         *q_rows, *grad_o_rows, peak, total, delta, *k_rows, *v_rows,
         keepers_l1, at.widths[1], offsets_l1, extra_l1, extra_grad_k_l0, extra_grad_v_l0,
         grad_k_ptr, grad_v_ptr, at.parts_l0, scale, heads_per_batch, n_tokens,
@@ -1218,7 +1422,7 @@ def attend_torch(q, k, v, scale):
         for run in pyramid.runs()
     ]
     o, lse = (torch.cat(part, dim=1).flatten(1, 2)[:, : pyramid.n_tokens] for part in zip(*parts, strict=True))
-    o, lse = q.new_empty(q.shape).copy_(o.unflatten(0, q.shape[:2])), lse.contiguous()  # autograd's outputs may be no views
+    o, lse = empty_like(q).copy_(o.unflatten(0, q.shape[:2])), lse.contiguous()  # autograd's outputs may be no views
     saved = empty_saved(q).zero_()
     for to, kept in zip(saved_lists(saved, q), pyramid.kept, strict=True):
         to.copy_(kept)
@@ -1281,11 +1485,14 @@ def is_plain(*tensors):
     )
 
 
+ON_CURRENT_DEVICE = contextlib.nullcontext()
+
+
 def on_device_of(x):
     """Kernels are launched on the current GPU: make it that of `x`."""
-    if x.is_cuda and x.device.index != torch.cuda.current_device():
+    if x.is_cuda and x.get_device() != torch.cuda.current_device():
         return torch.cuda.device(x.device)
-    return contextlib.nullcontext()
+    return ON_CURRENT_DEVICE
 
 
 def without_autocast():
@@ -1307,7 +1514,7 @@ def empty_saved(q):
 def empty_outputs(q):
     """The operator's outputs for inputs like `q`, not filled in: o, lse and what is saved."""
     lse = q.new_empty((q.shape[0] * q.shape[1], q.shape[2]), dtype=torch.float32)
-    return q.new_empty(q.shape), lse, empty_saved(q)
+    return empty_like(q), lse, empty_saved(q)
 
 
 def empty_selection(q, k):
@@ -1332,7 +1539,7 @@ def forward(q, k, v, scale):
 def backward(grad_o, q, k, v, o, saved, scale):
     """dq, dk, dv, [B, H, N, D] each."""
     if q.numel() == 0:
-        return tuple(q.new_empty(q.shape) for _ in range(3))
+        return tuple(empty_like(q) for _ in range(3))
     if not runs_kernels(q):
         with without_autocast():
             return grad_torch(grad_o, q, k, v, saved, scale)
@@ -1399,7 +1606,7 @@ def register():
         library.impl(OPERATOR + suffix, function, "CUDA")
 
     def fake_backward(grad_o, q, k, v, o, saved, scale):
-        return tuple(q.new_empty(q.shape) for _ in range(3))
+        return tuple(empty_like(q) for _ in range(3))
 
     name = f"llsa::{OPERATOR}"
     torch.library.register_fake(name, lambda q, k, v, scale: empty_outputs(q), lib=library)
@@ -1441,8 +1648,15 @@ def check(tensors):
         raise ValueError(f"{first}: expected 1 to {MAX_TOKENS} tokens, got N = {q.shape[2]} in shape {list(q.shape)}")
 
 
-def autocast(x):
-    """`x` in the dtype of torch.autocast where that is on, as torch's own attention takes it."""
+def autocast(*tensors):
+    """The tensors in the dtype of torch.autocast where that is on, as torch's own attention takes them."""
+    if not (torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu")):
+        return tensors
+    return [autocast_one(x) for x in tensors]
+
+
+def autocast_one(x):
+    """`x` in the dtype of torch.autocast on its device."""
     if isinstance(x, torch.Tensor) and x.dtype in DTYPES and x.device.type in ("cpu", "cuda"):
         if torch.is_autocast_enabled(x.device.type):
             return x.to(torch.get_autocast_dtype(x.device.type))
@@ -1455,7 +1669,7 @@ def attention(q, k, v, *, scale=None, return_lse=False):
     Any strides; float32, float16 or bfloat16, on a GPU or the CPU; under torch.autocast in its dtype. The logits are `scale` * q.k, 1/sqrt(64) unless
     given. With return_lse also the natural logarithm of the sum of weights, [B, H, N] float32, without gradient.
     """
-    q, k, v = autocast(q), autocast(k), autocast(v)
+    q, k, v = autocast(q, k, v)
     check({"q": q, "k": k, "v": v})
     if scale is None:
         scale = HEAD_DIM.value**-0.5
@@ -1476,7 +1690,7 @@ def attention(q, k, v, *, scale=None, return_lse=False):
 
 def select(q, k):
     """What `attention` selects: per level, finest first, [B, H, T_l, width] int32 kept key tokens, -1 where fewer."""
-    q, k = autocast(q), autocast(k)
+    q, k = autocast(q, k)
     check({"q": q, "k": k})
     kept = (select_forward if is_plain(q, k) else getattr(torch.ops.llsa, OPERATOR + "_select"))(q, k)
     return tuple(x.view(*q.shape[:2], *x.shape[1:]) for x in kept)

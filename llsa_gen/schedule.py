@@ -275,6 +275,8 @@ def _grad_listed(plan: Plan, goal: Target, element: int, level: int) -> Entry:
         # one block of queries is 16 rows or so; a token of a coarser level is a long run of them
         entry |= {"BLOCK_M": 128 if level else 32 if width <= 64 else 16, "BLOCK_N": 16}
         entry |= {"num_warps": 4 if level else 1, "num_stages": 3 if width <= 64 else 2}
+        if level == 0 and plan.block(1) == 16 and _in_gluon(plan, goal, element):
+            entry["HOPPER"] = 168  # twelve programs on a multiprocessor
         return entry | (_capped(goal, 168 if width == 64 else 128) if width <= 64 else {})
     keys = min(children, 128 if width <= 64 else 64 if width == 128 else 32)
     rows = 128 if level and keys <= 64 and width <= 64 else 32

@@ -38,8 +38,12 @@ def shared_memory(kind: str, tiles: Mapping[str, int], width: int, element: int)
 
 def settled(kind: str, tiles: Mapping[str, int]) -> dict[str, int]:
     """`tiles` as they are launched: without HOPPER where they are not those of the kernel in Gluon, which are fixed."""
-    grad_kv = kind.startswith("grad_kv")
-    fixed = {"num_warps": (4,)} | ({"BLOCK_N": (64,), "BLOCK_M": (32, 64)} if grad_kv else {"GROUP": (4,)})
+    if kind == "grad_kv_tokens":
+        fixed: dict[str, tuple[int, ...]] = {"num_warps": (1,), "BLOCK_N": (16,)}
+    elif kind.startswith("grad_kv"):
+        fixed = {"num_warps": (4,), "BLOCK_N": (64,), "BLOCK_M": (32, 64)}
+    else:
+        fixed = {"num_warps": (4,), "GROUP": (4,)}
     fits = all(tiles.get(name) in sizes for name, sizes in fixed.items())
     return {name: value for name, value in tiles.items() if fits or name != "HOPPER"}
 

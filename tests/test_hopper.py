@@ -93,6 +93,7 @@ def test_tensors_that_begin_anywhere_are_left_to_triton() -> None:
         ("grad_q", {"GROUP": 2}),
         ("grad_kv_top", {"BLOCK_M": 128}),
         ("grad_kv_keeper", {"BLOCK_N": 32}),
+        ("grad_kv_tokens", {"num_warps": 2}),
     ],
 )
 def test_rows_with_other_tiles_get_the_kernels_in_triton(stage: str, tiles: dict[str, int]) -> None:
@@ -104,6 +105,22 @@ def test_rows_with_other_tiles_get_the_kernels_in_triton(stage: str, tiles: dict
     assert f"{name}_kernel" in made and f"{name}_hopper_kernel" not in made
     assert {kernel for kernel in made if "hopper" in kernel}, "the others stay"
     assert ("attend_hopper_again_kernel" in made) == (stage != "attend")
+
+
+@pytest.mark.parametrize("n", [5, 4096, 4097])
+@pytest.mark.parametrize(
+    ("chosen", "wanted"),
+    [
+        (PIXELS, True),
+        (spec("no_coarse_keys", 64, (16, 8), (16, 8), enrich="none"), True),
+        (spec("outer", 40, (16, 8), (16, 8), enrich=(2,)), True),
+        (spec("wide", 64, (32, 8)), False),
+        (spec("narrow", 64, (12, 8)), False),
+    ],
+    ids=lambda value: value.name if isinstance(value, Spec) else "",
+)
+def test_the_tokens_gradients_are_in_gluon_at_every_length(chosen: Spec, wanted: bool, n: int) -> None:
+    assert ("grad_kv_l0_hopper_kernel" in launched(chosen, n)) == wanted
 
 
 def test_rules_that_have_to_be_cut_get_the_kernels_in_triton() -> None:
@@ -130,3 +147,5 @@ def test_they_compile_and_fit(name: str, dtype: str) -> None:
     (attend,) = (report for report in found if report.kernel == "attend_hopper_kernel")
     # four programs on a multiprocessor: of 228 KiB of shared memory, each program takes one for itself
     assert attend.registers <= 128 and 4 * (attend.shared_memory + 1024) <= 228 * 1024
+    (tokens,) = (report for report in found if report.kernel == "grad_kv_l0_hopper_kernel")
+    assert tokens.registers <= 168 and 12 * (tokens.shared_memory + 1024) <= 228 * 1024  # twelve, of one warp

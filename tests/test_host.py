@@ -21,7 +21,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction, driver
 
-from llsa_gen import compile, fuzz
+from llsa_gen import compile
 
 ROOT = Path(__file__).resolve().parents[1]
 TARGET = "cuda:90"
@@ -331,6 +331,8 @@ def test_another_length_compiles_nothing(
 
 def test_a_first_call_may_be_interrupted_anywhere(gpu: PretendedGpu, module: ModuleType) -> None:
     class Interrupted:
+        arg_names = ()
+
         def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
             raise KeyboardInterrupt
 

@@ -200,7 +200,9 @@ KERNELS = (
     mutation("counts of the top not zero", "pool.py", "_l{{ high }}_ptr + token, 0", "_l{{ high }}_ptr + token, 1"),
     mutation("counts of another head", "select.py", "_ptr + head * n_l{{ level }}  #", "_ptr  #"),
     mutation("one too few counted", "select.py", "inside & (token >= 0)", "inside & (token > 0)"),
-    mutation("one too few of many counted", "select.py", "+ ids, 1, mask=stored", "+ ids, 1, mask=stored & (ids > 0)", WIDE),
+    mutation(
+        "one too few of many counted", "select.py", "ids, 1, mask=stored", "ids, 1, mask=stored & (ids > 0)", WIDE
+    ),
     mutation("lists begin where they end", "invert.py", "sums - value, mask", "sums, mask"),
     mutation(
         "extra parts dropped",
