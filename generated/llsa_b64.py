@@ -31,7 +31,7 @@ SPEC = {
     "name": "llsa_b64",
     "reweight": True,
 }
-OPERATOR = "llsa_b64_cad9744f6f754a27"  # in torch.ops.llsa: the name of the spec and the hash of this text
+OPERATOR = "llsa_b64_056d13dbb95d5f55"  # in torch.ops.llsa: the name of the spec and the hash of this text
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -51,7 +51,7 @@ EMPTY = tl.constexpr(-(2**63))  # the rank of no token at all
 # What differs from call to call: Triton makes no kernel of its own where one of these is 1 or a multiple of 16.
 UNSPECIALISED = [
     "heads", "heads_per_batch", "n_tokens", "width", "width_above", "parts", "rows_per_split", "splits",
-    "part_l1",
+    "width_l1", "width_l2", "part_l1",
 ]
 
 # Tile shapes: target, bytes of an element, kernel.
@@ -228,8 +228,8 @@ def softmax_step(logits, v, peak, total, acc):
 
 @triton.jit
 def pool_l1_tile(
-    x_ptr, stride_n, mean_l1_ptr, mean_l2_ptr, counts_l1_ptr, counts_l2_ptr,
-    first, n_tokens, CHILDREN: tl.constexpr, ROWS: tl.constexpr,
+    x_ptr, stride_n, mean_l1_ptr, mean_l2_ptr,
+    counts_l1_ptr, counts_l2_ptr, first, n_tokens, CHILDREN: tl.constexpr, ROWS: tl.constexpr,
 ):
     """Level-2 token `first` of one head: its mean, and the means of the level-1 tokens that it covers; zeroes counts."""
     n_l1 = tl.cdiv(n_tokens, SPAN_1)
@@ -281,13 +281,22 @@ def pool_l1_kernel(
     counts_l2_ptr += head.to(tl.int64) * tl.cdiv(n_tokens, SPAN_2)
     if tensor == 0:
         base = head_base(q_ptr, head, stride_qb, stride_qh, heads_per_batch)
-        pool_l1_tile(base, stride_qn, q_l1_ptr + to_l1, q_l2_ptr + to_l2, counts_l1_ptr, counts_l2_ptr, first, n_tokens, CHILDREN, ROWS)
+        pool_l1_tile(
+            base, stride_qn, q_l1_ptr + to_l1, q_l2_ptr + to_l2,
+            counts_l1_ptr, counts_l2_ptr, first, n_tokens, CHILDREN, ROWS,
+        )
     elif tensor == 1:
         base = head_base(k_ptr, head, stride_kb, stride_kh, heads_per_batch)
-        pool_l1_tile(base, stride_kn, k_l1_ptr + to_l1, k_l2_ptr + to_l2, counts_l1_ptr, counts_l2_ptr, first, n_tokens, CHILDREN, ROWS)
+        pool_l1_tile(
+            base, stride_kn, k_l1_ptr + to_l1, k_l2_ptr + to_l2,
+            counts_l1_ptr, counts_l2_ptr, first, n_tokens, CHILDREN, ROWS,
+        )
     else:
         base = head_base(v_ptr, head, stride_vb, stride_vh, heads_per_batch)
-        pool_l1_tile(base, stride_vn, v_l1_ptr + to_l1, v_l2_ptr + to_l2, counts_l1_ptr, counts_l2_ptr, first, n_tokens, CHILDREN, ROWS)
+        pool_l1_tile(
+            base, stride_vn, v_l1_ptr + to_l1, v_l2_ptr + to_l2,
+            counts_l1_ptr, counts_l2_ptr, first, n_tokens, CHILDREN, ROWS,
+        )
 
 
 # ---- selection -------------------------------------------------------------------------------------------------------
@@ -1107,7 +1116,7 @@ COPIED = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
 PRODUCT = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
 LEFT = gl.constexpr(gl.DotOperandLayout(0, PRODUCT.value, 2))
 SHARED = gl.constexpr(gl.NVMMASharedLayout(128, 16, rank=2))
-# Buffers of a ring that tiles are copied into, while one is read, and another perhaps still by the last product.
+# Buffers of a ring: one is read, and tiles are copied into the others, or into one while the last product still reads the other.
 STAGES = gl.constexpr(3)
 
 
@@ -1567,8 +1576,8 @@ def is_whole(tokens, tile):
 def variant(kernel, tile):
     """Which kernel a launch is, and what it takes of its tile shapes.
 
-    Of a pair, the one in Gluon where the schedule says HOPPER, the most registers that a thread of it may have, and
-    where nothing needs a mask; not in the interpreter, which knows no Gluon.
+    Of a pair, the one in Gluon where the schedule says HOPPER, the most registers that a thread of it may have, and,
+    of those that have WHOLE, where nothing needs a mask; not in the interpreter, which knows no Gluon.
     """
     if not isinstance(kernel, tuple):
         return kernel, {name: value for name, value in tile.items() if name != "HOPPER"}
@@ -1689,11 +1698,13 @@ def pool_and_select(q, k, v, k_l1, v_l1, k_l2, v_l2, counts_l1, counts_l2, kept_
     )
     at.launch(
         stream, select_l2_kernel, "select_l2_kernel",
-        q_l2, k_l2, kept_l2, at.widths[2], counts_l2, n_tokens,
+        q_l2, k_l2,
+        kept_l2, at.widths[2], counts_l2, n_tokens,
     )
     at.launch(
         stream, select_l1_kernel, "select_l1_kernel",
-        q_l1, k_l1, kept_l2, at.widths[2], kept_l1, at.widths[1], counts_l1, n_tokens,
+        q_l1, k_l1, kept_l2, at.widths[2],
+        kept_l1, at.widths[1], counts_l1, n_tokens,
     )
 
 
@@ -1732,8 +1743,6 @@ def attend_kernels(q, k, v, scale):
 
 def grad_kernels(grad_o, q, k, v, o, saved, scale):
     """dq, dk, dv by the Triton kernels, from what `attend_kernels` returned."""
-    if saved.data_ptr() % 16:  # wherever somebody kept it meanwhile
-        saved = saved.clone()
     at, q, k, v, grad_o = prepare((q, k, v, grad_o), (o,))
     stream = at.stream(q)
     _, heads_per_batch, n_tokens, _ = q.shape
@@ -2134,10 +2143,18 @@ def forward(q, k, v, scale):
         return attend_kernels(q, k, v, scale)
 
 
+def in_one_piece(saved):
+    """What was saved, copied only if its bytes lie apart by now or begin at no multiple of 16: hooks may keep it anywhere."""
+    if saved.is_contiguous() and saved.data_ptr() % 16 == 0:
+        return saved
+    return saved.clone(memory_format=torch.contiguous_format)
+
+
 def backward(grad_o, q, k, v, o, saved, scale):
     """dq, dk, dv, [B, H, N, D] each."""
     if q.numel() == 0:
         return tuple(empty_like(q) for _ in range(3))
+    saved = in_one_piece(saved)
     if not runs_kernels(q):
         with without_autocast():
             return grad_torch(grad_o, q, k, v, saved, scale)

@@ -27,7 +27,7 @@ SPEC = {
     "name": "topk_b128",
     "reweight": True,
 }
-OPERATOR = "topk_b128_ebabc1d55aaa02e3"  # in torch.ops.llsa: the name of the spec and the hash of this text
+OPERATOR = "topk_b128_1252ac3cc5af85f3"  # in torch.ops.llsa: the name of the spec and the hash of this text
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -45,7 +45,7 @@ EMPTY = tl.constexpr(-(2**63))  # the rank of no token at all
 # What differs from call to call: Triton makes no kernel of its own where one of these is 1 or a multiple of 16.
 UNSPECIALISED = [
     "heads", "heads_per_batch", "n_tokens", "width", "parts",
-    "part_l1",
+    "width_l1", "part_l1",
 ]
 
 # Tile shapes: target, bytes of an element, kernel.
@@ -185,8 +185,8 @@ def softmax_step(logits, v, peak, total, acc):
 
 @triton.jit
 def pool_l1_tile(
-    x_ptr, stride_n, mean_l1_ptr, counts_l1_ptr,
-    first, n_tokens, CHILDREN: tl.constexpr, ROWS: tl.constexpr,
+    x_ptr, stride_n, mean_l1_ptr,
+    counts_l1_ptr, first, n_tokens, CHILDREN: tl.constexpr, ROWS: tl.constexpr,
 ):
     """CHILDREN tokens of level 1 of one head, from `first` on: their means; zeroes counts."""
     n_l1 = tl.cdiv(n_tokens, SPAN_1)
@@ -225,10 +225,16 @@ def pool_l1_kernel(
     counts_l1_ptr += head.to(tl.int64) * tl.cdiv(n_tokens, SPAN_1)
     if tensor == 0:
         base = head_base(q_ptr, head, stride_qb, stride_qh, heads_per_batch)
-        pool_l1_tile(base, stride_qn, q_l1_ptr + to_l1, counts_l1_ptr, first, n_tokens, CHILDREN, ROWS)
+        pool_l1_tile(
+            base, stride_qn, q_l1_ptr + to_l1,
+            counts_l1_ptr, first, n_tokens, CHILDREN, ROWS,
+        )
     else:
         base = head_base(k_ptr, head, stride_kb, stride_kh, heads_per_batch)
-        pool_l1_tile(base, stride_kn, k_l1_ptr + to_l1, counts_l1_ptr, first, n_tokens, CHILDREN, ROWS)
+        pool_l1_tile(
+            base, stride_kn, k_l1_ptr + to_l1,
+            counts_l1_ptr, first, n_tokens, CHILDREN, ROWS,
+        )
 
 
 # ---- selection -------------------------------------------------------------------------------------------------------
@@ -1010,7 +1016,8 @@ def pool_and_select(q, k, counts_l1, kept_l1, at, stream):
     )
     at.launch(
         stream, select_l1_kernel, "select_l1_kernel",
-        q_l1, k_l1, kept_l1, at.widths[1], counts_l1, n_tokens,
+        q_l1, k_l1,
+        kept_l1, at.widths[1], counts_l1, n_tokens,
     )
 
 
@@ -1043,8 +1050,6 @@ def attend_kernels(q, k, v, scale):
 
 def grad_kernels(grad_o, q, k, v, o, saved, scale):
     """dq, dk, dv by the Triton kernels, from what `attend_kernels` returned."""
-    if saved.data_ptr() % 16:  # wherever somebody kept it meanwhile
-        saved = saved.clone()
     at, q, k, v, grad_o = prepare((q, k, v, grad_o), (o,))
     stream = at.stream(q)
     _, heads_per_batch, n_tokens, _ = q.shape
@@ -1372,10 +1377,18 @@ def forward(q, k, v, scale):
         return attend_kernels(q, k, v, scale)
 
 
+def in_one_piece(saved):
+    """What was saved, copied only if its bytes lie apart by now or begin at no multiple of 16: hooks may keep it anywhere."""
+    if saved.is_contiguous() and saved.data_ptr() % 16 == 0:
+        return saved
+    return saved.clone(memory_format=torch.contiguous_format)
+
+
 def backward(grad_o, q, k, v, o, saved, scale):
     """dq, dk, dv, [B, H, N, D] each."""
     if q.numel() == 0:
         return tuple(empty_like(q) for _ in range(3))
+    saved = in_one_piece(saved)
     if not runs_kernels(q):
         with without_autocast():
             return grad_torch(grad_o, q, k, v, saved, scale)

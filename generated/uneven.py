@@ -28,7 +28,7 @@ SPEC = {
     "name": "uneven",
     "reweight": True,
 }
-OPERATOR = "uneven_3728f314478296cf"  # in torch.ops.llsa: the name of the spec and the hash of this text
+OPERATOR = "uneven_883a658c933f7ff8"  # in torch.ops.llsa: the name of the spec and the hash of this text
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -48,7 +48,7 @@ EMPTY = tl.constexpr(-(2**63))  # the rank of no token at all
 # What differs from call to call: Triton makes no kernel of its own where one of these is 1 or a multiple of 16.
 UNSPECIALISED = [
     "heads", "heads_per_batch", "n_tokens", "width", "width_above", "parts", "rows_per_split", "splits",
-    "part_l1", "part_l2",
+    "width_l1", "width_l2", "part_l1", "part_l2",
 ]
 
 # Tile shapes: target, bytes of an element, kernel.
@@ -221,8 +221,8 @@ def softmax_step(logits, v, peak, total, acc):
 
 @triton.jit
 def pool_l1_tile(
-    x_ptr, stride_n, mean_l1_ptr, mean_l2_ptr, counts_l1_ptr, counts_l2_ptr,
-    first, n_tokens, CHILDREN: tl.constexpr, ROWS: tl.constexpr,
+    x_ptr, stride_n, mean_l1_ptr, mean_l2_ptr,
+    counts_l1_ptr, counts_l2_ptr, first, n_tokens, CHILDREN: tl.constexpr, ROWS: tl.constexpr,
 ):
     """Level-2 token `first` of one head: its mean, and the means of the level-1 tokens that it covers; zeroes counts."""
     n_l1 = tl.cdiv(n_tokens, SPAN_1)
@@ -274,13 +274,22 @@ def pool_l1_kernel(
     counts_l2_ptr += head.to(tl.int64) * tl.cdiv(n_tokens, SPAN_2)
     if tensor == 0:
         base = head_base(q_ptr, head, stride_qb, stride_qh, heads_per_batch)
-        pool_l1_tile(base, stride_qn, q_l1_ptr + to_l1, q_l2_ptr + to_l2, counts_l1_ptr, counts_l2_ptr, first, n_tokens, CHILDREN, ROWS)
+        pool_l1_tile(
+            base, stride_qn, q_l1_ptr + to_l1, q_l2_ptr + to_l2,
+            counts_l1_ptr, counts_l2_ptr, first, n_tokens, CHILDREN, ROWS,
+        )
     elif tensor == 1:
         base = head_base(k_ptr, head, stride_kb, stride_kh, heads_per_batch)
-        pool_l1_tile(base, stride_kn, k_l1_ptr + to_l1, k_l2_ptr + to_l2, counts_l1_ptr, counts_l2_ptr, first, n_tokens, CHILDREN, ROWS)
+        pool_l1_tile(
+            base, stride_kn, k_l1_ptr + to_l1, k_l2_ptr + to_l2,
+            counts_l1_ptr, counts_l2_ptr, first, n_tokens, CHILDREN, ROWS,
+        )
     else:
         base = head_base(v_ptr, head, stride_vb, stride_vh, heads_per_batch)
-        pool_l1_tile(base, stride_vn, v_l1_ptr + to_l1, v_l2_ptr + to_l2, counts_l1_ptr, counts_l2_ptr, first, n_tokens, CHILDREN, ROWS)
+        pool_l1_tile(
+            base, stride_vn, v_l1_ptr + to_l1, v_l2_ptr + to_l2,
+            counts_l1_ptr, counts_l2_ptr, first, n_tokens, CHILDREN, ROWS,
+        )
 
 
 # ---- selection -------------------------------------------------------------------------------------------------------
@@ -1533,11 +1542,13 @@ def pool_and_select(q, k, v, k_l1, v_l1, k_l2, v_l2, counts_l1, counts_l2, kept_
     )
     at.launch(
         stream, select_l2_kernel, "select_l2_kernel",
-        q_l2, k_l2, kept_l2, at.widths[2], counts_l2, n_tokens,
+        q_l2, k_l2,
+        kept_l2, at.widths[2], counts_l2, n_tokens,
     )
     at.launch(
         stream, select_l1_kernel, "select_l1_kernel",
-        q_l1, k_l1, kept_l2, at.widths[2], kept_l1, at.widths[1], counts_l1, n_tokens,
+        q_l1, k_l1, kept_l2, at.widths[2],
+        kept_l1, at.widths[1], counts_l1, n_tokens,
     )
 
 
@@ -1576,8 +1587,6 @@ def attend_kernels(q, k, v, scale):
 
 def grad_kernels(grad_o, q, k, v, o, saved, scale):
     """dq, dk, dv by the Triton kernels, from what `attend_kernels` returned."""
-    if saved.data_ptr() % 16:  # wherever somebody kept it meanwhile
-        saved = saved.clone()
     at, q, k, v, grad_o = prepare((q, k, v, grad_o), (o,))
     stream = at.stream(q)
     _, heads_per_batch, n_tokens, _ = q.shape
@@ -1979,10 +1988,18 @@ def forward(q, k, v, scale):
         return attend_kernels(q, k, v, scale)
 
 
+def in_one_piece(saved):
+    """What was saved, copied only if its bytes lie apart by now or begin at no multiple of 16: hooks may keep it anywhere."""
+    if saved.is_contiguous() and saved.data_ptr() % 16 == 0:
+        return saved
+    return saved.clone(memory_format=torch.contiguous_format)
+
+
 def backward(grad_o, q, k, v, o, saved, scale):
     """dq, dk, dv, [B, H, N, D] each."""
     if q.numel() == 0:
         return tuple(empty_like(q) for _ in range(3))
+    saved = in_one_piece(saved)
     if not runs_kernels(q):
         with without_autocast():
             return grad_torch(grad_o, q, k, v, saved, scale)

@@ -66,7 +66,7 @@ def breakdown(
 ) -> tuple[KernelRow, ...]:
     """The kernels of `passes` equal passes, per pass, those that take longest first.
 
-    `needed` is the `work` of the kernels of the plan; others ran too, such as torch's filling with zeros.
+    `needed` is the `work` of the kernels of the plan; others may have run too, torch's.
     """
     us: Counter[str] = Counter()
     launches: Counter[str] = Counter()

@@ -60,8 +60,8 @@ class KernelRow(_Record):
     """One kernel of a forward and backward pass: microseconds of all its launches in one pass, and its part of all.
 
     `flops` and `moved_bytes` are those of `llsa_gen.cost`, over all launches; None for a kernel that is not of the
-    plan, such as torch's filling with zeros. `roofline` is the least time that they take at the ceilings over the time
-    taken.
+    plan: one of torch's, or what only looks for leftovers. `roofline` is the least time that they take at the ceilings
+    over the time taken.
     """
 
     kernel: str

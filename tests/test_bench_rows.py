@@ -189,17 +189,17 @@ def test_a_plot_of_nothing_is_refused(tmp_path: Path) -> None:
 
 def test_a_profile_becomes_kernels_beside_the_roofline() -> None:
     long = "void at::native::" + "x" * 100
-    happened = [Event("attend_kernel", 30.0), Event("count_kernel", 1.0), Event("count_kernel", 3.0), Event(long, 6.0)]
+    happened = [Event("attend_kernel", 30.0), Event("scan_kernel", 1.0), Event("scan_kernel", 3.0), Event(long, 6.0)]
     needed = {
         "attend_kernel": Work(flops=int(744e6 * 6), moved_bytes=int(3e6 * 3)),  # 6 us of products, 3 us of copying
-        "count_kernel": Work(flops=0, moved_bytes=int(3e6 * 1)),
+        "scan_kernel": Work(flops=0, moved_bytes=int(3e6 * 1)),
         "never_launched": Work(1, 1),
     }
-    attend, fill, count = breakdown(happened * 2, 2, needed, CEILINGS)
+    attend, fill, scan = breakdown(happened * 2, 2, needed, CEILINGS)
     assert (attend.kernel, attend.launches, attend.us, attend.share) == ("attend_kernel", 1, 30.0, 0.75)
     assert attend.roofline == pytest.approx(6 / 30)
-    assert (count.launches, count.us, count.flops, count.moved_bytes) == (2, 4.0, 0, 3_000_000)
-    assert count.roofline == pytest.approx(1 / 4)
+    assert (scan.launches, scan.us, scan.flops, scan.moved_bytes) == (2, 4.0, 0, 3_000_000)
+    assert scan.roofline == pytest.approx(1 / 4)
     assert len(fill.kernel) == 60 and (fill.flops, fill.moved_bytes, fill.roofline) == (None, None, None)
     assert breakdown([], 2, needed, CEILINGS) == ()
 

@@ -251,7 +251,7 @@ def test_explain_prints_what_the_json_says(place: Path) -> None:
     assert (result.code, result.err) == (0, "")
     for said in (
         "llsa_l2 at 65,536 tokens, 8 heads of 64 (batch included), bfloat16",
-        "69.4 GFLOP", "8.8 TFLOP", "127x", "13.6 MiB", "512",
+        "69.4 GFLOP", "8.8 TFLOP", "127x", "13.7 MiB", "512",
         "N^2/256 from level 2 (linear below)", "beyond 65,811 tokens", "N log N",
     ):  # fmt: skip
         assert said in result.out

@@ -445,6 +445,20 @@ def test_the_operators_pass_torchs_checks(attention: Attention, dtype: torch.dty
         torch.library.opcheck(getattr(operators, f"{name}_backward").default, backward)
 
 
+def test_what_is_saved_may_be_kept_in_a_piece_with_other_tensors(attention: Attention) -> None:
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.pad(x, (1, 1)) if x.dtype == torch.uint8 else x
+
+    def unpack(x: torch.Tensor) -> torch.Tensor:
+        return x[1:-1] if x.dtype == torch.uint8 else x
+
+    leaves = qkv(300, grad=True)
+    wanted = torch.autograd.grad(output(attention, *leaves).sum(), leaves)
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        o = output(attention, *leaves)
+    assert all(map(torch.equal, torch.autograd.grad(o.sum(), leaves), wanted))
+
+
 class Watching(TorchDispatchMode):
     """Sees every operator, as profilers, FLOP counters and activation checkpointing do."""
 

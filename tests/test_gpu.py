@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from examples import BRANCHES, WHOLE
+from examples import spec as make_spec
 from torch import Tensor
 
 import llsa_gen
@@ -118,6 +119,17 @@ def test_sums_that_do_not_fit_are_found_and_left_to_a_second_kernel(monkeypatch:
         totals[std] = total.unique().tolist()
     module.prepared.cache_clear()
     assert totals == {1.0: [1.0], 24.0: [0.0]}
+
+
+@pytest.mark.parametrize("n", [1, 17, 1021, 4001])
+@pytest.mark.parametrize(("head_dim", "enrich"), [(40, (2,)), (56, "none"), (48, "all")])
+def test_gradients_of_tokens_in_gluon(head_dim: int, enrich: Any, n: int) -> None:
+    # padded heads, a share from level 2, none, or from level 1; loose ends, and lists that are cut
+    chosen = make_spec("tokens", head_dim, (16, 4), (16, 3), enrich=enrich)
+    for dtype in ("float16", "bfloat16"):
+        for popular in (False, True):
+            case = fuzz.Case(chosen, n=n, heads=2, batch=2, dtype=dtype, popular=popular, device=DEVICE)
+            fuzz.run(case).raise_if_failed()
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

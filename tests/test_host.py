@@ -324,9 +324,22 @@ def test_another_length_compiles_nothing(
 
     monkeypatch.setattr(JITFunction, "_do_compile", compiled)
     # those that do not fill their coarsest tokens need other kernels, as do 512 and 1,536, whose lists fill no 64 rows
-    for n in (4097, 8191, 65_536, 100_003, 512, 1536):
+    for n in (4097, 8191, 65_536, 100_003, 512, 1536, 200, 9):  # the last two have lists of one
         step(module, draw(n, heads=1))
     assert sorted(gpu.loaded[15:]) == ["attend_kernel", "grad_q_kernel"]
+
+
+def test_lists_of_another_width_compile_nothing(gpu: PretendedGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    # of 16, 12, 2 and 1 tokens: Triton would make a kernel of its own for the first and the last
+    wide = compile({"name": "wide", "head_dim": 64, "levels": [{"block": 16, "topk": 16}] * 2}).module
+    monkeypatch.setattr(wide, "target_of", lambda device: TARGET)
+    for n in (4095, 4096):
+        step(wide, draw(n))
+    loaded = list(gpu.loaded)
+    for n in (3071, 3072, 300, 100):
+        step(wide, draw(n))
+    assert gpu.loaded == loaded
+    wide.prepared.cache_clear()
 
 
 def test_a_first_call_may_be_interrupted_anywhere(gpu: PretendedGpu, module: ModuleType) -> None:
@@ -415,14 +428,18 @@ def test_buffers_have_their_own_part_of_their_memory(
     assert [begin for begin, x in zip(places, tensors, strict=True) if x.numel()] == begins
 
 
-def test_what_was_saved_may_be_kept_anywhere(gpu: PretendedGpu, module: ModuleType) -> None:
+def test_what_was_saved_may_be_kept_anywhere(
+    gpu: PretendedGpu, module: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # Hooks of autograd's may have moved it, into one piece with other tensors, say.
+    monkeypatch.setattr(module, "runs_kernels", lambda x: True)
     q, k, v, grad_o = draw(4096)
     o, _, saved = module.attend_kernels(q, k, v, 0.125)
     elsewhere = torch.zeros(saved.numel() + 1, dtype=torch.uint8)[1:]
-    for memory in (saved, elsewhere, saved):
+    scattered = torch.zeros(saved.numel(), 2, dtype=torch.uint8)[:, 0]
+    for memory in (saved, elsewhere, scattered, saved):
         gpu.log.clear()
-        module.grad_kernels(grad_o, q, k, v, o, memory, 0.125)
+        module.backward(grad_o, q, k, v, o, memory, 0.125)
         addresses = [x.data_ptr() if isinstance(x, Tensor) else x for one in gpu.log for x in one.arguments]
         assert all(x % 16 == 0 for x in addresses if isinstance(x, int) and x >= LOWEST_ADDRESS)
     assert len(gpu.loaded) == 15, "nothing is compiled for it"
