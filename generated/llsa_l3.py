@@ -33,7 +33,7 @@ SPEC = {
     "name": "llsa_l3",
     "reweight": True,
 }
-OPERATOR = "llsa_l3_7ff1c902c005fe73"  # in torch.ops.llsa: the name of the spec and the hash of this text
+OPERATOR = "llsa_l3_d52e2dad36b244ff"  # in torch.ops.llsa: the name of the spec and the hash of this text
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -1463,7 +1463,8 @@ SHARED_BATCH = gl.constexpr(gl.SwizzledSharedLayout(8, 1, 8, [2, 1, 0]))
 WEIGHT_1 = gl.constexpr(math.log2(16))  # log2 of the weight of a whole token of level 1
 WEIGHT_2 = gl.constexpr(math.log2(256))  # log2 of the weight of a whole token of level 2
 WEIGHT_3 = gl.constexpr(math.log2(4096))  # log2 of the weight of a whole token of level 3
-# Buffers of a ring: one is read, and tiles are copied into the others, or into one while the last product still reads the other.
+# Buffers of a ring: one is read, and tiles are copied into the others, or into one of them while the last product
+# still reads the other.
 STAGES = gl.constexpr(3)
 
 
@@ -2325,9 +2326,8 @@ def grad_kv_l0_hopper_kernel(
     child = gl.arange(0, 16, layout=gl.SliceLayout(1, WARP))
     for part in range(first_extra, last_extra):
         at = ((head * parts + part) * 16 + child)[:, None] * HEAD_DIM + dim[None, :]
-        inside = (child < 16)[:, None]
-        grad_k += gl.load(extra_grad_k_ptr + at, mask=inside, other=0.0)
-        grad_v += gl.load(extra_grad_v_ptr + at, mask=inside, other=0.0)
+        grad_k += gl.load(extra_grad_k_ptr + at)
+        grad_v += gl.load(extra_grad_v_ptr + at)
     grad_k += k_above.load(COLUMNS)[None, :]
     grad_v += v_above.load(COLUMNS)[None, :]
     to_head = head * n_tokens * HEAD_DIM
@@ -2418,20 +2418,21 @@ def own_dtypes(layout, dtype):
 
 
 def lay_out(layout, shapes, dtype):
-    """The byte at which each buffer of a layout begins in its memory, a multiple of 256, and how many bytes that has."""
-    begins, end = [], 0
+    """Where each buffer of a layout begins, at a multiple of 256, and ends in its memory, and how long that is: bytes."""
+    places, size = [], 0
     for name, own in own_dtypes(layout, dtype).items():
-        begins.append(end)
-        end += ceil_div(math.prod(shapes[name]) * own.itemsize, 256) * 256
-    return begins, end
+        length = math.prod(shapes[name]) * own.itemsize
+        places.append((size, size + length))
+        size += ceil_div(length, 256) * 256
+    return places, size
 
 
 def views_of(memory, layout, shapes, dtype):
     """The buffers of a layout as tensors in its memory."""
-    begins, _ = lay_out(layout, shapes, dtype)
+    places, _ = lay_out(layout, shapes, dtype)
     return [
-        memory[begin : begin + math.prod(shapes[name]) * own.itemsize].view(own).view(shapes[name])
-        for begin, (name, own) in zip(begins, own_dtypes(layout, dtype).items(), strict=True)
+        memory[begin:end].view(own).view(shapes[name])
+        for (begin, end), (name, own) in zip(places, own_dtypes(layout, dtype).items(), strict=True)
     ]
 
 
@@ -2459,7 +2460,7 @@ def saved_shapes(heads, n_tokens):
 class Prepared:
     """What depends on shapes, strides, dtype and device alone, worked out at the first call with them.
 
-    steps: between batches, heads and rows of each tensor. shapes: of every buffer. begins, sizes: of buffers in the
+    steps: between batches, heads and rows of each tensor. shapes: of every buffer. places, sizes: of buffers in the
     memory of each layout and of that memory, see `lay_out`. grids: programs and tile shapes of every launch.
     ready: what Triton made of a launch, so that from the second one on it does not look for it. both: launches whose two variants are compiled.
     """
@@ -2517,9 +2518,9 @@ class Prepared:
             "grad_v_l3": (heads, tokens[3], 64),
         }
         self.widths = {1: self.shapes["kept_l1"][2], 2: self.shapes["kept_l2"][2], 3: self.shapes["kept_l3"][2]}
-        self.begins, self.sizes = {}, {}
+        self.places, self.sizes = {}, {}
         for layout in LAYOUTS:
-            self.begins[layout], self.sizes[layout] = lay_out(layout, self.shapes, dtype)
+            self.places[layout], self.sizes[layout] = lay_out(layout, self.shapes, dtype)
 
         self.grids = {}
         tile = tiles["pool"]
@@ -2577,7 +2578,7 @@ class Prepared:
         """The buffers of a layout in its memory, as launches up to the one of name `last` take them: see `pointers`."""
         if last in self.ready:
             first = memory.data_ptr()
-            return [first + begin for begin in self.begins[layout]]
+            return [first + begin for begin, _ in self.places[layout]]
         return views_of(memory, layout, self.shapes, self.dtype)
 
     def pointers(self, last, *tensors):

@@ -27,7 +27,7 @@ SPEC = {
     "name": "topk_b128",
     "reweight": True,
 }
-OPERATOR = "topk_b128_1252ac3cc5af85f3"  # in torch.ops.llsa: the name of the spec and the hash of this text
+OPERATOR = "topk_b128_76e1d5c65227b700"  # in torch.ops.llsa: the name of the spec and the hash of this text
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -774,20 +774,21 @@ def own_dtypes(layout, dtype):
 
 
 def lay_out(layout, shapes, dtype):
-    """The byte at which each buffer of a layout begins in its memory, a multiple of 256, and how many bytes that has."""
-    begins, end = [], 0
+    """Where each buffer of a layout begins, at a multiple of 256, and ends in its memory, and how long that is: bytes."""
+    places, size = [], 0
     for name, own in own_dtypes(layout, dtype).items():
-        begins.append(end)
-        end += ceil_div(math.prod(shapes[name]) * own.itemsize, 256) * 256
-    return begins, end
+        length = math.prod(shapes[name]) * own.itemsize
+        places.append((size, size + length))
+        size += ceil_div(length, 256) * 256
+    return places, size
 
 
 def views_of(memory, layout, shapes, dtype):
     """The buffers of a layout as tensors in its memory."""
-    begins, _ = lay_out(layout, shapes, dtype)
+    places, _ = lay_out(layout, shapes, dtype)
     return [
-        memory[begin : begin + math.prod(shapes[name]) * own.itemsize].view(own).view(shapes[name])
-        for begin, (name, own) in zip(begins, own_dtypes(layout, dtype).items(), strict=True)
+        memory[begin:end].view(own).view(shapes[name])
+        for (begin, end), (name, own) in zip(places, own_dtypes(layout, dtype).items(), strict=True)
     ]
 
 
@@ -805,7 +806,7 @@ def saved_shapes(heads, n_tokens):
 class Prepared:
     """What depends on shapes, strides, dtype and device alone, worked out at the first call with them.
 
-    steps: between batches, heads and rows of each tensor. shapes: of every buffer. begins, sizes: of buffers in the
+    steps: between batches, heads and rows of each tensor. shapes: of every buffer. places, sizes: of buffers in the
     memory of each layout and of that memory, see `lay_out`. grids: programs and tile shapes of every launch.
     ready: what Triton made of a launch, so that from the second one on it does not look for it. both: launches whose two variants are compiled.
     """
@@ -833,9 +834,9 @@ class Prepared:
             "extra_grad_v_l0": (heads, parts_l0, 128, 64),
         }
         self.widths = {1: self.shapes["kept_l1"][2]}
-        self.begins, self.sizes = {}, {}
+        self.places, self.sizes = {}, {}
         for layout in LAYOUTS:
-            self.begins[layout], self.sizes[layout] = lay_out(layout, self.shapes, dtype)
+            self.places[layout], self.sizes[layout] = lay_out(layout, self.shapes, dtype)
 
         self.grids = {}
         tile = tiles["pool"]
@@ -864,7 +865,7 @@ class Prepared:
         """The buffers of a layout in its memory, as launches up to the one of name `last` take them: see `pointers`."""
         if last in self.ready:
             first = memory.data_ptr()
-            return [first + begin for begin in self.begins[layout]]
+            return [first + begin for begin, _ in self.places[layout]]
         return views_of(memory, layout, self.shapes, self.dtype)
 
     def pointers(self, last, *tensors):

@@ -66,7 +66,7 @@ def breakdown(
 ) -> tuple[KernelRow, ...]:
     """The kernels of `passes` equal passes, per pass, those that take longest first.
 
-    `needed` is the `work` of the kernels of the plan; others may have run too, torch's.
+    `needed` is the `work` of the kernels of the plan; others may have run too.
     """
     us: Counter[str] = Counter()
     launches: Counter[str] = Counter()
