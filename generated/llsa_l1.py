@@ -31,7 +31,7 @@ SPEC = {
     "name": "llsa_l1",
     "reweight": True,
 }
-OPERATOR = "llsa_l1_64f679278ea3b655"  # in torch.ops.llsa: the name of the spec and the hash of this text
+OPERATOR = "llsa_l1_33672cb89f626309"  # in torch.ops.llsa: the name of the spec and the hash of this text
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -2372,10 +2372,8 @@ def empty_outputs(q):
 
 def empty_selection(q, k):
     """The kept tokens of each level, finest first, not filled in."""
-    heads, tokens = q.shape[0] * q.shape[1], level_tokens(q.shape[2])
-    return [
-        q.new_empty((heads, tokens[1], min(8, tokens[1])), dtype=torch.int32),
-    ]
+    shapes = saved_shapes(q.shape[0] * q.shape[1], q.shape[2])
+    return [q.new_empty(shapes[name], dtype=torch.int32) for name in ("kept_l1",)]
 
 
 def forward(q, k, v, scale):

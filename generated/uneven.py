@@ -28,7 +28,7 @@ SPEC = {
     "name": "uneven",
     "reweight": True,
 }
-OPERATOR = "uneven_7542158e314b2f59"  # in torch.ops.llsa: the name of the spec and the hash of this text
+OPERATOR = "uneven_02f18293da6c6531"  # in torch.ops.llsa: the name of the spec and the hash of this text
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -1971,11 +1971,8 @@ def empty_outputs(q):
 
 def empty_selection(q, k):
     """The kept tokens of each level, finest first, not filled in."""
-    heads, tokens = q.shape[0] * q.shape[1], level_tokens(q.shape[2])
-    return [
-        q.new_empty((heads, tokens[1], min(7, tokens[1])), dtype=torch.int32),
-        q.new_empty((heads, tokens[2], min(3, tokens[2])), dtype=torch.int32),
-    ]
+    shapes = saved_shapes(q.shape[0] * q.shape[1], q.shape[2])
+    return [q.new_empty(shapes[name], dtype=torch.int32) for name in ("kept_l1", "kept_l2",)]
 
 
 def forward(q, k, v, scale):
