@@ -12,9 +12,15 @@ at its end; there are T_l = ceil(N / P_l). Each query token of a level keeps at 
 """
 
 import contextlib
+import ctypes
 import functools
 import math
 import numbers
+import os
+import struct
+import subprocess
+import warnings
+from typing import NamedTuple
 
 import torch
 import triton
@@ -31,7 +37,7 @@ SPEC = {
     "name": "topk_l2",
     "reweight": True,
 }
-OPERATOR = "topk_l2_605d0077a6f1b704"  # in torch.ops.llsa: the name of the spec and the hash of this text
+OPERATOR = "topk_l2_64eb03ba3b43e7d9"  # in torch.ops.llsa: the name of the spec and the hash of this text
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -301,19 +307,89 @@ def no_keys(shape: tl.constexpr, DOUBLES: tl.constexpr):
 
 
 @triton.jit
-def store_kept(kept_ptr, counts_ptr, row, width, inside, best, KEEP: tl.constexpr, DOUBLES: tl.constexpr):
-    """Write the tokens of the best rank keys, best first, to rows of `width`, -1 where there are fewer; count them."""
-    place = KEEP - 1 - tl.arange(0, KEEP)
+def tokens_of(best, DOUBLES: tl.constexpr):
+    """The tokens of rank keys, int32, -1 where there is none."""
     if DOUBLES:
         bits = best.to(tl.int64, bitcast=True)
         low = bits & 0x7FFFFFFF
-        token = tl.where(best == float("-inf"), -1, tl.where(bits < 0, low, 0x7FFFFFFF - low)).to(tl.int32)
+        return tl.where(best == float("-inf"), -1, tl.where(bits < 0, low, 0x7FFFFFFF - low)).to(tl.int32)
     else:
-        token = tl.where(best == EMPTY, -1, 0x7FFFFFFF - (best & 0x7FFFFFFF)).to(tl.int32)
+        return tl.where(best == EMPTY, -1, 0x7FFFFFFF - (best & 0x7FFFFFFF)).to(tl.int32)
+
+
+@triton.jit
+def store_kept(kept_ptr, counts_ptr, row, width, inside, best, KEEP: tl.constexpr, DOUBLES: tl.constexpr):
+    """Write the tokens of the best rank keys, best first, to rows of `width`, -1 where there are fewer; count them."""
+    place = KEEP - 1 - tl.arange(0, KEEP)
+    token = tokens_of(best, DOUBLES)
     at = row.to(tl.int64)[:, None] * width + place[None, :]
     inside = inside[:, None] & (place < width)[None, :]
     tl.store(kept_ptr + at, token, mask=inside)
     tl.atomic_add(counts_ptr + token, 1, mask=inside & (token >= 0), sem="relaxed")  # nothing waits for it here
+
+
+@triton.jit
+def best_of_all(
+    q, k_ptr, n_candidates,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, KEEP: tl.constexpr, DOUBLES: tl.constexpr, SPLIT: tl.constexpr,
+):
+    """The rank keys of the KEEP best of all candidates for each row of q [BLOCK_M, D], ascending, dealt to SPLIT warps."""
+    q = tl.broadcast_to(q[None, :, :], [SPLIT, BLOCK_M, PAD_DIM])
+    best = no_keys([SPLIT, BLOCK_M, KEEP], DOUBLES)
+    share = tl.arange(0, SPLIT)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    for start in range(0, n_candidates, SPLIT * BLOCK_N):
+        token = start + share
+        candidate = token < n_candidates
+        k = load_rows(k_ptr, token, HEAD_DIM, candidate)
+        scores = tl.dot(q, tl.permute(k, (0, 2, 1)), input_precision="ieee")
+        best = keep_best(best, rank_keys(scores, token[:, None, :], candidate[:, None, :], DOUBLES), KEEP)
+    return tl.bitonic_merge(tl.topk(tl.reshape(tl.permute(best, (1, 0, 2)), [BLOCK_M, SPLIT * KEEP]), KEEP))
+
+
+@triton.jit
+def ordered(bits):
+    """The bits of a float as an integer in the order of floats, and that as bits again."""
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def best_by_runs(
+    q, k_ptr, n_candidates,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, KEEP: tl.constexpr, DOUBLES: tl.constexpr, SPLIT: tl.constexpr,
+):
+    """The same by way of runs of RUN tokens: the KEEP that have the best scores, and of their tokens the best.
+
+    But for rounding, no other run has one of the best tokens, for it has KEEP above it; the second time, scores are sums in
+    another order. NaN is taken for the positive one, which products make.
+
+    A product leaves columns 2 t and 2 t + 1 of every eight to one thread; these hold runs of its own, of which it keeps a
+    list, so that no step of the loop crosses threads.
+    """
+    RUN: tl.constexpr = BLOCK_N // (4 * KEEP)
+    column = tl.arange(0, BLOCK_N)
+    eight, t = column // 8, column % 8 // 2
+    place = (t * KEEP + eight // (RUN // 2)) * RUN + eight % (RUN // 2) * 2 + column % 2
+    share = tl.arange(0, SPLIT)[:, None] * BLOCK_N + place[None, :]
+    run_share = tl.reshape(tl.arange(0, SPLIT * 4 * KEEP), [SPLIT, 4, KEEP])
+    rows = tl.broadcast_to(q[None, :, :], [SPLIT, BLOCK_M, PAD_DIM])
+    best = no_keys([SPLIT, BLOCK_M, 4, KEEP], DOUBLES)
+    for start in range(0, n_candidates, SPLIT * BLOCK_N):
+        token = tl.minimum(start + share, n_candidates - 1)  # the last run may hold the last token twice
+        k = load_rows(k_ptr, token, HEAD_DIM, token >= 0)
+        scores = tl.dot(rows, tl.permute(k, (0, 2, 1)), input_precision="ieee")
+        high = tl.reshape(ordered(scores.to(tl.int32, bitcast=True)), [SPLIT, BLOCK_M, KEEP, RUN // 2, 4, 2])
+        high = tl.permute(tl.max(tl.max(high, 5), 3), (0, 1, 3, 2))  # of each run
+        run = (start // RUN + run_share)[:, None, :, :]
+        scores = ordered(high).to(tl.float32, bitcast=True)
+        best = keep_best(best, rank_keys(scores, run, run * RUN < n_candidates, DOUBLES), KEEP)
+    best = tl.reshape(tl.permute(best, (1, 0, 2, 3)), [BLOCK_M, SPLIT * 4 * KEEP])
+    run = tokens_of(tl.topk(best, KEEP), DOUBLES)
+
+    token = tl.reshape(run[:, :, None] * RUN + tl.arange(0, RUN)[None, None, :], [BLOCK_M, KEEP * RUN])
+    candidate = (token >= 0) & (token < n_candidates)
+    k = load_rows(k_ptr, token, HEAD_DIM, candidate)
+    scores = tl.sum(q[:, None, :].to(tl.float32) * k.to(tl.float32), 2)
+    return tl.bitonic_merge(tl.topk(rank_keys(scores, token, candidate, DOUBLES), KEEP))
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
@@ -322,11 +398,12 @@ def select_l2_kernel(
     kept_l2_ptr, width,  # [B*H, T_2, width] int32, out
     counts_l2_ptr,  # [B*H, T_2] int32, zero before, out: how many query tokens keep each key token
     n_tokens,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, KEEP: tl.constexpr, DOUBLES: tl.constexpr, SPLIT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, KEEP: tl.constexpr, DOUBLES: tl.constexpr, SPLIT: tl.constexpr, RUNS: tl.constexpr,
 ):
     """I^(2): the K_2 = 8 best of all T_2 key tokens, for each query token of the coarsest level.
 
-    Grid: B*H * ceil(T_2 / BLOCK_M). KEEP is K_2 rounded up to a power of two, SPLIT how many share the candidates.
+    Grid: B*H * ceil(T_2 / BLOCK_M). KEEP is K_2 rounded up to a power of two, SPLIT how many share the candidates;
+    RUNS: see `best_by_runs`.
     """
     n_l2 = tl.cdiv(n_tokens, SPAN_2)
     tiles = tl.cdiv(n_l2, BLOCK_M)
@@ -347,17 +424,10 @@ def select_l2_kernel(
             scores = tl.dot(q, tl.trans(k), input_precision="ieee")
             keys = rank_keys(scores, token[None, :], candidate[None, :], DOUBLES)
             best = keep_best(best, keys, KEEP)
+    elif RUNS:
+        best = best_by_runs(q, k_ptr, n_candidates, BLOCK_M, BLOCK_N, KEEP, DOUBLES, SPLIT)
     else:
-        q = tl.broadcast_to(q[None, :, :], [SPLIT, BLOCK_M, PAD_DIM])
-        best = no_keys([SPLIT, BLOCK_M, KEEP], DOUBLES)
-        share = tl.arange(0, SPLIT)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-        for start in range(0, n_candidates, SPLIT * BLOCK_N):
-            token = start + share
-            candidate = token < n_l2
-            k = load_rows(k_ptr, token, HEAD_DIM, candidate)
-            scores = tl.dot(q, tl.permute(k, (0, 2, 1)), input_precision="ieee")
-            best = keep_best(best, rank_keys(scores, token[:, None, :], candidate[:, None, :], DOUBLES), KEEP)
-        best = tl.bitonic_merge(tl.topk(tl.reshape(tl.permute(best, (1, 0, 2)), [BLOCK_M, SPLIT * KEEP]), KEEP))
+        best = best_of_all(q, k_ptr, n_candidates, BLOCK_M, BLOCK_N, KEEP, DOUBLES, SPLIT)
     store_kept(kept_l2_ptr + head * n_l2 * width, counts_ptr, row, width, inside, best, KEEP, DOUBLES)
 
 
@@ -1058,10 +1128,15 @@ class Prepared:
 
     steps: between batches, heads and rows of each tensor. shapes: of every buffer. places, sizes: of buffers in the
     memory of each layout and of that memory, see `lay_out`. grids: programs and tile shapes of every launch.
-    ready: what Triton made of a launch, so that from the second one on it does not look for it. both: launches whose two variants are compiled.
+    ready: what Triton made of each launch, so that it need not look for it again. tapes: the launches of each pass, from
+    its first call on, or None where that cannot be played.
     """
 
-    def __init__(self, heads, n_tokens, dtype, strides, tiles):
+    def __init__(self, device, dtype, shape, strides, tiles):
+        self.device = device
+        batch, self.heads_per_batch, self.n_tokens, _ = shape
+        self.heads = heads = batch * self.heads_per_batch
+        n_tokens = self.n_tokens
         self.dtype = dtype
         self.steps = [stride[:3] for stride in strides]
         tokens = level_tokens(n_tokens)
@@ -1095,7 +1170,7 @@ class Prepared:
         self.grids = {}
         tile = tiles["pool"]
         self.grids["pool_l1_kernel"] = 2 * heads * tokens[2], tile
-        tile = tiles["select_l2"]
+        tile = tiles["select_l2"] | {"RUNS": has_runs(tokens[2], tiles["select_l2"])}
         self.grids["select_l2_kernel"] = heads * ceil_div(tokens[2], tile["BLOCK_M"]), tile
         tile = tiles["select_l1"]
         self.grids["select_l1_kernel"] = heads * tokens[2] * ceil_div(min(16, tokens[1]), tile["BLOCK_M"]), tile
@@ -1112,56 +1187,30 @@ class Prepared:
         tile = tiles["grad_kv_l0"]
         self.grids["grad_kv_l0_extra_kernel"] = heads * parts_l0 * ceil_div(16, tile["BLOCK_N"]), tile
         self.grids["grad_kv_l0_kernel"] = heads * tokens[1] * ceil_div(16, tile["BLOCK_N"]), tile
-        self.ready = {}
-        self.both = set()
+        self.ready, self.tapes = {}, {}
 
-    def memory(self, q, layout):
-        """One piece of memory on q's device for all buffers of a layout."""
-        return q.new_empty(self.sizes[layout], dtype=torch.uint8)
+    def memory(self, layout):
+        """One piece of memory for all buffers of a layout."""
+        return torch.empty(self.sizes[layout], dtype=torch.uint8, device=self.device)
 
-    def buffers(self, memory, layout, last):
-        """The buffers of a layout in its memory, as launches up to the one of name `last` take them: see `pointers`."""
-        if last in self.ready:
-            first = memory.data_ptr()
-            return [first + begin for begin, _ in self.places[layout]]
-        return views_of(memory, layout, self.shapes, self.dtype)
+    def buffers(self, memory, layout):
+        """The buffers of a layout in its memory, an `Argument`: an `Argument` each."""
+        views = views_of(memory.value, layout, self.shapes, self.dtype)
+        return [Argument(view, memory.base, begin) for view, (begin, _) in zip(views, self.places[layout], strict=True)]
 
-    def pointers(self, last, *tensors):
-        """The tensors as launches take them, up to the one of name `last`: themselves or, from the second time on, addresses.
+    def run(self, launches, tensors, scale=0.0):
+        """Launch a pass, whose function `launches` names its kernels in order, over tensors that are alike at every call.
 
-        Triton needs to know a tensor's dtype only once: where a launch is ready, so are those before it. An address is
-        looked up once here; of a tensor, Triton and the driver look it up at every launch.
+        The kernels read and write only these and, at `Argument.offset`, what lies in them; lengths and strides stay what they are.
         """
-        return [x.data_ptr() for x in tensors] if last in self.ready else tensors
-
-    def stream(self, q):
-        """Where the launches of one call go, looked up once for all that are ready; None where Triton has to look itself."""
-        if not self.ready or is_watched():
-            return None
-        return triton.runtime.driver.active.get_current_stream(q.device.index)
-
-    def launch(self, stream, kernel, name, *arguments):
-        """Launch `kernel` with the grid and the tile shapes of that name; where it has no programs, only compile it."""
-        ready = self.ready.get(name)
-        if ready is not None:
-            compiled, programs, run, handles, shapes = ready
-            if programs and stream is None:
-                compiled[programs, 1, 1](*arguments, *shapes)
-            elif programs:  # as Triton would, but nobody is told of it
-                run(programs, 1, 1, stream, *handles, *arguments, *shapes)
+        tape = self.tapes.get(launches)
+        if tape is not None and not is_watched():
+            tape.play(triton.runtime.driver.active.get_current_stream(self.device.index), scale, tensors)
             return
-        programs, tile = self.grids[name]
-        chosen, taken = variant(kernel, tile)
-        compiled = chosen[(programs,)](*arguments, **taken)
-        # nothing comes from the interpreter; on ROCm, Triton also tells large tensors from small ones
-        if compiled is not None and not torch.version.hip:
-            shapes = [taken[parameter] for parameter in chosen.arg_names[len(arguments) :]]
-            self.ready[name] = compiled, programs, *starter(compiled), shapes
-        if compiled is not None and "WHOLE" in tile and name not in self.both:
-            # another length may need the other variant: nothing is compiled then
-            self.both.add(name)
-            chosen, other = variant(kernel, tile | {"WHOLE": not tile["WHOLE"]})
-            chosen.warmup(*arguments, **other, grid=(programs,))
+        launch = Recorder(self, launches not in self.tapes)
+        launches(self, launch, *[Argument(x, 2 + i) for i, x in enumerate(tensors)], Argument(scale, 1))
+        if launch.noting:
+            self.tapes[launches] = None if None in launch.parts else Tape(launch.parts)
 
 
 def is_whole(tokens, tile):
@@ -1171,6 +1220,14 @@ def is_whole(tokens, tile):
         n_tokens % 256 == 0
         and min(8, tokens[1]) * 16 % tile["BLOCK_N"] == 0
     )
+
+
+MANY_CANDIDATES = 1024  # of the coarsest level: from so many on, `best_by_runs` is the faster
+
+
+def has_runs(n_candidates, tile):
+    """Whether runs of candidates are ranked first: there are many, dealt to several warps, and at least two to a run."""
+    return tile["SPLIT"] > 1 and tile["BLOCK_N"] >= 8 * tile["KEEP"] and n_candidates >= MANY_CANDIDATES
 
 
 def variant(kernel, tile):
@@ -1189,21 +1246,6 @@ def variant(kernel, tile):
     return kernel[1], taken | {"maxnreg": registers}
 
 
-def starter(compiled):
-    """What starts a compiled kernel where nobody is told of it, and what it takes between the stream and the arguments.
-
-    Triton's launcher, or for Triton 3.6 the function in C behind it: at every launch, the launcher looks for scratch
-    memory, of which these kernels need none.
-    """
-    run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
-    if not triton.__version__.startswith("3.6.") or type(run).__name__ != "CudaLauncher":
-        return run, (function, metadata, None, None, None)
-    if run.global_scratch_size or run.profile_scratch_size:
-        return run, (function, metadata, None, None, None)
-    options = run.launch_cooperative_grid, run.launch_pdl
-    return run.launch, (function, *options, None, None, metadata, None, None, None)
-
-
 def is_watched():
     """Whether Triton tells somebody of launches, a profiler say."""
     knobs = triton.knobs.runtime
@@ -1213,6 +1255,304 @@ def is_watched():
 def tells(hook):
     """Whether there is anybody in what Triton calls at a launch: a chain of its own, or what was put in its place."""
     return bool(hook.calls) if isinstance(hook, triton.knobs.HookChain) else hook is not None
+
+
+# What launches a whole pass, for the CUDA driver. A tape is the context of the GPU and the launches. A parameter of a kernel is
+# a base and an offset from it: base 0 is 0, base 1 the bits of the scale, the others are the addresses of the pass's tensors.
+PLAYER = r"""
+#include <Python.h>
+#include <pthread.h>
+#include <stdint.h>
+
+enum { RELAXED = 2 }; /* a thread's capture mode: it may allocate and free while another captures */
+struct launch { uint64_t kernel; uint32_t programs, threads, shared, count; }; /* and then its parameters */
+struct parameter { uint64_t base, offset; };
+struct node { void *kernel; unsigned grid[3], block[3], shared; void **parameters, **extra, *kern, *context; };
+
+/* The functions of the driver that are used, in the order of DRIVER; each returns a CUresult. */
+struct driver {
+    int (*launch)(void *kernel, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void *, void **, void **);
+    int (*is_capturing)(void *stream, int *status);
+    int (*exchange_capture_mode)(int *mode);
+    int (*graph_create)(void **graph, unsigned flags);
+    int (*graph_destroy)(void *graph);
+    int (*add_node)(void **added, void *graph, void **after, size_t count, const struct node *);
+    int (*instantiate)(void **exec, void *graph, unsigned long long flags);
+    int (*exec_destroy)(void *exec);
+    int (*set_node)(void *exec, void *node, const struct node *);
+    int (*graph_launch)(void *exec, void *stream);
+    int (*get_context)(void **context);
+    int (*set_context)(void *context);
+};
+
+/* A pass as a CUDA graph; who holds the mutex may set its nodes and launch it. Nodes are those of `all`, which has to stay. */
+struct graph { pthread_mutex_t mutex; struct driver driver; void *all, *exec, *nodes[]; };
+
+/* Read one launch of a tape, with parameters put together in `values`; returns where the next begins. */
+static const char *next(const char *at, const uint64_t *bases, uint64_t *values, struct node *node) {
+    const struct launch *launch = (const struct launch *)at;
+    const struct parameter *parameter = (const struct parameter *)(launch + 1);
+    node->kernel = (void *)launch->kernel;
+    node->grid[0] = launch->programs;
+    node->block[0] = launch->threads;
+    node->shared = launch->shared;
+    for (uint32_t i = 0; i < launch->count; i++, parameter++)
+        values[i] = bases[parameter->base] + parameter->offset;
+    return (const char *)parameter;
+}
+
+static struct node blank(uint64_t *values, void **parameters) {
+    for (int i = 0; i < PARAMETERS; i++)
+        parameters[i] = &values[i];
+    return (struct node){.grid = {1, 1, 1}, .block = {1, 1, 1}, .parameters = parameters};
+}
+
+/* The launches of a tape, with its context current: a thread that has launched nothing yet may have none. */
+static const char *open_tape(const struct driver *driver, const char *tape) {
+    void *context = NULL;
+    if (!driver->get_context(&context) && !context)
+        driver->set_context(*(void *const *)tape);
+    return tape + sizeof(void *);
+}
+
+static void release(struct graph *graph) {
+    int mode = RELAXED;
+    graph->driver.exchange_capture_mode(&mode);
+    if (graph->exec)
+        graph->driver.exec_destroy(graph->exec); /* what runs, runs on */
+    if (graph->all)
+        graph->driver.graph_destroy(graph->all);
+    graph->driver.exchange_capture_mode(&mode);
+    pthread_mutex_destroy(&graph->mutex);
+    PyMem_Free(graph);
+}
+
+static void forget(PyObject *capsule) { release(PyCapsule_GetPointer(capsule, NULL)); }
+
+/* graph(driver, tape, launches, stream): the pass as a CUDA graph, one kernel after the other; False if the driver fails, and
+   None while the stream is captured, which needs no graph. */
+static PyObject *make_graph(PyObject *self, PyObject *arguments) {
+    PyObject *functions, *tape;
+    Py_ssize_t count;
+    unsigned long long stream;
+    uint64_t bases[BASES] = {0}, values[PARAMETERS] = {0};
+    void *parameters[PARAMETERS];
+    struct node node = blank(values, parameters);
+    if (!PyArg_ParseTuple(arguments, "SSnK", &functions, &tape, &count, &stream))
+        return NULL;
+    const struct driver *driver = (const struct driver *)PyBytes_AS_STRING(functions);
+    const char *at = open_tape(driver, PyBytes_AS_STRING(tape));
+    int capturing = 0, mode = RELAXED;
+    if (driver->is_capturing((void *)stream, &capturing) || capturing)
+        Py_RETURN_NONE;
+    struct graph *graph = PyMem_Malloc(sizeof(struct graph) + count * sizeof(void *));
+    if (!graph)
+        return PyErr_NoMemory();
+    graph->driver = *driver;
+    graph->all = graph->exec = NULL;
+    pthread_mutex_init(&graph->mutex, NULL);
+    driver->exchange_capture_mode(&mode);
+    int error = driver->graph_create(&graph->all, 0);
+    for (Py_ssize_t i = 0; i < count && !error; i++) {
+        at = next(at, bases, values, &node);
+        error = driver->add_node(&graph->nodes[i], graph->all, i ? &graph->nodes[i - 1] : NULL, i > 0, &node);
+    }
+    if (!error)
+        error = driver->instantiate(&graph->exec, graph->all, 0);
+    driver->exchange_capture_mode(&mode);
+    PyObject *capsule = error ? NULL : PyCapsule_New(graph, NULL, forget);
+    if (!capsule)
+        release(graph);
+    if (error)
+        Py_RETURN_FALSE;
+    return capsule;
+}
+
+/* play(driver, tape, graph, stream, scale, *addresses): what the driver says of the first launch that fails, or 0. As a graph
+   whose nodes are set first; launch by launch where there is none, they cannot be set, or the stream is captured. */
+static PyObject *play(PyObject *self, PyObject *const *arguments, Py_ssize_t count) {
+    uint64_t bases[BASES] = {0}, values[PARAMETERS];
+    void *parameters[PARAMETERS];
+    struct node node = blank(values, parameters);
+    if (count < 5 || count - 3 > BASES || !PyBytes_Check(arguments[0]) || !PyBytes_Check(arguments[1])) {
+        PyErr_SetString(PyExc_TypeError, "play: expected the driver and a tape, bytes, a graph, a stream, a scale, addresses");
+        return NULL;
+    }
+    const struct driver *driver = (const struct driver *)PyBytes_AS_STRING(arguments[0]);
+    const char *tape = PyBytes_AS_STRING(arguments[1]), *end = tape + PyBytes_GET_SIZE(arguments[1]), *at;
+    struct graph *graph = PyCapsule_CheckExact(arguments[2]) ? PyCapsule_GetPointer(arguments[2], NULL) : NULL;
+    void *stream = PyLong_AsVoidPtr(arguments[3]);
+    union { float scale; uint32_t bits; } scale = {(float)PyFloat_AsDouble(arguments[4])};
+    bases[1] = scale.bits;
+    for (Py_ssize_t i = 5; i < count; i++)
+        bases[i - 3] = PyLong_AsUnsignedLongLong(arguments[i]);
+    if (PyErr_Occurred())
+        return NULL;
+
+    int error = 0, capturing = 0, launched = 0;
+    Py_BEGIN_ALLOW_THREADS
+    tape = open_tape(driver, tape);
+    if (graph && !driver->is_capturing(stream, &capturing) && !capturing) {
+        pthread_mutex_lock(&graph->mutex);
+        at = tape;
+        for (int i = 0; at < end && !error; i++) {
+            at = next(at, bases, values, &node);
+            error = driver->set_node(graph->exec, graph->nodes[i], &node);
+        }
+        launched = !error;
+        error = launched ? driver->graph_launch(graph->exec, stream) : 0;
+        pthread_mutex_unlock(&graph->mutex);
+    }
+    for (at = tape; at < end && !launched && !error;) {
+        at = next(at, bases, values, &node);
+        error = driver->launch(node.kernel, node.grid[0], 1, 1, node.block[0], 1, 1, node.shared, stream, parameters, NULL);
+    }
+    Py_END_ALLOW_THREADS
+    return PyLong_FromLong(error);
+}
+
+static PyMethodDef methods[] = {
+    {"play", (PyCFunction)(void (*)(void))play, METH_FASTCALL, NULL}, {"graph", make_graph, METH_VARARGS, NULL}, {NULL} };
+static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "llsa_player", NULL, -1, methods};
+PyMODINIT_FUNC PyInit_llsa_player(void) { return PyModule_Create(&module); }
+"""
+BASES, PARAMETERS = 16, 128  # of a pass and of a launch, at most
+GRAPHS = {}  # by tape and stream, for launches of one graph wait for each other
+MANY_GRAPHS = 512  # are kept: each takes some 100 KB of the GPU
+ONE_BY_ONE = os.environ.get("CUDA_LAUNCH_BLOCKING") == "1"  # whoever asks which launch it was will not be told of a graph
+SIZES = {"i32": 4, "i64": 8, "fp32": 4}  # of a parameter, bytes, by Triton's name of its type; addresses take 8
+DRIVER = (
+    "cuLaunchKernel", "cuStreamIsCapturing", "cuThreadExchangeStreamCaptureMode", "cuGraphCreate", "cuGraphDestroy",
+    "cuGraphAddKernelNode_v2", "cuGraphInstantiateWithFlags", "cuGraphExecDestroy", "cuGraphExecKernelNodeSetParams_v2",
+    "cuGraphLaunch", "cuCtxGetCurrent", "cuCtxSetCurrent",
+)
+
+
+class Argument(NamedTuple):
+    """What differs from call to call in the arguments of a launch, as `play` puts it together, and its value in this call."""
+
+    value: torch.Tensor | float
+    base: int
+    offset: int = 0
+
+
+@functools.cache
+def libcuda():
+    """The CUDA driver, for ctypes."""
+    return ctypes.CDLL("libcuda.so.1")
+
+
+def tell(why):
+    """One warning that launches go through Triton."""
+    warnings.warn(f"{OPERATOR}: Triton launches every kernel by itself, which takes longer: {why}", RuntimeWarning, stacklevel=2)
+
+
+@functools.cache
+def player():
+    """PLAYER, compiled as Triton compiles its own driver and kept where Triton keeps that, and DRIVER; None if that fails."""
+    source = f"#define BASES {BASES}\n#define PARAMETERS {PARAMETERS}\n{PLAYER}"
+    try:
+        _ = libcuda().cuFuncGetParamInfo  # from CUDA 12.4 on
+        functions = [ctypes.cast(getattr(libcuda(), name), ctypes.c_void_p).value for name in DRIVER]
+        compiled = triton.runtime.build.compile_module_from_src(source, "llsa_player")
+    except (AttributeError, OSError, RuntimeError, ImportError, subprocess.SubprocessError) as error:
+        tell(error)
+        return None
+    return compiled, struct.pack(f"{len(DRIVER)}P", *functions)
+
+
+def parameter_sizes(function):
+    """The sizes in bytes of a kernel's parameters, as the driver knows them."""
+    offset, size, found = ctypes.c_size_t(), ctypes.c_size_t(), []
+    while True:
+        which = ctypes.c_void_p(function), ctypes.c_size_t(len(found))
+        if libcuda().cuFuncGetParamInfo(*which, ctypes.byref(offset), ctypes.byref(size)):
+            return found
+        found.append(size.value)
+
+
+def recorded(compiled, programs, arguments):
+    """A launch as PLAYER reads it; None where anything but its parameters would have to be known, or these are others."""
+    if compiled is None or torch.version.hip or player() is None:  # nothing comes from the interpreter
+        return None
+    known = compiled.metadata
+    parameters, sizes = [], []
+    for kind, argument in zip(compiled.src.signature.values(), arguments, strict=False):
+        if kind != "constexpr":  # nor a number that Triton has made a constant
+            base, offset = argument[1:] if isinstance(argument, Argument) else (0, argument % 2**64)
+            parameters += base, offset
+            sizes.append(8 if kind[0] == "*" else SIZES.get(kind))
+    parameters += 0, 0, 0, 0  # no scratch memory of either kind
+    more = known.num_ctas > 1 or known.launch_cooperative_grid or known.launch_pdl
+    more = more or known.global_scratch_size or known.profile_scratch_size or len(parameters) > 2 * PARAMETERS
+    if more or parameter_sizes(compiled.function) != [*sizes, 8, 8]:
+        tell(f"{known.name} takes more than its arguments and two addresses of scratch memory")
+        return None
+    launch = compiled.function, programs, 32 * known.num_warps, known.shared, len(parameters) // 2
+    return struct.pack(f"=Q4I{len(parameters)}Q", *launch, *parameters)
+
+
+class Tape:
+    """The launches of a pass, `parts`, on the GPU whose context is current."""
+
+    def __init__(self, parts):
+        context = ctypes.c_void_p()
+        libcuda().cuCtxGetCurrent(ctypes.byref(context))
+        self.text, self.count = b"".join([struct.pack("P", context.value or 0), *parts]), len(parts)
+
+    def play(self, stream, scale, tensors):
+        """Launch them all for these tensors."""
+        compiled, driver = player()
+        graph = GRAPHS.get((self, stream), ONE_BY_ONE or None)
+        if graph is None:
+            graph = compiled.graph(driver, self.text, self.count, stream)
+            if graph is not None:
+                if len(GRAPHS) >= MANY_GRAPHS:
+                    oldest, *_ = GRAPHS
+                    GRAPHS.pop(oldest, None)  # or another thread has
+                GRAPHS[self, stream] = graph
+        error = compiled.play(driver, self.text, graph, stream, scale, *[x.data_ptr() for x in tensors])
+        if error:
+            text = ctypes.c_char_p()
+            libcuda().cuGetErrorString(error, ctypes.byref(text))
+            raise RuntimeError(f"{OPERATOR}: CUDA error {error} at a launch: {(text.value or b'unknown').decode()}")
+
+
+class Recorder:
+    """Launches the kernels of a pass through Triton and, if `noting`, notes how: `parts`, None for what cannot be played.
+
+    Triton needs to see but one call of all that it does not tell apart, which are those of one `Prepared`.
+    """
+
+    def __init__(self, at, noting):
+        self.at, self.noting, self.parts = at, noting, []
+
+    def __call__(self, kernel, *arguments):
+        """Launch a kernel with its grid and tile shapes, or the one of a pair that fits; without programs, only compile it."""
+        values = [x.value if isinstance(x, Argument) else x for x in arguments]
+        name = (kernel[0] if isinstance(kernel, tuple) else kernel).__name__
+        programs, tile = self.at.grids[name]
+        if name in self.at.ready:
+            compiled, shapes = self.at.ready[name]
+            if programs:
+                compiled[programs, 1, 1](*values, *shapes)
+        else:
+            compiled = self.first(kernel, name, programs, tile, values)
+        if programs and self.noting:
+            self.parts.append(recorded(compiled, programs, arguments))
+
+    def first(self, kernel, name, programs, tile, values):
+        """Launch a kernel that Triton has to look for; what it makes of it, None in the interpreter."""
+        chosen, taken = variant(kernel, tile)
+        compiled = chosen[(programs,)](*values, **taken)
+        if compiled is None or torch.version.hip:  # where Triton also tells large tensors from small ones
+            return compiled
+        if "WHOLE" in tile:
+            # another length may need the other variant: nothing is compiled then
+            twin, other = variant(kernel, tile | {"WHOLE": not tile["WHOLE"]})
+            twin.warmup(*values, **other, grid=(programs,))
+        self.at.ready[name] = compiled, [taken[parameter] for parameter in chosen.arg_names[len(values) :]]
+        return compiled
 
 
 def empty_like(x):
@@ -1251,16 +1591,16 @@ def schedule_for(device, dtype):
     return SCHEDULES[target_of(device)][dtype.itemsize]
 
 
-def prepare(tensors, made=()):
-    """The `Prepared` for q, k, ... [B, H, N, D] and for what an earlier call `made` of them; q, k, ..., `aligned`.
+def prepare(tensors):
+    """The `Prepared` for q, k, ... [B, H, N, D]; q, k, ..., `aligned`.
 
     Triton also tells apart where a row begins: at a multiple of 16 bytes or not.
     """
     q = tensors[0]
     strides = tuple([x.stride() for x in tensors])
-    starts = tuple([x.data_ptr() % 16 for x in (*tensors, *made)])
+    starts = tuple([x.data_ptr() % 16 for x in tensors])
     at = prepared(q.device, q.dtype, q.shape, strides, starts)
-    return (at, *tensors) if at is not None else prepare([aligned(x) for x in tensors], made)
+    return (at, *tensors) if at is not None else prepare([aligned(x) for x in tensors])
 
 
 @functools.lru_cache(maxsize=1024)
@@ -1272,115 +1612,119 @@ def prepared(device, dtype, shape, strides, starts):
     # the kernels in Gluon copy 16 bytes at a time, and multiply a stride in 32 bits
     if any(starts) or any(stride[2] >= 2**30 for stride in strides):
         tiles = {stage: {name: size for name, size in entry.items() if name != "HOPPER"} for stage, entry in tiles.items()}
-    return Prepared(shape[0] * shape[1], shape[2], dtype, strides, tiles)
+    return Prepared(device, dtype, shape, strides, tiles)
 
 
-def pool_and_select(q, k, counts_l1, counts_l2, kept_l1, kept_l2, at, stream):
+def pool_and_select(at, launch, q, k, counts_l1, counts_l2, kept_l1, kept_l2, memory):
     """Fill in the pyramid and, from the coarsest level down, the tokens that are kept.
 
-    Takes [B, H, N, D] tensors, `aligned`, and, as launches take them, the buffers to fill in:
-    how many queries keep each token, [B*H, T_l], and lists of kept tokens, [B*H, T_l, width], int32.
+    Out: how many queries keep each token, [B*H, T_l]; lists of kept tokens, [B*H, T_l, width], int32.
     """
-    batch, heads_per_batch, n_tokens, _ = q.shape
-    memory = at.memory(q, "selection")  # held until all is launched: buffers may be but addresses in it
-    [q_l1, k_l1, q_l2, k_l2] = at.buffers(memory, "selection", "select_l1_kernel")
-    [q_ptr, k_ptr] = at.pointers("select_l1_kernel", q, k)
-
-    at.launch(
-        stream, pool_l1_kernel, "pool_l1_kernel",
-        q_ptr, *at.steps[0],
-        k_ptr, *at.steps[1],
+    [q_l1, k_l1, q_l2, k_l2] = at.buffers(memory, "selection")
+    q_steps, k_steps, *_ = at.steps
+    launch(
+        pool_l1_kernel,
+        q, *q_steps, k, *k_steps,
         q_l1, k_l1,
         q_l2, k_l2,
         counts_l1, counts_l2,
-        heads_per_batch, batch * heads_per_batch, n_tokens,
+        at.heads_per_batch, at.heads, at.n_tokens,
     )
-    at.launch(
-        stream, select_l2_kernel, "select_l2_kernel",
+    launch(
+        select_l2_kernel,
         q_l2, k_l2,
-        kept_l2, at.widths[2], counts_l2, n_tokens,
+        kept_l2, at.widths[2], counts_l2, at.n_tokens,
     )
-    at.launch(
-        stream, select_l1_kernel, "select_l1_kernel",
+    launch(
+        select_l1_kernel,
         q_l1, k_l1, kept_l2, at.widths[2],
-        kept_l1, at.widths[1], counts_l1, n_tokens,
+        kept_l1, at.widths[1], counts_l1, at.n_tokens,
     )
+
+
+def select_launches(at, launch, q, k, saved, memory, scale):
+    """The launches of `select_kernels`."""
+    _, _, *pyramid = at.buffers(saved, "saved")
+    pool_and_select(at, launch, q, k, *pyramid, memory)
 
 
 def select_kernels(q, k):
     """The kept tokens of each level, finest first, by the Triton kernels."""
-    at, q, k = prepare((q, k))
-    saved = at.memory(q, "saved")
-    _, _, *pyramid = at.buffers(saved, "saved", "select_l1_kernel")
-    pool_and_select(q, k, *pyramid, at, at.stream(q))
+    at, *tensors = prepare((q, k))
+    saved = at.memory("saved")
+    at.run(select_launches, (*tensors, saved, at.memory("selection")))
     return [kept.clone() for kept in views_of(saved, "saved", at.shapes, q.dtype)[-2:]]
+
+
+def attend_launches(at, launch, q, k, v, o, lse, saved, memory, scale):
+    """The launches of `attend_kernels`."""
+    [peak, total, counts_l1, counts_l2, kept_l1, kept_l2] = at.buffers(saved, "saved")
+    pool_and_select(at, launch, q, k, counts_l1, counts_l2, kept_l1, kept_l2, memory)
+    q_steps, k_steps, v_steps = at.steps
+    launch(
+        attend_kernel,
+        q, *q_steps, k, *k_steps, v, *v_steps,
+        kept_l1, at.widths[1],
+        o, lse, peak, total, scale, at.heads_per_batch, at.n_tokens,
+    )
 
 
 def attend_kernels(q, k, v, scale):
     """o, lse and what the backward pass needs, memory of the layout `saved`, by the Triton kernels."""
     at, q, k, v = prepare((q, k, v))
-    stream = at.stream(q)
-    _, heads_per_batch, n_tokens, _ = q.shape
-    o, lse, saved = empty_like(q), q.new_empty(at.shapes["lse"], dtype=torch.float32), at.memory(q, "saved")
-    [peak, total, counts_l1, counts_l2, kept_l1, kept_l2] = at.buffers(saved, "saved", "attend_kernel")
-    pool_and_select(q, k, counts_l1, counts_l2, kept_l1, kept_l2, at, stream)
-    [q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr] = at.pointers("attend_kernel", q, k, v, o, lse)
-    at.launch(
-        stream, attend_kernel, "attend_kernel",
-        q_ptr, *at.steps[0], k_ptr, *at.steps[1], v_ptr, *at.steps[2],
-        kept_l1, at.widths[1],
-        o_ptr, lse_ptr, peak, total, scale, heads_per_batch, n_tokens,
-    )
+    o, lse, saved = empty_like(q), q.new_empty(at.shapes["lse"], dtype=torch.float32), at.memory("saved")
+    at.run(attend_launches, (q, k, v, o, lse, saved, at.memory("selection")), scale)
     return o, lse, saved
+
+
+def grad_launches(at, launch, q, k, v, grad_o, o, saved, grad_q, grad_k, grad_v, memory, scale):
+    """The launches of `grad_kernels`."""
+    [peak, total, counts_l1, counts_l2, kept_l1, kept_l2] = at.buffers(saved, "saved")
+    [delta, offsets_l1, keepers_l1, extra_l1, offsets_l2, keepers_l2, extra_grad_k_l0, extra_grad_v_l0] = at.buffers(memory, "gradients")
+    q_steps, k_steps, v_steps, grad_o_steps = at.steps
+    q_rows, k_rows, v_rows, grad_o_rows = (q, *q_steps), (k, *k_steps), (v, *v_steps), (grad_o, *grad_o_steps)
+    heads_per_batch, n_tokens = at.heads_per_batch, at.n_tokens
+
+    launch(
+        scan_kernel,
+        counts_l1, counts_l2,
+        offsets_l1, extra_l1, at.part_lengths[0],
+        offsets_l2,
+        at.heads, n_tokens,
+    )
+    launch(
+        invert_l2_kernel,
+        kept_l2, at.widths[2], offsets_l2, keepers_l2, n_tokens,
+    )
+    launch(
+        invert_l1_kernel,
+        kept_l1, at.widths[1], offsets_l1, offsets_l2, keepers_l2, at.widths[2], keepers_l1, n_tokens,
+    )
+    launch(
+        grad_q_kernel,
+        *q_rows, *k_rows, *v_rows,
+        kept_l1, at.widths[1],
+        o, *grad_o_rows, peak, total, grad_q, delta, scale, heads_per_batch, n_tokens,
+    )
+    launch(
+        grad_kv_l0_extra_kernel,
+        *q_rows, *grad_o_rows, peak, total, delta, *k_rows, *v_rows,
+        keepers_l1, at.widths[1], offsets_l1, extra_l1, extra_grad_k_l0, extra_grad_v_l0, at.parts_l0, scale, heads_per_batch, n_tokens,
+    )
+    launch(
+        (grad_kv_l0_kernel, grad_kv_l0_hopper_kernel),
+        *q_rows, *grad_o_rows, peak, total, delta, *k_rows, *v_rows,
+        keepers_l1, at.widths[1], offsets_l1, extra_l1, extra_grad_k_l0, extra_grad_v_l0,
+        grad_k, grad_v, at.parts_l0, scale, heads_per_batch, n_tokens,
+    )
 
 
 def grad_kernels(grad_o, q, k, v, o, saved, scale):
     """dq, dk, dv by the Triton kernels, from what `attend_kernels` returned."""
-    at, q, k, v, grad_o = prepare((q, k, v, grad_o), (o,))
-    stream = at.stream(q)
-    _, heads_per_batch, n_tokens, _ = q.shape
-    heads = q.shape[0] * heads_per_batch
-    grad_q, grad_k, grad_v = empty_like(q), empty_like(q), empty_like(q)
-    memory = at.memory(q, "gradients")  # held until all is launched: buffers may be but addresses in it
-    [delta, offsets_l1, keepers_l1, extra_l1, offsets_l2, keepers_l2, extra_grad_k_l0, extra_grad_v_l0] = at.buffers(memory, "gradients", "grad_kv_l0_kernel")
-    [peak, total, counts_l1, counts_l2, kept_l1, kept_l2] = at.buffers(saved, "saved", "grad_kv_l0_kernel")
-    [q_ptr, k_ptr, v_ptr, grad_o_ptr, o_ptr, grad_q_ptr, grad_k_ptr, grad_v_ptr] = at.pointers("grad_kv_l0_kernel", q, k, v, grad_o, o, grad_q, grad_k, grad_v)
-    q_steps, k_steps, v_steps, grad_o_steps = at.steps
-    q_rows, k_rows, v_rows, grad_o_rows = (q_ptr, *q_steps), (k_ptr, *k_steps), (v_ptr, *v_steps), (grad_o_ptr, *grad_o_steps)
-
-    at.launch(
-        stream, scan_kernel, "scan_kernel",
-        counts_l1, counts_l2,
-        offsets_l1, extra_l1, at.part_lengths[0],
-        offsets_l2,
-        heads, n_tokens,
-    )
-    at.launch(
-        stream, invert_l2_kernel, "invert_l2_kernel",
-        kept_l2, at.widths[2], offsets_l2, keepers_l2, n_tokens,
-    )
-    at.launch(
-        stream, invert_l1_kernel, "invert_l1_kernel",
-        kept_l1, at.widths[1], offsets_l1, offsets_l2, keepers_l2, at.widths[2], keepers_l1, n_tokens,
-    )
-    at.launch(
-        stream, grad_q_kernel, "grad_q_kernel",
-        *q_rows, *k_rows, *v_rows,
-        kept_l1, at.widths[1],
-        o_ptr, *grad_o_rows, peak, total, grad_q_ptr, delta, scale, heads_per_batch, n_tokens,
-    )
-    at.launch(
-        stream, grad_kv_l0_extra_kernel, "grad_kv_l0_extra_kernel",
-        *q_rows, *grad_o_rows, peak, total, delta, *k_rows, *v_rows,
-        keepers_l1, at.widths[1], offsets_l1, extra_l1, extra_grad_k_l0, extra_grad_v_l0, at.parts_l0, scale, heads_per_batch, n_tokens,
-    )
-    at.launch(
-        stream, (grad_kv_l0_kernel, grad_kv_l0_hopper_kernel), "grad_kv_l0_kernel",
-        *q_rows, *grad_o_rows, peak, total, delta, *k_rows, *v_rows,
-        keepers_l1, at.widths[1], offsets_l1, extra_l1, extra_grad_k_l0, extra_grad_v_l0,
-        grad_k_ptr, grad_v_ptr, at.parts_l0, scale, heads_per_batch, n_tokens,
-    )
-    return grad_q, grad_k, grad_v
+    at, q, k, v, grad_o = prepare((q, k, v, grad_o))
+    grads = empty_like(q), empty_like(q), empty_like(q)
+    at.run(grad_launches, (q, k, v, grad_o, o, saved, *grads, at.memory("gradients")), scale)
+    return grads
 
 
 # ---- the CPU path ----------------------------------------------------------------------------------------------------
@@ -1676,11 +2020,11 @@ def forward(q, k, v, scale):
         return attend_kernels(q, k, v, scale)
 
 
-def in_one_piece(saved):
-    """What was saved, copied only if its bytes lie apart by now or begin at no multiple of 16: hooks may keep it anywhere."""
-    if saved.is_contiguous() and saved.data_ptr() % 16 == 0:
-        return saved
-    return saved.clone(memory_format=torch.contiguous_format)
+def in_one_piece(x):
+    """What was saved, copied only if it lies apart by now or begins at no multiple of 16 bytes: hooks may keep it anywhere."""
+    if x.is_contiguous() and x.data_ptr() % 16 == 0:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def backward(grad_o, q, k, v, o, saved, scale):
@@ -1692,7 +2036,7 @@ def backward(grad_o, q, k, v, o, saved, scale):
         with without_autocast():
             return grad_torch(grad_o, q, k, v, saved, scale)
     with on_device_of(q):
-        return grad_kernels(grad_o, q, k, v, o, saved, scale)
+        return grad_kernels(grad_o, q, k, v, in_one_piece(o), saved, scale)
 
 
 def select_forward(q, k):
@@ -1767,28 +2111,36 @@ def register():
 LIBRARY = register() or globals().get("LIBRARY")  # which a reload of this module must not drop
 
 
+def may_be_dual():
+    """Whether tensors may carry forward-mode tangents: not outside all levels of those, whose number is torch's own name."""
+    return getattr(torch.autograd.forward_ad, "_current_level", 0) >= 0
+
+
 def check(tensors):
     """One clear error for tensors that the operator does not take."""
     first, q = next(iter(tensors.items()))
-    tracing = torch.compiler.is_compiling()
+    dual = may_be_dual() and not torch.compiler.is_compiling()
     for name, x in tensors.items():
         if not isinstance(x, torch.Tensor):
             raise TypeError(f"{name}: expected a tensor [B, H, N, {HEAD_DIM.value}], got {type(x).__name__}")
         if x.layout is not torch.strided or x.is_nested:
             raise TypeError(f"{name}: expected a dense tensor, got layout {x.layout}{', nested' * x.is_nested}")
-        if x.dim() != 4:
-            raise ValueError(f"{name}: expected 4 dimensions [B, H, N, {HEAD_DIM.value}], got shape {list(x.shape)}")
-        if x.shape[3] != HEAD_DIM.value:
-            raise ValueError(f"{name}: expected head dim {HEAD_DIM.value}, got {x.shape[3]} in shape {list(x.shape)}")
-        if x.dtype not in DTYPES:
-            raise TypeError(f"{name}: expected torch.float32, torch.float16 or torch.bfloat16, got {x.dtype}")
-        if x.shape != q.shape:
-            raise ValueError(f"{name}: expected shape {list(q.shape)} like {first} (self-attention), got {list(x.shape)}")
-        if x.dtype != q.dtype:
-            raise TypeError(f"{name}: expected {q.dtype} like {first}, got {x.dtype}")
-        if x.device != q.device:
-            raise ValueError(f"{name}: expected device {q.device} like {first}, got {x.device}")
-        if not tracing and torch.autograd.forward_ad.unpack_dual(x).tangent is not None:
+        shape, dtype, device = x.shape, x.dtype, x.device
+        if x is q:
+            like = shape, dtype, device
+        if len(shape) != 4:
+            raise ValueError(f"{name}: expected 4 dimensions [B, H, N, {HEAD_DIM.value}], got shape {list(shape)}")
+        if shape[3] != HEAD_DIM.value:
+            raise ValueError(f"{name}: expected head dim {HEAD_DIM.value}, got {shape[3]} in shape {list(shape)}")
+        if dtype not in DTYPES:
+            raise TypeError(f"{name}: expected torch.float32, torch.float16 or torch.bfloat16, got {dtype}")
+        if shape != like[0]:
+            raise ValueError(f"{name}: expected shape {list(like[0])} like {first} (self-attention), got {list(shape)}")
+        if dtype != like[1]:
+            raise TypeError(f"{name}: expected {like[1]} like {first}, got {dtype}")
+        if device != like[2]:
+            raise ValueError(f"{name}: expected device {like[2]} like {first}, got {device}")
+        if dual and torch.autograd.forward_ad.unpack_dual(x).tangent is not None:
             raise NotImplementedError(f"{name}: forward-mode derivatives are not available, got a dual tensor")
     if q.device.type not in ("cpu", "cuda"):
         raise ValueError(f"{first}: expected a tensor on the CPU or a GPU (cuda), got device {q.device}")

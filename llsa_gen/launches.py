@@ -170,7 +170,7 @@ class _Recorder:
 
     def __init__(self, function: JITFunction, note: Note) -> None:  # type: ignore[type-arg]
         self._function, self._note = function, note
-        self.arg_names = function.arg_names
+        self.__name__, self.arg_names = function.__name__, function.arg_names
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         return lambda *args, **kwargs: self._note(self._function, grid, args, kwargs)

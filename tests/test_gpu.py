@@ -4,6 +4,7 @@ Most of the time goes into Triton's compiler: `pytest -m gpu -n 8` shares that o
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from examples import BRANCHES, WHOLE
 from examples import spec as make_spec
 from torch import Tensor
+from triton import knobs
 
 import llsa_gen
 from llsa_gen import Spec, fuzz, reference
@@ -71,6 +73,15 @@ def test_any_inputs(dtype: fuzz.DType) -> None:
             fuzz.run(fuzz.Case(spec, n=n, dtype=dtype, scale=scale, device=DEVICE)).raise_if_failed()
 
 
+@pytest.mark.parametrize("head_dim", [24, 64, 128, 256])
+@pytest.mark.parametrize("topk", [1, 3, 8])
+def test_candidates_by_the_thousand(topk: int, head_dim: int) -> None:
+    # from 1,024 on, runs of them are ranked before they are
+    spec = make_spec("many_candidates", head_dim, (16, topk))
+    for values in ("normal", "integers"):
+        fuzz.run(fuzz.Case(spec, n=16 * 1031 + 5, dtype="bfloat16", values=values, device=DEVICE)).raise_if_failed()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ["topk_b128", "llsa_l2"])
 def test_a_peak_that_turns_out_too_low(name: str, dtype: fuzz.DType) -> None:
@@ -102,6 +113,8 @@ def test_sums_that_are_next_to_nothing(dtype: fuzz.DType, far: float, monkeypatc
 
 class Missing:
     """Stands where a kernel stood, and does nothing."""
+
+    __name__ = "attend_hopper_again_kernel"
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         return lambda *args, **kwargs: None
@@ -277,6 +290,112 @@ def test_cuda_graphs_from_the_second_call_on(name: str) -> None:
     torch.cuda.synchronize()
     for x, y in zip(captured, results(attention, inputs), strict=True):
         assert fuzz.same_bits(x, y)
+
+
+@pytest.fixture
+def through_triton() -> Iterator[Callable[[], None]]:
+    """From when it is called on, Triton launches every kernel itself, for somebody wants to be told of that."""
+
+    def told(metadata: Any) -> None:
+        pass
+
+    yield lambda: knobs.runtime.launch_enter_hook.add(told)
+    knobs.runtime.launch_enter_hook.remove(told)
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_many_calls_in_flight(name: str, through_triton: Callable[[], None]) -> None:
+    # launched from the second call on as a CUDA graph whose nodes are set before, while those before it still run
+    attention, head_dim = llsa_gen.compile(SPECS[name]), shipped(name).head_dim
+    inputs = [draw(2048, head_dim, 2, torch.bfloat16, seed) for seed in range(40)]
+    results(attention, inputs[0])
+    found = [results(attention, one) for one in inputs]
+    tapes = tapes_of(attention.module, inputs[0])
+    assert len(tapes) == 2 and not any(isinstance(graph_of(attention.module, tape), bool) for tape in tapes)
+    through_triton()
+    for one, played in zip(inputs, found, strict=True):
+        assert all(map(torch.equal, results(attention, one), played))
+
+
+def graph_of(module: Any, tape: Any) -> object:
+    """The graph of a tape on the current stream."""
+    return module.GRAPHS[tape, torch.cuda.current_stream().cuda_stream]
+
+
+def tapes_of(module: Any, inputs: Sequence[Tensor]) -> list[Any]:
+    """The tapes for inputs like these, of the forward pass and of the backward pass."""
+    q, k, v, grad_o = (x.detach() for x in inputs)
+    return [tape for tensors in ((q, k, v), (q, k, v, grad_o)) for tape in module.prepare(tensors)[0].tapes.values()]
+
+
+def test_threads_and_streams(through_triton: Callable[[], None]) -> None:
+    attention = llsa_gen.compile(SPECS["llsa_l2"])
+    inputs = [draw(1024, 64, 2, torch.bfloat16, seed) for seed in range(64)]
+    torch.cuda.synchronize()
+
+    def work(thread: int) -> list[tuple[Tensor, ...]]:
+        # two threads a stream, so that they set and launch the same graphs
+        with torch.cuda.stream(streams[thread % 4]):
+            return [results(attention, one) for one in inputs[8 * thread : 8 * thread + 8]]
+
+    streams = [torch.cuda.Stream() for _ in range(4)]
+    with ThreadPoolExecutor(8) as pool:
+        found = [one for part in pool.map(work, range(8)) for one in part]
+    torch.cuda.synchronize()
+    through_triton()
+    for one, played in zip(inputs, found, strict=True):
+        assert all(map(torch.equal, results(attention, one), played))
+
+
+@pytest.mark.parametrize("own_stream", [True, False])
+def test_a_thread_that_has_done_nothing_on_the_gpu(own_stream: bool) -> None:
+    attention = llsa_gen.compile(SPECS["llsa_l2"])
+    q, k, v, _ = (x.detach() for x in draw(1024, 64, 2, torch.bfloat16))
+    stream = torch.cuda.Stream() if own_stream else torch.cuda.current_stream()
+    torch.cuda.synchronize()  # what is drawn is there for every stream
+
+    def work() -> Tensor:
+        with torch.cuda.stream(stream):
+            found = attention(q, k, v)
+        assert isinstance(found, Tensor)
+        return found
+
+    wanted, *_ = (work() for _ in range(3))
+    torch.cuda.synchronize()
+    with ThreadPoolExecutor(1) as pool:
+        found = pool.submit(work).result()
+    torch.cuda.synchronize()
+    assert torch.equal(found, wanted)
+
+
+def test_graphs_made_and_destroyed_while_another_thread_captures() -> None:
+    attention = llsa_gen.compile(SPECS["llsa_l2"])
+    module = attention.module
+    q, k, v, _ = (x.detach() for x in draw(2048, 64, 2, torch.bfloat16))
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()  # what is drawn is there for every stream
+
+    def work() -> tuple[Any, ...]:
+        with torch.cuda.stream(stream):
+            found = tuple(attention(q, k, v) for _ in range(2))
+        module.prepared.cache_clear()
+        module.GRAPHS.clear()
+        return found
+
+    with ThreadPoolExecutor(1) as pool:
+        wanted, _ = pool.submit(work).result()
+        pool.submit(
+            work
+        ).result()  # whose memory torch keeps for the next: it cannot get any while a stream is captured
+        _ = q * 2
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            captured = q * 2
+            found = pool.submit(work).result()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(captured, q * 2)
+    assert all(torch.equal(one, wanted) for one in found)
 
 
 def test_torch_compile_of_a_cold_operator() -> None:

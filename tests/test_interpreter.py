@@ -95,6 +95,16 @@ def test_tiles_smaller_than_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
     fuzz.run(fuzz.Case(chosen, n=24 * 3 * 3 + 5, dtype="float16")).raise_if_failed()
 
 
+@pytest.mark.parametrize(("topk", "values"), [(1, "integers"), (3, "normal"), (8, "zero_queries")])
+def test_runs_of_candidates(topk: int, values: fuzz.Values, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = spec("many_candidates", 16, (2, topk), enrich="none")
+    module = compile(chosen).module
+    monkeypatch.setattr(module, "prepared", module.prepared.__wrapped__)
+    monkeypatch.setattr(module, "MANY_CANDIDATES", 16)  # with 1,024, it takes minutes
+    for n in (2 * 99 + 1, 33):  # the last run is not full
+        fuzz.run(fuzz.Case(chosen, n=n, dtype="float16", values=values)).raise_if_failed()
+
+
 @pytest.mark.parametrize("score", [-1.0, 0.0, 1.0])
 def test_of_equal_scores_the_lower_token(other_gpu: Spec, score: float) -> None:
     q, k = (torch.full((1, 1, 277, 16), value, dtype=torch.float16) for value in (1.0, score))

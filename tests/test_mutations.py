@@ -40,6 +40,7 @@ PAIRS = fuzz.Case(spec("pairs", 16, (32, 2), (2, 2)), n=3 * 64 + 5)
 # one that all twelve keepers keep: more than are summed at a time
 CROWD = fuzz.Case(spec("crowd", 16, (32, 2), (2, 1)), n=12 * 64, popular=True)
 # 100 candidates, dealt to four warps in half precision
+RUNS = "    elif RUNS:", "    elif BLOCK_N >= 8 * KEEP:"
 MANY = fuzz.Case(spec("many", 16, (2, 3)), n=200, dtype="float16")
 # a K too large to sort for, of 70 candidates
 WIDE = fuzz.Case(spec("wide", 16, (2, 65)), n=139)
@@ -166,11 +167,32 @@ KERNELS = (
     mutation(
         "the same candidates to every warp", "select.py", "SPLIT)[:, None] * BLOCK_N", "SPLIT)[:, None] * 0", MANY
     ),
+    Mutation(
+        "a run by its lowest score",
+        "select.py.j2",
+        (RUNS, ("tl.max(tl.max(high, 5), 3)", "tl.min(tl.max(high, 5), 3)")),
+        MANY,
+    ),
+    Mutation(
+        "runs of tokens that lie apart", "select.py.j2", (RUNS, ("* RUN + eight %", "+ 4 * KEEP * eight %")), MANY
+    ),
+    Mutation(
+        "the best run alone",
+        "select.py.j2",
+        (
+            RUNS,
+            (
+                "run = tokens_of(tl.topk(best, KEEP), DOUBLES)",
+                "run = tl.where(tl.arange(0, KEEP) == 0, tokens_of(tl.topk(best, KEEP), DOUBLES), -1)",
+            ),
+        ),
+        MANY,
+    ),
     mutation(
         "last of the best dropped",
         "select.py",
-        "tl.where(best == EMPTY, -1,",
-        "tl.where((best == EMPTY) | (place == width - 1)[None, :], -1,",
+        "token = tokens_of(best, DOUBLES)",
+        "token = tl.where((place == width - 1)[None, :], -1, tokens_of(best, DOUBLES))",
     ),
     Mutation(
         "ties to the higher index",
