@@ -233,7 +233,7 @@ KERNELS = (
         "in range(first_extra, first_extra)",
         POPULAR,
     ),
-    mutation("strides of another tensor", "host.py", "v_ptr, *at.steps[2]", "v_ptr, *at.steps[1]", STRIDES),
+    mutation("strides of another tensor", "host.py", "v, *v_steps", "v, *k_steps", STRIDES),
 )
 
 TORCH = (
