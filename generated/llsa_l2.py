@@ -37,7 +37,7 @@ SPEC = {
     "name": "llsa_l2",
     "reweight": True,
 }
-OPERATOR = "llsa_l2_3a5e0656e6bc1602"  # in torch.ops.llsa: the name of the spec and the hash of this text
+OPERATOR = "llsa_l2_f3c111d504e0d804"  # in torch.ops.llsa: the name of the spec and the hash of this text
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -2598,12 +2598,19 @@ class Recorder:
         compiled = chosen[(programs,)](*values, **taken)
         if compiled is None or torch.version.hip:  # where Triton also tells large tensors from small ones
             return compiled
+        # another length may need the other variant: nothing is compiled then
         if "WHOLE" in tile:
-            # another length may need the other variant: nothing is compiled then
-            twin, other = variant(kernel, tile | {"WHOLE": not tile["WHOLE"]})
-            twin.warmup(*values, **other, grid=(programs,))
+            warm(kernel, tile | {"WHOLE": not tile["WHOLE"]}, programs, values)
+        if "RUNS" in tile and has_runs(MANY_CANDIDATES, tile):
+            warm(kernel, tile | {"RUNS": not tile["RUNS"]}, programs, values)
         self.at.ready[name] = compiled, [taken[parameter] for parameter in chosen.arg_names[len(values) :]]
         return compiled
+
+
+def warm(kernel, tile, programs, values):
+    """Compile a kernel, or the one of a pair that fits, and do not launch it."""
+    kernel, tile = variant(kernel, tile)
+    kernel.warmup(*values, **tile, grid=(programs,))
 
 
 def empty_like(x):

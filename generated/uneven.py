@@ -34,7 +34,7 @@ SPEC = {
     "name": "uneven",
     "reweight": True,
 }
-OPERATOR = "uneven_b418afbccbc2a68e"  # in torch.ops.llsa: the name of the spec and the hash of this text
+OPERATOR = "uneven_40335e5040e15828"  # in torch.ops.llsa: the name of the spec and the hash of this text
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -1796,11 +1796,18 @@ class Recorder:
         compiled = kernel[(programs,)](*values, **tile)
         if compiled is None or torch.version.hip:  # where Triton also tells large tensors from small ones
             return compiled
+        # another length may need the other variant: nothing is compiled then
         if "WHOLE" in tile:
-            # another length may need the other variant: nothing is compiled then
-            kernel.warmup(*values, **tile | {"WHOLE": not tile["WHOLE"]}, grid=(programs,))
+            warm(kernel, tile | {"WHOLE": not tile["WHOLE"]}, programs, values)
+        if "RUNS" in tile and has_runs(MANY_CANDIDATES, tile):
+            warm(kernel, tile | {"RUNS": not tile["RUNS"]}, programs, values)
         self.at.ready[name] = compiled, [tile[parameter] for parameter in kernel.arg_names[len(values) :]]
         return compiled
+
+
+def warm(kernel, tile, programs, values):
+    """Compile a kernel, or the one of a pair that fits, and do not launch it."""
+    kernel.warmup(*values, **tile, grid=(programs,))
 
 
 def empty_like(x):

@@ -282,7 +282,7 @@ def test_products_of_float32_are_not_summed_in_one_chain() -> None:
 
 
 def test_the_figures_are_those_of_the_toolchain(tmp_path: Path) -> None:
-    (report,) = aot.compile_kernels(shipped("topk_l1"), "cuda:90", "bfloat16", kernels=["select_l1_kernel"])
+    (report,) = aot.compile_kernels(shipped("topk_l1"), "cuda:90", "bfloat16", 65536, kernels=["select_l1_kernel"])
     launch = next(x for x in aot.record(shipped("topk_l1"), 65536, "bfloat16", "cuda:90") if x.kernel == report.kernel)
     source, options = aot.specialise(launch, aot.gpu_target("cuda:90"))
     asm = triton.compile(source, target=aot.gpu_target("cuda:90"), options=options).asm

@@ -637,9 +637,10 @@ def test_another_length_compiles_nothing(
 
     monkeypatch.setattr(JITFunction, "_do_compile", compiled)
     # those that do not fill their coarsest tokens need other kernels, as do 512 and 1,536, whose lists fill no 64 rows
-    for n in (4097, 8191, 65_536, 100_003, 512, 1536, 200, 9):  # the last two have lists of one
+    # and 1,024 tokens of the coarsest level, of which runs are ranked first
+    for n in (4097, 8191, 65_536, 100_003, 512, 1536, 200, 9, 262_144):  # of 200 and 9 tokens, lists have one
         step(module, draw(n, heads=1))
-    assert sorted(gpu.loaded[15:]) == ["attend_kernel", "grad_q_kernel"]
+    assert sorted(gpu.loaded[15:]) == ["attend_kernel", "grad_q_kernel", "select_l2_kernel"]
 
 
 def test_lists_of_another_width_compile_nothing(gpu: PretendedGpu, load: Callable[[Any], ModuleType]) -> None:
