@@ -37,7 +37,7 @@ SPEC = {
     "name": "llsa_b64",
     "reweight": True,
 }
-OPERATOR = "llsa_b64_e0f15a75add5966c"  # in torch.ops.llsa: the name of the spec and the hash of this text
+OPERATOR = "llsa_b64_01657fbb4d38818b"  # in torch.ops.llsa: the name of the spec and the hash of this text
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -1635,14 +1635,14 @@ def has_runs(n_candidates, tile):
 def variant(kernel, tile):
     """Which kernel a launch is, and what it takes of its tile shapes.
 
-    Of a pair, the one in Gluon where the schedule says HOPPER, the most registers that a thread of it may have, and,
-    of those that have WHOLE, where nothing needs a mask; not in the interpreter, which knows no Gluon.
+    Of a pair, the one in Gluon where the schedule says HOPPER, the most registers that a thread of it may have; not in
+    the interpreter, which knows no Gluon.
     """
     if not isinstance(kernel, tuple):
         return kernel, {name: value for name, value in tile.items() if name != "HOPPER"}
     tile = dict(tile)
     registers = tile.pop("HOPPER", 0)
-    if INTERPRETED or not registers or not tile.get("WHOLE", True):
+    if INTERPRETED or not registers:
         return kernel[0], tile
     taken = {name: size for name, size in tile.items() if name == "num_warps" or name in kernel[1].arg_names}
     return kernel[1], taken | {"maxnreg": registers}
@@ -1945,23 +1945,17 @@ class Recorder:
 
     def first(self, kernel, name, programs, tile, values):
         """Launch a kernel that Triton has to look for; what it makes of it, None in the interpreter."""
-        chosen, taken = variant(kernel, tile)
-        compiled = chosen[(programs,)](*values, **taken)
+        kernel, tile = variant(kernel, tile)
+        compiled = kernel[(programs,)](*values, **tile)
         if compiled is None or torch.version.hip:  # where Triton also tells large tensors from small ones
             return compiled
         # another length may need the other variant: nothing is compiled then
         if "WHOLE" in tile:
-            warm(kernel, tile | {"WHOLE": not tile["WHOLE"]}, programs, values)
+            kernel.warmup(*values, **tile | {"WHOLE": not tile["WHOLE"]}, grid=(programs,))
         if "RUNS" in tile and has_runs(MANY_CANDIDATES, tile):
-            warm(kernel, tile | {"RUNS": not tile["RUNS"]}, programs, values)
-        self.at.ready[name] = compiled, [taken[parameter] for parameter in chosen.arg_names[len(values) :]]
+            kernel.warmup(*values, **tile | {"RUNS": not tile["RUNS"]}, grid=(programs,))
+        self.at.ready[name] = compiled, [tile[parameter] for parameter in kernel.arg_names[len(values) :]]
         return compiled
-
-
-def warm(kernel, tile, programs, values):
-    """Compile a kernel, or the one of a pair that fits, and do not launch it."""
-    kernel, tile = variant(kernel, tile)
-    kernel.warmup(*values, **tile, grid=(programs,))
 
 
 def empty_like(x):

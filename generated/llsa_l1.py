@@ -36,7 +36,7 @@ SPEC = {
     "name": "llsa_l1",
     "reweight": True,
 }
-OPERATOR = "llsa_l1_899dfd736d5b6f39"  # in torch.ops.llsa: the name of the spec and the hash of this text
+OPERATOR = "llsa_l1_5984e986226e7c56"  # in torch.ops.llsa: the name of the spec and the hash of this text
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -1081,74 +1081,147 @@ class Keys(NamedTuple):
     k_l1_ptr: gl.tensor
     v_l1_ptr: gl.tensor
     end_l1: gl.tensor  # how many of the tiles are of level 1
-    n_l1: gl.tensor  # T_1
+    n_tokens: gl.tensor  # N
     first: gl.tensor  # of the query blocks
 
 
 @gluon.jit
-def parents_of_coarse(keys, tile):
-    """Of each row of a coarse tile, the kept token whose child it is; 0 at the coarsest level and beyond."""
+def parents_of_coarse(keys, tile, WHOLE: gl.constexpr):
+    """Of each row of a coarse tile, the kept token whose child it is: -1 for none, 0 at the coarsest level and beyond."""
     parent = gl.zeros([64], gl.int32, layout=gl.SliceLayout(1, COPIED))
     return parent
 
 
 @gluon.jit
 def parents_of_fine(keys, tile):
-    """Of each row of a fine tile, the kept token whose child it is; 0 beyond the last."""
-    block = gl.minimum(keys.first + gl.arange(0, 64, layout=gl.SliceLayout(1, COPIED)) // 16, keys.n_l1 - 1)
+    """Of each row of a fine tile, the kept token whose child it is: -1 for none, 0 beyond the last."""
+    last = gl.cdiv(keys.n_tokens, SPAN_1) - 1
+    block = gl.minimum(keys.first + gl.arange(0, 64, layout=gl.SliceLayout(1, COPIED)) // 16, last)
     slot = tile - keys.end_l1
     inside = (block >= 0) & (slot >= 0) & (slot < keys.width_l1)
     return gl.load(keys.kept_l1_ptr + (block * keys.width_l1 + slot), mask=inside, other=0)
 
 
 @gluon.jit
-def copy_coarse(keys, tile, parent, k_to, v_to):
-    """Begin to copy a coarse tile of keys and values, the children of `parent`."""
+def copy_coarse(keys, tile, parent, k_to, v_to, WHOLE: gl.constexpr):
+    """Begin to copy a coarse tile of keys and values, the children of `parent`; zeros for keys that do not exist."""
     place = gl.arange(0, 64, layout=gl.SliceLayout(1, COPIED))
     if tile < keys.end_l1:
         key = tile * 64 + place
-        inside = key < keys.n_l1
+        inside = key < gl.cdiv(keys.n_tokens, SPAN_1)
         copy_rows(k_to, keys.k_l1_ptr, key, HEAD_DIM, inside)
         copy_rows(v_to, keys.v_l1_ptr, key, HEAD_DIM, inside)
 
 
 @gluon.jit
-def copy_listed(to, ptr, parent, stride):
-    """`copy_rows` of 16 children each of four tokens, [64] of which `parent` names each sixteen times.
+def copy_listed(to, ptr, parent, stride, n_tokens, WHOLE: gl.constexpr):
+    """`copy_rows` of 16 children each of four tokens, [64] of which `parent` names each sixteen times, -1 for none.
 
     A thread's rows are the same child of each: what differs between them, and from tile to tile, is one product.
     """
     child = gl.arange(0, 64, layout=gl.SliceLayout(1, COPIED)) % 16
     at, _ = row_tile(ptr, child, stride, COPIED)
     at += (wide_product(parent, 2 * stride) * 8)[:, None]  # 8 elements are 16 bytes, which a thread copies
-    hopper.async_copy.async_copy_global_to_shared(to, at)
+    if WHOLE:
+        hopper.async_copy.async_copy_global_to_shared(to, at)
+    else:
+        end = (n_tokens - child + 15) // 16  # of the tokens that have such a child
+        inside = parent.to(gl.uint32) < end.to(gl.uint32)
+        hopper.async_copy.async_copy_global_to_shared(to, at, mask=inside[:, None])
 
 
 @gluon.jit
-def copy_fine(keys, tile, parent, k_to, v_to):
+def copy_fine(keys, tile, parent, k_to, v_to, WHOLE: gl.constexpr):
     """Begin to copy a fine tile of keys and values, the children of `parent`, if there is one."""
     if tile < keys.end:
-        copy_listed(k_to, keys.k_ptr, parent, keys.k_stride)
-        copy_listed(v_to, keys.v_ptr, parent, keys.v_stride)
+        copy_listed(k_to, keys.k_ptr, parent, keys.k_stride, keys.n_tokens, WHOLE)
+        copy_listed(v_to, keys.v_ptr, parent, keys.v_stride, keys.n_tokens, WHOLE)
 
 
 @gluon.jit
-def copy_tile(keys, tile, parent, k_to, v_to):
+def copy_tile(keys, tile, parent, k_to, v_to, WHOLE: gl.constexpr):
     """Begin to copy a tile of either kind."""
     if tile < keys.end_l1:
-        copy_coarse(keys, tile, parent, k_to, v_to)
+        copy_coarse(keys, tile, parent, k_to, v_to, WHOLE)
     else:
-        copy_fine(keys, tile, parent, k_to, v_to)
+        copy_fine(keys, tile, parent, k_to, v_to, WHOLE)
 
 
 @gluon.jit
-def parents_of_tile(keys, tile):
+def parents_of_tile(keys, tile, WHOLE: gl.constexpr):
     """`parents_of_coarse` or `parents_of_fine`."""
     if tile < keys.end_l1:
-        parent = parents_of_coarse(keys, tile)
+        parent = parents_of_coarse(keys, tile, WHOLE)
     else:
         parent = parents_of_fine(keys, tile)
     return parent
+
+
+@gluon.jit
+def is_loose(list_ptr, places, last):
+    """Whether a place of a list holds no token, or the last there is, which may be cut short."""
+    loose = places < 0
+    for start in range(0, places, 32):
+        # every warp reads all places, so that none has to tell the others by way of shared memory, of which tiles take all
+        place = start + gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [4], [0]))
+        token = gl.load(list_ptr + place, mask=place < places, other=0)
+        loose |= gl.max(((token < 0) | (token == last)).to(gl.int32), 0) > 0
+    return loose
+
+
+@gluon.jit
+def has_loose_fine(keys):
+    """Whether some fine keys of this program do not exist: it keeps the last block, or lists have gaps."""
+    last = gl.cdiv(keys.n_tokens, SPAN_1) - 1
+    blocks = gl.minimum(4, last + 1 - keys.first)
+    return is_loose(keys.kept_l1_ptr + keys.first * keys.width_l1, blocks * keys.width_l1, last)
+
+
+@gluon.jit
+def is_loose_tile(keys, tile):
+    """Whether some keys of a coarse tile may not exist, or weigh less than others of their level."""
+    loose = (tile < keys.end_l1) & (tile * 64 + 64 > keys.n_tokens // SPAN_1)
+    return loose
+
+
+@gluon.jit
+def not_before(number):
+    """The number. What is made of it where few programs come is not worked out before a loop, for all to keep in registers."""
+    return gl.inline_asm_elementwise("mov.u32 $0, $1;", "=r,r", [number], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def shares_of_coarse(keys, tile, LAYOUT: gl.constexpr, WHOLE: gl.constexpr):
+    """What the keys of a coarse tile weigh, [64], in weights of a whole token of their level; 0 where there is none.
+
+    Of a row of tiles, keys from `end` on do not exist, nor those from `gap` to `gap_end`, children that the last token is
+    short of; the one before the gap may be cut short.
+    """
+    place = tile * 64 + gl.arange(0, 64, layout=LAYOUT)
+    if WHOLE:  # but there may be fewer than fill the last tile of the coarsest level
+        shares = gl.where(place < gl.cdiv(keys.n_tokens, SPAN_1), 1.0, 0.0)
+    else:
+        n_tokens = not_before(keys.n_tokens)
+        last = gl.cdiv(n_tokens, SPAN_1) - 1
+        share = (n_tokens - last * SPAN_1) * (1.0 / SPAN_1)
+        gap = last + 1
+        gap_end = gap
+        end = gap
+        missing = ((place >= gap) & (place < gap_end)) | (place >= end)
+        shares = gl.where(missing, 0.0, gl.where(place == gap - 1, share, 1.0))
+    return shares
+
+
+@gluon.jit
+def fine_exist(keys, tile):
+    """Which keys of a fine tile exist, [4, 1, 16] as BATCH."""
+    TILE: gl.constexpr = gl.SliceLayout(1, BATCH)
+    n_tokens = not_before(keys.n_tokens)
+    last = gl.cdiv(n_tokens, SPAN_1) - 1
+    block = gl.minimum(keys.first + gl.arange(0, 4, layout=gl.SliceLayout(1, TILE)), last)
+    parent = gl.load(keys.kept_l1_ptr + (block * keys.width_l1 + (tile - keys.end_l1)))
+    key = parent[:, None] * 16 + gl.arange(0, 16, layout=gl.SliceLayout(0, TILE))[None, :]
+    return ((key >= 0) & (key < n_tokens))[:, None, :]
 
 
 @gluon.jit
@@ -1164,11 +1237,11 @@ def sum_of_own_batch(p):
 
 
 @gluon.jit
-def attend_tiles(keys, q_base, stride_qn, scale, ANCHORED: gl.constexpr):
+def attend_tiles(keys, q_base, stride_qn, scale, ANCHORED: gl.constexpr, WHOLE: gl.constexpr):
     """peak, total [4, 16] and acc [4, 16, D] of four query blocks over all their keys, as `softmax_step` has them.
 
     ANCHORED: `peak` is the largest logit of the first tile and stays. Nothing waits for a maximum then, no sum is
-    rescaled, and threads add up their sums at the end; but where later logits are much larger, a sum may not fit.
+    rescaled, and threads add up their sums at the end; but where other logits are much larger, a sum may not fit.
     """
     ROWS: gl.constexpr = gl.SliceLayout(1, PRODUCT)
     dtype: gl.constexpr = q_base.dtype.element_ty
@@ -1176,12 +1249,16 @@ def attend_tiles(keys, q_base, stride_qn, scale, ANCHORED: gl.constexpr):
     k_tiles = gl.allocate_shared_memory(dtype, [STAGES, 64, PAD_DIM], SHARED)
     v_tiles = gl.allocate_shared_memory(dtype, [STAGES, 64, PAD_DIM], SHARED)
     token = keys.first * 16 + gl.arange(0, 64, layout=gl.SliceLayout(1, COPIED))
-    copy_rows(q, q_base, token, stride_qn, token < keys.n_l1 * 16)
-    parent = parents_of_tile(keys, 0)
+    copy_rows(q, q_base, token, stride_qn, token < keys.n_tokens)
+    parent = parents_of_tile(keys, 0, WHOLE)
     for tile in range(2):
-        copy_tile(keys, tile, parent, k_tiles.index(tile), v_tiles.index(tile))
+        copy_tile(keys, tile, parent, k_tiles.index(tile), v_tiles.index(tile), WHOLE)
         hopper.async_copy.commit_group()
-        parent = parents_of_tile(keys, tile + 1)
+        parent = parents_of_tile(keys, tile + 1, WHOLE)
+    if WHOLE:
+        loose_fine: gl.constexpr = False
+    else:
+        loose_fine = has_loose_fine(keys)
     peak = gl.full([64], float("-inf"), gl.float32, layout=ROWS)
     zeros = gl.zeros([64, 64], gl.float32, layout=PRODUCT)
     total = sum_of_own(zeros) if ANCHORED else gl.zeros([64], gl.float32, layout=ROWS)
@@ -1193,27 +1270,32 @@ def attend_tiles(keys, q_base, stride_qn, scale, ANCHORED: gl.constexpr):
         hopper.async_copy.wait_group(1)
         hopper.fence_async_shared()
         to = before(stage)
-        copy_tile(keys, tile + 2, parent, k_tiles.index(to), v_tiles.index(to))
+        copy_tile(keys, tile + 2, parent, k_tiles.index(to), v_tiles.index(to), WHOLE)
         hopper.async_copy.commit_group()
-        parent = parents_of_tile(keys, tile + 3)
+        parent = parents_of_tile(keys, tile + 3, WHOLE)
         products = hopper.warpgroup_mma(q, k_tiles.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
         products = hopper.warpgroup_mma_wait(0, deps=[products])
         weight = WEIGHT_1
-        exist = gl.where(tile < keys.end_l1, keys.n_l1 - tile * 64, 64)  # keys of this tile, or more
+        loose = is_loose_tile(keys, tile)
         if ANCHORED:
             if tile == 0:
                 # not of logits: those of the line below would then be kept apart from their bias
-                high = gl.max(gl.where(column < exist, products, float("-inf")), 1) * scale
-                low = gl.min(gl.where(column < exist, products, float("inf")), 1) * scale  # if the scale is negative
-                peak = gl.maximum(high, low) + weight
+                taken = column < gl.cdiv(keys.n_tokens, SPAN_1)
+                if not WHOLE:  # of whole tokens, so that the sum is 1 at least; if the only one is cut short, it weighs n_tokens
+                    taken = column < gl.maximum(keys.n_tokens // SPAN_1, 1)
+                high = gl.max(gl.where(taken, products, float("-inf")), 1) * scale
+                low = gl.min(gl.where(taken, products, float("inf")), 1) * scale  # if the scale is negative
+                peak = gl.maximum(high, low) + (weight if WHOLE else gl.minimum(weight, gl.log2(keys.n_tokens.to(gl.float32))))
             p = gl.exp2(products * scale + (weight - peak)[:, None])
-            if exist < 64:
-                p = gl.where(column < exist, p, 0.0)
+            if loose:
+                share = shares_of_coarse(keys, tile, gl.SliceLayout(0, PRODUCT), WHOLE)[None, :]
+                p = gl.where(share > 0.0, p * share, 0.0)
             total += sum_of_own(p)
         else:
             logits = products * scale + weight
-            if exist < 64:
-                logits = gl.where(column < exist, logits, float("-inf"))
+            if loose:
+                share = shares_of_coarse(keys, tile, gl.SliceLayout(0, PRODUCT), WHOLE)[None, :]
+                logits = gl.where(share > 0.0, logits + gl.log2(share), float("-inf"))
             new_peak = gl.maximum(peak, gl.max(logits, 1))
             p = gl.exp2(logits - new_peak[:, None])
             shrink = gl.exp2(peak - new_peak)
@@ -1239,16 +1321,20 @@ def attend_tiles(keys, q_base, stride_qn, scale, ANCHORED: gl.constexpr):
     for tile in range(keys.end_l1, keys.end):
         hopper.async_copy.wait_group(1)
         to = before(stage)
-        copy_fine(keys, tile + 2, parent, k_tiles.index(to), v_tiles.index(to))
+        copy_fine(keys, tile + 2, parent, k_tiles.index(to), v_tiles.index(to), WHOLE)
         hopper.async_copy.commit_group()
         parent = parents_of_fine(keys, tile + 3)
         k = as_batch(k_tiles.index(stage)).permute((0, 2, 1)).load(RIGHT_BATCH)
         products = hopper.mma_v2(q_batch, k, zeros_batch)
         if ANCHORED:
             p = gl.exp2(products * scale - peak[:, :, None])
+            if loose_fine:
+                p = gl.where(fine_exist(keys, tile), p, 0.0)
             fine_total += sum_of_own_batch(p)
         else:
             logits = products * scale
+            if loose_fine:
+                logits = gl.where(fine_exist(keys, tile), logits, float("-inf"))
             new_peak = gl.maximum(peak, gl.max(logits, 2))
             p = gl.exp2(logits - new_peak[:, :, None])
             shrink = gl.exp2(peak - new_peak)
@@ -1304,13 +1390,13 @@ def attend_hopper_kernel(
     lse_ptr,  # [B*H, N] float32, out: natural logarithm of the sum of weights
     peak_ptr, total_ptr,  # [B*H, N] float32, out: the same as 2^peak * total, for the backward pass
     scale, heads_per_batch, n_tokens,  # s, H, N
+    WHOLE: gl.constexpr,
 ):
-    """What attend_kernel does where WHOLE, four query blocks a program, but for queries whose sums do not fit."""
-    program = gl.program_id(0)
+    """What attend_kernel does, four query blocks a program, but for queries whose sums do not fit."""
+    groups = gl.cdiv(gl.cdiv(n_tokens, SPAN_1), 4)
+    head = (gl.program_id(0) // groups).to(gl.int64)
+    first = gl.program_id(0) % groups * 4  # of the last groups, it may be beyond the last block
     n_l1 = gl.cdiv(n_tokens, SPAN_1)
-    groups = gl.cdiv(n_l1, 4)
-    head = (program // groups).to(gl.int64)
-    first = program % groups * 4  # of the query blocks
     # tiles before the end of each level
     end_l1 = gl.cdiv(n_l1, 64)
     keys = Keys(
@@ -1318,11 +1404,11 @@ def attend_hopper_kernel(
         head_base(v_ptr, head, stride_vb, stride_vh, heads_per_batch), stride_vn,
         kept_l1_ptr + head * n_l1 * width_l1, width_l1, end_l1 + width_l1,
         k_l1_ptr + head * n_l1 * HEAD_DIM, v_l1_ptr + head * n_l1 * HEAD_DIM, end_l1,
-        n_l1, first,
+        n_tokens, first,
     )
     q_base = head_base(q_ptr, head, stride_qb, stride_qh, heads_per_batch)
 
-    peak, total, acc = attend_tiles(keys, q_base, stride_qn, scale * LOG2E, ANCHORED=True)
+    peak, total, acc = attend_tiles(keys, q_base, stride_qn, scale * LOG2E, ANCHORED=True, WHOLE=WHOLE)
     # not too large for the dtype of p, not rounded away, and a number
     fits = (total > 0.5) & (total < (2.0**15 if q_base.dtype.element_ty == gl.float16 else 2.0**64))
     write_attended(keys, o_ptr, lse_ptr, peak_ptr, total_ptr, head, n_tokens, peak, total, acc, fits)
@@ -1348,15 +1434,13 @@ def attend_hopper_again_kernel(
     groups_of_head = gl.cdiv(gl.cdiv(n_tokens, SPAN_1), 4)
     parts = gl.cdiv(groups_of_head, 16)
     begin = gl.program_id(0) % parts * 16
-    totals_ptr = total_ptr + (gl.program_id(0) // parts).to(gl.int64) * n_tokens
+    head = (gl.program_id(0) // parts).to(gl.int64)
+    totals_ptr = total_ptr + head * n_tokens
     if not all_fit(totals_ptr, begin * 64, n_tokens, 16 * 64):
         for group in range(begin, gl.minimum(begin + 16, groups_of_head)):
             if not all_fit(totals_ptr, group * 64, n_tokens, 64):
-                program = gl.program_id(0) // parts * groups_of_head + group
+                first = group * 4
                 n_l1 = gl.cdiv(n_tokens, SPAN_1)
-                groups = gl.cdiv(n_l1, 4)
-                head = (program // groups).to(gl.int64)
-                first = program % groups * 4  # of the query blocks
                 # tiles before the end of each level
                 end_l1 = gl.cdiv(n_l1, 64)
                 keys = Keys(
@@ -1364,10 +1448,10 @@ def attend_hopper_again_kernel(
                     head_base(v_ptr, head, stride_vb, stride_vh, heads_per_batch), stride_vn,
                     kept_l1_ptr + head * n_l1 * width_l1, width_l1, end_l1 + width_l1,
                     k_l1_ptr + head * n_l1 * HEAD_DIM, v_l1_ptr + head * n_l1 * HEAD_DIM, end_l1,
-                    n_l1, first,
+                    n_tokens, first,
                 )
                 q_base = head_base(q_ptr, head, stride_qb, stride_qh, heads_per_batch)
-                peak, total, acc = attend_tiles(keys, q_base, stride_qn, scale * LOG2E, ANCHORED=False)
+                peak, total, acc = attend_tiles(keys, q_base, stride_qn, scale * LOG2E, ANCHORED=False, WHOLE=False)
                 fits = gl.full([4, 16], True, gl.int1, layout=gl.SliceLayout(2, BATCH))
                 write_attended(keys, o_ptr, lse_ptr, peak_ptr, total_ptr, head, n_tokens, peak, total, acc, fits)
 
@@ -1385,13 +1469,13 @@ def grad_q_hopper_kernel(
     grad_q_ptr,  # [B*H, N, D], out
     delta_ptr,  # [B*H, N] float32, out
     scale, heads_per_batch, n_tokens,  # s, H, N
+    WHOLE: gl.constexpr,
 ):
-    """What grad_q_kernel does where WHOLE, with four query blocks a program. `total` is 1 in half precision."""
-    program = gl.program_id(0)
+    """What grad_q_kernel does, with four query blocks a program. `total` is 1 in half precision."""
+    groups = gl.cdiv(gl.cdiv(n_tokens, SPAN_1), 4)
+    head = (gl.program_id(0) // groups).to(gl.int64)
+    first = gl.program_id(0) % groups * 4  # of the last groups, it may be beyond the last block
     n_l1 = gl.cdiv(n_tokens, SPAN_1)
-    groups = gl.cdiv(n_l1, 4)
-    head = (program // groups).to(gl.int64)
-    first = program % groups * 4  # of the query blocks
     # tiles before the end of each level
     end_l1 = gl.cdiv(n_l1, 64)
     keys = Keys(
@@ -1399,7 +1483,7 @@ def grad_q_hopper_kernel(
         head_base(v_ptr, head, stride_vb, stride_vh, heads_per_batch), stride_vn,
         kept_l1_ptr + head * n_l1 * width_l1, width_l1, end_l1 + width_l1,
         k_l1_ptr + head * n_l1 * HEAD_DIM, v_l1_ptr + head * n_l1 * HEAD_DIM, end_l1,
-        n_l1, first,
+        n_tokens, first,
     )
     q_base = head_base(q_ptr, head, stride_qb, stride_qh, heads_per_batch)
 
@@ -1411,11 +1495,15 @@ def grad_q_hopper_kernel(
     token = first * 16 + gl.arange(0, 64, layout=gl.SliceLayout(1, COPIED))
     inside = token < n_tokens
     copy_rows(q, q_base, token, stride_qn, inside)
-    parent = parents_of_tile(keys, 0)
+    parent = parents_of_tile(keys, 0, WHOLE)
     for tile in range(2):
-        copy_tile(keys, tile, parent, k_tiles.index(tile), v_tiles.index(tile))
+        copy_tile(keys, tile, parent, k_tiles.index(tile), v_tiles.index(tile), WHOLE)
         hopper.async_copy.commit_group()
-        parent = parents_of_tile(keys, tile + 1)
+        parent = parents_of_tile(keys, tile + 1, WHOLE)
+    if WHOLE:
+        loose_fine: gl.constexpr = False
+    else:
+        loose_fine = has_loose_fine(keys)
     o_at, columns = row_tile(o_ptr + head * n_tokens * HEAD_DIM, token, HEAD_DIM, COPIED)
     o = gl.load(o_at, mask=inside[:, None] & columns, other=0.0)
     grad_o_base = head_base(grad_o_ptr, head, stride_gb, stride_gh, heads_per_batch)
@@ -1430,7 +1518,6 @@ def grad_q_hopper_kernel(
     scale_log2e = scale * LOG2E
     grad_q = hopper.warpgroup_mma_init(gl.zeros([64, PAD_DIM], gl.float32, layout=PRODUCT))
     zeros = gl.zeros([64, 64], gl.float32, layout=PRODUCT)
-    column = gl.arange(0, 64, layout=gl.SliceLayout(0, PRODUCT))[None, :]
     stage = 0
     for tile in range(0, keys.end_l1):
         grad_q = hopper.warpgroup_mma_wait(0, deps=[grad_q])  # of the tile before, whose place is filled again now
@@ -1438,9 +1525,9 @@ def grad_q_hopper_kernel(
         hopper.async_copy.wait_group(1)
         hopper.fence_async_shared()
         to = before(stage)
-        copy_tile(keys, tile + 2, parent, k_tiles.index(to), v_tiles.index(to))
+        copy_tile(keys, tile + 2, parent, k_tiles.index(to), v_tiles.index(to), WHOLE)
         hopper.async_copy.commit_group()
-        parent = parents_of_tile(keys, tile + 3)
+        parent = parents_of_tile(keys, tile + 3, WHOLE)
         weight = WEIGHT_1
         k, v = k_tiles.index(stage), v_tiles.index(stage)
         products = hopper.warpgroup_mma(q, k.permute((1, 0)), zeros, use_acc=False, is_async=True)
@@ -1448,9 +1535,9 @@ def grad_q_hopper_kernel(
         products = hopper.warpgroup_mma_wait(1, deps=[products])
         p = gl.exp2(products * scale_log2e + (weight - peak)[:, None])
         dp = hopper.warpgroup_mma_wait(0, deps=[dp])
-        exist = gl.where(tile < keys.end_l1, keys.n_l1 - tile * 64, 64)  # keys of this tile, or more
-        if exist < 64:  # rows of zeros add nothing, but infinity times zero is no number
-            p = gl.where(column < exist, p, 0.0)
+        if is_loose_tile(keys, tile):  # rows of zeros add nothing, but infinity times zero is no number
+            share = shares_of_coarse(keys, tile, gl.SliceLayout(0, PRODUCT), WHOLE)[None, :]
+            p = gl.where(share > 0.0, p * share, 0.0)
         grad_logits = (p * (dp - delta[:, None])).to(dtype)
         grad_q = hopper.warpgroup_mma(gl.convert_layout(grad_logits, LEFT), k, grad_q, is_async=True)
         stage = next_of(stage)
@@ -1466,13 +1553,15 @@ def grad_q_hopper_kernel(
     for tile in range(keys.end_l1, keys.end):
         hopper.async_copy.wait_group(1)
         to = before(stage)
-        copy_fine(keys, tile + 2, parent, k_tiles.index(to), v_tiles.index(to))
+        copy_fine(keys, tile + 2, parent, k_tiles.index(to), v_tiles.index(to), WHOLE)
         hopper.async_copy.commit_group()
         parent = parents_of_fine(keys, tile + 3)
         k, v = as_batch(k_tiles.index(stage)), as_batch(v_tiles.index(stage))
         products = hopper.mma_v2(q_batch, k.permute((0, 2, 1)).load(RIGHT_BATCH), zeros_batch)
         dp = hopper.mma_v2(grad_o_batch, v.permute((0, 2, 1)).load(RIGHT_BATCH), zeros_batch)
         p = gl.exp2(products * scale_log2e - peak[:, :, None])
+        if loose_fine:
+            p = gl.where(fine_exist(keys, tile), p, 0.0)
         grad_logits = (p * (dp - delta[:, :, None])).to(dtype)
         grad_q = hopper.mma_v2(gl.convert_layout(grad_logits, LEFT_BATCH), k.load(RIGHT_BATCH), grad_q)
         stage = next_of(stage)
@@ -1851,20 +1940,19 @@ class Prepared:
         tile = tiles["select_l1"] | {"RUNS": has_runs(tokens[1], tiles["select_l1"])}
         self.grids["select_l1_kernel"] = heads * ceil_div(tokens[1], tile["BLOCK_M"]), tile
         tile = tiles["attend"] | {"WHOLE": is_whole(tokens, tiles["attend"])}
-        if "HOPPER" in tile and not is_whole(tokens, {"BLOCK_C": 64, "BLOCK_N": 16}):  # the tiles of the kernel in Gluon
-            tile["WHOLE"] = False
         self.grids["attend_kernel"] = heads * ceil_div(tokens[1], tile["GROUP"]), tile
-        if "HOPPER" in tile and not INTERPRETED:
-            programs = heads * ceil_div(ceil_div(tokens[1], 4), 16) if tile["WHOLE"] else 0
+        if "HOPPER" in tile and not INTERPRETED:  # the tiles of the kernel in Gluon
+            tile["WHOLE"] = is_whole(tokens, {"BLOCK_C": 64, "BLOCK_N": 16})
+            programs = heads * ceil_div(ceil_div(tokens[1], 4), 16)
             self.grids["attend_hopper_again_kernel"] = programs, {"num_warps": 4, "maxnreg": 168}
         tile = tiles["scan"]
         self.grids["scan_kernel"] = 2 * heads, tile
         tile = tiles["invert_l1"]
         self.grids["invert_l1_kernel"] = heads * ceil_div(tokens[1], tile["KEYS"]), tile
         tile = tiles["grad_q"] | {"WHOLE": is_whole(tokens, tiles["grad_q"])}
-        if "HOPPER" in tile and not is_whole(tokens, {"BLOCK_C": 64, "BLOCK_N": 16}):  # the tiles of the kernel in Gluon
-            tile["WHOLE"] = False
         self.grids["grad_q_kernel"] = heads * ceil_div(tokens[1], tile["GROUP"]), tile
+        if "HOPPER" in tile and not INTERPRETED:  # the tiles of the kernel in Gluon
+            tile["WHOLE"] = is_whole(tokens, {"BLOCK_C": 64, "BLOCK_N": 16})
         tile = tiles["grad_kv_l1"]
         self.grids["grad_kv_l1_kernel"] = heads * splits_l1 * ceil_div(tokens[1], tile["BLOCK_N"]), tile
         tile = tiles["grad_sum"]
@@ -1918,14 +2006,14 @@ def has_runs(n_candidates, tile):
 def variant(kernel, tile):
     """Which kernel a launch is, and what it takes of its tile shapes.
 
-    Of a pair, the one in Gluon where the schedule says HOPPER, the most registers that a thread of it may have, and,
-    of those that have WHOLE, where nothing needs a mask; not in the interpreter, which knows no Gluon.
+    Of a pair, the one in Gluon where the schedule says HOPPER, the most registers that a thread of it may have; not in
+    the interpreter, which knows no Gluon.
     """
     if not isinstance(kernel, tuple):
         return kernel, {name: value for name, value in tile.items() if name != "HOPPER"}
     tile = dict(tile)
     registers = tile.pop("HOPPER", 0)
-    if INTERPRETED or not registers or not tile.get("WHOLE", True):
+    if INTERPRETED or not registers:
         return kernel[0], tile
     taken = {name: size for name, size in tile.items() if name == "num_warps" or name in kernel[1].arg_names}
     return kernel[1], taken | {"maxnreg": registers}
@@ -2228,23 +2316,17 @@ class Recorder:
 
     def first(self, kernel, name, programs, tile, values):
         """Launch a kernel that Triton has to look for; what it makes of it, None in the interpreter."""
-        chosen, taken = variant(kernel, tile)
-        compiled = chosen[(programs,)](*values, **taken)
+        kernel, tile = variant(kernel, tile)
+        compiled = kernel[(programs,)](*values, **tile)
         if compiled is None or torch.version.hip:  # where Triton also tells large tensors from small ones
             return compiled
         # another length may need the other variant: nothing is compiled then
         if "WHOLE" in tile:
-            warm(kernel, tile | {"WHOLE": not tile["WHOLE"]}, programs, values)
+            kernel.warmup(*values, **tile | {"WHOLE": not tile["WHOLE"]}, grid=(programs,))
         if "RUNS" in tile and has_runs(MANY_CANDIDATES, tile):
-            warm(kernel, tile | {"RUNS": not tile["RUNS"]}, programs, values)
-        self.at.ready[name] = compiled, [taken[parameter] for parameter in chosen.arg_names[len(values) :]]
+            kernel.warmup(*values, **tile | {"RUNS": not tile["RUNS"]}, grid=(programs,))
+        self.at.ready[name] = compiled, [tile[parameter] for parameter in kernel.arg_names[len(values) :]]
         return compiled
-
-
-def warm(kernel, tile, programs, values):
-    """Compile a kernel, or the one of a pair that fits, and do not launch it."""
-    kernel, tile = variant(kernel, tile)
-    kernel.warmup(*values, **tile, grid=(programs,))
 
 
 def empty_like(x):

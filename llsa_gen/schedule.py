@@ -191,8 +191,7 @@ def _walk(plan: Plan, goal: Target, element: int, stage: str) -> tuple[Entry, tu
             if attend and plan.topk(1) * plan.block(1) % 32 == 0:  # four warps with 16 rows of v meet in the same banks
                 entry["BLOCK_N"] = 32
             families = plan.block(1) == 16 and (plan.blocks_sharing or 4) % 4 == 0
-            full = plan.lists_fill and all(plan.topk(up) * plan.block(up) % 64 == 0 for up in plan.levels[1:])
-            if families and full and plan.enriched == tuple(plan.levels) and _in_gluon(plan, goal, element):
+            if families and plan.enriched == tuple(plan.levels) and _in_gluon(plan, goal, element):
                 entry["HOPPER"] = 128 if attend else 168  # four programs on a multiprocessor, or three
     elif rows < 64:
         entry = {"BLOCK_M": rows, "BLOCK_N": 32, "num_warps": rows // 16 if width <= 64 else rows // 8, "num_stages": 2}

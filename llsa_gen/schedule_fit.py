@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from llsa_gen.plan import Plan
 from llsa_gen.schedule_table import LIMITS, pad, stage_kind
 
-__all__ = ["misfit", "settled", "shared_memory"]
+__all__ = ["misfit", "read_in_gluon", "settled", "shared_memory"]
 
 DOT = 16
 """Rows and columns of the smallest product that matrix units take."""
@@ -46,6 +46,13 @@ def settled(kind: str, tiles: Mapping[str, int]) -> dict[str, int]:
         fixed = {"num_warps": (4,), "GROUP": (4,)}
     fits = all(tiles.get(name) in sizes for name, sizes in fixed.items())
     return {name: value for name, value in tiles.items() if fits or name != "HOPPER"}
+
+
+def read_in_gluon(kind: str) -> set[str]:
+    """What the kernel in Gluon reads of an entry with HOPPER and is not fixed; all else is for Triton."""
+    if kind == "grad_kv_tokens":
+        return {"HOPPER", "PART"}
+    return {"HOPPER", "BLOCK_M"} if kind.startswith("grad_kv") else {"HOPPER"}
 
 
 def misfit(

@@ -9,7 +9,7 @@ from itertools import combinations, product
 
 from llsa_gen.plan import Plan
 from llsa_gen.schedule import Entry
-from llsa_gen.schedule_fit import misfit, settled
+from llsa_gen.schedule_fit import misfit, read_in_gluon, settled
 from llsa_gen.schedule_table import STAGES, facts_of, stage_kind
 
 __all__ = ["Candidate", "candidates", "settable"]
@@ -57,6 +57,8 @@ def candidates(plan: Plan, stage: str, entry: Entry, element: int, limit: int) -
                 made = settled(kind, {**entry, **dict(zip(changed, values, strict=True))})
                 if "HOPPER" in changed and "HOPPER" not in made:
                     continue  # the same as without that step
+                if "HOPPER" in made and not read_in_gluon(kind).issuperset(changed):
+                    continue  # the kernel in Gluon does not read it, only the rare parts of long lists may
                 reason = _wasteful(plan, stage, made, entry) or misfit(plan, stage, entry, made, element, limit)
                 yield Candidate(made, reason)
 

@@ -49,16 +49,22 @@ BRANCHES = (
     spec("l5", 8, (2, 2), (2, 2), (2, 2), (2, 2), (2, 1), enrich=(1, 5)),
 )
 
-WHOLE: dict[str, tuple[Spec, tuple[int, ...]]] = {
+GLUON: dict[str, tuple[Spec, tuple[int, ...]]] = {
     # tiles of the coarsest level that are not full, and full ones with one that is not
-    "l1": (spec("whole_l1", 64, (16, 3)), (80, 1136, 4096)),
-    "l1_40": (spec("whole_l1_40", 40, (16, 8), reweight=False), (64, 1040)),
-    "l2": (spec("whole_l2", 64, (16, 8), (16, 8)), (2048, 1024, 65 * 256)),
-    "l2_8": (spec("whole_l2_8", 64, (16, 5), (8, 8)), (9 * 128, 70 * 128)),
-    "l2_32": (spec("whole_l2_32", 48, (16, 9), (32, 2)), (3 * 512,)),
-    "l2_64": (spec("whole_l2_64", 64, (16, 4), (64, 3), reweight=False), (2 * 1024,)),
-    "l3": (spec("whole_l3", 64, (16, 8), (4, 16), (4, 16)), (20 * 256,)),
-    "l3_keeper": (spec("whole_l3_keeper", 56, (16, 2), (16, 4), (2, 32)), (40 * 512,)),
-    "l4": (spec("whole_l4", 64, (16, 8), (4, 16), (4, 16), (4, 16)), (17 * 1024,)),
+    "l1": (spec("gluon_l1", 64, (16, 3)), (80, 1136, 4096, 1, 17, 1009, 1025)),
+    "l1_40": (spec("gluon_l1_40", 40, (16, 8), reweight=False), (64, 1040, 1051)),
+    "l2": (spec("gluon_l2", 64, (16, 8), (16, 8)), (2048, 1024, 65 * 256, 1, 300, 2047, 65 * 256 + 17)),
+    "l2_8": (spec("gluon_l2_8", 64, (16, 5), (8, 8)), (9 * 128, 70 * 128, 70 * 128 - 1)),
+    "l2_32": (spec("gluon_l2_32", 48, (16, 9), (32, 2)), (3 * 512, 3 * 512 + 5)),
+    "l2_64": (spec("gluon_l2_64", 64, (16, 4), (64, 3), reweight=False), (2 * 1024, 2 * 1024 + 16)),
+    "l3": (spec("gluon_l3", 64, (16, 8), (4, 16), (4, 16)), (20 * 256, 20 * 256 - 100)),
+    "l3_keeper": (spec("gluon_l3_keeper", 56, (16, 2), (16, 4), (2, 32)), (40 * 512, 40 * 512 + 257)),
+    "l4": (spec("gluon_l4", 64, (16, 8), (4, 16), (4, 16), (4, 16)), (17 * 1024, 17 * 1024 + 1023)),
+    # lists with gaps, up to 40 of 32 or fewer; lists whose children do not fill tiles of 64 keys
+    "gaps": (spec("gluon_gaps", 64, (16, 40), (16, 2)), (4096, 4097)),
+    "gaps_l3": (spec("gluon_gaps_l3", 64, (16, 9), (4, 8), (4, 1)), (3 * 256, 3 * 256 + 33)),
+    "short_lists": (spec("gluon_short", 64, (16, 8), (16, 3)), (4096, 4000)),
+    "half_a_tile": (spec("gluon_half", 64, (16, 8), (16, 6)), (4096, 4081)),
+    "odd_children": (spec("gluon_odd", 64, (16, 7), (12, 7), (5, 3)), (960 * 4, 3823)),
 }
-"""Specs whose attention is in Gluon on an H100, and lengths at which it is: nothing needs a mask."""
+"""Specs whose attention is in Gluon on an H100, and lengths; where lists can fill tiles, the first needs no mask."""

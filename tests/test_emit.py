@@ -11,7 +11,7 @@ from pathlib import Path
 from shutil import copytree
 
 import pytest
-from examples import BRANCHES, WHOLE
+from examples import BRANCHES, GLUON
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -86,7 +86,7 @@ def test_a_module_is_well_formed_whatever_the_spec(spec: Spec) -> None:
 
 def test_modules_pass_ruff(tmp_path: Path) -> None:
     """No unused name, no undefined one, no dead variable: in the branches of all shipped specs."""
-    for spec in (*map(load, SHIPPED), *(spec for spec, _ in WHOLE.values())):
+    for spec in (*map(load, SHIPPED), *(spec for spec, _ in GLUON.values())):
         (tmp_path / f"{spec.name}.py").write_text(render(spec))
     ruff = [sys.executable, "-m", "ruff", "check", "--isolated", "--no-cache", "--select", "F,E9,RUF059"]
     result = subprocess.run([*ruff, "."], cwd=tmp_path, capture_output=True, text=True, timeout=120)
@@ -198,7 +198,7 @@ def test_every_template_has_a_part_in_the_modules(templates: Path) -> None:
     render(SMALL)
 
 
-@pytest.mark.parametrize("spec", [*BRANCHES, *(spec for spec, _ in WHOLE.values())], ids=lambda spec: spec.name)
+@pytest.mark.parametrize("spec", [*BRANCHES, *(spec for spec, _ in GLUON.values())], ids=lambda spec: spec.name)
 def test_no_name_of_a_module_is_taken_twice(spec: Spec) -> None:
     made = ast.parse(render(spec)).body
     names = [one.name for one in made if isinstance(one, ast.FunctionDef | ast.ClassDef)]

@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from examples import WHOLE, spec
+from examples import GLUON, spec
 from test_schedule import row, table
 
 from llsa_gen import Spec, aot, emit
@@ -19,7 +19,7 @@ from llsa_gen.plan import lower
 from llsa_gen.schedule import schedule, schedules
 from llsa_gen.schedule_table import stage_kind, target
 
-PIXELS = WHOLE["l2"][0]
+PIXELS = GLUON["l2"][0]
 ATTENTION = {"attend_hopper_kernel", "attend_hopper_again_kernel", "grad_q_hopper_kernel"}
 
 
@@ -34,14 +34,12 @@ def launched(chosen: Spec, n_tokens: int, dtype: str = "bfloat16", where: str = 
     return {launch.kernel for launch in made if launch.grid[0]}
 
 
-@pytest.mark.parametrize("name", sorted(WHOLE))
-def test_attention_is_in_gluon_where_nothing_needs_a_mask(name: str) -> None:
-    chosen, lengths = WHOLE[name]
-    for n in lengths:
+@pytest.mark.parametrize("name", sorted(GLUON))
+def test_attention_is_in_gluon_at_every_length(name: str) -> None:
+    chosen, lengths = GLUON[name]
+    for n in (*lengths, 1, lengths[0] - 1, 3 * lengths[0] + 1):
         assert launched(chosen, n) >= ATTENTION, n
-    for n in (lengths[0] - 1, lengths[0] + 1):
-        assert not launched(chosen, n) & ATTENTION, n
-        assert launched(chosen, n) >= {"attend_kernel", "grad_q_kernel"}
+        assert not launched(chosen, n) & {"attend_kernel", "grad_q_kernel"}, n
 
 
 @pytest.mark.parametrize(
@@ -53,10 +51,7 @@ def test_attention_is_in_gluon_where_nothing_needs_a_mask(name: str) -> None:
         spec("blocks_of_8", 64, (8, 8), (16, 8)),
         spec("blocks_of_12", 64, (12, 8), (16, 8)),
         spec("some_levels", 64, (16, 8), (16, 8), enrich=(2,)),
-        spec("gaps", 64, (16, 40), (16, 2)),  # lists of up to 40 of 32
         spec("odd_families", 64, (16, 8), (6, 32)),  # groups of four blocks would be of two parents
-        spec("short_lists", 64, (16, 8), (16, 3)),  # 48 keys of level 1
-        spec("half_a_tile", 64, (16, 8), (16, 6)),  # 96, which fill tiles of 32 but not of 64
     ],
     ids=lambda chosen: chosen.name,
 )
@@ -136,14 +131,17 @@ def test_a_keeper_with_few_keys_is_left_to_triton() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-@pytest.mark.parametrize("name", ["l1_40", "l2_32", "l4"])
-def test_they_compile_and_fit(name: str, dtype: str) -> None:
-    chosen, lengths = WHOLE[name]
-    reports = aot.compile_kernels(module_for(chosen), "cuda:90", dtype, lengths[0])
+@pytest.mark.parametrize("name", ["l1_40", "l2_32", "gaps_l3", "l4"])
+@pytest.mark.parametrize("more", [0, 1])
+def test_they_compile_and_fit(name: str, more: int, dtype: str) -> None:
+    chosen, lengths = GLUON[name]
+    reports = aot.compile_kernels(module_for(chosen), "cuda:90", dtype, lengths[0] + more)
     found = [report for report in reports if "hopper" in report.kernel]
     assert {report.kernel for report in found} > ATTENTION
     usual = [report for report in found if "again" not in report.kernel]
-    assert {report.kernel: report.spilled_bytes for report in usual if report.spilled_bytes > 64} == {}
+    # where keys have weights of their own, three levels and more spill; little of it is for every tile
+    allowed = {report.kernel: 64 if report.constexprs.get("WHOLE", True) else 128 for report in usual}
+    assert {report.kernel: x for report in usual if (x := report.spilled_bytes) > allowed[report.kernel]} == {}
     (attend,) = (report for report in found if report.kernel == "attend_hopper_kernel")
     # four programs on a multiprocessor: of 228 KiB of shared memory, each program takes one for itself
     assert attend.registers <= 128 and 4 * (attend.shared_memory + 1024) <= 228 * 1024

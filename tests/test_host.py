@@ -640,7 +640,23 @@ def test_another_length_compiles_nothing(
     # and 1,024 tokens of the coarsest level, of which runs are ranked first
     for n in (4097, 8191, 65_536, 100_003, 512, 1536, 200, 9, 262_144):  # of 200 and 9 tokens, lists have one
         step(module, draw(n, heads=1))
-    assert sorted(gpu.loaded[15:]) == ["attend_kernel", "grad_q_kernel", "select_l2_kernel"]
+    assert sorted(gpu.loaded[15:]) == ["attend_hopper_kernel", "grad_q_hopper_kernel", "select_l2_kernel"]
+
+
+def test_another_length_compiles_nothing_in_triton(
+    gpu: PretendedGpu, module: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # tensors that do not begin at multiples of 16 bytes: kernels in Triton, with masks and without
+    step(module, draw(4096, offset=1))
+    loaded = list(gpu.loaded)
+
+    def compiled(self: Any, *_: Any, **__: Any) -> None:
+        raise AssertionError(f"{self.fn.__name__} is compiled")
+
+    monkeypatch.setattr(JITFunction, "_do_compile", compiled)
+    for n in (4097, 65_536, 512, 1536, 200):
+        step(module, draw(n, heads=1, offset=1))
+    assert sorted(gpu.loaded[len(loaded) :]) == ["attend_kernel", "grad_q_kernel"]
 
 
 def test_lists_of_another_width_compile_nothing(gpu: PretendedGpu, load: Callable[[Any], ModuleType]) -> None:

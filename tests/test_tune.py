@@ -93,6 +93,23 @@ def test_candidates_are_near_and_can_be_launched(name: str) -> None:
             }
 
 
+def test_every_candidate_in_gluon_is_launched_differently() -> None:
+    plan = lower(L2)
+    attention, present = compile(L2), schedule(plan, targets()["cuda:90"], 2)
+
+    def launched(stage: str, entry: dict[str, int]) -> list[object]:
+        made = record(attention, 65_536, "bfloat16", "cuda:90", tiles={**present, stage: entry})
+        shapes = [{name: x for name, x in launch.arguments.items() if name.isupper()} for launch in made]
+        return [(launch.kernel, launch.grid, launch.options, one) for launch, one in zip(made, shapes, strict=True)]
+
+    stages = [stage for stage, entry in present.items() if "HOPPER" in entry]
+    assert len(stages) == 5
+    for stage in stages:
+        found = [one.entry for one in candidates(plan, stage, present[stage], 2, LIMIT) if not one.reason]
+        made = [launched(stage, entry) for entry in (present[stage], *found) if "HOPPER" in entry]
+        assert len(made) > 3 and all(one not in made[:at] for at, one in enumerate(made)), stage
+
+
 def test_candidates_that_cannot_be_right_or_fast_are_left_out_with_a_reason() -> None:
     plan = lower(L2)
     entry = schedule(plan, targets()["cuda:90"], 2)["attend"]
