@@ -36,7 +36,7 @@ SPEC = {
     "name": "llsa_l1",
     "reweight": True,
 }
-OPERATOR = "llsa_l1_5984e986226e7c56"  # in torch.ops.llsa: the name of the spec and the hash of this text
+OPERATOR = "llsa_l1_eb848b37b4230c4d"  # in torch.ops.llsa: the name of the spec and the hash of this text
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -1158,15 +1158,12 @@ def parents_of_tile(keys, tile, WHOLE: gl.constexpr):
 
 
 @gluon.jit
-def is_loose(list_ptr, places, last):
-    """Whether a place of a list holds no token, or the last there is, which may be cut short."""
-    loose = places < 0
-    for start in range(0, places, 32):
-        # every warp reads all places, so that none has to tell the others by way of shared memory, of which tiles take all
-        place = start + gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [4], [0]))
-        token = gl.load(list_ptr + place, mask=place < places, other=0)
-        loose |= gl.max(((token < 0) | (token == last)).to(gl.int32), 0) > 0
-    return loose
+def is_loose(list_ptr, places, last, MOST: gl.constexpr):
+    """Whether a place of a list, of up to MOST, holds no token, or the last there is, which may be cut short."""
+    # every warp reads all places, so that none has to tell the others by way of shared memory, of which tiles take all
+    place = gl.arange(0, MOST, layout=gl.BlockedLayout([(MOST + 31) // 32], [32], [4], [0]))
+    token = gl.load(list_ptr + place, mask=place < places, other=0)
+    return gl.max(((token < 0) | (token == last)).to(gl.int32), 0) > 0
 
 
 @gluon.jit
@@ -1174,14 +1171,14 @@ def has_loose_fine(keys):
     """Whether some fine keys of this program do not exist: it keeps the last block, or lists have gaps."""
     last = gl.cdiv(keys.n_tokens, SPAN_1) - 1
     blocks = gl.minimum(4, last + 1 - keys.first)
-    return is_loose(keys.kept_l1_ptr + keys.first * keys.width_l1, blocks * keys.width_l1, last)
+    return is_loose(keys.kept_l1_ptr + keys.first * keys.width_l1, blocks * keys.width_l1, last, 32)
 
 
 @gluon.jit
 def is_loose_tile(keys, tile):
     """Whether some keys of a coarse tile may not exist, or weigh less than others of their level."""
-    loose = (tile < keys.end_l1) & (tile * 64 + 64 > keys.n_tokens // SPAN_1)
-    return loose
+    at_top = tile * 64 + 64 > keys.n_tokens // SPAN_1
+    return at_top
 
 
 @gluon.jit
@@ -1191,25 +1188,21 @@ def not_before(number):
 
 
 @gluon.jit
-def shares_of_coarse(keys, tile, LAYOUT: gl.constexpr, WHOLE: gl.constexpr):
+def shares_of_coarse(keys, tile, LAYOUT: gl.constexpr):
     """What the keys of a coarse tile weigh, [64], in weights of a whole token of their level; 0 where there is none.
 
     Of a row of tiles, keys from `end` on do not exist, nor those from `gap` to `gap_end`, children that the last token is
     short of; the one before the gap may be cut short.
     """
     place = tile * 64 + gl.arange(0, 64, layout=LAYOUT)
-    if WHOLE:  # but there may be fewer than fill the last tile of the coarsest level
-        shares = gl.where(place < gl.cdiv(keys.n_tokens, SPAN_1), 1.0, 0.0)
-    else:
-        n_tokens = not_before(keys.n_tokens)
-        last = gl.cdiv(n_tokens, SPAN_1) - 1
-        share = (n_tokens - last * SPAN_1) * (1.0 / SPAN_1)
-        gap = last + 1
-        gap_end = gap
-        end = gap
-        missing = ((place >= gap) & (place < gap_end)) | (place >= end)
-        shares = gl.where(missing, 0.0, gl.where(place == gap - 1, share, 1.0))
-    return shares
+    n_tokens = not_before(keys.n_tokens)
+    last = gl.cdiv(n_tokens, SPAN_1) - 1
+    share = (n_tokens - last * SPAN_1) * (1.0 / SPAN_1)
+    gap = last + 1
+    gap_end = gap
+    end = gap
+    missing = ((place >= gap) & (place < gap_end)) | (place >= end)
+    return gl.where(missing, 0.0, gl.where(place == gap - 1, share, 1.0))
 
 
 @gluon.jit
@@ -1276,11 +1269,12 @@ def attend_tiles(keys, q_base, stride_qn, scale, ANCHORED: gl.constexpr, WHOLE: 
         products = hopper.warpgroup_mma(q, k_tiles.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
         products = hopper.warpgroup_mma_wait(0, deps=[products])
         weight = WEIGHT_1
-        loose = is_loose_tile(keys, tile)
+        exist = gl.where(tile < keys.end_l1, gl.cdiv(keys.n_tokens, SPAN_1) - tile * 64, 64)
+        loose = exist < 64 if WHOLE else is_loose_tile(keys, tile)
         if ANCHORED:
             if tile == 0:
                 # not of logits: those of the line below would then be kept apart from their bias
-                taken = column < gl.cdiv(keys.n_tokens, SPAN_1)
+                taken = column < exist
                 if not WHOLE:  # of whole tokens, so that the sum is 1 at least; if the only one is cut short, it weighs n_tokens
                     taken = column < gl.maximum(keys.n_tokens // SPAN_1, 1)
                 high = gl.max(gl.where(taken, products, float("-inf")), 1) * scale
@@ -1288,13 +1282,16 @@ def attend_tiles(keys, q_base, stride_qn, scale, ANCHORED: gl.constexpr, WHOLE: 
                 peak = gl.maximum(high, low) + (weight if WHOLE else gl.minimum(weight, gl.log2(keys.n_tokens.to(gl.float32))))
             p = gl.exp2(products * scale + (weight - peak)[:, None])
             if loose:
-                share = shares_of_coarse(keys, tile, gl.SliceLayout(0, PRODUCT), WHOLE)[None, :]
-                p = gl.where(share > 0.0, p * share, 0.0)
+                if WHOLE:
+                    p = gl.where(column < exist, p, 0.0)
+                else:
+                    share = shares_of_coarse(keys, tile, gl.SliceLayout(0, PRODUCT))[None, :]
+                    p = gl.where(share > 0.0, p * share, 0.0)
             total += sum_of_own(p)
         else:
             logits = products * scale + weight
             if loose:
-                share = shares_of_coarse(keys, tile, gl.SliceLayout(0, PRODUCT), WHOLE)[None, :]
+                share = shares_of_coarse(keys, tile, gl.SliceLayout(0, PRODUCT))[None, :]
                 logits = gl.where(share > 0.0, logits + gl.log2(share), float("-inf"))
             new_peak = gl.maximum(peak, gl.max(logits, 1))
             p = gl.exp2(logits - new_peak[:, None])
@@ -1393,10 +1390,11 @@ def attend_hopper_kernel(
     WHOLE: gl.constexpr,
 ):
     """What attend_kernel does, four query blocks a program, but for queries whose sums do not fit."""
-    groups = gl.cdiv(gl.cdiv(n_tokens, SPAN_1), 4)
-    head = (gl.program_id(0) // groups).to(gl.int64)
-    first = gl.program_id(0) % groups * 4  # of the last groups, it may be beyond the last block
+    program = gl.program_id(0)
     n_l1 = gl.cdiv(n_tokens, SPAN_1)
+    groups = gl.cdiv(n_l1, 4)
+    head = (program // groups).to(gl.int64)
+    first = program % groups * 4  # of the query blocks
     # tiles before the end of each level
     end_l1 = gl.cdiv(n_l1, 64)
     keys = Keys(
@@ -1434,13 +1432,15 @@ def attend_hopper_again_kernel(
     groups_of_head = gl.cdiv(gl.cdiv(n_tokens, SPAN_1), 4)
     parts = gl.cdiv(groups_of_head, 16)
     begin = gl.program_id(0) % parts * 16
-    head = (gl.program_id(0) // parts).to(gl.int64)
-    totals_ptr = total_ptr + head * n_tokens
+    totals_ptr = total_ptr + (gl.program_id(0) // parts).to(gl.int64) * n_tokens
     if not all_fit(totals_ptr, begin * 64, n_tokens, 16 * 64):
         for group in range(begin, gl.minimum(begin + 16, groups_of_head)):
             if not all_fit(totals_ptr, group * 64, n_tokens, 64):
-                first = group * 4
+                program = gl.program_id(0) // parts * groups_of_head + group
                 n_l1 = gl.cdiv(n_tokens, SPAN_1)
+                groups = gl.cdiv(n_l1, 4)
+                head = (program // groups).to(gl.int64)
+                first = program % groups * 4  # of the query blocks
                 # tiles before the end of each level
                 end_l1 = gl.cdiv(n_l1, 64)
                 keys = Keys(
@@ -1472,10 +1472,11 @@ def grad_q_hopper_kernel(
     WHOLE: gl.constexpr,
 ):
     """What grad_q_kernel does, with four query blocks a program. `total` is 1 in half precision."""
-    groups = gl.cdiv(gl.cdiv(n_tokens, SPAN_1), 4)
-    head = (gl.program_id(0) // groups).to(gl.int64)
-    first = gl.program_id(0) % groups * 4  # of the last groups, it may be beyond the last block
+    program = gl.program_id(0)
     n_l1 = gl.cdiv(n_tokens, SPAN_1)
+    groups = gl.cdiv(n_l1, 4)
+    head = (program // groups).to(gl.int64)
+    first = program % groups * 4  # of the query blocks
     # tiles before the end of each level
     end_l1 = gl.cdiv(n_l1, 64)
     keys = Keys(
@@ -1518,6 +1519,7 @@ def grad_q_hopper_kernel(
     scale_log2e = scale * LOG2E
     grad_q = hopper.warpgroup_mma_init(gl.zeros([64, PAD_DIM], gl.float32, layout=PRODUCT))
     zeros = gl.zeros([64, 64], gl.float32, layout=PRODUCT)
+    column = gl.arange(0, 64, layout=gl.SliceLayout(0, PRODUCT))[None, :]
     stage = 0
     for tile in range(0, keys.end_l1):
         grad_q = hopper.warpgroup_mma_wait(0, deps=[grad_q])  # of the tile before, whose place is filled again now
@@ -1535,8 +1537,13 @@ def grad_q_hopper_kernel(
         products = hopper.warpgroup_mma_wait(1, deps=[products])
         p = gl.exp2(products * scale_log2e + (weight - peak)[:, None])
         dp = hopper.warpgroup_mma_wait(0, deps=[dp])
-        if is_loose_tile(keys, tile):  # rows of zeros add nothing, but infinity times zero is no number
-            share = shares_of_coarse(keys, tile, gl.SliceLayout(0, PRODUCT), WHOLE)[None, :]
+        exist = gl.where(tile < keys.end_l1, gl.cdiv(keys.n_tokens, SPAN_1) - tile * 64, 64)
+        # rows of zeros add nothing, but infinity times zero is no number
+        if WHOLE:
+            if exist < 64:
+                p = gl.where(column < exist, p, 0.0)
+        elif is_loose_tile(keys, tile):
+            share = shares_of_coarse(keys, tile, gl.SliceLayout(0, PRODUCT))[None, :]
             p = gl.where(share > 0.0, p * share, 0.0)
         grad_logits = (p * (dp - delta[:, None])).to(dtype)
         grad_q = hopper.warpgroup_mma(gl.convert_layout(grad_logits, LEFT), k, grad_q, is_async=True)
@@ -1941,8 +1948,9 @@ class Prepared:
         self.grids["select_l1_kernel"] = heads * ceil_div(tokens[1], tile["BLOCK_M"]), tile
         tile = tiles["attend"] | {"WHOLE": is_whole(tokens, tiles["attend"])}
         self.grids["attend_kernel"] = heads * ceil_div(tokens[1], tile["GROUP"]), tile
-        if "HOPPER" in tile and not INTERPRETED:  # the tiles of the kernel in Gluon
+        if "HOPPER" in tile and not INTERPRETED:  # the kernel in Gluon: its tiles, and four query blocks a program
             tile["WHOLE"] = is_whole(tokens, {"BLOCK_C": 64, "BLOCK_N": 16})
+            self.grids["attend_kernel"] = heads * ceil_div(tokens[1], 4), tile
             programs = heads * ceil_div(ceil_div(tokens[1], 4), 16)
             self.grids["attend_hopper_again_kernel"] = programs, {"num_warps": 4, "maxnreg": 168}
         tile = tiles["scan"]
@@ -1951,8 +1959,9 @@ class Prepared:
         self.grids["invert_l1_kernel"] = heads * ceil_div(tokens[1], tile["KEYS"]), tile
         tile = tiles["grad_q"] | {"WHOLE": is_whole(tokens, tiles["grad_q"])}
         self.grids["grad_q_kernel"] = heads * ceil_div(tokens[1], tile["GROUP"]), tile
-        if "HOPPER" in tile and not INTERPRETED:  # the tiles of the kernel in Gluon
+        if "HOPPER" in tile and not INTERPRETED:  # the kernel in Gluon: its tiles, and four query blocks a program
             tile["WHOLE"] = is_whole(tokens, {"BLOCK_C": 64, "BLOCK_N": 16})
+            self.grids["grad_q_kernel"] = heads * ceil_div(tokens[1], 4), tile
         tile = tiles["grad_kv_l1"]
         self.grids["grad_kv_l1_kernel"] = heads * splits_l1 * ceil_div(tokens[1], tile["BLOCK_N"]), tile
         tile = tiles["grad_sum"]
@@ -2316,17 +2325,23 @@ class Recorder:
 
     def first(self, kernel, name, programs, tile, values):
         """Launch a kernel that Triton has to look for; what it makes of it, None in the interpreter."""
-        kernel, tile = variant(kernel, tile)
-        compiled = kernel[(programs,)](*values, **tile)
+        chosen, taken = variant(kernel, tile)
+        compiled = chosen[(programs,)](*values, **taken)
         if compiled is None or torch.version.hip:  # where Triton also tells large tensors from small ones
             return compiled
         # another length may need the other variant: nothing is compiled then
         if "WHOLE" in tile:
-            kernel.warmup(*values, **tile | {"WHOLE": not tile["WHOLE"]}, grid=(programs,))
+            warm(kernel, tile | {"WHOLE": not tile["WHOLE"]}, programs, values)
         if "RUNS" in tile and has_runs(MANY_CANDIDATES, tile):
-            kernel.warmup(*values, **tile | {"RUNS": not tile["RUNS"]}, grid=(programs,))
-        self.at.ready[name] = compiled, [tile[parameter] for parameter in kernel.arg_names[len(values) :]]
+            warm(kernel, tile | {"RUNS": not tile["RUNS"]}, programs, values)
+        self.at.ready[name] = compiled, [taken[parameter] for parameter in chosen.arg_names[len(values) :]]
         return compiled
+
+
+def warm(kernel, tile, programs, values):
+    """Compile a kernel, or the one of a pair that fits, and do not launch it."""
+    kernel, tile = variant(kernel, tile)
+    kernel.warmup(*values, **tile, grid=(programs,))
 
 
 def empty_like(x):

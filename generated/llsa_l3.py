@@ -38,7 +38,7 @@ SPEC = {
     "name": "llsa_l3",
     "reweight": True,
 }
-OPERATOR = "llsa_l3_1fd104dfba8b1170"  # in torch.ops.llsa: the name of the spec and the hash of this text
+OPERATOR = "llsa_l3_5584ddfe9f28469e"  # in torch.ops.llsa: the name of the spec and the hash of this text
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -1731,15 +1731,12 @@ def parents_of_tile(keys, tile, WHOLE: gl.constexpr):
 
 
 @gluon.jit
-def is_loose(list_ptr, places, last):
-    """Whether a place of a list holds no token, or the last there is, which may be cut short."""
-    loose = places < 0
-    for start in range(0, places, 32):
-        # every warp reads all places, so that none has to tell the others by way of shared memory, of which tiles take all
-        place = start + gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [4], [0]))
-        token = gl.load(list_ptr + place, mask=place < places, other=0)
-        loose |= gl.max(((token < 0) | (token == last)).to(gl.int32), 0) > 0
-    return loose
+def is_loose(list_ptr, places, last, MOST: gl.constexpr):
+    """Whether a place of a list, of up to MOST, holds no token, or the last there is, which may be cut short."""
+    # every warp reads all places, so that none has to tell the others by way of shared memory, of which tiles take all
+    place = gl.arange(0, MOST, layout=gl.BlockedLayout([(MOST + 31) // 32], [32], [4], [0]))
+    token = gl.load(list_ptr + place, mask=place < places, other=0)
+    return gl.max(((token < 0) | (token == last)).to(gl.int32), 0) > 0
 
 
 @gluon.jit
@@ -1747,40 +1744,33 @@ def has_loose_fine(keys):
     """Whether some fine keys of this program do not exist: it keeps the last block, or lists have gaps."""
     last = gl.cdiv(keys.n_tokens, SPAN_1) - 1
     blocks = gl.minimum(4, last + 1 - keys.first)
-    return is_loose(keys.kept_l1_ptr + keys.first * keys.width_l1, blocks * keys.width_l1, last)
+    return is_loose(keys.kept_l1_ptr + keys.first * keys.width_l1, blocks * keys.width_l1, last, 32)
 
 
 @gluon.jit
-def is_loose_tile(keys, tile, loose_coarse, WHOLE: gl.constexpr):
+def is_loose_tile(keys, tile, loose_coarse):
     """Whether some keys of a coarse tile may not exist, or weigh less than others of their level."""
-    loose = (tile < keys.end_l3) & (tile * 64 + 64 > keys.n_tokens // SPAN_3)
-    if not WHOLE:
-        loose |= (tile >= keys.end_l3) & loose_coarse
-        loose |= (tile == keys.end_l2 - 1) & (keys.width_l3 * BLOCK_3 % 64 != 0)
-        loose |= (tile == keys.end_l1 - 1) & (keys.width_l2 * BLOCK_2 % 64 != 0)
-    return loose
+    at_top = tile * 64 + 64 > keys.n_tokens // SPAN_3
+    return gl.where(tile < keys.end_l3, at_top, loose_coarse)
 
 
 @gluon.jit
 def has_loose_coarse(keys):
-    """Whether below the coarsest level some coarse keys do not exist, or cover fewer tokens than others: likewise."""
+    """Whether below the coarsest level some coarse keys do not exist, or cover fewer tokens than others, or fill no tile."""
     loose = keys.n_tokens < 0
-    loose |= is_loose(keys.kept_l2_ptr, keys.width_l2, gl.cdiv(keys.n_tokens, SPAN_2) - 1)
-    loose |= is_loose(keys.kept_l3_ptr, keys.width_l3, gl.cdiv(keys.n_tokens, SPAN_3) - 1)
+    loose |= keys.width_l2 * BLOCK_2 % 64 != 0
+    loose |= is_loose(keys.kept_l2_ptr, keys.width_l2, gl.cdiv(keys.n_tokens, SPAN_2) - 1, 8)
+    loose |= keys.width_l3 * BLOCK_3 % 64 != 0
+    loose |= is_loose(keys.kept_l3_ptr, keys.width_l3, gl.cdiv(keys.n_tokens, SPAN_3) - 1, 8)
     return loose
 
 
 @gluon.jit
-def last_in_list(list_ptr, width, last):
+def last_in_list(list_ptr, width, last, MOST: gl.constexpr):
     """In which place of a list the last token is, -1 if in none, and how many places hold a token: the first ones."""
-    slot = -1
-    filled = 0
-    for start in range(0, width, 32):
-        place = start + gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [4], [0]))
-        token = gl.load(list_ptr + place, mask=place < width, other=-1)
-        slot = gl.maximum(slot, gl.max(gl.where(token == last, place, -1), 0))
-        filled = gl.maximum(filled, gl.max(gl.where(token >= 0, place + 1, 0), 0))
-    return slot, filled
+    place = gl.arange(0, MOST, layout=gl.BlockedLayout([(MOST + 31) // 32], [32], [4], [0]))
+    token = gl.load(list_ptr + place, mask=place < width, other=-1)
+    return gl.max(gl.where(token == last, place, -1), 0), gl.max(gl.where(token >= 0, place + 1, 0), 0)
 
 
 @gluon.jit
@@ -1790,43 +1780,39 @@ def not_before(number):
 
 
 @gluon.jit
-def shares_of_coarse(keys, tile, LAYOUT: gl.constexpr, WHOLE: gl.constexpr):
+def shares_of_coarse(keys, tile, LAYOUT: gl.constexpr):
     """What the keys of a coarse tile weigh, [64], in weights of a whole token of their level; 0 where there is none.
 
     Of a row of tiles, keys from `end` on do not exist, nor those from `gap` to `gap_end`, children that the last token is
     short of; the one before the gap may be cut short.
     """
     place = tile * 64 + gl.arange(0, 64, layout=LAYOUT)
-    if WHOLE:  # but there may be fewer than fill the last tile of the coarsest level
-        shares = gl.where(place < gl.cdiv(keys.n_tokens, SPAN_3), 1.0, 0.0)
-    else:
-        n_tokens = not_before(keys.n_tokens)
-        last = gl.cdiv(n_tokens, SPAN_3) - 1
-        share = (n_tokens - last * SPAN_3) * (1.0 / SPAN_3)
-        gap = last + 1
-        gap_end = gap
-        end = gap
-        if (tile >= keys.end_l3) & (tile < keys.end_l2):
-            place -= keys.end_l3 * 64
-            last_parent = gl.cdiv(n_tokens, SPAN_3) - 1
-            last = gl.cdiv(n_tokens, SPAN_2) - 1
-            share = (n_tokens - last * SPAN_2) * (1.0 / SPAN_2)
-            slot, filled = last_in_list(keys.kept_l3_ptr, keys.width_l3, last_parent)
-            gap = slot * BLOCK_3 + (last - last_parent * BLOCK_3 + 1)
-            gap_end = slot * BLOCK_3 + BLOCK_3
-            end = filled * BLOCK_3
-        if (tile >= keys.end_l2) & (tile < keys.end_l1):
-            place -= keys.end_l2 * 64
-            last_parent = gl.cdiv(n_tokens, SPAN_2) - 1
-            last = gl.cdiv(n_tokens, SPAN_1) - 1
-            share = (n_tokens - last * SPAN_1) * (1.0 / SPAN_1)
-            slot, filled = last_in_list(keys.kept_l2_ptr, keys.width_l2, last_parent)
-            gap = slot * BLOCK_2 + (last - last_parent * BLOCK_2 + 1)
-            gap_end = slot * BLOCK_2 + BLOCK_2
-            end = filled * BLOCK_2
-        missing = ((place >= gap) & (place < gap_end)) | (place >= end)
-        shares = gl.where(missing, 0.0, gl.where(place == gap - 1, share, 1.0))
-    return shares
+    n_tokens = not_before(keys.n_tokens)
+    last = gl.cdiv(n_tokens, SPAN_3) - 1
+    share = (n_tokens - last * SPAN_3) * (1.0 / SPAN_3)
+    gap = last + 1
+    gap_end = gap
+    end = gap
+    if (tile >= keys.end_l3) & (tile < keys.end_l2):
+        place -= keys.end_l3 * 64
+        last_parent = gl.cdiv(n_tokens, SPAN_3) - 1
+        last = gl.cdiv(n_tokens, SPAN_2) - 1
+        share = (n_tokens - last * SPAN_2) * (1.0 / SPAN_2)
+        slot, filled = last_in_list(keys.kept_l3_ptr, keys.width_l3, last_parent, 8)
+        gap = slot * BLOCK_3 + (last - last_parent * BLOCK_3 + 1)
+        gap_end = slot * BLOCK_3 + BLOCK_3
+        end = filled * BLOCK_3
+    if (tile >= keys.end_l2) & (tile < keys.end_l1):
+        place -= keys.end_l2 * 64
+        last_parent = gl.cdiv(n_tokens, SPAN_2) - 1
+        last = gl.cdiv(n_tokens, SPAN_1) - 1
+        share = (n_tokens - last * SPAN_1) * (1.0 / SPAN_1)
+        slot, filled = last_in_list(keys.kept_l2_ptr, keys.width_l2, last_parent, 8)
+        gap = slot * BLOCK_2 + (last - last_parent * BLOCK_2 + 1)
+        gap_end = slot * BLOCK_2 + BLOCK_2
+        end = filled * BLOCK_2
+    missing = ((place >= gap) & (place < gap_end)) | (place >= end)
+    return gl.where(missing, 0.0, gl.where(place == gap - 1, share, 1.0))
 
 
 @gluon.jit
@@ -1873,7 +1859,6 @@ def attend_tiles(keys, q_base, stride_qn, scale, ANCHORED: gl.constexpr, WHOLE: 
         hopper.async_copy.commit_group()
         parent = parents_of_tile(keys, tile + 1, WHOLE)
     if WHOLE:
-        loose_coarse: gl.constexpr = False
         loose_fine: gl.constexpr = False
     else:
         loose_coarse = has_loose_coarse(keys)
@@ -1895,11 +1880,12 @@ def attend_tiles(keys, q_base, stride_qn, scale, ANCHORED: gl.constexpr, WHOLE: 
         products = hopper.warpgroup_mma(q, k_tiles.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
         products = hopper.warpgroup_mma_wait(0, deps=[products])
         weight = gl.where(tile < keys.end_l3, WEIGHT_3, gl.where(tile < keys.end_l2, WEIGHT_2, WEIGHT_1))
-        loose = is_loose_tile(keys, tile, loose_coarse, WHOLE)
+        exist = gl.where(tile < keys.end_l3, gl.cdiv(keys.n_tokens, SPAN_3) - tile * 64, 64)
+        loose = exist < 64 if WHOLE else is_loose_tile(keys, tile, loose_coarse)
         if ANCHORED:
             if tile == 0:
                 # not of logits: those of the line below would then be kept apart from their bias
-                taken = column < gl.cdiv(keys.n_tokens, SPAN_3)
+                taken = column < exist
                 if not WHOLE:  # of whole tokens, so that the sum is 1 at least; if the only one is cut short, it weighs n_tokens
                     taken = column < gl.maximum(keys.n_tokens // SPAN_3, 1)
                 high = gl.max(gl.where(taken, products, float("-inf")), 1) * scale
@@ -1907,13 +1893,16 @@ def attend_tiles(keys, q_base, stride_qn, scale, ANCHORED: gl.constexpr, WHOLE: 
                 peak = gl.maximum(high, low) + (weight if WHOLE else gl.minimum(weight, gl.log2(keys.n_tokens.to(gl.float32))))
             p = gl.exp2(products * scale + (weight - peak)[:, None])
             if loose:
-                share = shares_of_coarse(keys, tile, gl.SliceLayout(0, PRODUCT), WHOLE)[None, :]
-                p = gl.where(share > 0.0, p * share, 0.0)
+                if WHOLE:
+                    p = gl.where(column < exist, p, 0.0)
+                else:
+                    share = shares_of_coarse(keys, tile, gl.SliceLayout(0, PRODUCT))[None, :]
+                    p = gl.where(share > 0.0, p * share, 0.0)
             total += sum_of_own(p)
         else:
             logits = products * scale + weight
             if loose:
-                share = shares_of_coarse(keys, tile, gl.SliceLayout(0, PRODUCT), WHOLE)[None, :]
+                share = shares_of_coarse(keys, tile, gl.SliceLayout(0, PRODUCT))[None, :]
                 logits = gl.where(share > 0.0, logits + gl.log2(share), float("-inf"))
             new_peak = gl.maximum(peak, gl.max(logits, 1))
             p = gl.exp2(logits - new_peak[:, None])
@@ -2016,14 +2005,13 @@ def attend_hopper_kernel(
     WHOLE: gl.constexpr,
 ):
     """What attend_kernel does, four query blocks a program, but for queries whose sums do not fit."""
-    groups = gl.cdiv(gl.cdiv(n_tokens, SPAN_1), 4)
-    if not WHOLE:
-        groups = gl.cdiv(n_tokens, SPAN_2) * gl.cdiv(gl.minimum(16, gl.cdiv(n_tokens, SPAN_1)), 4)
-    head = (gl.program_id(0) // groups).to(gl.int64)
-    first = gl.program_id(0) % groups * 4  # of the last groups, it may be beyond the last block
+    program = gl.program_id(0)
     n_l1 = gl.cdiv(n_tokens, SPAN_1)
     n_l2 = gl.cdiv(n_tokens, SPAN_2)
     n_l3 = gl.cdiv(n_tokens, SPAN_3)
+    groups = gl.cdiv(n_l1, 4)
+    head = (program // groups).to(gl.int64)
+    first = program % groups * 4  # of the query blocks
     above = first // 16  # the level-2 token that they are under
     # tiles before the end of each level
     end_l3 = gl.cdiv(n_l3, 64)
@@ -2072,15 +2060,17 @@ def attend_hopper_again_kernel(
     groups_of_head = gl.cdiv(gl.cdiv(n_tokens, SPAN_1), 4)
     parts = gl.cdiv(groups_of_head, 16)
     begin = gl.program_id(0) % parts * 16
-    head = (gl.program_id(0) // parts).to(gl.int64)
-    totals_ptr = total_ptr + head * n_tokens
+    totals_ptr = total_ptr + (gl.program_id(0) // parts).to(gl.int64) * n_tokens
     if not all_fit(totals_ptr, begin * 64, n_tokens, 16 * 64):
         for group in range(begin, gl.minimum(begin + 16, groups_of_head)):
             if not all_fit(totals_ptr, group * 64, n_tokens, 64):
-                first = group * 4
+                program = gl.program_id(0) // parts * groups_of_head + group
                 n_l1 = gl.cdiv(n_tokens, SPAN_1)
                 n_l2 = gl.cdiv(n_tokens, SPAN_2)
                 n_l3 = gl.cdiv(n_tokens, SPAN_3)
+                groups = gl.cdiv(n_l1, 4)
+                head = (program // groups).to(gl.int64)
+                first = program % groups * 4  # of the query blocks
                 above = first // 16  # the level-2 token that they are under
                 # tiles before the end of each level
                 end_l3 = gl.cdiv(n_l3, 64)
@@ -2123,14 +2113,13 @@ def grad_q_hopper_kernel(
     WHOLE: gl.constexpr,
 ):
     """What grad_q_kernel does, with four query blocks a program. `total` is 1 in half precision."""
-    groups = gl.cdiv(gl.cdiv(n_tokens, SPAN_1), 4)
-    if not WHOLE:
-        groups = gl.cdiv(n_tokens, SPAN_2) * gl.cdiv(gl.minimum(16, gl.cdiv(n_tokens, SPAN_1)), 4)
-    head = (gl.program_id(0) // groups).to(gl.int64)
-    first = gl.program_id(0) % groups * 4  # of the last groups, it may be beyond the last block
+    program = gl.program_id(0)
     n_l1 = gl.cdiv(n_tokens, SPAN_1)
     n_l2 = gl.cdiv(n_tokens, SPAN_2)
     n_l3 = gl.cdiv(n_tokens, SPAN_3)
+    groups = gl.cdiv(n_l1, 4)
+    head = (program // groups).to(gl.int64)
+    first = program % groups * 4  # of the query blocks
     above = first // 16  # the level-2 token that they are under
     # tiles before the end of each level
     end_l3 = gl.cdiv(n_l3, 64)
@@ -2163,7 +2152,6 @@ def grad_q_hopper_kernel(
         hopper.async_copy.commit_group()
         parent = parents_of_tile(keys, tile + 1, WHOLE)
     if WHOLE:
-        loose_coarse: gl.constexpr = False
         loose_fine: gl.constexpr = False
     else:
         loose_coarse = has_loose_coarse(keys)
@@ -2182,6 +2170,7 @@ def grad_q_hopper_kernel(
     scale_log2e = scale * LOG2E
     grad_q = hopper.warpgroup_mma_init(gl.zeros([64, PAD_DIM], gl.float32, layout=PRODUCT))
     zeros = gl.zeros([64, 64], gl.float32, layout=PRODUCT)
+    column = gl.arange(0, 64, layout=gl.SliceLayout(0, PRODUCT))[None, :]
     stage = 0
     for tile in range(0, keys.end_l1):
         grad_q = hopper.warpgroup_mma_wait(0, deps=[grad_q])  # of the tile before, whose place is filled again now
@@ -2199,8 +2188,13 @@ def grad_q_hopper_kernel(
         products = hopper.warpgroup_mma_wait(1, deps=[products])
         p = gl.exp2(products * scale_log2e + (weight - peak)[:, None])
         dp = hopper.warpgroup_mma_wait(0, deps=[dp])
-        if is_loose_tile(keys, tile, loose_coarse, WHOLE):  # rows of zeros add nothing, but infinity times zero is no number
-            share = shares_of_coarse(keys, tile, gl.SliceLayout(0, PRODUCT), WHOLE)[None, :]
+        exist = gl.where(tile < keys.end_l3, gl.cdiv(keys.n_tokens, SPAN_3) - tile * 64, 64)
+        # rows of zeros add nothing, but infinity times zero is no number
+        if WHOLE:
+            if exist < 64:
+                p = gl.where(column < exist, p, 0.0)
+        elif is_loose_tile(keys, tile, loose_coarse):
+            share = shares_of_coarse(keys, tile, gl.SliceLayout(0, PRODUCT))[None, :]
             p = gl.where(share > 0.0, p * share, 0.0)
         grad_logits = (p * (dp - delta[:, None])).to(dtype)
         grad_q = hopper.warpgroup_mma(gl.convert_layout(grad_logits, LEFT), k, grad_q, is_async=True)
@@ -2761,8 +2755,9 @@ class Prepared:
         self.grids["select_l1_kernel"] = heads * tokens[2] * ceil_div(min(16, tokens[1]), tile["BLOCK_M"]), tile
         tile = tiles["attend"] | {"WHOLE": is_whole(tokens, tiles["attend"])}
         self.grids["attend_kernel"] = heads * tokens[2] * ceil_div(min(16, tokens[1]), tile["GROUP"]), tile
-        if "HOPPER" in tile and not INTERPRETED:  # the tiles of the kernel in Gluon
+        if "HOPPER" in tile and not INTERPRETED:  # the kernel in Gluon: its tiles, and four query blocks a program
             tile["WHOLE"] = is_whole(tokens, {"BLOCK_C": 64, "BLOCK_N": 16})
+            self.grids["attend_kernel"] = heads * ceil_div(tokens[1], 4), tile
             programs = heads * ceil_div(ceil_div(tokens[1], 4), 16)
             self.grids["attend_hopper_again_kernel"] = programs, {"num_warps": 4, "maxnreg": 168}
         tile = tiles["scan"]
@@ -2775,8 +2770,9 @@ class Prepared:
         self.grids["invert_l1_kernel"] = heads * tokens[2], tile
         tile = tiles["grad_q"] | {"WHOLE": is_whole(tokens, tiles["grad_q"])}
         self.grids["grad_q_kernel"] = heads * tokens[2] * ceil_div(min(16, tokens[1]), tile["GROUP"]), tile
-        if "HOPPER" in tile and not INTERPRETED:  # the tiles of the kernel in Gluon
+        if "HOPPER" in tile and not INTERPRETED:  # the kernel in Gluon: its tiles, and four query blocks a program
             tile["WHOLE"] = is_whole(tokens, {"BLOCK_C": 64, "BLOCK_N": 16})
+            self.grids["grad_q_kernel"] = heads * ceil_div(tokens[1], 4), tile
         tile = tiles["grad_kv_l3"]
         self.grids["grad_kv_l3_kernel"] = heads * splits_l3 * ceil_div(tokens[3], tile["BLOCK_N"]), tile
         tile = tiles["grad_sum"]
@@ -3150,17 +3146,23 @@ class Recorder:
 
     def first(self, kernel, name, programs, tile, values):
         """Launch a kernel that Triton has to look for; what it makes of it, None in the interpreter."""
-        kernel, tile = variant(kernel, tile)
-        compiled = kernel[(programs,)](*values, **tile)
+        chosen, taken = variant(kernel, tile)
+        compiled = chosen[(programs,)](*values, **taken)
         if compiled is None or torch.version.hip:  # where Triton also tells large tensors from small ones
             return compiled
         # another length may need the other variant: nothing is compiled then
         if "WHOLE" in tile:
-            kernel.warmup(*values, **tile | {"WHOLE": not tile["WHOLE"]}, grid=(programs,))
+            warm(kernel, tile | {"WHOLE": not tile["WHOLE"]}, programs, values)
         if "RUNS" in tile and has_runs(MANY_CANDIDATES, tile):
-            kernel.warmup(*values, **tile | {"RUNS": not tile["RUNS"]}, grid=(programs,))
-        self.at.ready[name] = compiled, [tile[parameter] for parameter in kernel.arg_names[len(values) :]]
+            warm(kernel, tile | {"RUNS": not tile["RUNS"]}, programs, values)
+        self.at.ready[name] = compiled, [taken[parameter] for parameter in chosen.arg_names[len(values) :]]
         return compiled
+
+
+def warm(kernel, tile, programs, values):
+    """Compile a kernel, or the one of a pair that fits, and do not launch it."""
+    kernel, tile = variant(kernel, tile)
+    kernel.warmup(*values, **tile, grid=(programs,))
 
 
 def empty_like(x):

@@ -37,7 +37,7 @@ SPEC = {
     "name": "topk_l2",
     "reweight": True,
 }
-OPERATOR = "topk_l2_199e457000a2ed06"  # in torch.ops.llsa: the name of the spec and the hash of this text
+OPERATOR = "topk_l2_eacf4f87bbbd4bcd"  # in torch.ops.llsa: the name of the spec and the hash of this text
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -1543,17 +1543,23 @@ class Recorder:
 
     def first(self, kernel, name, programs, tile, values):
         """Launch a kernel that Triton has to look for; what it makes of it, None in the interpreter."""
-        kernel, tile = variant(kernel, tile)
-        compiled = kernel[(programs,)](*values, **tile)
+        chosen, taken = variant(kernel, tile)
+        compiled = chosen[(programs,)](*values, **taken)
         if compiled is None or torch.version.hip:  # where Triton also tells large tensors from small ones
             return compiled
         # another length may need the other variant: nothing is compiled then
         if "WHOLE" in tile:
-            kernel.warmup(*values, **tile | {"WHOLE": not tile["WHOLE"]}, grid=(programs,))
+            warm(kernel, tile | {"WHOLE": not tile["WHOLE"]}, programs, values)
         if "RUNS" in tile and has_runs(MANY_CANDIDATES, tile):
-            kernel.warmup(*values, **tile | {"RUNS": not tile["RUNS"]}, grid=(programs,))
-        self.at.ready[name] = compiled, [tile[parameter] for parameter in kernel.arg_names[len(values) :]]
+            warm(kernel, tile | {"RUNS": not tile["RUNS"]}, programs, values)
+        self.at.ready[name] = compiled, [taken[parameter] for parameter in chosen.arg_names[len(values) :]]
         return compiled
+
+
+def warm(kernel, tile, programs, values):
+    """Compile a kernel, or the one of a pair that fits, and do not launch it."""
+    kernel, tile = variant(kernel, tile)
+    kernel.warmup(*values, **tile, grid=(programs,))
 
 
 def empty_like(x):

@@ -20,7 +20,7 @@ from sympy.printing.pycode import PythonCodePrinter
 
 from llsa_gen.errors import TemplateError
 from llsa_gen.plan import Plan
-from llsa_gen.schedule import Schedule, Schedules, pad
+from llsa_gen.schedule import LOOSE_LEVELS, Schedule, Schedules, pad
 
 ROOT = Path(__file__).parent
 TEMPLATES = next(path for path in (ROOT / "templates", ROOT.parent / "templates") if path.is_dir())
@@ -76,6 +76,7 @@ def environment() -> jinja2.Environment:
         autoescape=False,
     )
     env.filters["py"] = python
+    env.filters["pad"] = lambda number: pad(number, 1)  # up to a power of two
     env.filters["each"] = lambda items, form: ", ".join(form.format(item) for item in items)
     return env
 
@@ -100,6 +101,7 @@ def render(plan: Plan, schedules: Schedules) -> str:
                 schedules=schedules_literal(schedules),
                 by_length=differ_by_length(schedules),
                 hopper=stages_in_gluon(schedules),
+                loose_in_gluon=plan.top <= LOOSE_LEVELS,
             )
         )
     except Exception as error:  # whatever an expression in a template may raise

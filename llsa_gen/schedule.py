@@ -16,7 +16,7 @@ from llsa_gen.schedule_fit import misfit, settled, shared_memory
 from llsa_gen.schedule_table import LENGTHS, Target, bucket, facts_of, pad, stage_kind, target, targets
 
 __all__ = [
-    "Choice", "Entry", "Schedule", "Schedules", "Target",
+    "LOOSE_LEVELS", "Choice", "Entry", "Schedule", "Schedules", "Target",
     "choices", "pad", "schedule", "schedules", "target", "targets",
 ]  # fmt: skip
 
@@ -38,6 +38,10 @@ WGMMA = ("cuda:90",)
 For them there are kernels in Gluon beside some of those in Triton. An entry hands its launches to such a kernel by
 `HOPPER`, the most registers that a thread of it may have.
 """
+
+LOOSE_LEVELS = 3
+"""The most levels with which attention in Gluon also takes what leaves loose ends, keys that do not exist or cover fewer
+tokens than others: a length, or lists with gaps. With more, registers run out: four took 6% longer than Triton, six 29%."""
 
 DOUBLES = ("cuda:90",)
 """Targets known to sort faster by float64 than by int64: two integer instructions a comparison, and float64 units that
@@ -191,7 +195,9 @@ def _walk(plan: Plan, goal: Target, element: int, stage: str) -> tuple[Entry, tu
             if attend and plan.topk(1) * plan.block(1) % 32 == 0:  # four warps with 16 rows of v meet in the same banks
                 entry["BLOCK_N"] = 32
             families = plan.block(1) == 16 and (plan.blocks_sharing or 4) % 4 == 0
-            if families and plan.enriched == tuple(plan.levels) and _in_gluon(plan, goal, element):
+            full = plan.lists_fill and all(plan.topk(up) * plan.block(up) % 64 == 0 for up in plan.levels[1:])
+            every_level = plan.enriched == tuple(plan.levels) and (full or plan.top <= LOOSE_LEVELS)
+            if families and every_level and _in_gluon(plan, goal, element):
                 entry["HOPPER"] = 128 if attend else 168  # four programs on a multiprocessor, or three
     elif rows < 64:
         entry = {"BLOCK_M": rows, "BLOCK_N": 32, "num_warps": rows // 16 if width <= 64 else rows // 8, "num_stages": 2}
