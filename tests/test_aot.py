@@ -136,7 +136,11 @@ def test_the_host_code_launches_what_the_plan_says(
         programs: Any = step.programs
         in_gluon = {"GROUP": 4, "BLOCK_N": 16}  # where they are no arguments
         values = {symbol: {**in_gluon, **launch.arguments, **known}[symbol.name] for symbol in programs.free_symbols}
-        assert launch.grid == (int(programs.subs(values)),)
+        wanted = int(programs.subs(values))
+        if launch.kernel in ("attend_hopper_kernel", "grad_q_hopper_kernel"):  # none beyond the last block
+            assert batch * heads * -(-n_tokens // 64) == launch.grid[0] <= wanted
+        else:
+            assert launch.grid == (wanted,)
     assert not planned
     selection = [launch.kernel for launch in launches if launch.phase == "select"]
     assert selection == [step.name for step in plan.forward[:-1]]
