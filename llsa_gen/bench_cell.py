@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from llsa_gen import bench_check, bench_kernels, bench_timing
+from llsa_gen import bench_check, bench_kernels, bench_timing, tuned
 from llsa_gen.bench_rivals import Implementation
 from llsa_gen.bench_rows import Ceilings, KernelRow, Machine, Memory, Mode, Row, Timing
 from llsa_gen.bench_timing import Stopwatch
@@ -17,14 +17,12 @@ from llsa_gen.cost import Cost
 from llsa_gen.errors import LlsaGenError
 from llsa_gen.fuzz_cases import Case
 from llsa_gen.plan import lower
-from llsa_gen.schedule import schedule, target
+from llsa_gen.schedule import schedule
+from llsa_gen.store import Store
 
 __all__ = ["OURS", "Cell", "Session", "Step"]
 
 OURS = "llsa_gen"
-
-TARGET = "cuda:90"
-"""Whose tile shapes the cost model is given; they only matter to scratch memory, of which nothing is said here."""
 
 ON_GPU: tuple[str, ...] = ("host_us", "memory")
 NEEDS_BACKWARD: tuple[str, ...] = ("forward_backward", *ON_GPU)
@@ -163,8 +161,9 @@ class Cell:
         limits = self.session.limits
         if self.one.kind != "ours" or limits is None:
             return None
-        plan, element = lower(self.case.spec), self.inputs[0].element_size()
-        cost = Cost(plan, schedule(plan, target(TARGET), element), self.case.dtype)
+        plan, x = lower(self.case.spec), self.inputs[0]
+        goal = tuned.targets(Store())[self.session.attention.module.target_of(x.device)]  # as `compile` reads them
+        cost = Cost(plan, schedule(plan, goal, x.element_size(), self.case.n), self.case.dtype)
         needed = bench_kernels.work(cost, self.case.n, self.case.batch * self.case.heads)
         happened = bench_kernels.profiled(self.forward_backward, self.session.watch)
         return bench_kernels.breakdown(happened, bench_kernels.PASSES, needed, limits)

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import sympy
 
 from llsa_gen.plan import Buffer, Kernel, Plan, Role
-from llsa_gen.sizes import HEADS, N, parts, splits, tile
+from llsa_gen.sizes import HEADS, N, ceil_div, parts, splits, tile
 
 __all__ = ["BYTES", "Cost", "Pass", "Share", "Totals", "dense", "evaluate"]
 
@@ -70,8 +70,8 @@ class Totals:
 class Cost:
     """What a plan costs for q, k and v of a dtype.
 
-    `schedule` gives the tile shapes, {stage: {name: value}}, as `llsa_gen.schedule.schedule` does: part of the scratch
-    memory depends on them, nothing else does.
+    `schedule` gives the tile shapes, {stage: {name: value}}, as `llsa_gen.schedule.schedule` does: how large some
+    scratch buffers are, and so what is moved, depends on them; FLOPs do not.
     """
 
     def __init__(self, plan: Plan, schedule: Mapping[str, Mapping[str, int]], dtype: str = "bfloat16") -> None:
@@ -159,18 +159,28 @@ class Cost:
         return {"input": self.dtype, "share": share}.get(buffer.dtype, buffer.dtype)
 
     def buffer_bytes(self, buffer: Buffer) -> sympy.Expr:
-        """Bytes of a buffer; for shares of a level's gradient, as many as it may get at most."""
+        """Bytes of a buffer."""
         plan = self.plan
         size = buffer.elements * BYTES[self.dtype_of(buffer)]
         if buffer.name.startswith("extra_grad"):
             level = int(buffer.name.rpartition("_l")[2])
             most = plan.extra_parts(level).subs(tile("PART"), self.schedule[f"grad_kv_l{level}"]["PART"])
             size = size.subs(parts(level), most)
-        for level in plan.split:
-            queries = N if level == plan.top else sympy.Min(N, plan.span(level + 1))
-            most = sympy.Max(1, sympy.floor(queries / (plan.share_of_queries * plan.keys_of_keeper(level))))
-            size = size.subs(splits(level), most)
+        if buffer.name.startswith("split_grad"):
+            level = int(buffer.name.rpartition("_l")[2])
+            size = size.subs(splits(level), self._splits(level))
         return size
+
+    def _splits(self, level: int) -> sympy.Expr:
+        """How many splits the queries of a level come in: what `split_queries` of the host code says."""
+        plan, tiles = self.plan, self.schedule[f"grad_kv_l{level}"]
+        keys = plan.keys_of_keeper(level)
+        queries = N if level == plan.top else sympy.Min(N, plan.span(level + 1))
+        programs = HEADS * plan.keepers(level) * ceil_div(keys, tiles["BLOCK_N"])
+        few_shares = sympy.floor(queries / (plan.share_of_queries * keys))
+        wanted = sympy.Max(1, sympy.Min(sympy.ceiling(plan.filling / programs), few_shares))
+        rows = tiles["BLOCK_M"] * sympy.ceiling(sympy.ceiling(queries / wanted) / tiles["BLOCK_M"])
+        return sympy.ceiling(queries / rows)
 
     def kernel_bytes(self, kernel: Kernel) -> sympy.Expr:
         """Bytes that one launch moves. Parts of popular lists (`extra_grad`) are left out: usually there are none."""

@@ -84,7 +84,7 @@ def check(spec: Spec, tokens: demo_photo.Tokens, o: torch.Tensor, kept: tuple[to
 def say_cost(spec: Spec, n_tokens: int, heads: int) -> None:
     """What the keys and the cost of a query are, beside those of dense attention."""
     plan = lower(spec)
-    # tile shapes are for scratch memory only, of which nothing is said here: any target will do
+    # FLOPs, which are all that is said here, do not depend on tile shapes: any target will do
     counted = cost.Cost(plan, schedule.schedule(plan, schedule.target("cuda:90"), 4), "float32")
     parts = [
         f"{cost.evaluate(counted.candidates(level), n_tokens):,} {'pixels' if level == 0 else f'of level {level}'}"

@@ -11,7 +11,7 @@ from rich.text import Text
 from llsa_gen.cost import BYTES, Cost, Totals, dense, evaluate
 from llsa_gen.errors import LlsaGenError
 from llsa_gen.growth import growth, top_share, with_another_level
-from llsa_gen.plan import Kernel, lower
+from llsa_gen.plan import Kernel, Plan, lower
 from llsa_gen.schedule import Choice, Target, choices, schedule, target
 from llsa_gen.schedule_table import bucket
 from llsa_gen.spec import Spec
@@ -20,7 +20,7 @@ from llsa_gen.units import counted, human_bytes, human_flops
 __all__ = ["explain", "plan_tables", "schedule_data", "tables"]
 
 TARGET = "cuda:90"
-"""Whose tile shapes are used: a part of the scratch memory depends on them."""
+"""Whose tile shapes are used: how large some scratch buffers are, and what is moved, depends on them."""
 
 Data = dict[str, Any]
 
@@ -33,10 +33,11 @@ def explain(spec: Spec, n_tokens: int, heads: int, dtype: str) -> Data:
 
     FLOPs and bytes are counted as `llsa_gen.cost` says. Raises LlsaGenError for a length that the operator refuses.
     """
-    cost = _cost(spec, dtype)
-    longest = cost.plan.max_tokens
+    plan = lower(spec)
+    longest = plan.max_tokens
     if not 1 <= n_tokens <= longest:
         raise LlsaGenError(f"n: expected 1 to {longest} tokens, the most that {spec.name} takes, got {n_tokens}")
+    cost = _cost(plan, target(TARGET), dtype, n_tokens)
     grows = growth(cost)
     sparse, full = _totals(cost.totals, n_tokens, heads), _totals(dense(spec.head_dim, BYTES[dtype]), n_tokens, heads)
     return {
@@ -62,9 +63,8 @@ def explain(spec: Spec, n_tokens: int, heads: int, dtype: str) -> Data:
     }
 
 
-def _cost(spec: Spec, dtype: str) -> Cost:
-    plan = lower(spec)
-    return Cost(plan, schedule(plan, target(TARGET), BYTES[dtype]), dtype)
+def _cost(plan: Plan, goal: Target, dtype: str, n_tokens: int) -> Cost:
+    return Cost(plan, schedule(plan, goal, BYTES[dtype], n_tokens), dtype)
 
 
 def _totals(totals: Totals, n_tokens: int, heads: int) -> dict[str, int]:
@@ -105,7 +105,8 @@ def _warning(cost: Cost, n_tokens: int) -> str | None:
     longer = with_another_level(spec)
     if longer is None:
         return f"{text}; there are no more levels to add, so use wider blocks"
-    less = evaluate(cost.totals.flops, n_tokens) / evaluate(_cost(longer, "bfloat16").totals.flops, n_tokens)
+    other = _cost(lower(longer), target(TARGET), "bfloat16", n_tokens)
+    less = evaluate(cost.totals.flops, n_tokens) / evaluate(other.totals.flops, n_tokens)
     if less <= 1:
         return f"{text}; with another level it would take as many"
     level = spec.levels[-1]
@@ -192,8 +193,8 @@ def schedule_data(spec: Spec, n_tokens: int, dtype: str, goal: Target) -> Data:
 
 def plan_tables(spec: Spec, n_tokens: int, heads: int, dtype: str, goal: Target) -> RenderableType:
     """The plan: the kernels in launch order, their tile shapes on a target, and the buffers, with sizes at a length."""
-    cost = _cost(spec, dtype)
-    plan = cost.plan
+    plan = lower(spec)
+    cost = _cost(plan, goal, dtype, n_tokens)
     stages = choices(plan, goal, BYTES[dtype], n_tokens)
     return Group(
         Text("Kernels, in launch order (tile shapes in capitals)", style="bold"),

@@ -156,6 +156,11 @@ class Levels:
         return 8
 
     @property
+    def filling(self) -> int:
+        """Programs that are enough to fill a GPU: queries are split no further."""
+        return 1024
+
+    @property
     def by_list(self) -> tuple[int, ...]:
         """The listed levels whose dk, dv are made key by key, over the queries of its inverted list, ascending."""
         return tuple(level for level in self.listed if level not in self.by_keeper)

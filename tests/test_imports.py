@@ -76,7 +76,9 @@ ROOMS = {
     "bench_check": room("reference compiler fuzz fuzz_cases fuzz_oracle bench_rivals", "torch"),
     "bench_kernels": room("cost launches bench_rows bench_timing", "torch"),
     "bench_cell": room(
-        "plan schedule compiler cost fuzz_cases bench_rows bench_timing bench_rivals bench_check bench_kernels", "torch"
+        "plan schedule tuned store compiler cost fuzz_cases bench_rows bench_timing bench_rivals bench_check"
+        " bench_kernels",
+        "torch",
     ),
     "bench": room(
         "spec plan compiler fuzz_cases bench_rows bench_machine bench_timing bench_rivals bench_kernels bench_cell",
