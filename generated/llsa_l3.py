@@ -38,7 +38,7 @@ SPEC = {
     "name": "llsa_l3",
     "reweight": True,
 }
-OPERATOR = "llsa_l3_5584ddfe9f28469e"  # in torch.ops.llsa: the name of the spec and the hash of this text
+OPERATOR = "llsa_l3_58f41756c7d86940"  # in torch.ops.llsa: the name of the spec and the hash of this text
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -427,6 +427,116 @@ def no_keys(shape: tl.constexpr, DOUBLES: tl.constexpr):
 
 
 @triton.jit
+def in_order(a, b):
+    """The smaller and the larger of two."""
+    falls = b < a
+    return tl.where(falls, b, a), tl.where(falls, a, b)
+
+
+@triton.jit
+def by_thread(keys):
+    """The keys [M, N] of a tile by the thread of four that has them: [M, 4, N / 4]."""
+    keys = tl.permute(tl.reshape(keys, [keys.shape[0], keys.shape[1] // 8, 4, 2]), (0, 2, 1, 3))
+    return tl.reshape(keys, [keys.shape[0], 4, keys.shape[2] * 2])
+
+
+@triton.jit
+def halves(keys):
+    """Half of the keys [M, 4, n] of each thread, and the others: [M, 4, n / 2] each."""
+    return tl.split(tl.reshape(keys, [keys.shape[0], 4, keys.shape[2] // 2, 2]))
+
+
+@triton.jit
+def best_8_of_both(a0, a1, a2, a3, a4, a5, a6, a7, b0, b1, b2, b3, b4, b5, b6, b7):
+    """The 8 largest of two lists of 8; all three ascend."""
+    # ascending against descending: the larger of each pair are the 8 largest of both, and fall, then rise
+    a0 = tl.where(a0 < b7, b7, a0)
+    a1 = tl.where(a1 < b6, b6, a1)
+    a2 = tl.where(a2 < b5, b5, a2)
+    a3 = tl.where(a3 < b4, b4, a3)
+    a4 = tl.where(a4 < b3, b3, a4)
+    a5 = tl.where(a5 < b2, b2, a5)
+    a6 = tl.where(a6 < b1, b1, a6)
+    a7 = tl.where(a7 < b0, b0, a7)
+    a0, a4 = in_order(a0, a4)
+    a1, a5 = in_order(a1, a5)
+    a2, a6 = in_order(a2, a6)
+    a3, a7 = in_order(a3, a7)
+    a0, a2 = in_order(a0, a2)
+    a1, a3 = in_order(a1, a3)
+    a4, a6 = in_order(a4, a6)
+    a5, a7 = in_order(a5, a7)
+    a0, a1 = in_order(a0, a1)
+    a2, a3 = in_order(a2, a3)
+    a4, a5 = in_order(a4, a5)
+    a6, a7 = in_order(a6, a7)
+    return a0, a1, a2, a3, a4, a5, a6, a7
+
+
+@triton.jit
+def no_best_8(M: tl.constexpr, DOUBLES: tl.constexpr):
+    """Lists of 8 that hold nothing yet: 8 tensors [M, 4]."""
+    none = no_keys([M, 4], DOUBLES)
+    return none, none, none, none, none, none, none, none
+
+
+@triton.jit
+def add_to_best_8(best, keys):
+    """Lists of 8, with the keys [M, 4, n] of the same threads taken in; n >= 8."""
+    if keys.shape[2] > 8:
+        some, others = halves(keys)
+        best = add_to_best_8(add_to_best_8(best, some), others)
+    else:
+        some, others = halves(keys)
+        x01, x23 = halves(some)
+        x45, x67 = halves(others)
+        x0, x1 = tl.split(x01)
+        x2, x3 = tl.split(x23)
+        x4, x5 = tl.split(x45)
+        x6, x7 = tl.split(x67)
+        x0, x1 = in_order(x0, x1)
+        x2, x3 = in_order(x2, x3)
+        x0, x2 = in_order(x0, x2)
+        x1, x3 = in_order(x1, x3)
+        x1, x2 = in_order(x1, x2)
+        x4, x5 = in_order(x4, x5)
+        x6, x7 = in_order(x6, x7)
+        x4, x6 = in_order(x4, x6)
+        x5, x7 = in_order(x5, x7)
+        x5, x6 = in_order(x5, x6)
+        x0, x4 = in_order(x0, x4)
+        x2, x6 = in_order(x2, x6)
+        x2, x4 = in_order(x2, x4)
+        x1, x5 = in_order(x1, x5)
+        x3, x7 = in_order(x3, x7)
+        x3, x5 = in_order(x3, x5)
+        x1, x2 = in_order(x1, x2)
+        x3, x4 = in_order(x3, x4)
+        x5, x6 = in_order(x5, x6)
+        a0, a1, a2, a3, a4, a5, a6, a7 = best
+        best = best_8_of_both(a0, a1, a2, a3, a4, a5, a6, a7, x0, x1, x2, x3, x4, x5, x6, x7)
+    return best
+
+
+@triton.jit
+def rows_of_best_8(best, M: tl.constexpr):
+    """The 8 best of each row, ascending, [M, 8]: of the lists [M, 4], or [S * M, 4], that threads have of it."""
+    a0, a1, a2, a3, a4, a5, a6, a7 = tl.reduce(best, 1, best_8_of_both)
+    S: tl.constexpr = a0.shape[0] // M
+    if S > 1:
+        a0 = tl.reshape(a0, [S, M])
+        a1 = tl.reshape(a1, [S, M])
+        a2 = tl.reshape(a2, [S, M])
+        a3 = tl.reshape(a3, [S, M])
+        a4 = tl.reshape(a4, [S, M])
+        a5 = tl.reshape(a5, [S, M])
+        a6 = tl.reshape(a6, [S, M])
+        a7 = tl.reshape(a7, [S, M])
+        a0, a1, a2, a3, a4, a5, a6, a7 = tl.reduce((a0, a1, a2, a3, a4, a5, a6, a7), 0, best_8_of_both)
+    return tl.reshape(tl.join(tl.join(tl.join(a0, a4), tl.join(a2, a6)), tl.join(tl.join(a1, a5), tl.join(a3, a7))), [M, 8])
+
+
+@triton.jit
 def tokens_of(best, DOUBLES: tl.constexpr):
     """The tokens of rank keys, int32, -1 where there is none."""
     if DOUBLES:
@@ -451,19 +561,20 @@ def store_kept(kept_ptr, counts_ptr, row, width, inside, best, KEEP: tl.constexp
 @triton.jit
 def best_of_all(
     q, k_ptr, n_candidates,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, KEEP: tl.constexpr, DOUBLES: tl.constexpr, SPLIT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DOUBLES: tl.constexpr, SPLIT: tl.constexpr,
 ):
-    """The rank keys of the KEEP best of all candidates for each row of q [BLOCK_M, D], ascending, dealt to SPLIT warps."""
+    """The rank keys of the 8 best of all candidates for each row of q [BLOCK_M, D], ascending, dealt to SPLIT warps."""
     q = tl.broadcast_to(q[None, :, :], [SPLIT, BLOCK_M, PAD_DIM])
-    best = no_keys([SPLIT, BLOCK_M, KEEP], DOUBLES)
+    best = no_best_8(SPLIT * BLOCK_M, DOUBLES)
     share = tl.arange(0, SPLIT)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     for start in range(0, n_candidates, SPLIT * BLOCK_N):
         token = start + share
         candidate = token < n_candidates
         k = load_rows(k_ptr, token, HEAD_DIM, candidate)
         scores = tl.dot(q, tl.permute(k, (0, 2, 1)), input_precision="ieee")
-        best = keep_best(best, rank_keys(scores, token[:, None, :], candidate[:, None, :], DOUBLES), KEEP)
-    return tl.bitonic_merge(tl.topk(tl.reshape(tl.permute(best, (1, 0, 2)), [BLOCK_M, SPLIT * KEEP]), KEEP))
+        keys = rank_keys(scores, token[:, None, :], candidate[:, None, :], DOUBLES)
+        best = add_to_best_8(best, by_thread(tl.reshape(keys, [SPLIT * BLOCK_M, BLOCK_N])))
+    return rows_of_best_8(best, BLOCK_M)
 
 
 @triton.jit
@@ -492,7 +603,7 @@ def best_by_runs(
     share = tl.arange(0, SPLIT)[:, None] * BLOCK_N + place[None, :]
     run_share = tl.reshape(tl.arange(0, SPLIT * 4 * KEEP), [SPLIT, 4, KEEP])
     rows = tl.broadcast_to(q[None, :, :], [SPLIT, BLOCK_M, PAD_DIM])
-    best = no_keys([SPLIT, BLOCK_M, 4, KEEP], DOUBLES)
+    best = no_best_8(SPLIT * BLOCK_M, DOUBLES)
     for start in range(0, n_candidates, SPLIT * BLOCK_N):
         token = tl.minimum(start + share, n_candidates - 1)  # the last run may hold the last token twice
         k = load_rows(k_ptr, token, HEAD_DIM, token >= 0)
@@ -501,9 +612,10 @@ def best_by_runs(
         high = tl.permute(tl.max(tl.max(high, 5), 3), (0, 1, 3, 2))  # of each run
         run = (start // RUN + run_share)[:, None, :, :]
         scores = ordered(high).to(tl.float32, bitcast=True)
-        best = keep_best(best, rank_keys(scores, run, run * RUN < n_candidates, DOUBLES), KEEP)
-    best = tl.reshape(tl.permute(best, (1, 0, 2, 3)), [BLOCK_M, SPLIT * 4 * KEEP])
-    run = tokens_of(tl.topk(best, KEEP), DOUBLES)
+        keys = rank_keys(scores, run, run * RUN < n_candidates, DOUBLES)
+        best = add_to_best_8(best, tl.reshape(keys, [SPLIT * BLOCK_M, 4, KEEP]))
+    best = rows_of_best_8(best, BLOCK_M)
+    run = tokens_of(best, DOUBLES)
 
     token = tl.reshape(run[:, :, None] * RUN + tl.arange(0, RUN)[None, None, :], [BLOCK_M, KEEP * RUN])
     candidate = (token >= 0) & (token < n_candidates)
@@ -536,18 +648,20 @@ def select_l3_kernel(
     q = load_rows(q_l3_ptr + head * n_l3 * HEAD_DIM, row, HEAD_DIM, inside)
 
     if SPLIT == 1:
-        best = no_keys([BLOCK_M, KEEP], DOUBLES)
+        best = no_best_8(BLOCK_M, DOUBLES)
         for start in range(0, n_candidates, BLOCK_N):
             token = start + tl.arange(0, BLOCK_N)
             candidate = token < n_l3
             k = load_rows(k_ptr, token, HEAD_DIM, candidate)
             scores = tl.dot(q, tl.trans(k), input_precision="ieee")
             keys = rank_keys(scores, token[None, :], candidate[None, :], DOUBLES)
-            best = keep_best(best, keys, KEEP)
+            best = add_to_best_8(best, by_thread(keys))
+        best = rows_of_best_8(best, BLOCK_M)
+
     elif RUNS:
         best = best_by_runs(q, k_ptr, n_candidates, BLOCK_M, BLOCK_N, KEEP, DOUBLES, SPLIT)
     else:
-        best = best_of_all(q, k_ptr, n_candidates, BLOCK_M, BLOCK_N, KEEP, DOUBLES, SPLIT)
+        best = best_of_all(q, k_ptr, n_candidates, BLOCK_M, BLOCK_N, DOUBLES, SPLIT)
     store_kept(kept_l3_ptr + head * n_l3 * width, counts_ptr, row, width, inside, best, KEEP, DOUBLES)
 
 
@@ -578,7 +692,7 @@ def select_l2_kernel(
     k_ptr = k_l2_ptr + head * n_l2 * HEAD_DIM
     q = load_rows(q_l2_ptr + head * n_l2 * HEAD_DIM, row, HEAD_DIM, inside)
 
-    best = no_keys([BLOCK_M, KEEP], DOUBLES)
+    best = no_best_8(BLOCK_M, DOUBLES)
     for start in range(0, n_candidates, BLOCK_N):
         within = tl.arange(0, BLOCK_N)
         kept_above = parents(kept_above_ptr, start, within, width_above, BLOCK_3)
@@ -586,7 +700,9 @@ def select_l2_kernel(
         k = load_rows(k_ptr, token, HEAD_DIM, candidate)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
         keys = rank_keys(scores, token[None, :], candidate[None, :], DOUBLES)
-        best = keep_best(best, keys, KEEP)
+        best = add_to_best_8(best, by_thread(keys))
+    best = rows_of_best_8(best, BLOCK_M)
+
     store_kept(kept_l2_ptr + head * n_l2 * width, counts_ptr, row, width, inside, best, KEEP, DOUBLES)
 
 
@@ -617,7 +733,7 @@ def select_l1_kernel(
     k_ptr = k_l1_ptr + head * n_l1 * HEAD_DIM
     q = load_rows(q_l1_ptr + head * n_l1 * HEAD_DIM, row, HEAD_DIM, inside)
 
-    best = no_keys([BLOCK_M, KEEP], DOUBLES)
+    best = no_best_8(BLOCK_M, DOUBLES)
     for start in range(0, n_candidates, BLOCK_N):
         within = tl.arange(0, BLOCK_N)
         kept_above = parents(kept_above_ptr, start, within, width_above, BLOCK_2)
@@ -625,7 +741,9 @@ def select_l1_kernel(
         k = load_rows(k_ptr, token, HEAD_DIM, candidate)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
         keys = rank_keys(scores, token[None, :], candidate[None, :], DOUBLES)
-        best = keep_best(best, keys, KEEP)
+        best = add_to_best_8(best, by_thread(keys))
+    best = rows_of_best_8(best, BLOCK_M)
+
     store_kept(kept_l1_ptr + head * n_l1 * width, counts_ptr, row, width, inside, best, KEEP, DOUBLES)
 
 

@@ -18,6 +18,7 @@ import jinja2
 import sympy
 from sympy.printing.pycode import PythonCodePrinter
 
+from llsa_gen import networks
 from llsa_gen.errors import TemplateError
 from llsa_gen.plan import Plan
 from llsa_gen.schedule import LOOSE_LEVELS, Schedule, Schedules, pad
@@ -77,6 +78,7 @@ def environment() -> jinja2.Environment:
     )
     env.filters["py"] = python
     env.filters["pad"] = lambda number: pad(number, 1)  # up to a power of two
+    env.globals |= {"sorting": networks.sorting, "merging": networks.merging}
     env.filters["each"] = lambda items, form: ", ".join(form.format(item) for item in items)
     return env
 

@@ -13,6 +13,9 @@ from llsa_gen.spec import Spec
 MAX_SORTED = 64
 """Largest K that is found by sorting: compile time and registers of the network grow faster than K."""
 
+LIST_LENGTHS = (2, 4, 8)
+"""Lists that a thread keeps by itself, see `templates/best.py.j2`: longer ones would take too many registers."""
+
 
 @dataclass(frozen=True)
 class Levels:
@@ -118,6 +121,16 @@ class Levels:
     def sorted_levels(self) -> tuple[int, ...]:
         """Levels whose Top-K is found by sorting: K is small enough for a network in registers."""
         return tuple(level for level in self.levels if self.topk(level) <= MAX_SORTED)
+
+    def list_length(self, level: int) -> int | None:
+        """How many of a level a thread keeps in a list, K rounded up to a power of two; None where it keeps none."""
+        length = 1 << (self.topk(level) - 1).bit_length()
+        return length if length in LIST_LENGTHS else None
+
+    @property
+    def list_lengths(self) -> tuple[int, ...]:
+        """The lengths of such lists, ascending."""
+        return tuple(sorted({length for level in self.levels if (length := self.list_length(level))}))
 
     @property
     def max_tokens(self) -> int:

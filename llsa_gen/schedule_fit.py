@@ -5,6 +5,7 @@ Both are known before anything is compiled. What the compiler really takes is fo
 
 from collections.abc import Mapping
 
+from llsa_gen.levels import LIST_LENGTHS
 from llsa_gen.plan import Plan
 from llsa_gen.schedule_table import LIMITS, pad, stage_kind
 
@@ -77,8 +78,11 @@ def misfit(
         sharing = plan.blocks_sharing
         if sharing is not None and tiles["GROUP"] > pad(sharing, 1):
             return f"GROUP {tiles['GROUP']}: only {sharing} query blocks share their coarse keys"
-    if kind.startswith("select") and tiles.get("KEEP", 0) > tiles["BLOCK_N"]:
-        return f"BLOCK_N {tiles['BLOCK_N']}: Top-{tiles['KEEP']} of a tile needs as many candidates"
+    if kind.startswith("select") and "KEEP" in tiles:
+        if tiles["KEEP"] > tiles["BLOCK_N"]:
+            return f"BLOCK_N {tiles['BLOCK_N']}: Top-{tiles['KEEP']} of a tile needs as many candidates"
+        if tiles["KEEP"] in LIST_LENGTHS and 4 * tiles["KEEP"] > tiles["BLOCK_N"]:
+            return f"BLOCK_N {tiles['BLOCK_N']}: four threads take {tiles['KEEP']} candidates each, at least"
     needed = shared_memory(kind, tiles, pad(plan.head_dim), element)
     if needed > limit:
         return f"its tiles take {needed:,} bytes of shared memory, and there are {limit:,}"

@@ -42,6 +42,8 @@ CROWD = fuzz.Case(spec("crowd", 16, (32, 2), (2, 1)), n=12 * 64, popular=True)
 # 100 candidates, dealt to four warps in half precision
 RUNS = "    elif RUNS:", "    elif BLOCK_N >= 8 * KEEP:"
 MANY = fuzz.Case(spec("many", 16, (2, 3)), n=200, dtype="float16")
+# 50 candidates, of which threads keep lists of 8
+SEVEN = fuzz.Case(spec("seven", 16, (2, 7)), n=100)
 # a K too large to sort for, of 70 candidates
 WIDE = fuzz.Case(spec("wide", 16, (2, 65)), n=139)
 # no loose ends, so that the peak stays where it begins
@@ -167,6 +169,8 @@ KERNELS = (
     mutation(
         "the same candidates to every warp", "select.py", "SPLIT)[:, None] * BLOCK_N", "SPLIT)[:, None] * 0", MANY
     ),
+    mutation("lists merged as they are", "best.py", "{{ keep - 1 - i }}, b{{ keep - 1 - i }}", "{{ i }}, b{{ i }}"),
+    mutation("half of a thread's candidates", "best.py", "tl.split(x45)", "tl.split(x01)", SEVEN),
     Mutation(
         "a run by its lowest score",
         "select.py.j2",
@@ -182,8 +186,8 @@ KERNELS = (
         (
             RUNS,
             (
-                "run = tokens_of(tl.topk(best, KEEP), DOUBLES)",
-                "run = tl.where(tl.arange(0, KEEP) == 0, tokens_of(tl.topk(best, KEEP), DOUBLES), -1)",
+                "run = tokens_of(best, DOUBLES)",
+                "run = tl.where(tl.arange(0, KEEP) == 0, tokens_of(best, DOUBLES), -1)",
             ),
         ),
         MANY,

@@ -153,6 +153,7 @@ def test_the_last_row_that_matches_decides_and_the_rules_give_the_rest() -> None
         (WIDE, "attend", {"HOPPER": 128}, "the kernel takes no HOPPER"),
         (L2, "attend", {"HOPPER": 128, "num_warps": 8}, "HOPPER 128: its kernel has other tiles"),
         (L2, "grad_kv_tokens", {"BLOCK_N": 8}, "BLOCK_N 8: products need 16 rows and columns"),
+        (L2, "select", {"BLOCK_N": 16}, "BLOCK_N 16: four threads take 8 candidates each, at least"),
         (spec("k", 64, (16, 33)), "select_top", {"BLOCK_N": 32}, "BLOCK_N 32: Top-64 of a tile needs as many"),
     ],
 )
