@@ -89,10 +89,15 @@ def _launched(cell: Cell) -> dict[str, str]:
     return found
 
 
-def _text(function: JITFunction[Any]) -> str:
+def _text(function: JITFunction[Any], callers: tuple[JITFunction[Any], ...] = ()) -> str:
     """The source of a kernel with that of the functions it calls and the constants it reads, wherever they stand."""
+    callers = (*callers, function)
     used = {name: function.__globals__.get(name) for name in function.fn.__code__.co_names}
-    parts = [_text(value) if isinstance(value, JITFunction) else f"{name} = {value!r}" for name, value in used.items()]
+    parts = [
+        _text(value, callers) if isinstance(value, JITFunction) else f"{name} = {value!r}"
+        for name, value in used.items()
+        if value not in callers  # a function may call itself
+    ]
     return "\n".join([function.src, *parts])
 
 
