@@ -37,7 +37,7 @@ SPEC = {
     "name": "llsa_b64",
     "reweight": True,
 }
-OPERATOR = "llsa_b64_185ab1833e1c9270"  # in torch.ops.llsa: the name of the spec and the hash of this text
+OPERATOR = "llsa_b64_9f80fc8506561ef5"  # in torch.ops.llsa: the name of the spec and the hash of this text
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -327,13 +327,6 @@ def rank_keys(scores, token, candidate, DOUBLES: tl.constexpr):
 
 
 @triton.jit
-def keep_best(best, keys, KEEP: tl.constexpr):
-    """The KEEP largest rank keys of each row of `best` [.., M, KEEP], ascending, and of a tile of keys [.., M, N]."""
-    # ascending against descending: the element-wise larger ones are the KEEP largest of both, and fall, then rise
-    return tl.bitonic_merge(tl.maximum(best, tl.topk(keys, KEEP)))
-
-
-@triton.jit
 def no_keys(shape: tl.constexpr, DOUBLES: tl.constexpr):
     """Rank keys of no token at all."""
     if DOUBLES:
@@ -573,7 +566,6 @@ def select_l2_kernel(
             keys = rank_keys(scores, token[None, :], candidate[None, :], DOUBLES)
             best = add_to_best_8(best, by_thread(keys))
         best = rows_of_best_8(best, BLOCK_M)
-
     elif RUNS:
         best = best_by_runs(q, k_ptr, n_candidates, BLOCK_M, BLOCK_N, KEEP, DOUBLES, SPLIT)
     else:
@@ -618,7 +610,6 @@ def select_l1_kernel(
         keys = rank_keys(scores, token[None, :], candidate[None, :], DOUBLES)
         best = add_to_best_8(best, by_thread(keys))
     best = rows_of_best_8(best, BLOCK_M)
-
     store_kept(kept_l1_ptr + head * n_l1 * width, counts_ptr, row, width, inside, best, KEEP, DOUBLES)
 
 

@@ -36,7 +36,7 @@ SPEC = {
     "name": "topk_l1",
     "reweight": True,
 }
-OPERATOR = "topk_l1_db3646996ce5d02d"  # in torch.ops.llsa: the name of the spec and the hash of this text
+OPERATOR = "topk_l1_83db7a09244aa308"  # in torch.ops.llsa: the name of the spec and the hash of this text
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -265,13 +265,6 @@ def rank_keys(scores, token, candidate, DOUBLES: tl.constexpr):
     else:
         high = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64) << 32
         return tl.where(candidate, high | (0x7FFFFFFF - token).to(tl.int64), EMPTY)
-
-
-@triton.jit
-def keep_best(best, keys, KEEP: tl.constexpr):
-    """The KEEP largest rank keys of each row of `best` [.., M, KEEP], ascending, and of a tile of keys [.., M, N]."""
-    # ascending against descending: the element-wise larger ones are the KEEP largest of both, and fall, then rise
-    return tl.bitonic_merge(tl.maximum(best, tl.topk(keys, KEEP)))
 
 
 @triton.jit
@@ -514,7 +507,6 @@ def select_l1_kernel(
             keys = rank_keys(scores, token[None, :], candidate[None, :], DOUBLES)
             best = add_to_best_8(best, by_thread(keys))
         best = rows_of_best_8(best, BLOCK_M)
-
     elif RUNS:
         best = best_by_runs(q, k_ptr, n_candidates, BLOCK_M, BLOCK_N, KEEP, DOUBLES, SPLIT)
     else:

@@ -34,7 +34,7 @@ SPEC = {
     "name": "uneven",
     "reweight": True,
 }
-OPERATOR = "uneven_97a67ca6c7f9159b"  # in torch.ops.llsa: the name of the spec and the hash of this text
+OPERATOR = "uneven_15d27aaf475f04c7"  # in torch.ops.llsa: the name of the spec and the hash of this text
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -317,13 +317,6 @@ def rank_keys(scores, token, candidate, DOUBLES: tl.constexpr):
     else:
         high = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64) << 32
         return tl.where(candidate, high | (0x7FFFFFFF - token).to(tl.int64), EMPTY)
-
-
-@triton.jit
-def keep_best(best, keys, KEEP: tl.constexpr):
-    """The KEEP largest rank keys of each row of `best` [.., M, KEEP], ascending, and of a tile of keys [.., M, N]."""
-    # ascending against descending: the element-wise larger ones are the KEEP largest of both, and fall, then rise
-    return tl.bitonic_merge(tl.maximum(best, tl.topk(keys, KEEP)))
 
 
 @triton.jit
@@ -622,7 +615,6 @@ def select_l2_kernel(
             keys = rank_keys(scores, token[None, :], candidate[None, :], DOUBLES)
             best = add_to_best_4(best, by_thread(keys))
         best = rows_of_best_4(best, BLOCK_M)
-
     elif RUNS:
         best = best_by_runs(q, k_ptr, n_candidates, BLOCK_M, BLOCK_N, KEEP, DOUBLES, SPLIT)
     else:
@@ -667,7 +659,6 @@ def select_l1_kernel(
         keys = rank_keys(scores, token[None, :], candidate[None, :], DOUBLES)
         best = add_to_best_8(best, by_thread(keys))
     best = rows_of_best_8(best, BLOCK_M)
-
     store_kept(kept_l1_ptr + head * n_l1 * width, counts_ptr, row, width, inside, best, KEEP, DOUBLES)
 
 

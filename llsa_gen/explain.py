@@ -203,7 +203,7 @@ def plan_tables(spec: Spec, n_tokens: int, heads: int, dtype: str, goal: Target)
         Text(f"\nTile shapes on {goal.name}, {dtype}, for {bucket(n_tokens)} sequences", style="bold"),
         *_tiles(stages),
         Text(),
-        _buffers(cost, n_tokens, heads, dtype),
+        _buffers(cost, goal, n_tokens, heads, dtype),
     )
 
 
@@ -225,8 +225,9 @@ def _kernels(name: str, kernels: Iterable[Kernel]) -> Iterable[RenderableType]:
         yield Text(f"        writes  {', '.join(kernel.writes)}", style="dim")
 
 
-def _buffers(cost: Cost, n_tokens: int, heads: int, dtype: str) -> Table:
-    table = _table("Buffers", {"name": "left", "shape": "left", "dtype": "left", "role": "left", "bytes": "right"})
+def _buffers(cost: Cost, goal: Target, n_tokens: int, heads: int, dtype: str) -> Table:
+    columns = {"name": "left", "shape": "left", "dtype": "left", "role": "left", "bytes": "right"}
+    table = _table(f"Buffers, with these tile shapes on {goal.name}", columns)
     for buffer in cost.plan.buffers.values():
         size = human_bytes(evaluate(cost.buffer_bytes(buffer), n_tokens, heads))
         shape = Text(f"[{', '.join(map(str, buffer.shape))}]")  # as a plain string it would be taken for markup

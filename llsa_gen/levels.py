@@ -128,6 +128,11 @@ class Levels:
         return length if length in LIST_LENGTHS else None
 
     @property
+    def sorted_in_rows(self) -> tuple[int, ...]:
+        """The other levels that are sorted: a row's best are one list, over all threads that share it."""
+        return tuple(level for level in self.sorted_levels if not self.list_length(level))
+
+    @property
     def list_lengths(self) -> tuple[int, ...]:
         """The lengths of such lists, ascending."""
         return tuple(sorted({length for level in self.levels if (length := self.list_length(level))}))
