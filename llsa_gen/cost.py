@@ -23,6 +23,7 @@ from typing import NamedTuple
 import sympy
 
 from llsa_gen.plan import Buffer, Kernel, Plan, Role
+from llsa_gen.schedule import FILLING
 from llsa_gen.sizes import HEADS, N, ceil_div, parts, splits, tile
 
 __all__ = ["BYTES", "Cost", "Pass", "Share", "Totals", "dense", "evaluate"]
@@ -178,7 +179,7 @@ class Cost:
         queries = N if level == plan.top else sympy.Min(N, plan.span(level + 1))
         programs = HEADS * plan.keepers(level) * ceil_div(keys, tiles["BLOCK_N"])
         few_shares = sympy.floor(queries / (plan.share_of_queries * keys))
-        wanted = sympy.Max(1, sympy.Min(sympy.ceiling(plan.filling / programs), few_shares))
+        wanted = sympy.Max(1, sympy.Min(sympy.ceiling(FILLING / programs), few_shares))
         rows = tiles["BLOCK_M"] * sympy.ceiling(sympy.ceiling(queries / wanted) / tiles["BLOCK_M"])
         return sympy.ceiling(queries / rows)
 

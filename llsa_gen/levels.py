@@ -13,9 +13,6 @@ from llsa_gen.spec import Spec
 MAX_SORTED = 64
 """Largest K that is found by sorting: compile time and registers of the network grow faster than K."""
 
-LIST_LENGTHS = (2, 4, 8)
-"""Lists that a thread keeps by itself, see `templates/best.py.j2`: longer ones would take too many registers."""
-
 
 @dataclass(frozen=True)
 class Levels:
@@ -122,21 +119,6 @@ class Levels:
         """Levels whose Top-K is found by sorting: K is small enough for a network in registers."""
         return tuple(level for level in self.levels if self.topk(level) <= MAX_SORTED)
 
-    def list_length(self, level: int) -> int | None:
-        """How many of a level a thread keeps in a list, K rounded up to a power of two; None where it keeps none."""
-        length = 1 << (self.topk(level) - 1).bit_length()
-        return length if length in LIST_LENGTHS else None
-
-    @property
-    def sorted_in_rows(self) -> tuple[int, ...]:
-        """The other levels that are sorted: a row's best are one list, over all threads that share it."""
-        return tuple(level for level in self.sorted_levels if not self.list_length(level))
-
-    @property
-    def list_lengths(self) -> tuple[int, ...]:
-        """The lengths of such lists, ascending."""
-        return tuple(sorted({length for level in self.levels if (length := self.list_length(level))}))
-
     @property
     def max_tokens(self) -> int:
         """Longest sequence: tokens and the entries of an index list, T_l K_l, are counted in 32 bits."""
@@ -172,11 +154,6 @@ class Levels:
     def share_of_queries(self) -> int:
         """Where queries are split, shares of dk and dv have one row for so many of them at most, or are one split."""
         return 8
-
-    @property
-    def filling(self) -> int:
-        """Programs that are enough to fill a GPU: queries are split no further."""
-        return 1024
 
     @property
     def by_list(self) -> tuple[int, ...]:

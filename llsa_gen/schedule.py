@@ -12,12 +12,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from llsa_gen.plan import Plan
-from llsa_gen.schedule_fit import misfit, settled, shared_memory
+from llsa_gen.schedule_fit import LIST_LENGTHS, misfit, settled, shared_memory
 from llsa_gen.schedule_table import LENGTHS, Target, bucket, facts_of, pad, stage_kind, target, targets
 
 __all__ = [
-    "LOOSE_LEVELS", "Choice", "Entry", "Schedule", "Schedules", "Target",
-    "choices", "pad", "schedule", "schedules", "target", "targets",
+    "FILLING", "LOOSE_LEVELS", "Choice", "Entry", "Schedule", "Schedules", "Target",
+    "choices", "list_length", "pad", "schedule", "schedules", "target", "targets",
 ]  # fmt: skip
 
 Entry = dict[str, int]
@@ -43,6 +43,9 @@ LOOSE_LEVELS = 3
 """The most levels with which attention in Gluon also takes what leaves loose ends, keys that do not exist or cover
 fewer tokens than others: some lengths, lists with gaps. With more, registers run out: 6% slower than Triton with
 four levels, 29% with six."""
+
+FILLING = 1024
+"""Programs that are enough to fill a GPU: where all queries attend to the same few keys, they are split no further."""
 
 DOUBLES = ("cuda:90",)
 """Targets known to sort faster by float64 than by int64: two integer instructions a comparison, and float64 units that
@@ -143,6 +146,12 @@ def _select(plan: Plan, goal: Target, element: int, level: int) -> Entry:
         if element == 2 and keep <= 16:  # few queries, each with many candidates
             entry |= {"SPLIT": 4, "num_warps": 4, "BLOCK_N": 64 if keep <= 8 else 32}
     return entry
+
+
+def list_length(plan: Plan, level: int) -> int | None:
+    """How many of a sorted level a thread keeps in a list, KEEP; None where a row's best are one list."""
+    keep = pad(plan.topk(level), 1)
+    return keep if keep in LIST_LENGTHS else None
 
 
 def _invert(plan: Plan, level: int) -> Entry:

@@ -5,14 +5,17 @@ Both are known before anything is compiled. What the compiler really takes is fo
 
 from collections.abc import Mapping
 
-from llsa_gen.levels import LIST_LENGTHS
 from llsa_gen.plan import Plan
 from llsa_gen.schedule_table import LIMITS, pad, stage_kind
 
-__all__ = ["misfit", "read_in_gluon", "settled", "shared_memory"]
+__all__ = ["LIST_LENGTHS", "misfit", "read_in_gluon", "settled", "shared_memory"]
 
 DOT = 16
 """Rows and columns of the smallest product that matrix units take."""
+
+LIST_LENGTHS = (2, 4, 8)
+"""Values of KEEP for which each of four threads keeps a list of its own, see `templates/best.py.j2`: longer lists would
+take too many registers."""
 
 
 def shared_memory(kind: str, tiles: Mapping[str, int], width: int, element: int) -> int:

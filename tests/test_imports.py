@@ -44,7 +44,7 @@ ROOMS = {
     "levels": room("sizes spec", "sympy"),
     "plan": room("levels sizes spec", "sympy"),
     "schedule_table": room("sizes plan"),
-    "schedule_fit": room("levels plan schedule_table"),
+    "schedule_fit": room("plan schedule_table"),
     "schedule": room("plan schedule_table schedule_fit"),
     "networks": room(),
     "emit": room("spec plan schedule networks", "jinja2 sympy"),
@@ -56,7 +56,7 @@ ROOMS = {
     # beside the line
     "reference": room("spec reference_selection", "torch"),
     "reference_selection": room("spec", "torch"),
-    "cost": room("sizes plan", "sympy"),
+    "cost": room("sizes plan schedule", "sympy"),
     "growth": room("sizes spec plan cost", "sympy"),
     "units": room("", "rich"),
     "explain": room("spec plan schedule schedule_table cost growth units", "rich"),
