@@ -38,7 +38,7 @@ SPEC = {
     "name": "llsa_l3",
     "reweight": True,
 }
-OPERATOR = "llsa_l3_07109081267038a2"  # in torch.ops.llsa: the name of the spec and the hash of this text
+OPERATOR = "llsa_l3_bdc50428f286d902"  # in torch.ops.llsa: the name of the spec and the hash of this text
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -157,15 +157,17 @@ SCHEDULES = {
 
 
 @triton.jit
-def load_rows(ptr, row, stride, inside):
+def load_rows(ptr, row, stride, inside, STREAM: tl.constexpr = False):
     """Rows `row` of a matrix [*, HEAD_DIM] as a tile [..., PAD_DIM]; zero where not `inside` and in the padding.
 
-    `stride` is a multiple of ROW_UNIT: rows that begin at multiples of 16 bytes are loaded 16 bytes at a time.
+    `stride` is a multiple of ROW_UNIT: rows that begin at multiples of 16 bytes are loaded 16 bytes at a time. STREAM: in
+    the cache these rows are the first to make way, before anything that others may read again or that is still to be written.
     """
     dim = tl.arange(0, PAD_DIM)
     begin = tl.multiple_of(row.to(tl.int64) * stride, [ROW_UNIT] * len(row.shape))
     at = tl.expand_dims(begin, -1) + dim
-    return tl.load(ptr + at, mask=tl.expand_dims(inside, -1), other=0.0)
+    policy: tl.constexpr = "evict_first" if STREAM else ""
+    return tl.load(ptr + at, mask=tl.expand_dims(inside, -1), other=0.0, eviction_policy=policy)
 
 
 @triton.jit
@@ -256,9 +258,36 @@ def softmax_step(logits, v, peak, total, acc):
 
 
 @triton.jit
+def sum_below(ptr, stride, token, inside, n_below, BLOCK: tl.constexpr, ROWS: tl.constexpr, SUMS: tl.constexpr, STREAM: tl.constexpr):
+    """For each token [M], `inside` or not, the sum of the rows that it pools, ROWS of them at a time: [M, PAD_DIM], float32.
+
+    Rows are added to SUMS sums in turn: the more, the more are on their way at once, and the more registers they take.
+    Threads lie along tokens, and each sums up rows of its own; where there is but one token, along rows.
+    """
+    M: tl.constexpr = token.shape[0]
+    SIDE: tl.constexpr = ROWS // SUMS if M == 1 else 1  # rows side by side in a tile
+    sums = ()
+    for _ in tl.static_range(SUMS):
+        sums += (tl.zeros([M, SIDE, PAD_DIM], tl.float32),)
+    for start in range(0, BLOCK, ROWS):
+        for turn in tl.static_range(0, ROWS, SUMS * SIDE):
+            more = ()
+            for i in tl.static_range(SUMS):
+                below = start + turn + i * SIDE + tl.arange(0, SIDE)
+                row = token[:, None] * BLOCK + below[None, :]
+                exists = inside[:, None] & (below < BLOCK)[None, :] & (row < n_below)
+                more += (sums[i] + load_rows(ptr, row, stride, exists, STREAM).to(tl.float32),)
+            sums = more
+    total = sums[0]
+    for i in tl.static_range(1, SUMS):
+        total += sums[i]
+    return tl.sum(total, 1)
+
+
+@triton.jit
 def pool_l1_tile(
     x_ptr, stride_n, mean_l1_ptr, mean_l2_ptr,
-    counts_l1_ptr, counts_l2_ptr, sums_l2_ptr, first, n_tokens, CHILDREN: tl.constexpr, ROWS: tl.constexpr,
+    counts_l1_ptr, counts_l2_ptr, sums_l2_ptr, first, n_tokens, CHILDREN: tl.constexpr, ROWS: tl.constexpr, SUMS: tl.constexpr, STREAM: tl.constexpr,
 ):
     """Level-2 token `first` of one head: its mean, and the means of the level-1 tokens that it covers; zeroes counts."""
     n_l1 = tl.cdiv(n_tokens, SPAN_1)
@@ -267,13 +296,7 @@ def pool_l1_tile(
         place = child + tl.arange(0, CHILDREN)
         token = first * BLOCK_2 + place
         inside = (place < BLOCK_2) & (token < n_l1)
-        total = tl.zeros([CHILDREN, ROWS, PAD_DIM], tl.float32)
-        for start in range(0, BLOCK_1, ROWS):
-            part = start + tl.arange(0, ROWS)
-            row = token[:, None] * BLOCK_1 + part[None, :]
-            exists = inside[:, None] & (part < BLOCK_1)[None, :] & (row < n_tokens)
-            total += load_rows(x_ptr, row, stride_n, exists).to(tl.float32)
-        total = tl.sum(total, 1)
+        total = sum_below(x_ptr, stride_n, token, inside, n_tokens, BLOCK_1, ROWS, SUMS, STREAM)
         covered = tl.minimum(n_tokens - token * SPAN_1, SPAN_1).to(tl.float32)
         store_rows(mean_l1_ptr, token, HEAD_DIM, inside, total / covered[:, None])
         tl.store(counts_l1_ptr + token, 0, mask=inside)
@@ -297,6 +320,7 @@ def pool_l1_kernel(
     sums_l2_ptr,  # [3, B*H, T_2, D] float32, for the levels above
     heads_per_batch, heads, n_tokens,  # H, B*H, N
     CHILDREN: tl.constexpr, ROWS: tl.constexpr,  # level-1 tokens summed at a time, and rows of each
+    STREAM: tl.constexpr,  # see load_rows
 ):
     """Means over the tokens that each token of level 1 and 2 covers: float32 sums, rounded once.
 
@@ -304,6 +328,7 @@ def pool_l1_kernel(
     """
     tiles = tl.cdiv(n_tokens, SPAN_2)
     first = tl.program_id(0) % tiles
+    SUMS: tl.constexpr = ROWS if CHILDREN > 1 else 1
     tensor = tl.program_id(0) // tiles // heads
     head = tl.program_id(0) // tiles % heads
     to_l1 = head.to(tl.int64) * tl.cdiv(n_tokens, SPAN_1) * HEAD_DIM
@@ -315,39 +340,33 @@ def pool_l1_kernel(
         base = head_base(q_ptr, head, stride_qb, stride_qh, heads_per_batch)
         pool_l1_tile(
             base, stride_qn, q_l1_ptr + to_l1, q_l2_ptr + to_l2,
-            counts_l1_ptr, counts_l2_ptr, sums_l2_ptr + to_sums, first, n_tokens, CHILDREN, ROWS,
+            counts_l1_ptr, counts_l2_ptr, sums_l2_ptr + to_sums, first, n_tokens, CHILDREN, ROWS, SUMS, STREAM,
         )
     elif tensor == 1:
         base = head_base(k_ptr, head, stride_kb, stride_kh, heads_per_batch)
         pool_l1_tile(
             base, stride_kn, k_l1_ptr + to_l1, k_l2_ptr + to_l2,
-            counts_l1_ptr, counts_l2_ptr, sums_l2_ptr + to_sums, first, n_tokens, CHILDREN, ROWS,
+            counts_l1_ptr, counts_l2_ptr, sums_l2_ptr + to_sums, first, n_tokens, CHILDREN, ROWS, SUMS, STREAM,
         )
     else:
         base = head_base(v_ptr, head, stride_vb, stride_vh, heads_per_batch)
         pool_l1_tile(
             base, stride_vn, v_l1_ptr + to_l1, v_l2_ptr + to_l2,
-            counts_l1_ptr, counts_l2_ptr, sums_l2_ptr + to_sums, first, n_tokens, CHILDREN, ROWS,
+            counts_l1_ptr, counts_l2_ptr, sums_l2_ptr + to_sums, first, n_tokens, CHILDREN, ROWS, SUMS, STREAM,
         )
 
 
 @triton.jit
 def pool_l3_tile(
     sums_ptr, stride_n, mean_l3_ptr,
-    counts_l3_ptr, first, n_tokens, CHILDREN: tl.constexpr, ROWS: tl.constexpr,
+    counts_l3_ptr, first, n_tokens, CHILDREN: tl.constexpr, ROWS: tl.constexpr, SUMS: tl.constexpr,
 ):
     """CHILDREN tokens of level 3 of one head, from `first` on: their means; zeroes counts."""
     n_l3 = tl.cdiv(n_tokens, SPAN_3)
     n_l2 = tl.cdiv(n_tokens, SPAN_2)
     token = first + tl.arange(0, CHILDREN)
     inside = token < n_l3
-    total = tl.zeros([CHILDREN, ROWS, PAD_DIM], tl.float32)
-    for start in range(0, BLOCK_3, ROWS):
-        part = start + tl.arange(0, ROWS)
-        row = token[:, None] * BLOCK_3 + part[None, :]
-        exists = inside[:, None] & (part < BLOCK_3)[None, :] & (row < n_l2)
-        total += load_rows(sums_ptr, row, stride_n, exists)
-    total = tl.sum(total, 1)
+    total = sum_below(sums_ptr, stride_n, token, inside, n_l2, BLOCK_3, ROWS, SUMS, False)
     covered = tl.minimum(n_tokens - token * SPAN_3, SPAN_3).to(tl.float32)
     store_rows(mean_l3_ptr, token, HEAD_DIM, inside, total / covered[:, None])
     tl.store(counts_l3_ptr + token, 0, mask=inside)
@@ -367,6 +386,7 @@ def pool_l3_kernel(
     """
     tiles = tl.cdiv(tl.cdiv(n_tokens, SPAN_3), CHILDREN)
     first = tl.program_id(0) % tiles * CHILDREN
+    SUMS: tl.constexpr = ROWS if CHILDREN > 1 else 1
     tensor = tl.program_id(0) // tiles // heads
     head = tl.program_id(0) // tiles % heads
     to_l3 = head.to(tl.int64) * tl.cdiv(n_tokens, SPAN_3) * HEAD_DIM
@@ -375,17 +395,17 @@ def pool_l3_kernel(
     if tensor == 0:
         pool_l3_tile(
             sums_ptr, HEAD_DIM, q_l3_ptr + to_l3,
-            counts_l3_ptr, first, n_tokens, CHILDREN, ROWS,
+            counts_l3_ptr, first, n_tokens, CHILDREN, ROWS, SUMS,
         )
     elif tensor == 1:
         pool_l3_tile(
             sums_ptr, HEAD_DIM, k_l3_ptr + to_l3,
-            counts_l3_ptr, first, n_tokens, CHILDREN, ROWS,
+            counts_l3_ptr, first, n_tokens, CHILDREN, ROWS, SUMS,
         )
     else:
         pool_l3_tile(
             sums_ptr, HEAD_DIM, v_l3_ptr + to_l3,
-            counts_l3_ptr, first, n_tokens, CHILDREN, ROWS,
+            counts_l3_ptr, first, n_tokens, CHILDREN, ROWS, SUMS,
         )
 
 
@@ -2671,6 +2691,10 @@ def level_tokens(n_tokens):
     return n_tokens, ceil_div(n_tokens, 16), ceil_div(n_tokens, 256), ceil_div(n_tokens, 4096)
 
 
+FILLING = 1024  # programs that are enough to fill a GPU
+CACHED = 2**25  # bytes of q, k and v of which much may still be in the cache when attention reads them again
+
+
 def split_queries(walks, n_queries, n_keys, tile):
     """How queries are shared out where all of them attend to the same few keys: (rows a split, splits).
 
@@ -2678,7 +2702,7 @@ def split_queries(walks, n_queries, n_keys, tile):
     the shares small beside q: splits * n_keys <= n_queries / 8, or one split.
     """
     programs = walks * ceil_div(n_keys, tile["BLOCK_N"])
-    wanted = min(ceil_div(1024, programs), n_queries // (8 * n_keys))
+    wanted = min(ceil_div(FILLING, programs), n_queries // (8 * n_keys))
     rows = ceil_div(ceil_div(n_queries, max(wanted, 1)), tile["BLOCK_M"]) * tile["BLOCK_M"]
     return rows, ceil_div(n_queries, rows)
 
@@ -2851,7 +2875,7 @@ class Prepared:
             self.places[layout], self.sizes[layout] = lay_out(layout, self.shapes, dtype)
 
         self.grids = {}
-        tile = tiles["pool"]
+        tile = tiles["pool"] | {"STREAM": 3 * heads * n_tokens * HEAD_DIM.value * dtype.itemsize > CACHED}
         self.grids["pool_l1_kernel"] = 3 * heads * tokens[2], tile
         tile = tiles["pool_sums"]
         self.grids["pool_l3_kernel"] = 3 * heads * ceil_div(tokens[3], tile["CHILDREN"]), tile
@@ -3259,6 +3283,8 @@ class Recorder:
         if compiled is None or torch.version.hip:  # where Triton also tells large tensors from small ones
             return compiled
         # another length may need the other variant: nothing is compiled then
+        if "STREAM" in tile:
+            warm(kernel, tile | {"STREAM": not tile["STREAM"]}, programs, values)
         if "WHOLE" in tile:
             warm(kernel, tile | {"WHOLE": not tile["WHOLE"]}, programs, values)
         if "RUNS" in tile and has_runs(MANY_CANDIDATES, tile):

@@ -37,7 +37,7 @@ SPEC = {
     "name": "topk_l2",
     "reweight": True,
 }
-OPERATOR = "topk_l2_38c561ba660ad5b6"  # in torch.ops.llsa: the name of the spec and the hash of this text
+OPERATOR = "topk_l2_0b85a1bcb636b176"  # in torch.ops.llsa: the name of the spec and the hash of this text
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -118,15 +118,17 @@ SCHEDULES = {
 
 
 @triton.jit
-def load_rows(ptr, row, stride, inside):
+def load_rows(ptr, row, stride, inside, STREAM: tl.constexpr = False):
     """Rows `row` of a matrix [*, HEAD_DIM] as a tile [..., PAD_DIM]; zero where not `inside` and in the padding.
 
-    `stride` is a multiple of ROW_UNIT: rows that begin at multiples of 16 bytes are loaded 16 bytes at a time.
+    `stride` is a multiple of ROW_UNIT: rows that begin at multiples of 16 bytes are loaded 16 bytes at a time. STREAM: in
+    the cache these rows are the first to make way, before anything that others may read again or that is still to be written.
     """
     dim = tl.arange(0, PAD_DIM)
     begin = tl.multiple_of(row.to(tl.int64) * stride, [ROW_UNIT] * len(row.shape))
     at = tl.expand_dims(begin, -1) + dim
-    return tl.load(ptr + at, mask=tl.expand_dims(inside, -1), other=0.0)
+    policy: tl.constexpr = "evict_first" if STREAM else ""
+    return tl.load(ptr + at, mask=tl.expand_dims(inside, -1), other=0.0, eviction_policy=policy)
 
 
 @triton.jit
@@ -204,9 +206,36 @@ def softmax_step(logits, v, peak, total, acc):
 
 
 @triton.jit
+def sum_below(ptr, stride, token, inside, n_below, BLOCK: tl.constexpr, ROWS: tl.constexpr, SUMS: tl.constexpr, STREAM: tl.constexpr):
+    """For each token [M], `inside` or not, the sum of the rows that it pools, ROWS of them at a time: [M, PAD_DIM], float32.
+
+    Rows are added to SUMS sums in turn: the more, the more are on their way at once, and the more registers they take.
+    Threads lie along tokens, and each sums up rows of its own; where there is but one token, along rows.
+    """
+    M: tl.constexpr = token.shape[0]
+    SIDE: tl.constexpr = ROWS // SUMS if M == 1 else 1  # rows side by side in a tile
+    sums = ()
+    for _ in tl.static_range(SUMS):
+        sums += (tl.zeros([M, SIDE, PAD_DIM], tl.float32),)
+    for start in range(0, BLOCK, ROWS):
+        for turn in tl.static_range(0, ROWS, SUMS * SIDE):
+            more = ()
+            for i in tl.static_range(SUMS):
+                below = start + turn + i * SIDE + tl.arange(0, SIDE)
+                row = token[:, None] * BLOCK + below[None, :]
+                exists = inside[:, None] & (below < BLOCK)[None, :] & (row < n_below)
+                more += (sums[i] + load_rows(ptr, row, stride, exists, STREAM).to(tl.float32),)
+            sums = more
+    total = sums[0]
+    for i in tl.static_range(1, SUMS):
+        total += sums[i]
+    return tl.sum(total, 1)
+
+
+@triton.jit
 def pool_l1_tile(
     x_ptr, stride_n, mean_l1_ptr, mean_l2_ptr,
-    counts_l1_ptr, counts_l2_ptr, first, n_tokens, CHILDREN: tl.constexpr, ROWS: tl.constexpr,
+    counts_l1_ptr, counts_l2_ptr, first, n_tokens, CHILDREN: tl.constexpr, ROWS: tl.constexpr, SUMS: tl.constexpr, STREAM: tl.constexpr,
 ):
     """Level-2 token `first` of one head: its mean, and the means of the level-1 tokens that it covers; zeroes counts."""
     n_l1 = tl.cdiv(n_tokens, SPAN_1)
@@ -215,13 +244,7 @@ def pool_l1_tile(
         place = child + tl.arange(0, CHILDREN)
         token = first * BLOCK_2 + place
         inside = (place < BLOCK_2) & (token < n_l1)
-        total = tl.zeros([CHILDREN, ROWS, PAD_DIM], tl.float32)
-        for start in range(0, BLOCK_1, ROWS):
-            part = start + tl.arange(0, ROWS)
-            row = token[:, None] * BLOCK_1 + part[None, :]
-            exists = inside[:, None] & (part < BLOCK_1)[None, :] & (row < n_tokens)
-            total += load_rows(x_ptr, row, stride_n, exists).to(tl.float32)
-        total = tl.sum(total, 1)
+        total = sum_below(x_ptr, stride_n, token, inside, n_tokens, BLOCK_1, ROWS, SUMS, STREAM)
         covered = tl.minimum(n_tokens - token * SPAN_1, SPAN_1).to(tl.float32)
         store_rows(mean_l1_ptr, token, HEAD_DIM, inside, total / covered[:, None])
         tl.store(counts_l1_ptr + token, 0, mask=inside)
@@ -242,6 +265,7 @@ def pool_l1_kernel(
     counts_l2_ptr,  # [B*H, T_2] int32, zeroed
     heads_per_batch, heads, n_tokens,  # H, B*H, N
     CHILDREN: tl.constexpr, ROWS: tl.constexpr,  # level-1 tokens summed at a time, and rows of each
+    STREAM: tl.constexpr,  # see load_rows
 ):
     """Means over the tokens that each token of level 1 and 2 covers: float32 sums, rounded once.
 
@@ -249,6 +273,7 @@ def pool_l1_kernel(
     """
     tiles = tl.cdiv(n_tokens, SPAN_2)
     first = tl.program_id(0) % tiles
+    SUMS: tl.constexpr = ROWS if CHILDREN > 1 else 1
     tensor = tl.program_id(0) // tiles // heads
     head = tl.program_id(0) // tiles % heads
     to_l1 = head.to(tl.int64) * tl.cdiv(n_tokens, SPAN_1) * HEAD_DIM
@@ -259,13 +284,13 @@ def pool_l1_kernel(
         base = head_base(q_ptr, head, stride_qb, stride_qh, heads_per_batch)
         pool_l1_tile(
             base, stride_qn, q_l1_ptr + to_l1, q_l2_ptr + to_l2,
-            counts_l1_ptr, counts_l2_ptr, first, n_tokens, CHILDREN, ROWS,
+            counts_l1_ptr, counts_l2_ptr, first, n_tokens, CHILDREN, ROWS, SUMS, STREAM,
         )
     else:
         base = head_base(k_ptr, head, stride_kb, stride_kh, heads_per_batch)
         pool_l1_tile(
             base, stride_kn, k_l1_ptr + to_l1, k_l2_ptr + to_l2,
-            counts_l1_ptr, counts_l2_ptr, first, n_tokens, CHILDREN, ROWS,
+            counts_l1_ptr, counts_l2_ptr, first, n_tokens, CHILDREN, ROWS, SUMS, STREAM,
         )
 
 
@@ -1163,6 +1188,10 @@ def level_tokens(n_tokens):
     return n_tokens, ceil_div(n_tokens, 16), ceil_div(n_tokens, 256)
 
 
+FILLING = 1024  # programs that are enough to fill a GPU
+CACHED = 2**25  # bytes of q, k and v of which much may still be in the cache when attention reads them again
+
+
 # Buffers that share a piece of memory, with their dtypes, some of which depend on that of q: see `own_dtypes`.
 LAYOUTS = {
     "selection": {
@@ -1275,7 +1304,7 @@ class Prepared:
             self.places[layout], self.sizes[layout] = lay_out(layout, self.shapes, dtype)
 
         self.grids = {}
-        tile = tiles["pool"]
+        tile = tiles["pool"] | {"STREAM": 2 * heads * n_tokens * HEAD_DIM.value * dtype.itemsize > CACHED}
         self.grids["pool_l1_kernel"] = 2 * heads * tokens[2], tile
         tile = tiles["select_l2"] | {"RUNS": has_runs(tokens[2], tiles["select_l2"])}
         self.grids["select_l2_kernel"] = heads * ceil_div(tokens[2], tile["BLOCK_M"]), tile
@@ -1655,6 +1684,8 @@ class Recorder:
         if compiled is None or torch.version.hip:  # where Triton also tells large tensors from small ones
             return compiled
         # another length may need the other variant: nothing is compiled then
+        if "STREAM" in tile:
+            warm(kernel, tile | {"STREAM": not tile["STREAM"]}, programs, values)
         if "WHOLE" in tile:
             warm(kernel, tile | {"WHOLE": not tile["WHOLE"]}, programs, values)
         if "RUNS" in tile and has_runs(MANY_CANDIDATES, tile):

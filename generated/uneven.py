@@ -34,7 +34,7 @@ SPEC = {
     "name": "uneven",
     "reweight": True,
 }
-OPERATOR = "uneven_15d27aaf475f04c7"  # in torch.ops.llsa: the name of the spec and the hash of this text
+OPERATOR = "uneven_ddb621fc970bf581"  # in torch.ops.llsa: the name of the spec and the hash of this text
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -53,7 +53,7 @@ EMPTY = tl.constexpr(-(2**63))  # the rank of no token at all
 
 # What differs from call to call: Triton makes no kernel of its own where one of these is 1 or a multiple of 16.
 UNSPECIALISED = [
-    "heads", "heads_per_batch", "n_tokens", "width", "width_above", "parts", "rows_per_split", "splits",
+    "heads", "heads_per_batch", "n_tokens", "late", "width", "width_above", "parts", "rows_per_split", "splits",
     "width_l1", "width_l2", "part_l1", "part_l2",
 ]
 
@@ -127,15 +127,17 @@ SCHEDULES = {
 
 
 @triton.jit
-def load_rows(ptr, row, stride, inside):
+def load_rows(ptr, row, stride, inside, STREAM: tl.constexpr = False):
     """Rows `row` of a matrix [*, HEAD_DIM] as a tile [..., PAD_DIM]; zero where not `inside` and in the padding.
 
-    `stride` is a multiple of ROW_UNIT: rows that begin at multiples of 16 bytes are loaded 16 bytes at a time.
+    `stride` is a multiple of ROW_UNIT: rows that begin at multiples of 16 bytes are loaded 16 bytes at a time. STREAM: in
+    the cache these rows are the first to make way, before anything that others may read again or that is still to be written.
     """
     dim = tl.arange(0, PAD_DIM)
     begin = tl.multiple_of(row.to(tl.int64) * stride, [ROW_UNIT] * len(row.shape))
     at = tl.expand_dims(begin, -1) + dim
-    return tl.load(ptr + at, mask=tl.expand_dims(inside, -1) & (dim < HEAD_DIM), other=0.0)
+    policy: tl.constexpr = "evict_first" if STREAM else ""
+    return tl.load(ptr + at, mask=tl.expand_dims(inside, -1) & (dim < HEAD_DIM), other=0.0, eviction_policy=policy)
 
 
 @triton.jit
@@ -226,32 +228,55 @@ def softmax_step(logits, v, peak, total, acc):
 
 
 @triton.jit
+def sum_below(ptr, stride, token, inside, n_below, BLOCK: tl.constexpr, ROWS: tl.constexpr, SUMS: tl.constexpr, STREAM: tl.constexpr):
+    """For each token [M], `inside` or not, the sum of the rows that it pools, ROWS of them at a time: [M, PAD_DIM], float32.
+
+    Rows are added to SUMS sums in turn: the more, the more are on their way at once, and the more registers they take.
+    Threads lie along tokens, and each sums up rows of its own; where there is but one token, along rows.
+    """
+    M: tl.constexpr = token.shape[0]
+    SIDE: tl.constexpr = ROWS // SUMS if M == 1 else 1  # rows side by side in a tile
+    sums = ()
+    for _ in tl.static_range(SUMS):
+        sums += (tl.zeros([M, SIDE, PAD_DIM], tl.float32),)
+    for start in range(0, BLOCK, ROWS):
+        for turn in tl.static_range(0, ROWS, SUMS * SIDE):
+            more = ()
+            for i in tl.static_range(SUMS):
+                below = start + turn + i * SIDE + tl.arange(0, SIDE)
+                row = token[:, None] * BLOCK + below[None, :]
+                exists = inside[:, None] & (below < BLOCK)[None, :] & (row < n_below)
+                more += (sums[i] + load_rows(ptr, row, stride, exists, STREAM).to(tl.float32),)
+            sums = more
+    total = sums[0]
+    for i in tl.static_range(1, SUMS):
+        total += sums[i]
+    return tl.sum(total, 1)
+
+
+@triton.jit
 def pool_l1_tile(
     x_ptr, stride_n, mean_l1_ptr, mean_l2_ptr,
-    counts_l1_ptr, counts_l2_ptr, first, n_tokens, CHILDREN: tl.constexpr, ROWS: tl.constexpr,
+    counts_l1_ptr, counts_l2_ptr, first, n_tokens, CHILDREN: tl.constexpr, ROWS: tl.constexpr, SUMS: tl.constexpr, STREAM: tl.constexpr,
 ):
-    """Level-2 token `first` of one head: its mean, and the means of the level-1 tokens that it covers; zeroes counts."""
+    """Level-2 token `first` of one head: its mean, and the means of the level-1 tokens that it covers; zeroes counts, if any."""
     n_l1 = tl.cdiv(n_tokens, SPAN_1)
     whole = tl.zeros([PAD_DIM], tl.float32)
     for child in range(0, tl.minimum(BLOCK_2, n_l1 - first * BLOCK_2), CHILDREN):
         place = child + tl.arange(0, CHILDREN)
         token = first * BLOCK_2 + place
         inside = (place < BLOCK_2) & (token < n_l1)
-        total = tl.zeros([CHILDREN, ROWS, PAD_DIM], tl.float32)
-        for start in range(0, BLOCK_1, ROWS):
-            part = start + tl.arange(0, ROWS)
-            row = token[:, None] * BLOCK_1 + part[None, :]
-            exists = inside[:, None] & (part < BLOCK_1)[None, :] & (row < n_tokens)
-            total += load_rows(x_ptr, row, stride_n, exists).to(tl.float32)
-        total = tl.sum(total, 1)
+        total = sum_below(x_ptr, stride_n, token, inside, n_tokens, BLOCK_1, ROWS, SUMS, STREAM)
         covered = tl.minimum(n_tokens - token * SPAN_1, SPAN_1).to(tl.float32)
         store_rows(mean_l1_ptr, token, HEAD_DIM, inside, total / covered[:, None])
-        tl.store(counts_l1_ptr + token, 0, mask=inside)
+        if counts_l1_ptr is not None:
+            tl.store(counts_l1_ptr + token, 0, mask=inside)
         whole += tl.sum(total, 0)
     token = first + tl.arange(0, 1)
     covered = tl.minimum(n_tokens - token * SPAN_2, SPAN_2).to(tl.float32)
     store_rows(mean_l2_ptr, token, HEAD_DIM, token >= 0, whole[None, :] / covered[:, None])
-    tl.store(counts_l2_ptr + token, 0)
+    if counts_l2_ptr is not None:
+        tl.store(counts_l2_ptr + token, 0)
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
@@ -265,13 +290,15 @@ def pool_l1_kernel(
     counts_l2_ptr,  # [B*H, T_2] int32, zeroed
     heads_per_batch, heads, n_tokens,  # H, B*H, N
     CHILDREN: tl.constexpr, ROWS: tl.constexpr,  # level-1 tokens summed at a time, and rows of each
+    STREAM: tl.constexpr,  # see load_rows
 ):
     """Means over the tokens that each token of level 1 and 2 covers: float32 sums, rounded once.
 
-    Grid: 3 * B*H * T_2, one tensor after the other.
+    Grid: 3 * B*H * T_2, one tensor after the other; values last, or not at all if they wait for the selection.
     """
     tiles = tl.cdiv(n_tokens, SPAN_2)
     first = tl.program_id(0) % tiles
+    SUMS: tl.constexpr = ROWS if CHILDREN > 1 else 1
     tensor = tl.program_id(0) // tiles // heads
     head = tl.program_id(0) // tiles % heads
     to_l1 = head.to(tl.int64) * tl.cdiv(n_tokens, SPAN_1) * HEAD_DIM
@@ -282,19 +309,19 @@ def pool_l1_kernel(
         base = head_base(q_ptr, head, stride_qb, stride_qh, heads_per_batch)
         pool_l1_tile(
             base, stride_qn, q_l1_ptr + to_l1, q_l2_ptr + to_l2,
-            counts_l1_ptr, counts_l2_ptr, first, n_tokens, CHILDREN, ROWS,
+            counts_l1_ptr, counts_l2_ptr, first, n_tokens, CHILDREN, ROWS, SUMS, STREAM,
         )
     elif tensor == 1:
         base = head_base(k_ptr, head, stride_kb, stride_kh, heads_per_batch)
         pool_l1_tile(
             base, stride_kn, k_l1_ptr + to_l1, k_l2_ptr + to_l2,
-            counts_l1_ptr, counts_l2_ptr, first, n_tokens, CHILDREN, ROWS,
+            counts_l1_ptr, counts_l2_ptr, first, n_tokens, CHILDREN, ROWS, SUMS, STREAM,
         )
     else:
         base = head_base(v_ptr, head, stride_vb, stride_vh, heads_per_batch)
         pool_l1_tile(
             base, stride_vn, v_l1_ptr + to_l1, v_l2_ptr + to_l2,
-            counts_l1_ptr, counts_l2_ptr, first, n_tokens, CHILDREN, ROWS,
+            counts_l1_ptr, counts_l2_ptr, first, n_tokens, CHILDREN, ROWS, SUMS, STREAM,
         )
 
 
@@ -582,6 +609,15 @@ def best_by_runs(
     return tl.bitonic_merge(tl.topk(rank_keys(scores, token, candidate, DOUBLES), KEEP))
 
 
+@triton.jit
+def pool_values(v_ptr, stride_vb, stride_vh, stride_vn, v_l1_ptr, v_l2_ptr, head, parent, heads_per_batch, n_tokens):
+    """The means of the values under a level-2 token, few rows at a time: registers, and what memory has to give, are for others."""
+    base = head_base(v_ptr, head, stride_vb, stride_vh, heads_per_batch)
+    v_l1_ptr += head * tl.cdiv(n_tokens, SPAN_1) * HEAD_DIM
+    v_l2_ptr += head * tl.cdiv(n_tokens, SPAN_2) * HEAD_DIM
+    pool_l1_tile(base, stride_vn, v_l1_ptr, v_l2_ptr, None, None, parent, n_tokens, CHILDREN=2, ROWS=8, SUMS=1, STREAM=True)
+
+
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def select_l2_kernel(
     q_l2_ptr, k_l2_ptr,  # [B*H, T_2, D]
@@ -628,10 +664,13 @@ def select_l1_kernel(
     kept_l2_ptr, width_above,  # [B*H, T_2, width_above] int32
     kept_l1_ptr, width,  # [B*H, T_1, width] int32, out
     counts_l1_ptr,  # [B*H, T_1] int32, zero before, out: how many query tokens keep each key token
+    v_ptr, stride_vb, stride_vh, stride_vn,  # [B, H, N, D]
+    v_l1_ptr, v_l2_ptr,  # [B*H, T_l, D] means, out if `late`
+    late, heads_per_batch,  # 1 if values have waited, otherwise 0; H
     n_tokens,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, KEEP: tl.constexpr, DOUBLES: tl.constexpr,
 ):
-    """I^(1): the K_1 = 7 best children of I^(2), for the query tokens under one parent.
+    """I^(1): the K_1 = 7 best children of I^(2), for the query tokens under one parent; means of values.
 
     Grid: B*H * T_2 * ceil(min(b_2, T_1) / BLOCK_M).
     """
@@ -645,6 +684,8 @@ def select_l1_kernel(
     inside = (child < BLOCK_2) & (row < n_l1)
     kept_above_ptr = kept_l2_ptr + (head * n_l2 + parent) * width_above
     n_candidates = width_above * BLOCK_2
+    if (late != 0) & (parent % 2 == 0):
+        pool_values(v_ptr, stride_vb, stride_vh, stride_vn, v_l1_ptr, v_l2_ptr, head, parent, heads_per_batch, n_tokens)
     counts_ptr = counts_l1_ptr + head * n_l1  # integer sums are the same in any order
     k_ptr = k_l1_ptr + head * n_l1 * HEAD_DIM
     q = load_rows(q_l1_ptr + head * n_l1 * HEAD_DIM, row, HEAD_DIM, inside)
@@ -660,6 +701,8 @@ def select_l1_kernel(
         best = add_to_best_8(best, by_thread(keys))
     best = rows_of_best_8(best, BLOCK_M)
     store_kept(kept_l1_ptr + head * n_l1 * width, counts_ptr, row, width, inside, best, KEEP, DOUBLES)
+    if (late != 0) & (parent % 2 == 1):
+        pool_values(v_ptr, stride_vb, stride_vh, stride_vn, v_l1_ptr, v_l2_ptr, head, parent, heads_per_batch, n_tokens)
 
 
 # ---- attention -------------------------------------------------------------------------------------------------------
@@ -1437,6 +1480,10 @@ def level_tokens(n_tokens):
     return n_tokens, ceil_div(n_tokens, 12), ceil_div(n_tokens, 60)
 
 
+FILLING = 1024  # programs that are enough to fill a GPU
+CACHED = 2**25  # bytes of q, k and v of which much may still be in the cache when attention reads them again
+
+
 def split_queries(walks, n_queries, n_keys, tile):
     """How queries are shared out where all of them attend to the same few keys: (rows a split, splits).
 
@@ -1444,7 +1491,7 @@ def split_queries(walks, n_queries, n_keys, tile):
     the shares small beside q: splits * n_keys <= n_queries / 8, or one split.
     """
     programs = walks * ceil_div(n_keys, tile["BLOCK_N"])
-    wanted = min(ceil_div(1024, programs), n_queries // (8 * n_keys))
+    wanted = min(ceil_div(FILLING, programs), n_queries // (8 * n_keys))
     rows = ceil_div(ceil_div(n_queries, max(wanted, 1)), tile["BLOCK_M"]) * tile["BLOCK_M"]
     return rows, ceil_div(n_queries, rows)
 
@@ -1583,14 +1630,15 @@ class Prepared:
             "grad_k_l2": (heads, tokens[2], 80),
             "grad_v_l2": (heads, tokens[2], 80),
         }
+        late = self.late = int(heads * tokens[2] >= FILLING)  # whether values wait until level 1 is selected
         self.widths = {1: self.shapes["kept_l1"][2], 2: self.shapes["kept_l2"][2]}
         self.places, self.sizes = {}, {}
         for layout in LAYOUTS:
             self.places[layout], self.sizes[layout] = lay_out(layout, self.shapes, dtype)
 
         self.grids = {}
-        tile = tiles["pool"]
-        self.grids["pool_l1_kernel"] = 3 * heads * tokens[2], tile
+        tile = tiles["pool"] | {"STREAM": 3 * heads * n_tokens * HEAD_DIM.value * dtype.itemsize > CACHED}
+        self.grids["pool_l1_kernel"] = heads * tokens[2] * (3 - late), tile
         tile = tiles["select_l2"] | {"RUNS": has_runs(tokens[2], tiles["select_l2"])}
         self.grids["select_l2_kernel"] = heads * ceil_div(tokens[2], tile["BLOCK_M"]), tile
         tile = tiles["select_l1"]
@@ -1960,6 +2008,8 @@ class Recorder:
         if compiled is None or torch.version.hip:  # where Triton also tells large tensors from small ones
             return compiled
         # another length may need the other variant: nothing is compiled then
+        if "STREAM" in tile:
+            warm(kernel, tile | {"STREAM": not tile["STREAM"]}, programs, values)
         if "WHOLE" in tile:
             warm(kernel, tile | {"WHOLE": not tile["WHOLE"]}, programs, values)
         if "RUNS" in tile and has_runs(MANY_CANDIDATES, tile):
@@ -2053,7 +2103,7 @@ def pool_and_select(at, launch, q, k, v, k_l1, v_l1, k_l2, v_l2, counts_l1, coun
     launch(
         select_l1_kernel,
         q_l1, k_l1, kept_l2, at.widths[2],
-        kept_l1, at.widths[1], counts_l1, at.n_tokens,
+        kept_l1, at.widths[1], counts_l1, v, *v_steps, v_l1, v_l2, at.late, at.heads_per_batch, at.n_tokens,
     )
 
 

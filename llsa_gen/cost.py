@@ -145,7 +145,8 @@ class Cost:
         shares = [share for share in self.shares if share.stage == kernel.stage]
         if kernel.stage == "pool_sums":  # one launch for every two levels
             shares = [share for share in shares if f"k_l{share.level}" in kernel.writes]
-        return sympy.Add(*(share.flops for share in shares))
+        pooling = sympy.Add(*(share.flops for share in self.shares if share.stage == "pool"))
+        return sympy.Add(*(share.flops for share in shares), self._late(kernel, pooling / self.plan.pooled_tensors))
 
     # ---- bytes --------------------------------------------------------------------------------------------------
 
@@ -187,8 +188,26 @@ class Cost:
         """Bytes that one launch moves. Parts of popular lists (`extra_grad`) are left out: usually there are none."""
         if self._only_extra(kernel):
             return sympy.Integer(0)
-        names = (name for name in (*kernel.reads, *kernel.writes) if not name.startswith("extra_grad"))
-        return sympy.Add(*(self.buffer_bytes(self.plan.buffers[name]) for name in names))
+        waiting = self.plan.waiting if kernel.name == "select_l1_kernel" else ()  # counted where values are pooled
+        names = (*kernel.reads, *kernel.writes)
+        counted = (name for name in names if name not in waiting and not name.startswith("extra_grad"))
+        return sympy.Add(*map(self._named_bytes, counted), self._late(kernel, self._values_bytes))
+
+    def _named_bytes(self, name: str) -> sympy.Expr:
+        return self.buffer_bytes(self.plan.buffers[name])
+
+    @property
+    def _values_bytes(self) -> sympy.Expr:
+        """What pooling the values moves, where they may wait."""
+        return sympy.Add(*map(self._named_bytes, self.plan.waiting))
+
+    def _late(self, kernel: Kernel, values: sympy.Expr) -> sympy.Expr:
+        """Work on values that a launch does more or less where they wait, and the selection pools them."""
+        sign = {"pool_l1_kernel": -1, "select_l1_kernel": 1}.get(kernel.name)
+        if sign is None or not self.plan.values_may_wait:
+            return sympy.Integer(0)
+        late = sympy.Piecewise((1, HEADS * self.plan.tokens(2) >= FILLING), (0, True))  # as the host code has it
+        return sign * late * values
 
     def _bytes_of(self, role: Role, names: Iterable[str]) -> sympy.Expr:
         chosen = (self.plan.buffers[name] for name in dict.fromkeys(names))

@@ -15,7 +15,7 @@ from functools import cached_property
 import sympy
 
 from llsa_gen.levels import Levels
-from llsa_gen.sizes import HEADS, N, ceil_div, parts, splits, tile
+from llsa_gen.sizes import HEADS, LATE, N, ceil_div, parts, splits, tile
 from llsa_gen.spec import Spec
 
 Names = tuple[str, ...]
@@ -126,6 +126,19 @@ class Plan(Levels):
         """How many of q, k, v have a pyramid: values need none where no coarse level is attended."""
         return 3 if self.enriched else 2
 
+    @property
+    def values_may_wait(self) -> bool:
+        """Whether values can be pooled by the selection of level 1, a program each token of level 2.
+
+        With more levels, the pyramid above would have to wait too; wider blocks would leave all of it to few programs.
+        """
+        return bool(self.enriched) and self.top == 2 and self.block(2) <= 16 and 1 in self.sorted_levels
+
+    @property
+    def waiting(self) -> tuple[str, ...]:
+        """Values and their means: given to two kernels, the first pooling and the last selection, for one of them."""
+        return ("v", "v_l1", "v_l2") if self.values_may_wait else ()
+
     def keepers(self, level: int) -> sympy.Expr:
         """Of a level that is `split`: query tokens a head whose queries all attend to the same keys of it."""
         return sympy.Integer(1) if level == self.top else self.tokens(level + 1)
@@ -192,9 +205,10 @@ class Plan(Levels):
             writes += [f"sums_l{last}"] * (last < self.top)
             writes += [f"counts_l{level}" for level in step]  # zero, before the selection adds to them
             programs = ceil_div(self.tokens(last), 1 if len(step) == 2 else tile("CHILDREN"))
+            tensors = self.pooled_tensors - (LATE if self.values_may_wait else 0)
             yield Kernel(
                 f"pool_l{first}_kernel", stage, f"means of level {' and '.join(map(str, step))}",
-                self.pooled_tensors * HEADS * programs, tuple(reads), tuple(writes),
+                tensors * HEADS * programs, tuple(reads), tuple(writes),
             )  # fmt: skip
 
     def _select(self) -> Iterable[Kernel]:
@@ -206,9 +220,12 @@ class Plan(Levels):
                 reads += (f"kept_l{level + 1}",)
                 children = sympy.Min(self.block(level + 1), self.tokens(level))
                 rows = self.tokens(level + 1) * ceil_div(children, tile("BLOCK_M"))
+            writes = (f"kept_l{level}", f"counts_l{level}")
+            if level == 1 and self.values_may_wait:
+                reads, writes = (*reads, *self.waiting[:1]), (*writes, *self.waiting[1:])
             yield Kernel(
                 f"select_l{level}_kernel", f"select_l{level}", f"Top-{self.topk(level)} of level {level}",
-                HEADS * rows, reads, (f"kept_l{level}", f"counts_l{level}"),
+                HEADS * rows, reads, writes,
             )  # fmt: skip
 
     def _coarse(self) -> tuple[str, ...]:

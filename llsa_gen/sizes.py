@@ -19,6 +19,10 @@ def parts(level: int) -> sympy.Symbol:
     return sympy.Symbol(f"parts_l{level}", integer=True, nonnegative=True)
 
 
+LATE = sympy.Symbol("late", integer=True, nonnegative=True)
+"""1 where values are pooled while level 1 is selected, otherwise 0: the host's choice, by the number of programs."""
+
+
 def tile(name: str) -> sympy.Symbol:
     """A tile shape that the schedule decides: `BLOCK_M`, `GROUP`, ..."""
     return sympy.Symbol(name, integer=True, positive=True)

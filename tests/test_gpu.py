@@ -169,6 +169,18 @@ def test_lengths_for_kernels_in_gluon(name: str, dtype: fuzz.DType) -> None:
     fuzz.run(case).raise_if_failed()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["llsa_l2", "llsa_d128", "uneven"])
+def test_values_pooled_by_the_selection(name: str, dtype: fuzz.DType, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = shipped(name)
+    module = llsa_gen.compile(spec).module
+    monkeypatch.setattr(module, "prepared", module.prepared.__wrapped__)  # which remembers how many programs fill a GPU
+    monkeypatch.setattr(module, "FILLING", 1)
+    layouts: Layouts = ("transposed", "sliced", "every_second", "contiguous")
+    for n in (1, 1021, 4096):
+        fuzz.run(fuzz.Case(spec, n=n, heads=2, batch=2, layouts=layouts, dtype=dtype, device=DEVICE)).raise_if_failed()
+
+
 @pytest.mark.parametrize("name", ["llsa_l1", "llsa_l2", "topk_b128", "uneven"])
 def test_popular_keys(name: str) -> None:
     # every list names the same blocks, so that theirs are cut into many parts
@@ -234,6 +246,7 @@ def test_drawn_cases_of_a_shipped_spec(name: str) -> None:
     [
         ("llsa_l1", 16385, "float32"),
         ("llsa_l2", 65537, "float16"),
+        ("llsa_l2", 262_145, "bfloat16"),
         ("topk_l2", 65536, "bfloat16"),
         ("uneven", 99991, "float32"),
         ("llsa_l3", 262144, "bfloat16"),

@@ -220,7 +220,7 @@ def test_buckets_that_differ_are_written_once(buckets: tuple[str, ...], told: st
 def test_a_module_is_compiled_once_a_bucket_at_the_most(buckets: tuple[str, ...], dtype: str) -> None:
     """When only N changes: the constexprs and options of each kernel, which Triton compiles for, over many lengths.
 
-    WHOLE and RUNS are not counted: what is compiled for the one is compiled for the other at once (test_host.py).
+    WHOLE, RUNS and STREAM are not counted: for what is compiled, so is the other, at once (test_host.py).
     """
     plan = lower(L2)
     tables = schedules(plan, by_length(*buckets))
@@ -231,7 +231,7 @@ def test_a_module_is_compiled_once_a_bucket_at_the_most(buckets: tuple[str, ...]
     for n in lengths:
         for launch in record(module, n, dtype, "cuda:90"):
             shapes = {name: value for name, value in launch.arguments.items() if name.isupper()}
-            shapes = {name: value for name, value in shapes.items() if name not in ("WHOLE", "RUNS")}
+            shapes = {name: value for name, value in shapes.items() if name not in ("WHOLE", "RUNS", "STREAM")}
             variants.setdefault(launch.kernel, set()).add((*shapes.items(), *launch.options.items()))
             if launch.kernel == "attend_kernel":
                 most = next(most for most in LENGTHS.values() if n <= most)
