@@ -37,7 +37,7 @@ SPEC = {
     "name": "llsa_b64",
     "reweight": True,
 }
-OPERATOR = "llsa_b64_fce318b3a13f1dbf"  # in torch.ops.llsa: the name of the spec and the hash of this text
+OPERATOR = "llsa_b64_ec159d0b44fbcaae"  # in torch.ops.llsa: the name of the spec and the hash of this text
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -1541,8 +1541,8 @@ def level_tokens(n_tokens):
     return n_tokens, ceil_div(n_tokens, 64), ceil_div(n_tokens, 4096)
 
 
+CACHED = 33554432  # bytes of q, k and v of which much may still be in the cache when attention reads them again
 FILLING = 1024  # programs that are enough to fill a GPU
-CACHED = 2**25  # bytes of q, k and v of which much may still be in the cache when attention reads them again
 
 
 def split_queries(walks, n_queries, n_keys, tile):
@@ -1691,13 +1691,14 @@ class Prepared:
             "grad_k_l2": (heads, tokens[2], 64),
             "grad_v_l2": (heads, tokens[2], 64),
         }
+        is_long = 3 * heads * n_tokens * HEAD_DIM.value * dtype.itemsize > CACHED
         self.widths = {1: self.shapes["kept_l1"][2], 2: self.shapes["kept_l2"][2]}
         self.places, self.sizes = {}, {}
         for layout in LAYOUTS:
             self.places[layout], self.sizes[layout] = lay_out(layout, self.shapes, dtype)
 
         self.grids = {}
-        tile = tiles["pool"] | {"STREAM": 3 * heads * n_tokens * HEAD_DIM.value * dtype.itemsize > CACHED}
+        tile = tiles["pool"] | {"STREAM": is_long}
         self.grids["pool_l1_kernel"] = 3 * heads * tokens[2], tile
         tile = tiles["select_l2"] | {"RUNS": has_runs(tokens[2], tiles["select_l2"])}
         self.grids["select_l2_kernel"] = heads * ceil_div(tokens[2], tile["BLOCK_M"]), tile

@@ -34,7 +34,7 @@ SPEC = {
     "name": "llsa_d128",
     "reweight": True,
 }
-OPERATOR = "llsa_d128_fc8f058b005a2ffd"  # in torch.ops.llsa: the name of the spec and the hash of this text
+OPERATOR = "llsa_d128_59c10d595c9b081c"  # in torch.ops.llsa: the name of the spec and the hash of this text
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -559,7 +559,11 @@ def best_by_runs(
 
 @triton.jit
 def pool_values(v_ptr, stride_vb, stride_vh, stride_vn, v_l1_ptr, v_l2_ptr, head, parent, heads_per_batch, n_tokens):
-    """The means of the values under a level-2 token, few rows at a time: registers, and what memory has to give, are for others."""
+    """The means of the values under a level-2 token.
+
+    A row of each of some tokens at a time fills a warp's loads. Were more on their way, what the selection asks for would
+    have to wait behind them.
+    """
     base = head_base(v_ptr, head, stride_vb, stride_vh, heads_per_batch)
     v_l1_ptr += head * tl.cdiv(n_tokens, SPAN_1) * HEAD_DIM
     v_l2_ptr += head * tl.cdiv(n_tokens, SPAN_2) * HEAD_DIM
@@ -1386,8 +1390,8 @@ def level_tokens(n_tokens):
     return n_tokens, ceil_div(n_tokens, 16), ceil_div(n_tokens, 256)
 
 
+CACHED = 33554432  # bytes of q, k and v of which much may still be in the cache when attention reads them again
 FILLING = 1024  # programs that are enough to fill a GPU
-CACHED = 2**25  # bytes of q, k and v of which much may still be in the cache when attention reads them again
 
 
 def split_queries(walks, n_queries, n_keys, tile):
@@ -1536,14 +1540,15 @@ class Prepared:
             "grad_k_l2": (heads, tokens[2], 128),
             "grad_v_l2": (heads, tokens[2], 128),
         }
-        late = self.late = int(heads * tokens[2] >= FILLING)  # whether values wait until level 1 is selected
+        is_long = 3 * heads * n_tokens * HEAD_DIM.value * dtype.itemsize > CACHED
+        late = self.late = int(is_long and heads * tokens[2] >= FILLING)  # whether values wait until level 1 is selected
         self.widths = {1: self.shapes["kept_l1"][2], 2: self.shapes["kept_l2"][2]}
         self.places, self.sizes = {}, {}
         for layout in LAYOUTS:
             self.places[layout], self.sizes[layout] = lay_out(layout, self.shapes, dtype)
 
         self.grids = {}
-        tile = tiles["pool"] | {"STREAM": 3 * heads * n_tokens * HEAD_DIM.value * dtype.itemsize > CACHED}
+        tile = tiles["pool"] | {"STREAM": is_long}
         self.grids["pool_l1_kernel"] = heads * tokens[2] * (3 - late), tile
         tile = tiles["select_l2"] | {"RUNS": has_runs(tokens[2], tiles["select_l2"])}
         self.grids["select_l2_kernel"] = heads * ceil_div(tokens[2], tile["BLOCK_M"]), tile

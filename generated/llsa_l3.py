@@ -38,7 +38,7 @@ SPEC = {
     "name": "llsa_l3",
     "reweight": True,
 }
-OPERATOR = "llsa_l3_bdc50428f286d902"  # in torch.ops.llsa: the name of the spec and the hash of this text
+OPERATOR = "llsa_l3_bb938bceee83b04d"  # in torch.ops.llsa: the name of the spec and the hash of this text
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -2691,8 +2691,8 @@ def level_tokens(n_tokens):
     return n_tokens, ceil_div(n_tokens, 16), ceil_div(n_tokens, 256), ceil_div(n_tokens, 4096)
 
 
+CACHED = 33554432  # bytes of q, k and v of which much may still be in the cache when attention reads them again
 FILLING = 1024  # programs that are enough to fill a GPU
-CACHED = 2**25  # bytes of q, k and v of which much may still be in the cache when attention reads them again
 
 
 def split_queries(walks, n_queries, n_keys, tile):
@@ -2869,13 +2869,14 @@ class Prepared:
             "grad_k_l3": (heads, tokens[3], 64),
             "grad_v_l3": (heads, tokens[3], 64),
         }
+        is_long = 3 * heads * n_tokens * HEAD_DIM.value * dtype.itemsize > CACHED
         self.widths = {1: self.shapes["kept_l1"][2], 2: self.shapes["kept_l2"][2], 3: self.shapes["kept_l3"][2]}
         self.places, self.sizes = {}, {}
         for layout in LAYOUTS:
             self.places[layout], self.sizes[layout] = lay_out(layout, self.shapes, dtype)
 
         self.grids = {}
-        tile = tiles["pool"] | {"STREAM": 3 * heads * n_tokens * HEAD_DIM.value * dtype.itemsize > CACHED}
+        tile = tiles["pool"] | {"STREAM": is_long}
         self.grids["pool_l1_kernel"] = 3 * heads * tokens[2], tile
         tile = tiles["pool_sums"]
         self.grids["pool_l3_kernel"] = 3 * heads * ceil_div(tokens[3], tile["CHILDREN"]), tile

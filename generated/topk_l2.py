@@ -37,7 +37,7 @@ SPEC = {
     "name": "topk_l2",
     "reweight": True,
 }
-OPERATOR = "topk_l2_0b85a1bcb636b176"  # in torch.ops.llsa: the name of the spec and the hash of this text
+OPERATOR = "topk_l2_6e0e67b96d68bb43"  # in torch.ops.llsa: the name of the spec and the hash of this text
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -1188,8 +1188,7 @@ def level_tokens(n_tokens):
     return n_tokens, ceil_div(n_tokens, 16), ceil_div(n_tokens, 256)
 
 
-FILLING = 1024  # programs that are enough to fill a GPU
-CACHED = 2**25  # bytes of q, k and v of which much may still be in the cache when attention reads them again
+CACHED = 33554432  # bytes of q, k and v of which much may still be in the cache when attention reads them again
 
 
 # Buffers that share a piece of memory, with their dtypes, some of which depend on that of q: see `own_dtypes`.
@@ -1298,13 +1297,14 @@ class Prepared:
             "extra_grad_k_l0": (heads, parts_l0, 16, 64),
             "extra_grad_v_l0": (heads, parts_l0, 16, 64),
         }
+        is_long = 2 * heads * n_tokens * HEAD_DIM.value * dtype.itemsize > CACHED
         self.widths = {1: self.shapes["kept_l1"][2], 2: self.shapes["kept_l2"][2]}
         self.places, self.sizes = {}, {}
         for layout in LAYOUTS:
             self.places[layout], self.sizes[layout] = lay_out(layout, self.shapes, dtype)
 
         self.grids = {}
-        tile = tiles["pool"] | {"STREAM": 2 * heads * n_tokens * HEAD_DIM.value * dtype.itemsize > CACHED}
+        tile = tiles["pool"] | {"STREAM": is_long}
         self.grids["pool_l1_kernel"] = 2 * heads * tokens[2], tile
         tile = tiles["select_l2"] | {"RUNS": has_runs(tokens[2], tiles["select_l2"])}
         self.grids["select_l2_kernel"] = heads * ceil_div(tokens[2], tile["BLOCK_M"]), tile

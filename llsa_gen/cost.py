@@ -23,7 +23,7 @@ from typing import NamedTuple
 import sympy
 
 from llsa_gen.plan import Buffer, Kernel, Plan, Role
-from llsa_gen.schedule import FILLING
+from llsa_gen.schedule import CACHED, FILLING
 from llsa_gen.sizes import HEADS, N, ceil_div, parts, splits, tile
 
 __all__ = ["BYTES", "Cost", "Pass", "Share", "Totals", "dense", "evaluate"]
@@ -206,8 +206,9 @@ class Cost:
         sign = {"pool_l1_kernel": -1, "select_l1_kernel": 1}.get(kernel.name)
         if sign is None or not self.plan.values_may_wait:
             return sympy.Integer(0)
-        late = sympy.Piecewise((1, HEADS * self.plan.tokens(2) >= FILLING), (0, True))  # as the host code has it
-        return sign * late * values
+        pooled = sympy.Add(*map(self._named_bytes, ("q", "k", "v")))
+        is_late = sympy.And(pooled > CACHED, HEADS * self.plan.tokens(2) >= FILLING)  # as the host code has it
+        return sign * sympy.Piecewise((1, is_late), (0, True)) * values
 
     def _bytes_of(self, role: Role, names: Iterable[str]) -> sympy.Expr:
         chosen = (self.plan.buffers[name] for name in dict.fromkeys(names))

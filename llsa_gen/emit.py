@@ -21,7 +21,7 @@ from sympy.printing.pycode import PythonCodePrinter
 from llsa_gen import networks
 from llsa_gen.errors import TemplateError
 from llsa_gen.plan import Plan
-from llsa_gen.schedule import FILLING, LOOSE_LEVELS, Schedule, Schedules, list_length, pad
+from llsa_gen.schedule import CACHED, FILLING, LOOSE_LEVELS, Schedule, Schedules, list_length, pad
 
 ROOT = Path(__file__).parent
 TEMPLATES = next(path for path in (ROOT / "templates", ROOT.parent / "templates") if path.is_dir())
@@ -104,6 +104,7 @@ def render(plan: Plan, schedules: Schedules) -> str:
                 by_length=differ_by_length(schedules),
                 hopper=stages_in_gluon(schedules),
                 filling=FILLING,
+                cached=CACHED,
                 lists={level: list_length(plan, level) for level in plan.sorted_levels},
                 loose_in_gluon=plan.top <= LOOSE_LEVELS,
             )

@@ -130,7 +130,8 @@ class Plan(Levels):
     def values_may_wait(self) -> bool:
         """Whether values can be pooled by the selection of level 1, a program each token of level 2.
 
-        With more levels, the pyramid above would have to wait too; wider blocks would leave all of it to few programs.
+        With more levels, the pyramid above would have to wait too; with wider blocks, several programs have one parent:
+        16 is the smallest tile of queries.
         """
         return bool(self.enriched) and self.top == 2 and self.block(2) <= 16 and 1 in self.sorted_levels
 

@@ -16,7 +16,7 @@ from llsa_gen.schedule_fit import LIST_LENGTHS, misfit, settled, shared_memory
 from llsa_gen.schedule_table import LENGTHS, Target, bucket, facts_of, pad, stage_kind, target, targets
 
 __all__ = [
-    "FILLING", "LOOSE_LEVELS", "Choice", "Entry", "Schedule", "Schedules", "Target",
+    "CACHED", "FILLING", "LOOSE_LEVELS", "Choice", "Entry", "Schedule", "Schedules", "Target",
     "choices", "list_length", "pad", "schedule", "schedules", "target", "targets",
 ]  # fmt: skip
 
@@ -46,6 +46,10 @@ four levels, 29% with six."""
 
 FILLING = 1024
 """Programs that are enough to fill a GPU: where all queries attend to the same few keys, they are split no further."""
+
+CACHED = 2**25
+"""Bytes of q, k and v (of q and k, where nothing else is pooled) of which much may still be in the cache when attention
+reads them again: about half of what recent caches hold. Beyond, they make way as soon as they are pooled."""
 
 DOUBLES = ("cuda:90",)
 """Targets known to sort faster by float64 than by int64: two integer instructions a comparison, and float64 units that

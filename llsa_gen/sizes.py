@@ -20,7 +20,7 @@ def parts(level: int) -> sympy.Symbol:
 
 
 LATE = sympy.Symbol("late", integer=True, nonnegative=True)
-"""1 where values are pooled while level 1 is selected, otherwise 0: the host's choice, by the number of programs."""
+"""1 where values are pooled while level 1 is selected, otherwise 0: the host's choice, by how much there is."""
 
 
 def tile(name: str) -> sympy.Symbol:

@@ -32,7 +32,7 @@ from llsa_gen.loading import load_text
 from llsa_gen.origin import origin
 from llsa_gen.plan import lower
 from llsa_gen.schedule import targets
-from llsa_gen.sizes import HEADS, N
+from llsa_gen.sizes import HEADS, LATE, N
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -119,6 +119,7 @@ def test_extreme_specs_compile_and_fit(name: str) -> None:
     heads=st.integers(1, 5),
 )
 @example(name="llsa_l3", n_tokens=70_001, target="cuda:90", dtype="bfloat16", batch=2, heads=3)
+@example(name="llsa_l2", n_tokens=131_072, target="cuda:90", dtype="bfloat16", batch=2, heads=2)  # values wait
 @settings(max_examples=30)
 def test_the_host_code_launches_what_the_plan_says(
     name: str, n_tokens: int, target: str, dtype: str, batch: int, heads: int
@@ -127,10 +128,12 @@ def test_the_host_code_launches_what_the_plan_says(
     launches = aot.record(shipped(name), n_tokens, dtype, target, batch=batch, heads=heads)
     plan = lower(shipped(name).spec)
     planned = list(plan.kernels)
+    late = max((launch.arguments.get("late", 0) for launch in launches), default=0)  # of the selection alone
     for launch in [launch for launch in launches if launch.phase != "select" and launch.step]:
         step = planned.pop(0)
         assert step.name == launch.step
         known: dict[str, Any] = {N.name: n_tokens, HEADS.name: batch * heads}
+        known[LATE.name] = late
         known |= {f"parts_l{level}": launch.arguments.get("parts") for level in plan.by_list}
         known |= {f"splits_l{level}": launch.arguments.get("splits") for level in plan.split}
         programs: Any = step.programs

@@ -3,6 +3,7 @@
 Most of the time goes into Triton's compiler: `pytest -m gpu -n 8` shares that out over the cores.
 """
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -174,11 +175,14 @@ def test_lengths_for_kernels_in_gluon(name: str, dtype: fuzz.DType) -> None:
 def test_values_pooled_by_the_selection(name: str, dtype: fuzz.DType, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = shipped(name)
     module = llsa_gen.compile(spec).module
-    monkeypatch.setattr(module, "prepared", module.prepared.__wrapped__)  # which remembers how many programs fill a GPU
+    monkeypatch.setattr(module, "prepared", functools.lru_cache(module.prepared.__wrapped__))  # with tapes
     monkeypatch.setattr(module, "FILLING", 1)
+    monkeypatch.setattr(module, "CACHED", 0)
     layouts: Layouts = ("transposed", "sliced", "every_second", "contiguous")
     for n in (1, 1021, 4096):
-        fuzz.run(fuzz.Case(spec, n=n, heads=2, batch=2, layouts=layouts, dtype=dtype, device=DEVICE)).raise_if_failed()
+        for seed in range(2):
+            case = fuzz.Case(spec, n=n, heads=2, batch=2, layouts=layouts, dtype=dtype, seed=seed, device=DEVICE)
+            fuzz.run(case).raise_if_failed()
 
 
 @pytest.mark.parametrize("name", ["llsa_l1", "llsa_l2", "topk_b128", "uneven"])
@@ -283,8 +287,8 @@ def test_more_than_2_to_the_31_elements() -> None:
         alone = results(attention, [x.detach()[:, head : head + 1].contiguous().requires_grad_() for x in inputs])
         for name, x, y in zip(("o", "dq", "dk", "dv"), whole, alone, strict=True):
             x = x[:, head : head + 1]
-            # the shares of the top's gradients are as many as fill a GPU, so that their sums differ in order
-            assert torch.equal(x, y) if name in ("o", "dq") else reference.relative_error(x, y) < 4e-3, (name, head)
+            # values are pooled elsewhere, and there are more shares of the top's gradients: sums differ in order
+            assert reference.relative_error(x, y) < 4e-3, (name, head)
 
 
 # ---- the operator ---------------------------------------------------------------------------------------------------

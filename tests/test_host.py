@@ -614,6 +614,7 @@ def test_calls_do_not_get_in_each_others_way(gpu: PretendedGpu, module: ModuleTy
         "heads": draw(4096, batch=2, heads=1),
         "offset": draw(4096, offset=1),
         "transposed": [x.transpose(1, 2).contiguous().transpose(1, 2) for x in draw(4096)],
+        "late values": draw(131_072),
     }
     alone = {}
     for name, tensors in calls.items():
@@ -637,7 +638,7 @@ def test_another_length_compiles_nothing(
 
     monkeypatch.setattr(JITFunction, "_do_compile", compiled)
     # those that do not fill their coarsest tokens need other kernels, as do 512 and 1,536, whose lists fill no 64 rows
-    # and 1,024 tokens of the coarsest level, of which runs are ranked first; 262,144 no cache holds
+    # and 1,024 tokens of the coarsest level, of which runs are ranked first; 100,003 no cache holds
     for n in (4097, 8191, 65_536, 100_003, 512, 1536, 200, 9, 262_144):  # of 200 and 9 tokens, lists have one
         step(module, draw(n, heads=1))
     other = ["attend_hopper_kernel", "grad_q_hopper_kernel", "pool_l1_kernel", "select_l2_kernel"]

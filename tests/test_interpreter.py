@@ -114,6 +114,7 @@ def test_values_pooled_by_the_selection(
     module = compile(chosen).module
     monkeypatch.setattr(module, "prepared", module.prepared.__wrapped__)
     monkeypatch.setattr(module, "FILLING", 1)  # with 1,024, it takes minutes
+    monkeypatch.setattr(module, "CACHED", 0)
     for n in (chosen.span(2) * 3, chosen.span(2) * 2 + 1, 3):
         q = torch.empty(1, 2, n, 24, dtype=getattr(torch, dtype))
         assert module.prepare((q, q, q))[0].late == 1
