@@ -221,13 +221,11 @@ class Plan(Levels):
                 reads += (f"kept_l{level + 1}",)
                 children = sympy.Min(self.block(level + 1), self.tokens(level))
                 rows = self.tokens(level + 1) * ceil_div(children, tile("BLOCK_M"))
-            writes = (f"kept_l{level}", f"counts_l{level}")
+            computes, writes = f"Top-{self.topk(level)} of level {level}", (f"kept_l{level}", f"counts_l{level}")
             if level == 1 and self.values_may_wait:
+                computes += ", and where late is 1 the means of values"
                 reads, writes = (*reads, *self.waiting[:1]), (*writes, *self.waiting[1:])
-            yield Kernel(
-                f"select_l{level}_kernel", f"select_l{level}", f"Top-{self.topk(level)} of level {level}",
-                HEADS * rows, reads, writes,
-            )  # fmt: skip
+            yield Kernel(f"select_l{level}_kernel", f"select_l{level}", computes, HEADS * rows, reads, writes)
 
     def _coarse(self) -> tuple[str, ...]:
         return tuple(f"{name}_l{level}" for level in self.enriched for name in ("k", "v"))
