@@ -37,7 +37,7 @@ SPEC = {
     "name": "llsa_b64",
     "reweight": True,
 }
-OPERATOR = "llsa_b64_ec159d0b44fbcaae"  # in torch.ops.llsa: the name of the spec and the hash of this text
+OPERATOR = "llsa_b64_88242debdff905f9"  # in torch.ops.llsa: the name of the spec and the hash of this text
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -235,7 +235,10 @@ def softmax_step(logits, v, peak, total, acc):
 
 
 @triton.jit
-def sum_below(ptr, stride, token, inside, n_below, BLOCK: tl.constexpr, ROWS: tl.constexpr, SUMS: tl.constexpr, STREAM: tl.constexpr):
+def sum_below(
+    ptr, stride, token, inside, n_below,
+    BLOCK: tl.constexpr, ROWS: tl.constexpr, SUMS: tl.constexpr, STREAM: tl.constexpr,
+):
     """For each token [M], `inside` or not, the sum of the rows that it pools, ROWS of them at a time: [M, PAD_DIM], float32.
 
     Rows are added to SUMS sums in turn: the more, the more are on their way at once, and the more registers they take.
@@ -264,7 +267,8 @@ def sum_below(ptr, stride, token, inside, n_below, BLOCK: tl.constexpr, ROWS: tl
 @triton.jit
 def pool_l1_tile(
     x_ptr, stride_n, mean_l1_ptr, mean_l2_ptr,
-    counts_l1_ptr, counts_l2_ptr, first, n_tokens, CHILDREN: tl.constexpr, ROWS: tl.constexpr, SUMS: tl.constexpr, STREAM: tl.constexpr,
+    counts_l1_ptr, counts_l2_ptr, first, n_tokens,
+    CHILDREN: tl.constexpr, ROWS: tl.constexpr, SUMS: tl.constexpr, STREAM: tl.constexpr,
 ):
     """Level-2 token `first` of one head: its mean, and the means of the level-1 tokens that it covers; zeroes counts."""
     n_l1 = tl.cdiv(n_tokens, SPAN_1)
@@ -303,7 +307,7 @@ def pool_l1_kernel(
     """
     tiles = tl.cdiv(n_tokens, SPAN_2)
     first = tl.program_id(0) % tiles
-    SUMS: tl.constexpr = ROWS if CHILDREN > 1 else 1
+    SUMS: tl.constexpr = ROWS if CHILDREN > 1 else 1  # all rows on their way at once, see sum_below
     tensor = tl.program_id(0) // tiles // heads
     head = tl.program_id(0) // tiles % heads
     to_l1 = head.to(tl.int64) * tl.cdiv(n_tokens, SPAN_1) * HEAD_DIM

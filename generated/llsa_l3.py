@@ -38,7 +38,7 @@ SPEC = {
     "name": "llsa_l3",
     "reweight": True,
 }
-OPERATOR = "llsa_l3_bb938bceee83b04d"  # in torch.ops.llsa: the name of the spec and the hash of this text
+OPERATOR = "llsa_l3_346031ecadaa97cd"  # in torch.ops.llsa: the name of the spec and the hash of this text
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -258,7 +258,10 @@ def softmax_step(logits, v, peak, total, acc):
 
 
 @triton.jit
-def sum_below(ptr, stride, token, inside, n_below, BLOCK: tl.constexpr, ROWS: tl.constexpr, SUMS: tl.constexpr, STREAM: tl.constexpr):
+def sum_below(
+    ptr, stride, token, inside, n_below,
+    BLOCK: tl.constexpr, ROWS: tl.constexpr, SUMS: tl.constexpr, STREAM: tl.constexpr,
+):
     """For each token [M], `inside` or not, the sum of the rows that it pools, ROWS of them at a time: [M, PAD_DIM], float32.
 
     Rows are added to SUMS sums in turn: the more, the more are on their way at once, and the more registers they take.
@@ -287,7 +290,8 @@ def sum_below(ptr, stride, token, inside, n_below, BLOCK: tl.constexpr, ROWS: tl
 @triton.jit
 def pool_l1_tile(
     x_ptr, stride_n, mean_l1_ptr, mean_l2_ptr,
-    counts_l1_ptr, counts_l2_ptr, sums_l2_ptr, first, n_tokens, CHILDREN: tl.constexpr, ROWS: tl.constexpr, SUMS: tl.constexpr, STREAM: tl.constexpr,
+    counts_l1_ptr, counts_l2_ptr, sums_l2_ptr, first, n_tokens,
+    CHILDREN: tl.constexpr, ROWS: tl.constexpr, SUMS: tl.constexpr, STREAM: tl.constexpr,
 ):
     """Level-2 token `first` of one head: its mean, and the means of the level-1 tokens that it covers; zeroes counts."""
     n_l1 = tl.cdiv(n_tokens, SPAN_1)
@@ -328,7 +332,7 @@ def pool_l1_kernel(
     """
     tiles = tl.cdiv(n_tokens, SPAN_2)
     first = tl.program_id(0) % tiles
-    SUMS: tl.constexpr = ROWS if CHILDREN > 1 else 1
+    SUMS: tl.constexpr = ROWS if CHILDREN > 1 else 1  # all rows on their way at once, see sum_below
     tensor = tl.program_id(0) // tiles // heads
     head = tl.program_id(0) // tiles % heads
     to_l1 = head.to(tl.int64) * tl.cdiv(n_tokens, SPAN_1) * HEAD_DIM
@@ -359,7 +363,8 @@ def pool_l1_kernel(
 @triton.jit
 def pool_l3_tile(
     sums_ptr, stride_n, mean_l3_ptr,
-    counts_l3_ptr, first, n_tokens, CHILDREN: tl.constexpr, ROWS: tl.constexpr, SUMS: tl.constexpr,
+    counts_l3_ptr, first, n_tokens,
+    CHILDREN: tl.constexpr, ROWS: tl.constexpr, SUMS: tl.constexpr,
 ):
     """CHILDREN tokens of level 3 of one head, from `first` on: their means; zeroes counts."""
     n_l3 = tl.cdiv(n_tokens, SPAN_3)
@@ -386,7 +391,7 @@ def pool_l3_kernel(
     """
     tiles = tl.cdiv(tl.cdiv(n_tokens, SPAN_3), CHILDREN)
     first = tl.program_id(0) % tiles * CHILDREN
-    SUMS: tl.constexpr = ROWS if CHILDREN > 1 else 1
+    SUMS: tl.constexpr = ROWS if CHILDREN > 1 else 1  # all rows on their way at once, see sum_below
     tensor = tl.program_id(0) // tiles // heads
     head = tl.program_id(0) // tiles % heads
     to_l3 = head.to(tl.int64) * tl.cdiv(n_tokens, SPAN_3) * HEAD_DIM

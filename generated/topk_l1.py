@@ -36,7 +36,7 @@ SPEC = {
     "name": "topk_l1",
     "reweight": True,
 }
-OPERATOR = "topk_l1_6c44af0c8f56a780"  # in torch.ops.llsa: the name of the spec and the hash of this text
+OPERATOR = "topk_l1_4b5776cc2a52fb19"  # in torch.ops.llsa: the name of the spec and the hash of this text
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -195,7 +195,10 @@ def softmax_step(logits, v, peak, total, acc):
 
 
 @triton.jit
-def sum_below(ptr, stride, token, inside, n_below, BLOCK: tl.constexpr, ROWS: tl.constexpr, SUMS: tl.constexpr, STREAM: tl.constexpr):
+def sum_below(
+    ptr, stride, token, inside, n_below,
+    BLOCK: tl.constexpr, ROWS: tl.constexpr, SUMS: tl.constexpr, STREAM: tl.constexpr,
+):
     """For each token [M], `inside` or not, the sum of the rows that it pools, ROWS of them at a time: [M, PAD_DIM], float32.
 
     Rows are added to SUMS sums in turn: the more, the more are on their way at once, and the more registers they take.
@@ -224,7 +227,8 @@ def sum_below(ptr, stride, token, inside, n_below, BLOCK: tl.constexpr, ROWS: tl
 @triton.jit
 def pool_l1_tile(
     x_ptr, stride_n, mean_l1_ptr,
-    counts_l1_ptr, first, n_tokens, CHILDREN: tl.constexpr, ROWS: tl.constexpr, SUMS: tl.constexpr, STREAM: tl.constexpr,
+    counts_l1_ptr, first, n_tokens,
+    CHILDREN: tl.constexpr, ROWS: tl.constexpr, SUMS: tl.constexpr, STREAM: tl.constexpr,
 ):
     """CHILDREN tokens of level 1 of one head, from `first` on: their means; zeroes counts."""
     n_l1 = tl.cdiv(n_tokens, SPAN_1)
@@ -252,7 +256,7 @@ def pool_l1_kernel(
     """
     tiles = tl.cdiv(tl.cdiv(n_tokens, SPAN_1), CHILDREN)
     first = tl.program_id(0) % tiles * CHILDREN
-    SUMS: tl.constexpr = ROWS if CHILDREN > 1 else 1
+    SUMS: tl.constexpr = ROWS if CHILDREN > 1 else 1  # all rows on their way at once, see sum_below
     tensor = tl.program_id(0) // tiles // heads
     head = tl.program_id(0) // tiles % heads
     to_l1 = head.to(tl.int64) * tl.cdiv(n_tokens, SPAN_1) * HEAD_DIM

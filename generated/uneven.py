@@ -34,7 +34,7 @@ SPEC = {
     "name": "uneven",
     "reweight": True,
 }
-OPERATOR = "uneven_8e13f7dd07769944"  # in torch.ops.llsa: the name of the spec and the hash of this text
+OPERATOR = "uneven_6c649d64cab99fcc"  # in torch.ops.llsa: the name of the spec and the hash of this text
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -228,7 +228,10 @@ def softmax_step(logits, v, peak, total, acc):
 
 
 @triton.jit
-def sum_below(ptr, stride, token, inside, n_below, BLOCK: tl.constexpr, ROWS: tl.constexpr, SUMS: tl.constexpr, STREAM: tl.constexpr):
+def sum_below(
+    ptr, stride, token, inside, n_below,
+    BLOCK: tl.constexpr, ROWS: tl.constexpr, SUMS: tl.constexpr, STREAM: tl.constexpr,
+):
     """For each token [M], `inside` or not, the sum of the rows that it pools, ROWS of them at a time: [M, PAD_DIM], float32.
 
     Rows are added to SUMS sums in turn: the more, the more are on their way at once, and the more registers they take.
@@ -257,7 +260,8 @@ def sum_below(ptr, stride, token, inside, n_below, BLOCK: tl.constexpr, ROWS: tl
 @triton.jit
 def pool_l1_tile(
     x_ptr, stride_n, mean_l1_ptr, mean_l2_ptr,
-    counts_l1_ptr, counts_l2_ptr, first, n_tokens, CHILDREN: tl.constexpr, ROWS: tl.constexpr, SUMS: tl.constexpr, STREAM: tl.constexpr,
+    counts_l1_ptr, counts_l2_ptr, first, n_tokens,
+    CHILDREN: tl.constexpr, ROWS: tl.constexpr, SUMS: tl.constexpr, STREAM: tl.constexpr,
 ):
     """Level-2 token `first` of one head: its mean, and the means of the level-1 tokens that it covers; zeroes counts, if any."""
     n_l1 = tl.cdiv(n_tokens, SPAN_1)
@@ -298,7 +302,7 @@ def pool_l1_kernel(
     """
     tiles = tl.cdiv(n_tokens, SPAN_2)
     first = tl.program_id(0) % tiles
-    SUMS: tl.constexpr = ROWS if CHILDREN > 1 else 1
+    SUMS: tl.constexpr = ROWS if CHILDREN > 1 else 1  # all rows on their way at once, see sum_below
     tensor = tl.program_id(0) // tiles // heads
     head = tl.program_id(0) // tiles % heads
     to_l1 = head.to(tl.int64) * tl.cdiv(n_tokens, SPAN_1) * HEAD_DIM
@@ -619,7 +623,10 @@ def pool_values(v_ptr, stride_vb, stride_vh, stride_vn, v_l1_ptr, v_l2_ptr, head
     base = head_base(v_ptr, head, stride_vb, stride_vh, heads_per_batch)
     v_l1_ptr += head * tl.cdiv(n_tokens, SPAN_1) * HEAD_DIM
     v_l2_ptr += head * tl.cdiv(n_tokens, SPAN_2) * HEAD_DIM
-    pool_l1_tile(base, stride_vn, v_l1_ptr, v_l2_ptr, None, None, parent, n_tokens, CHILDREN=2, ROWS=8, SUMS=1, STREAM=True)
+    pool_l1_tile(
+        base, stride_vn, v_l1_ptr, v_l2_ptr, None, None, parent, n_tokens,
+        CHILDREN=2, ROWS=8, SUMS=1, STREAM=True,
+    )
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
@@ -674,7 +681,9 @@ def select_l1_kernel(
     n_tokens,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, KEEP: tl.constexpr, DOUBLES: tl.constexpr,
 ):
-    """I^(1): the K_1 = 7 best children of I^(2), for the query tokens under one parent; means of values.
+    """I^(1): the K_1 = 7 best children of I^(2), for the query tokens under one parent.
+
+    If `late`, also the means of the values under it: before, where the parent's number is even, or else afterwards.
 
     Grid: B*H * T_2 * ceil(min(b_2, T_1) / BLOCK_M).
     """

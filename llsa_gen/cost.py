@@ -191,15 +191,11 @@ class Cost:
         waiting = self.plan.waiting if kernel.name == "select_l1_kernel" else ()  # counted where values are pooled
         names = (*kernel.reads, *kernel.writes)
         counted = (name for name in names if name not in waiting and not name.startswith("extra_grad"))
-        return sympy.Add(*map(self._named_bytes, counted), self._late(kernel, self._values_bytes))
+        values = sympy.Add(*map(self._named_bytes, self.plan.waiting))
+        return sympy.Add(*map(self._named_bytes, counted), self._late(kernel, values))
 
     def _named_bytes(self, name: str) -> sympy.Expr:
         return self.buffer_bytes(self.plan.buffers[name])
-
-    @property
-    def _values_bytes(self) -> sympy.Expr:
-        """What pooling the values moves, where they may wait."""
-        return sympy.Add(*map(self._named_bytes, self.plan.waiting))
 
     def _late(self, kernel: Kernel, values: sympy.Expr) -> sympy.Expr:
         """Work on values that a launch does more or less where they wait, and the selection pools them."""

@@ -8,6 +8,7 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -50,6 +51,12 @@ def results(attention: Callable[..., Any], inputs: Sequence[Tensor]) -> tuple[Te
     *leaves, grad_o = inputs
     o = attention(*leaves)
     return o, *torch.autograd.grad(o, leaves, grad_o)
+
+
+def fill_with_one(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have a module take one program for enough to fill the GPU; what it prepared before is forgotten meanwhile."""
+    monkeypatch.setattr(module, "prepared", functools.lru_cache(module.prepared.__wrapped__))
+    monkeypatch.setattr(module, "FILLING", 1)
 
 
 # ---- the numbers ----------------------------------------------------------------------------------------------------
@@ -175,11 +182,12 @@ def test_lengths_for_kernels_in_gluon(name: str, dtype: fuzz.DType) -> None:
 def test_values_pooled_by_the_selection(name: str, dtype: fuzz.DType, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = shipped(name)
     module = llsa_gen.compile(spec).module
-    monkeypatch.setattr(module, "prepared", functools.lru_cache(module.prepared.__wrapped__))  # with tapes
-    monkeypatch.setattr(module, "FILLING", 1)
+    fill_with_one(module, monkeypatch)
     monkeypatch.setattr(module, "CACHED", 0)
     layouts: Layouts = ("transposed", "sliced", "every_second", "contiguous")
     for n in (1, 1021, 4096):
+        q = torch.empty(2, 2, n, spec.head_dim, dtype=getattr(torch, dtype), device=DEVICE)
+        assert module.prepare((q, q, q))[0].late == 1
         for seed in range(2):
             case = fuzz.Case(spec, n=n, heads=2, batch=2, layouts=layouts, dtype=dtype, seed=seed, device=DEVICE)
             fuzz.run(case).raise_if_failed()
@@ -271,12 +279,13 @@ def test_a_sample_of_queries_in_many_heads() -> None:
     torch.testing.assert_close(lse[:, :, rows].double(), expected[1], rtol=0, atol=1e-3)
 
 
-def test_more_than_2_to_the_31_elements() -> None:
+def test_more_than_2_to_the_31_elements(monkeypatch: pytest.MonkeyPatch) -> None:
     # [B, N, H, D] in memory: the rows of one head lie 2^31 elements apart, and the results, [B, H, N, D], as much
     heads, n = 257, 1 << 17
     if torch.cuda.mem_get_info()[0] < 45 << 30:
         pytest.skip("needs 45 GiB of free GPU memory")
     attention = llsa_gen.compile(SPECS["llsa_l2"])
+    fill_with_one(attention.module, monkeypatch)  # so that values wait for one head, too: sums have one order
     generator = torch.Generator(DEVICE).manual_seed(0)
     shape = (1, n, heads, 64)
     made = [torch.randn(shape, generator=generator, device=DEVICE, dtype=torch.bfloat16) for _ in range(4)]
@@ -287,8 +296,8 @@ def test_more_than_2_to_the_31_elements() -> None:
         alone = results(attention, [x.detach()[:, head : head + 1].contiguous().requires_grad_() for x in inputs])
         for name, x, y in zip(("o", "dq", "dk", "dv"), whole, alone, strict=True):
             x = x[:, head : head + 1]
-            # values are pooled elsewhere, and there are more shares of the top's gradients: sums differ in order
-            assert reference.relative_error(x, y) < 4e-3, (name, head)
+            # shares of the top's gradients may be more for more heads, so that their sums differ in order
+            assert torch.equal(x, y) if name in ("o", "dq") else reference.relative_error(x, y) < 4e-3, (name, head)
 
 
 # ---- the operator ---------------------------------------------------------------------------------------------------
