@@ -37,7 +37,7 @@ SPEC = {
     "name": "llsa_b64",
     "reweight": True,
 }
-OPERATOR = "llsa_b64_88242debdff905f9"  # in torch.ops.llsa: the name of the spec and the hash of this text
+OPERATOR = "llsa_b64_a8ac03723c26269c"  # in torch.ops.llsa: the name of the spec and the hash of this text
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -59,6 +59,10 @@ UNSPECIALISED = [
     "heads", "heads_per_batch", "n_tokens", "width", "width_above", "parts", "rows_per_split", "splits",
     "width_l1", "width_l2", "part_l1",
 ]
+
+# How every kernel is compiled: a product and a sum are rounded once, whatever the default of the Triton that is installed,
+# so that the gradients work out the logits that attention has worked out.
+OPTIONS = {"enable_fp_fusion": True}
 
 # Tile shapes: target, bytes of an element, kernel.
 TILES_1 = {
@@ -1322,6 +1326,9 @@ COPIED = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
 PRODUCT = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
 LEFT = gl.constexpr(gl.DotOperandLayout(0, PRODUCT.value, 2))
 SHARED = gl.constexpr(gl.NVMMASharedLayout(128, 16, rank=2))
+# Triton's names for these two changed from 3.8 to 3.9.
+async_load = getattr(hopper.async_copy, "async_load", None) or hopper.async_copy.async_copy_global_to_shared
+
 # Buffers of a ring: one is read, and tiles are copied into the others, or into one of them while the last product
 # still reads the other.
 STAGES = gl.constexpr(3)
@@ -1343,7 +1350,7 @@ def copy_rows(to, ptr, row, stride, inside):
     """
     LAYOUT: gl.constexpr = row.type.layout.parent
     at, _ = row_tile(ptr, row, stride, LAYOUT)
-    hopper.async_copy.async_copy_global_to_shared(to, at, mask=inside[:, None])
+    async_load(to, at, mask=inside[:, None])
 
 
 @gluon.jit
@@ -1380,8 +1387,8 @@ def copy_queries(
     copy_rows(q_to, q_ptr, row, stride_qn, row < end)
     copy_rows(grad_o_to, grad_o_ptr, row, stride_gn, row < end)
     number = start + gl.arange(0, BLOCK_M, layout=gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
-    hopper.async_copy.async_copy_global_to_shared(peak_to, peak_ptr + number, mask=number < end)
-    hopper.async_copy.async_copy_global_to_shared(delta_to, delta_ptr + number, mask=number < end)
+    async_load(peak_to, peak_ptr + number, mask=number < end)
+    async_load(delta_to, delta_ptr + number, mask=number < end)
 
 
 @gluon.jit
@@ -2087,7 +2094,7 @@ class Recorder:
     def first(self, kernel, name, programs, tile, values):
         """Launch a kernel that Triton has to look for; what it makes of it, None in the interpreter."""
         chosen, taken = variant(kernel, tile)
-        compiled = chosen[(programs,)](*values, **taken)
+        compiled = chosen[(programs,)](*values, **taken, **OPTIONS)
         if compiled is None or torch.version.hip:  # where Triton also tells large tensors from small ones
             return compiled
         # another length may need the other variant: nothing is compiled then
@@ -2104,7 +2111,7 @@ class Recorder:
 def warm(kernel, tile, programs, values):
     """Compile a kernel, or the one of a pair that fits, and do not launch it."""
     kernel, tile = variant(kernel, tile)
-    kernel.warmup(*values, **tile, grid=(programs,))
+    kernel.warmup(*values, **tile, **OPTIONS, grid=(programs,))
 
 
 def empty_like(x):

@@ -34,7 +34,7 @@ SPEC = {
     "name": "llsa_d128",
     "reweight": True,
 }
-OPERATOR = "llsa_d128_cf63a6a29a30f0e4"  # in torch.ops.llsa: the name of the spec and the hash of this text
+OPERATOR = "llsa_d128_b6046a948e5ca82c"  # in torch.ops.llsa: the name of the spec and the hash of this text
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -56,6 +56,10 @@ UNSPECIALISED = [
     "heads", "heads_per_batch", "n_tokens", "late", "width", "width_above", "parts", "rows_per_split", "splits",
     "width_l1", "width_l2", "part_l1",
 ]
+
+# How every kernel is compiled: a product and a sum are rounded once, whatever the default of the Triton that is installed,
+# so that the gradients work out the logits that attention has worked out.
+OPTIONS = {"enable_fp_fusion": True}
 
 # Tile shapes: target, bytes of an element, kernel.
 TILES_1 = {
@@ -765,7 +769,7 @@ def attend_kernel(
             after = start + BLOCK_N
             key, exists = children(parent, after, place, n_tokens, BLOCK_1, WHOLE)
             parent = parents(list_ptr, after + BLOCK_N, place, width_l1, BLOCK_1)
-            k = load_rows(k_base, key, stride_kn, exists & (after < width_l1 * BLOCK_1))
+            k = load_rows(k_base, key, stride_kn, tl.where(after < width_l1 * BLOCK_1, exists, False))
             ahead = tl.dot(q_blocks, tl.permute(k, (0, 2, 1)), input_precision="ieee")
             logits = products * scale + bias[:, None, :]
             peak, total, acc = softmax_step(logits, v, peak, total, acc)
@@ -1925,7 +1929,7 @@ class Recorder:
 
     def first(self, kernel, name, programs, tile, values):
         """Launch a kernel that Triton has to look for; what it makes of it, None in the interpreter."""
-        compiled = kernel[(programs,)](*values, **tile)
+        compiled = kernel[(programs,)](*values, **tile, **OPTIONS)
         if compiled is None or torch.version.hip:  # where Triton also tells large tensors from small ones
             return compiled
         # another length may need the other variant: nothing is compiled then
@@ -1941,7 +1945,7 @@ class Recorder:
 
 def warm(kernel, tile, programs, values):
     """Compile a kernel, or the one of a pair that fits, and do not launch it."""
-    kernel.warmup(*values, **tile, grid=(programs,))
+    kernel.warmup(*values, **tile, **OPTIONS, grid=(programs,))
 
 
 def empty_like(x):

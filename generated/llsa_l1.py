@@ -36,7 +36,7 @@ SPEC = {
     "name": "llsa_l1",
     "reweight": True,
 }
-OPERATOR = "llsa_l1_099ccaed4cd5fd41"  # in torch.ops.llsa: the name of the spec and the hash of this text
+OPERATOR = "llsa_l1_6d766f71bba3cd11"  # in torch.ops.llsa: the name of the spec and the hash of this text
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -56,6 +56,10 @@ UNSPECIALISED = [
     "heads", "heads_per_batch", "n_tokens", "width", "parts", "rows_per_split", "splits",
     "width_l1", "part_l1",
 ]
+
+# How every kernel is compiled: a product and a sum are rounded once, whatever the default of the Triton that is installed,
+# so that the gradients work out the logits that attention has worked out.
+OPTIONS = {"enable_fp_fusion": True}
 
 # Tile shapes: target, bytes of an element, kernel.
 TILES_1 = {
@@ -649,7 +653,7 @@ def attend_kernel(
             after = start + BLOCK_N
             key, exists = children(parent, after, place, n_tokens, BLOCK_1, WHOLE)
             parent = parents(list_ptr, after + BLOCK_N, place, width_l1, BLOCK_1)
-            k = load_rows(k_base, key, stride_kn, exists & (after < width_l1 * BLOCK_1))
+            k = load_rows(k_base, key, stride_kn, tl.where(after < width_l1 * BLOCK_1, exists, False))
             ahead = tl.dot(q_blocks, tl.permute(k, (0, 2, 1)), input_precision="ieee")
             logits = products * scale + bias[:, None, :]
             peak, total, acc = softmax_step(logits, v, peak, total, acc)
@@ -1127,6 +1131,10 @@ LEFT_BATCH = gl.constexpr(gl.DotOperandLayout(0, BATCH.value, 2))
 RIGHT_BATCH = gl.constexpr(gl.DotOperandLayout(1, BATCH.value, 2))
 SHARED_BATCH = gl.constexpr(gl.SwizzledSharedLayout(8, 1, 8, [2, 1, 0]))
 WEIGHT_1 = gl.constexpr(math.log2(16))  # log2 of the weight of a whole token of level 1
+# Triton's names for these two changed from 3.8 to 3.9.
+async_load = getattr(hopper.async_copy, "async_load", None) or hopper.async_copy.async_copy_global_to_shared
+reinterpret = getattr(gl.shared_memory_descriptor, "reinterpret", None) or gl.shared_memory_descriptor._reinterpret
+
 # Buffers of a ring: one is read, and tiles are copied into the others, or into one of them while the last product
 # still reads the other.
 STAGES = gl.constexpr(3)
@@ -1148,7 +1156,7 @@ def copy_rows(to, ptr, row, stride, inside):
     """
     LAYOUT: gl.constexpr = row.type.layout.parent
     at, _ = row_tile(ptr, row, stride, LAYOUT)
-    hopper.async_copy.async_copy_global_to_shared(to, at, mask=inside[:, None])
+    async_load(to, at, mask=inside[:, None])
 
 
 @gluon.jit
@@ -1185,8 +1193,8 @@ def copy_queries(
     copy_rows(q_to, q_ptr, row, stride_qn, row < end)
     copy_rows(grad_o_to, grad_o_ptr, row, stride_gn, row < end)
     number = start + gl.arange(0, BLOCK_M, layout=gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
-    hopper.async_copy.async_copy_global_to_shared(peak_to, peak_ptr + number, mask=number < end)
-    hopper.async_copy.async_copy_global_to_shared(delta_to, delta_ptr + number, mask=number < end)
+    async_load(peak_to, peak_ptr + number, mask=number < end)
+    async_load(delta_to, delta_ptr + number, mask=number < end)
 
 
 @gluon.jit
@@ -1200,7 +1208,7 @@ def wide_product(a, b):
 @gluon.jit
 def as_batch(tile):
     """A tile of 64 rows in shared memory as four blocks of 16: [4, 16, D]."""
-    return tile._reinterpret(tile.dtype, [4, 16, PAD_DIM], SHARED_BATCH)
+    return reinterpret(tile, tile.dtype, [4, 16, PAD_DIM], SHARED_BATCH)
 
 
 class Keys(NamedTuple):
@@ -1258,11 +1266,11 @@ def copy_listed(to, ptr, parent, stride, n_tokens, WHOLE: gl.constexpr):
     at, _ = row_tile(ptr, child, stride, COPIED)
     at += (wide_product(parent, 2 * stride) * 8)[:, None]  # 8 elements are 16 bytes, which a thread copies
     if WHOLE:
-        hopper.async_copy.async_copy_global_to_shared(to, at)
+        async_load(to, at)
     else:
         end = (n_tokens - child + 15) // 16  # of the tokens that have such a child
         inside = parent.to(gl.uint32) < end.to(gl.uint32)
-        hopper.async_copy.async_copy_global_to_shared(to, at, mask=inside[:, None])
+        async_load(to, at, mask=inside[:, None])
 
 
 @gluon.jit
@@ -1831,7 +1839,7 @@ def keeper_at(keepers_ptr, entry, end):
 def copy_row(to, ptr):
     """Begin to copy a row of HEAD_DIM float32."""
     dim = gl.arange(0, PAD_DIM, layout=gl.BlockedLayout([2], [32], [1], [0]))
-    hopper.async_copy.async_copy_global_to_shared(to, ptr + dim)
+    async_load(to, ptr + dim)
 
 
 @gluon.jit(do_not_specialize=UNSPECIALISED)
@@ -2466,7 +2474,7 @@ class Recorder:
     def first(self, kernel, name, programs, tile, values):
         """Launch a kernel that Triton has to look for; what it makes of it, None in the interpreter."""
         chosen, taken = variant(kernel, tile)
-        compiled = chosen[(programs,)](*values, **taken)
+        compiled = chosen[(programs,)](*values, **taken, **OPTIONS)
         if compiled is None or torch.version.hip:  # where Triton also tells large tensors from small ones
             return compiled
         # another length may need the other variant: nothing is compiled then
@@ -2483,7 +2491,7 @@ class Recorder:
 def warm(kernel, tile, programs, values):
     """Compile a kernel, or the one of a pair that fits, and do not launch it."""
     kernel, tile = variant(kernel, tile)
-    kernel.warmup(*values, **tile, grid=(programs,))
+    kernel.warmup(*values, **tile, **OPTIONS, grid=(programs,))
 
 
 def empty_like(x):

@@ -33,7 +33,7 @@ SPEC = {
     "name": "topk_b128",
     "reweight": True,
 }
-OPERATOR = "topk_b128_9469dfec1d3dcaeb"  # in torch.ops.llsa: the name of the spec and the hash of this text
+OPERATOR = "topk_b128_340c841c95149251"  # in torch.ops.llsa: the name of the spec and the hash of this text
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -53,6 +53,10 @@ UNSPECIALISED = [
     "heads", "heads_per_batch", "n_tokens", "width", "parts",
     "width_l1", "part_l1",
 ]
+
+# How every kernel is compiled: a product and a sum are rounded once, whatever the default of the Triton that is installed,
+# so that the gradients work out the logits that attention has worked out.
+OPTIONS = {"enable_fp_fusion": True}
 
 # Tile shapes: target, bytes of an element, kernel.
 TILES_1 = {
@@ -1374,7 +1378,7 @@ class Recorder:
 
     def first(self, kernel, name, programs, tile, values):
         """Launch a kernel that Triton has to look for; what it makes of it, None in the interpreter."""
-        compiled = kernel[(programs,)](*values, **tile)
+        compiled = kernel[(programs,)](*values, **tile, **OPTIONS)
         if compiled is None or torch.version.hip:  # where Triton also tells large tensors from small ones
             return compiled
         # another length may need the other variant: nothing is compiled then
@@ -1390,7 +1394,7 @@ class Recorder:
 
 def warm(kernel, tile, programs, values):
     """Compile a kernel, or the one of a pair that fits, and do not launch it."""
-    kernel.warmup(*values, **tile, grid=(programs,))
+    kernel.warmup(*values, **tile, **OPTIONS, grid=(programs,))
 
 
 def empty_like(x):
