@@ -11,9 +11,11 @@ Names: a token of level l pools b_l tokens of the level below and covers P_l = b
 at its end; there are T_l = ceil(N / P_l). Each query token of a level keeps at most K_l key tokens of that level.
 """
 
+import ast
 import contextlib
 import ctypes
 import functools
+import linecache
 import math
 import numbers
 import os
@@ -25,6 +27,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch.utils.flop_counter import register_flop_formula
 
 SPEC = {
     "description": "Two enriched levels of 16, heads of 128.",
@@ -34,7 +37,7 @@ SPEC = {
     "name": "llsa_d128",
     "reweight": True,
 }
-OPERATOR = "llsa_d128_b6046a948e5ca82c"  # in torch.ops.llsa: the name of the spec and the hash of this text
+OPERATOR = "llsa_d128_2769a4822fbb6941"  # in torch.ops.llsa: the name of the spec and the hash of this text
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -924,6 +927,7 @@ def grad_q_kernel(
     kept_l2_ptr, width_l2,  # [B*H, T_2, width] int32
     o_ptr,  # [B*H, N, D]
     grad_o_ptr, stride_gb, stride_gh, stride_gn,  # [B, H, N, D]
+    grad_lse_ptr,  # [B, H, N] float32, or None where lse has no gradient
     peak_ptr, total_ptr,  # [B*H, N] float32, of the forward pass
     grad_q_ptr,  # [B*H, N, D], out
     delta_ptr,  # [B*H, N] float32, out
@@ -931,7 +935,7 @@ def grad_q_kernel(
     GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
     AHEAD: tl.constexpr, WHOLE: tl.constexpr,
 ):
-    """dq_i = s sum_j p_ij (do_i.v_j - delta_i) k_j, with delta_i = o_i.do_i, over the keys of levels 2, 1 and 0.
+    """dq_i = s sum_j p_ij (do_i.v_j - delta_i) k_j, with delta_i = o_i.do_i - dlse_i, over the keys of levels 2, 1 and 0.
 
     Grid: B*H * T_2 * ceil(min(16, T_1) / GROUP), GROUP query blocks of one level-2 token each.
     """
@@ -952,6 +956,8 @@ def grad_q_kernel(
     grad_o = load_rows(head_base(grad_o_ptr, head, stride_gb, stride_gh, heads_per_batch), token, stride_gn, inside)
     o = load_rows(o_ptr + head * n_tokens * HEAD_DIM, token, HEAD_DIM, inside)
     delta = tl.sum(o.to(tl.float32) * grad_o.to(tl.float32), 1)
+    if grad_lse_ptr is not None:
+        delta -= tl.load(grad_lse_ptr + head * n_tokens + token, mask=inside, other=0.0)
     tl.store(delta_ptr + head * n_tokens + token, delta, mask=inside)
     peak = tl.load(peak_ptr + head * n_tokens + token, mask=inside, other=0.0)
     total = tl.load(total_ptr + head * n_tokens + token, mask=inside, other=1.0)
@@ -1484,7 +1490,7 @@ def views_of(memory, layout, shapes, dtype):
 
 
 def saved_shapes(heads, n_tokens):
-    """What the forward pass leaves to the backward pass: the shapes of the layout `saved`."""
+    """What the forward pass leaves to the backward pass: the shapes of the layout `saved`, symbols as in torch.compile or not."""
     tokens = level_tokens(n_tokens)
     return {
         "peak": (heads, n_tokens),
@@ -1495,8 +1501,8 @@ def saved_shapes(heads, n_tokens):
         "v_l2": (heads, tokens[2], 128),
         "counts_l1": (heads, tokens[1]),
         "counts_l2": (heads, tokens[2]),
-        "kept_l1": (heads, tokens[1], min(8, tokens[1])),
-        "kept_l2": (heads, tokens[2], min(8, tokens[2])),
+        "kept_l1": (heads, tokens[1], torch.sym_min(8, tokens[1])),
+        "kept_l2": (heads, tokens[2], torch.sym_min(8, tokens[2])),
     }
 
 
@@ -1609,7 +1615,7 @@ class Prepared:
             tape.play(triton.runtime.driver.active.get_current_stream(self.device.index), scale, tensors)
             return
         launch = Recorder(self, launches not in self.tapes)
-        launches(self, launch, *[Argument(x, 2 + i) for i, x in enumerate(tensors)], Argument(scale, 1))
+        launches(self, launch, Argument(scale, 1), *[Argument(x, 2 + i) for i, x in enumerate(tensors)])
         if launch.noting:
             self.tapes[launches] = None if None in launch.parts else Tape(launch.parts)
 
@@ -1984,20 +1990,20 @@ def schedule_for(device, dtype):
     return SCHEDULES[target_of(device)][dtype.itemsize]
 
 
-def prepare(tensors):
+def prepare(tensors, has_grad_lse=False):
     """The `Prepared` for q, k, ... [B, H, N, D]; q, k, ..., `aligned`.
 
-    Triton also tells apart where a row begins: at a multiple of 16 bytes or not.
+    Triton also tells apart where a row begins, at a multiple of 16 bytes or not, and whether there is a gradient of lse.
     """
     q = tensors[0]
     strides = tuple([x.stride() for x in tensors])
     starts = tuple([x.data_ptr() % 16 for x in tensors])
-    at = prepared(q.device, q.dtype, q.shape, strides, starts)
-    return (at, *tensors) if at is not None else prepare([aligned(x) for x in tensors])
+    at = prepared(q.device, q.dtype, q.shape, strides, starts, has_grad_lse)
+    return (at, *tensors) if at is not None else prepare([aligned(x) for x in tensors], has_grad_lse)
 
 
 @functools.lru_cache(maxsize=1024)
-def prepared(device, dtype, shape, strides, starts):
+def prepared(device, dtype, shape, strides, starts, has_grad_lse):
     """One `Prepared` for all calls that Triton does not tell apart; None where tensors have to be copied first."""
     if not all(map(is_aligned, strides)):
         return None
@@ -2032,7 +2038,7 @@ def pool_and_select(at, launch, q, k, v, k_l1, v_l1, k_l2, v_l2, counts_l1, coun
     )
 
 
-def select_launches(at, launch, q, k, v, saved, memory, scale):
+def select_launches(at, launch, scale, q, k, v, saved, memory):
     """The launches of `select_kernels`."""
     _, _, *pyramid = at.buffers(saved, "saved")
     pool_and_select(at, launch, q, k, v, *pyramid, memory)
@@ -2046,7 +2052,7 @@ def select_kernels(q, k):
     return [kept.clone() for kept in views_of(saved, "saved", at.shapes, q.dtype)[-2:]]
 
 
-def attend_launches(at, launch, q, k, v, o, lse, saved, memory, scale):
+def attend_launches(at, launch, scale, q, k, v, o, lse, saved, memory):
     """The launches of `attend_kernels`."""
     [
         peak, total, k_l1, v_l1, k_l2, v_l2,
@@ -2068,12 +2074,12 @@ def attend_launches(at, launch, q, k, v, o, lse, saved, memory, scale):
 def attend_kernels(q, k, v, scale):
     """o, lse and what the backward pass needs, memory of the layout `saved`, by the Triton kernels."""
     at, q, k, v = prepare((q, k, v))
-    o, lse, saved = empty_like(q), q.new_empty(at.shapes["lse"], dtype=torch.float32), at.memory("saved")
+    o, lse, saved = empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32), at.memory("saved")
     at.run(attend_launches, (q, k, v, o, lse, saved, at.memory("selection")), scale)
     return o, lse, saved
 
 
-def grad_launches(at, launch, q, k, v, grad_o, o, saved, grad_q, grad_k, grad_v, memory, scale):
+def grad_launches(at, launch, scale, q, k, v, grad_o, o, saved, grad_q, grad_k, grad_v, memory, grad_lse=None):
     """The launches of `grad_kernels`."""
     [
         peak, total, k_l1, v_l1, k_l2, v_l2,
@@ -2110,7 +2116,7 @@ def grad_launches(at, launch, q, k, v, grad_o, o, saved, grad_q, grad_k, grad_v,
         k_l2, v_l2,
         kept_l1, at.widths[1],
         kept_l2, at.widths[2],
-        o, *grad_o_rows, peak, total, grad_q, delta, scale, heads_per_batch, n_tokens,
+        o, *grad_o_rows, grad_lse, peak, total, grad_q, delta, scale, heads_per_batch, n_tokens,
     )
     launch(
         grad_kv_l2_kernel,
@@ -2145,11 +2151,12 @@ def grad_launches(at, launch, q, k, v, grad_o, o, saved, grad_q, grad_k, grad_v,
     )
 
 
-def grad_kernels(grad_o, q, k, v, o, saved, scale):
-    """dq, dk, dv by the Triton kernels, from what `attend_kernels` returned."""
-    at, q, k, v, grad_o = prepare((q, k, v, grad_o))
+def grad_kernels(grad_o, grad_lse, q, k, v, o, saved, scale):
+    """dq, dk, dv by the Triton kernels, from what `attend_kernels` returned; grad_lse may be None."""
+    at, q, k, v, grad_o = prepare((q, k, v, grad_o), grad_lse is not None)
     grads = empty_like(q), empty_like(q), empty_like(q)
-    at.run(grad_launches, (q, k, v, grad_o, o, saved, *grads, at.memory("gradients")), scale)
+    tensors = q, k, v, grad_o, o, saved, *grads, at.memory("gradients")
+    at.run(grad_launches, tensors if grad_lse is None else (*tensors, grad_lse), scale)
     return grads
 
 
@@ -2323,13 +2330,13 @@ def attend_blocks(queries, keys, values, weights, top, scale):
     return o, lse
 
 
-def grad_attend_blocks(grad_o, queries, keys, values, weights, top, scale):
-    """dq, then dk and dv as lists like keys and values; those of the top level last, from the gradient of o [H, R, b_1, D]."""
+def grad_attend_blocks(grad_o, grad_lse, queries, keys, values, weights, top, scale):
+    """dq, then dk and dv as lists like keys and values; those of the top level last, from the gradients of o [H, R, b_1, D] and lse [H, R, b_1, 1]."""
     p, _ = softmax_blocks(queries, keys, weights, top, scale)
     dp = [grad_o @ v.mT for v in values]
     k_top, v_top, _ = top
     dp.append((grad_o.flatten(1, 2) @ v_top.mT).unflatten(1, queries.shape[1:3]))
-    delta = sum((part * grad).sum(-1, keepdim=True) for part, grad in zip(p, dp, strict=True))
+    delta = sum((part * grad).sum(-1, keepdim=True) for part, grad in zip(p, dp, strict=True)) - grad_lse
     ds = [part * (grad - delta) * scale for part, grad in zip(p, dp, strict=True)]
     dq = sum(part @ k for part, k in zip(ds, keys, strict=False))
     dk = [part.mT @ queries for part in ds[: len(keys)]]
@@ -2349,7 +2356,8 @@ def attend_torch(q, k, v, scale):
         for run in pyramid.runs()
     ]
     o, lse = (torch.cat(part, dim=1).flatten(1, 2)[:, : pyramid.n_tokens] for part in zip(*parts, strict=True))
-    o, lse = empty_like(q).copy_(o.unflatten(0, q.shape[:2])), lse.contiguous()  # autograd's outputs may be no views
+    # autograd's outputs may be no views
+    o, lse = empty_like(q).copy_(o.unflatten(0, q.shape[:2])), lse.unflatten(0, q.shape[:2]).clone(memory_format=torch.contiguous_format)
     saved = empty_saved(q).zero_()
     for to, kept in zip(saved_lists(saved, q), pyramid.kept, strict=True):
         to.copy_(kept)
@@ -2362,11 +2370,13 @@ def saved_lists(saved, q):
     return views_of(saved, "saved", saved_shapes(heads, n_tokens), q.dtype)[-LEVELS:]
 
 
-def grad_torch(grad_o, q, k, v, saved, scale):
+def grad_torch(grad_o, grad_lse, q, k, v, saved, scale):
     """dq, dk, dv in torch: the softmax of every run of query blocks once more, then the pooling backwards."""
     pyramid = Pyramid(q, k, v, saved_lists(saved, q))
     n_tokens = pyramid.n_tokens
     grad_blocks = blocks_of(grad_o.flatten(0, 1).float(), BLOCKS[0])
+    grad_lse = grad_o.new_zeros(grad_o.shape[:3], dtype=torch.float32) if grad_lse is None else grad_lse
+    grad_lse_blocks = blocks_of(grad_lse.flatten(0, 1)[..., None], BLOCKS[0])
     grad_q = []
     grad_k = [torch.zeros_like(blocks, memory_format=torch.contiguous_format) for blocks in pyramid.k_blocks]
     grad_v = [torch.zeros_like(blocks, memory_format=torch.contiguous_format) for blocks in pyramid.v_blocks]
@@ -2375,7 +2385,7 @@ def grad_torch(grad_o, q, k, v, saved, scale):
     for run in pyramid.runs():
         lists = pyramid.lists(run)
         run_keys = pyramid.gather(lists)
-        dq, dk, dv = grad_attend_blocks(grad_blocks[:, run], pyramid.q_blocks[:, run], *run_keys, top, scale)
+        dq, dk, dv = grad_attend_blocks(grad_blocks[:, run], grad_lse_blocks[:, run], pyramid.q_blocks[:, run], *run_keys, top, scale)
         grad_q.append(dq)
         for total_k, total_v, kept_above, part_k, part_v in zip(grad_k, grad_v, lists, dk, dv, strict=False):
             scatter_add_blocks(total_k, kept_above, part_k)
@@ -2403,25 +2413,40 @@ def grad_torch(grad_o, q, k, v, saved, scale):
 
 try:
     from torch._C import _len_torch_dispatch_stack, _len_torch_function_stack
-    from torch._C._functorch import peek_interpreter_stack
+    from torch._C._functorch import is_functorch_wrapped_tensor, is_legacy_batchedtensor, peek_interpreter_stack
+    from torch.autograd import _profiler_enabled
 except ImportError:  # torch's own names: where they are gone, every call is taken for a watched one
     _len_torch_dispatch_stack = None
 
+    def is_legacy_batchedtensor(x):
+        return False
+
+
+USUAL = {torch.Tensor, torch.nn.Parameter}
+
 
 def is_plain(*tensors):
-    """Whether nothing watches what happens to these tensors: no compiler, no mode, no transform, no subclass.
+    """Whether nothing watches what happens to these tensors: no compiler, mode, transform, profiler, no subclass.
 
     Torch's dispatcher then has nothing to add, and takes longer than the kernels up to some 16,000 tokens.
     """
-    return (
-        not torch.compiler.is_compiling()
-        and _len_torch_dispatch_stack is not None
-        and all(type(x) is torch.Tensor or type(x) is torch.nn.Parameter for x in tensors)
-        and _len_torch_dispatch_stack() == 0
-        and _len_torch_function_stack() == 0
-        and peek_interpreter_stack() is None
-        and not torch.jit.is_tracing()
+    if torch.compiler.is_compiling() or _len_torch_dispatch_stack is None or tensors[0].is_meta:
+        return False
+    for x in tensors:
+        if type(x) not in USUAL or is_functorch_wrapped_tensor(x):
+            return False
+    return not (
+        _len_torch_dispatch_stack()
+        or _len_torch_function_stack()
+        or peek_interpreter_stack()
+        or _profiler_enabled()
+        or torch.jit.is_tracing()
     )
+
+
+def is_transformed():
+    """Whether a transform of torch.func is at work, which knows `Attend` but not how torch differentiates operators."""
+    return torch._C._are_functorch_transforms_active()
 
 
 ON_CURRENT_DEVICE = contextlib.nullcontext()
@@ -2452,14 +2477,14 @@ def empty_saved(q):
 
 def empty_outputs(q):
     """The operator's outputs for inputs like `q`, not filled in: o, lse and what is saved."""
-    lse = q.new_empty((q.shape[0] * q.shape[1], q.shape[2]), dtype=torch.float32)
-    return empty_like(q), lse, empty_saved(q)
+    return empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32), empty_saved(q)
 
 
 def empty_selection(q, k):
     """The kept tokens of each level, finest first, not filled in."""
     shapes = saved_shapes(q.shape[0] * q.shape[1], q.shape[2])
-    return [q.new_empty(shapes[name], dtype=torch.int32) for name in ("kept_l1", "kept_l2",)]
+    lists = [shapes[name] for name in ("kept_l1", "kept_l2",)]
+    return [q.new_empty((*q.shape[:2], *shape[1:]), dtype=torch.int32) for shape in lists]
 
 
 def forward(q, k, v, scale):
@@ -2480,27 +2505,36 @@ def in_one_piece(x):
     return x.clone(memory_format=torch.contiguous_format)
 
 
-def backward(grad_o, q, k, v, o, saved, scale):
-    """dq, dk, dv, [B, H, N, D] each."""
+def backward(grad_o, grad_lse, q, k, v, o, saved, scale):
+    """dq, dk, dv, [B, H, N, D] each, from the gradient of o and, if it has one, that of lse."""
     if q.numel() == 0:
         return tuple(empty_like(q) for _ in range(3))
     saved = in_one_piece(saved)
+    if grad_lse is not None:
+        grad_lse = in_one_piece(grad_lse)
     if not runs_kernels(q):
         with without_autocast():
-            return grad_torch(grad_o, q, k, v, saved, scale)
+            return grad_torch(grad_o, grad_lse, q, k, v, saved, scale)
     with on_device_of(q):
-        return grad_kernels(grad_o, q, k, v, in_one_piece(o), saved, scale)
+        return grad_kernels(grad_o, grad_lse, q, k, v, in_one_piece(o), saved, scale)
 
 
 def select_forward(q, k):
-    """The kept tokens of each level, finest first."""
+    """The kept tokens of each level, finest first, [B, H, T_l, width] each."""
     if q.numel() == 0:
         return empty_selection(q, k)
-    if not runs_kernels(q):
+    if runs_kernels(q):
+        with on_device_of(q):
+            kept = select_kernels(q, k)
+    else:
         with without_autocast():
-            return select_torch(q, k)
-    with on_device_of(q):
-        return select_kernels(q, k)
+            kept = select_torch(q, k)
+    return [x.view(*q.shape[:2], *x.shape[1:]) for x in kept]
+
+
+def operator(suffix, function, *tensors):
+    """What computes over these tensors: the function itself or, if anything watches, torch's operator of that name."""
+    return function if is_plain(*tensors) else getattr(torch.ops.llsa, OPERATOR + suffix)
 
 
 def save_for_backward(ctx, inputs, output):
@@ -2508,49 +2542,181 @@ def save_for_backward(ctx, inputs, output):
     q, k, v, ctx.scale = inputs
     o, _, saved = output
     ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(saved)
     ctx.save_for_backward(q, k, v, o, saved)
 
 
-def differentiate(ctx, grad_o, *_):
-    """Gradients of the operator's inputs. Only o is differentiable; the selection is held fixed."""
-    if grad_o is None:
+def differentiate(ctx, grad_o, grad_lse, *_):
+    """Gradients of the operator's inputs from those of o and lse; the selection is held fixed."""
+    if grad_o is None and grad_lse is None:
         return None, None, None, None
-    if torch.is_grad_enabled():  # create_graph=True: better an error than terms that are missing
-        raise NotImplementedError(f"{OPERATOR}: second derivatives are not available; backward without create_graph")
     q, k, v, o, saved = ctx.saved_tensors
-    run = backward if is_plain(grad_o, q) else getattr(torch.ops.llsa, OPERATOR + "_backward")
-    return *run(grad_o, q, k, v, o, saved, ctx.scale), None
+    if grad_o is None:
+        grad_o = torch.zeros_like(o)
+    inputs = grad_o, grad_lse, q, k, v, o, saved, ctx.scale
+    if torch.is_grad_enabled() or is_transformed():
+        run = Differentiate.apply
+    elif any(x is not None and is_legacy_batchedtensor(x) for x in (grad_o, grad_lse)):  # by is_grads_batched
+        run = getattr(torch.ops.llsa, OPERATOR + "_backward")
+    else:
+        run = operator("_backward", backward, grad_o, q)
+    return *run(*inputs), None
+
+
+def folded(size, dims, tensors):
+    """Tensors that torch.func.vmap has batched, `size` times: that dimension, at `dims` or missing, as part of the batch."""
+    batched = [x if at is None else x.movedim(at, 0) for x, at in zip(tensors, dims, strict=True)]
+    return [(x.expand(size, *x.shape) if at is None else x).flatten(0, 1) for x, at in zip(batched, dims, strict=True)]
+
+
+def unfolded(size, *tensors):
+    """The batch of each in `size` parts, which become the first dimension, as vmap wants it."""
+    return tuple(x.unflatten(0, (size, x.shape[0] // size)) for x in tensors)
+
+
+def saved_apart(size, saved, shape, dtype):
+    """What a pass over `size` batches at once has saved, as [size, bytes], a row what each would have saved by itself."""
+    batch, heads, n_tokens = shape[0] // size, shape[1], shape[2]
+    views = views_of(saved, "saved", saved_shapes(size * batch * heads, n_tokens), dtype)
+    places, length = lay_out("saved", saved_shapes(batch * heads, n_tokens), dtype)
+    apart = saved.new_zeros((size, length))
+    for view, (begin, end) in zip(views, places, strict=True):
+        apart[:, begin:end] = view.reshape(size, -1).view(torch.uint8)
+    return apart
+
+
+def saved_together(apart, shape, dtype):
+    """The inverse: [size, bytes], from passes over tensors of `shape` each, as one pass over all would have saved it."""
+    size, heads, n_tokens = apart.shape[0], shape[0] * shape[1], shape[2]
+    places, _ = lay_out("saved", saved_shapes(heads, n_tokens), dtype)
+    whole, length = lay_out("saved", saved_shapes(size * heads, n_tokens), dtype)
+    together = apart.new_zeros(length)
+    for (begin, end), (to, to_end) in zip(places, whole, strict=True):
+        together[to:to_end] = apart[:, begin:end].flatten()
+    return together
 
 
 class Attend(torch.autograd.Function):
-    """The operator without torch's dispatcher: o and lse."""
+    """The operator without torch's dispatcher: o, lse and what is saved, of tensors that are plain."""
 
-    @staticmethod
-    def forward(ctx, q, k, v, scale):
-        output = forward(q, k, v, scale)
-        save_for_backward(ctx, (q, k, v, scale), output)
-        ctx.mark_non_differentiable(output[1])
-        return output[:2]
-
+    forward = staticmethod(forward)
+    setup_context = staticmethod(save_for_backward)
     backward = staticmethod(differentiate)
 
 
+class AttendTransformed(Attend):
+    """The same under the transforms of torch.func."""
+
+    @staticmethod
+    def forward(q, k, v, scale):
+        return operator("", forward, q, k, v)(q, k, v, scale)
+
+    @staticmethod
+    def jvp(ctx, *_):
+        raise NotImplementedError(f"{OPERATOR}: forward-mode derivatives are not available")
+
+    @staticmethod
+    def vmap(info, dims, q, k, v, scale):
+        q, k, v = folded(info.batch_size, dims[:3], (q, k, v))
+        o, lse, saved = AttendTransformed.apply(q, k, v, scale)
+        apart = saved_apart(info.batch_size, saved, q.shape, q.dtype)
+        return (*unfolded(info.batch_size, o, lse), apart), (0, 0, 0)
+
+
+class Differentiate(torch.autograd.Function):
+    """The backward pass where torch may differentiate it: that raises, better than terms that are missing."""
+
+    @staticmethod
+    def forward(grad_o, grad_lse, q, k, v, o, saved, scale):
+        run = operator("_backward", backward, grad_o, q, k, v)
+        return tuple(run(grad_o, grad_lse, q, k, v, o, saved, scale))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise NotImplementedError(f"{OPERATOR}: gradients of gradients are not available")
+
+    jvp = backward
+
+    @staticmethod
+    def vmap(info, dims, grad_o, grad_lse, q, k, v, o, saved, scale):
+        size, (at_o, at_lse, *at, at_saved, _) = info.batch_size, dims
+        grad_o, q, k, v, o = folded(size, (at_o, *at), (grad_o, q, k, v, o))
+        if grad_lse is not None:
+            (grad_lse,) = folded(size, (at_lse,), (grad_lse,))
+        apart = saved.expand(size, -1) if at_saved is None else saved.movedim(at_saved, 0)
+        saved = saved_together(apart, (q.shape[0] // size, *q.shape[1:]), q.dtype)
+        grads = Differentiate.apply(grad_o, grad_lse, q, k, v, o, saved, scale)
+        return unfolded(size, *grads), (0, 0, 0)
+
+
+# Without transforms: torch's own `apply` looks up the signature of `forward` at every call.
+attend_eagerly = super(torch.autograd.Function, Attend).apply
+
+
+def select_batched(info, dims, q, k):
+    """torch.func.vmap of the selection."""
+    kept = getattr(torch.ops.llsa, OPERATOR + "_select")(*folded(info.batch_size, dims, (q, k)))
+    return list(unfolded(info.batch_size, *kept)), [0] * len(kept)
+
+
+def flops(heads, n_tokens):
+    """FLOPs of the forward pass, of the backward pass and of the selection alone, as llsa_gen's cost model counts them."""
+    tokens = level_tokens(n_tokens)
+    of_forward = (
+        512 * heads * n_tokens * tokens[2]
+        + 512 * heads * n_tokens * min(128, n_tokens)
+        + 512 * heads * n_tokens * min(128, tokens[1])
+        + 384 * heads * n_tokens
+        + 256 * heads * tokens[1] * min(128, tokens[1])
+        + 384 * heads * tokens[1]
+        + 256 * heads * tokens[2] ** 2
+    )
+    of_backward = (
+        1792 * heads * n_tokens * tokens[2]
+        + 1792 * heads * n_tokens * min(128, n_tokens)
+        + 1792 * heads * n_tokens * min(128, tokens[1])
+        + 256 * heads * n_tokens
+        + 256 * heads * tokens[1]
+    )
+    of_selection = (
+        384 * heads * n_tokens
+        + 256 * heads * tokens[1] * min(128, tokens[1])
+        + 384 * heads * tokens[1]
+        + 256 * heads * tokens[2] ** 2
+    )
+    return of_forward, of_backward, of_selection
+
+
 def register():
-    """Make the operators known to torch, once a process: their name carries the hash of this very text."""
+    """Make the operators known to torch, once a process: their name carries the hash of this very text.
+
+    Raises RuntimeError if another text has taken it: one of the two was edited, but for header and comments.
+    """
+    source = "".join(linecache.getlines(__file__, globals()))
     if hasattr(torch.ops.llsa, OPERATOR):
+        taken = getattr(torch.ops.llsa, OPERATOR)
+        if meaning(taken.source) != meaning(source):
+            raise RuntimeError(
+                f"{OPERATOR}: expected one text under this name, got another in {__file__}; the first is {taken.file}. "
+                "A module that was edited needs an OPERATOR of its own"
+            )
         return None
     library = torch.library.Library("llsa", "FRAGMENT")
     library.define(f"{OPERATOR}(Tensor q, Tensor k, Tensor v, float scale) -> (Tensor, Tensor, Tensor)")
     library.define(
-        f"{OPERATOR}_backward(Tensor grad_o, Tensor q, Tensor k, Tensor v, Tensor o, Tensor saved, float scale)"
-        " -> (Tensor, Tensor, Tensor)"
+        f"{OPERATOR}_backward(Tensor grad_o, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor saved,"
+        " float scale) -> (Tensor, Tensor, Tensor)"
     )
     library.define(f"{OPERATOR}_select(Tensor q, Tensor k) -> Tensor[]")
     for suffix, function in (("", forward), ("_backward", backward), ("_select", select_forward)):
         library.impl(OPERATOR + suffix, function, "CPU")
         library.impl(OPERATOR + suffix, function, "CUDA")
 
-    def fake_backward(grad_o, q, k, v, o, saved, scale):
+    def fake_backward(grad_o, grad_lse, q, k, v, o, saved, scale):
         return tuple(empty_like(q) for _ in range(3))
 
     name = f"llsa::{OPERATOR}"
@@ -2558,7 +2724,27 @@ def register():
     torch.library.register_fake(name + "_backward", fake_backward, lib=library)
     torch.library.register_fake(name + "_select", empty_selection, lib=library)
     torch.library.register_autograd(name, differentiate, setup_context=save_for_backward, lib=library)
+    torch.library.register_vmap(name + "_select", select_batched, lib=library)
+
+    def count(which, q_shape):
+        batch, heads, n_tokens, _ = q_shape
+        return flops(batch * heads, n_tokens)[which]
+
+    operators = [getattr(torch.ops.llsa, OPERATOR + suffix) for suffix in ("", "_backward", "_select")]
+    register_flop_formula(operators[0])(lambda q, *_, **__: count(0, q))
+    register_flop_formula(operators[1])(lambda grad_o, *_, **__: count(1, grad_o))
+    register_flop_formula(operators[2])(lambda q, *_, **__: count(2, q))
+    operators[0].source, operators[0].file = source, __file__
     return library
+
+
+def meaning(source):
+    """What a module's text means to Python: all but comments, the header, and the description in SPEC."""
+    _, *body = ast.parse(source).body
+    for statement in body:
+        if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == "SPEC":
+            statement.value = ast.Constant(ast.literal_eval(statement.value) | {"description": ""})
+    return ast.dump(ast.Module(body, []))
 
 
 LIBRARY = register() or globals().get("LIBRARY")  # which a reload of this module must not drop
@@ -2595,10 +2781,10 @@ def check(tensors):
             raise ValueError(f"{name}: expected device {like[2]} like {first}, got {device}")
         if dual and torch.autograd.forward_ad.unpack_dual(x).tangent is not None:
             raise NotImplementedError(f"{name}: forward-mode derivatives are not available, got a dual tensor")
-    if q.device.type not in ("cpu", "cuda"):
-        raise ValueError(f"{first}: expected a tensor on the CPU or a GPU (cuda), got device {q.device}")
-    if not 1 <= q.shape[2] <= MAX_TOKENS:
-        raise ValueError(f"{first}: expected 1 to {MAX_TOKENS} tokens, got N = {q.shape[2]} in shape {list(q.shape)}")
+    if q.device.type not in ("cpu", "cuda", "meta"):
+        raise ValueError(f"{first}: expected a tensor on the CPU, a GPU (cuda) or meta, got device {q.device}")
+    if not torch.compiler.is_compiling() and q.shape[2] > MAX_TOKENS:  # a bound of dynamic lengths would be a guard
+        raise ValueError(f"{first}: expected at most {MAX_TOKENS} tokens, got N = {q.shape[2]} in shape {list(q.shape)}")
 
 
 def autocast(*tensors):
@@ -2620,7 +2806,7 @@ def attention(q, k, v, *, scale=None, return_lse=False):
     """Log-linear sparse attention over q, k, v [B, H, N, 128]: o [B, H, N, 128], differentiable.
 
     Any strides; float32, float16 or bfloat16, on a GPU or the CPU; under torch.autocast in its dtype. The logits are `scale` * q.k, 1/sqrt(128) unless
-    given. With return_lse also the natural logarithm of the sum of weights, [B, H, N] float32, without gradient.
+    given. With return_lse also the natural logarithm of the sum of weights, [B, H, N] float32, differentiable too.
     """
     q, k, v = autocast(q, k, v)
     check({"q": q, "k": k, "v": v})
@@ -2631,19 +2817,17 @@ def attention(q, k, v, *, scale=None, return_lse=False):
     elif not abs(scale) <= MAX_SCALE:  # nor NaN
         came = "a larger one" if isinstance(scale, int) else scale  # which may have thousands of digits
         raise ValueError(f"scale: expected a number from -{MAX_SCALE} to {MAX_SCALE}, got {came}")
-    if not is_plain(q, k, v):
-        run = getattr(torch.ops.llsa, OPERATOR)
-    elif torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        run = Attend.apply
+    if is_plain(q, k, v):
+        needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+        run = attend_eagerly if needs_grad else forward
     else:
-        run = forward
-    o, lse, *_ = run(q, k, v, float(scale))
-    return (o, lse.detach().view(q.shape[:3])) if return_lse else o
+        run = AttendTransformed.apply if is_transformed() else getattr(torch.ops.llsa, OPERATOR)
+    o, lse, _ = run(q, k, v, float(scale))
+    return (o, lse) if return_lse else o
 
 
 def select(q, k):
     """What `attention` selects: per level, finest first, [B, H, T_l, width] int32 kept key tokens, -1 where fewer."""
     q, k = autocast(q, k)
     check({"q": q, "k": k})
-    kept = (select_forward if is_plain(q, k) else getattr(torch.ops.llsa, OPERATOR + "_select"))(q, k)
-    return tuple(x.view(*q.shape[:2], *x.shape[1:]) for x in kept)
+    return tuple(operator("_select", select_forward, q, k)(q, k))

@@ -138,6 +138,10 @@ class Cost:
         """FLOPs of all kernels of one stage of the plan."""
         return sympy.Add(*(share.flops for share in self.shares if share.stage == stage))
 
+    def flops(self, kernels: Iterable[Kernel]) -> sympy.Expr:
+        """FLOPs of all stages that some kernels belong to."""
+        return sympy.Add(*map(self.stage_flops, dict.fromkeys(kernel.stage for kernel in kernels)))
+
     def kernel_flops(self, kernel: Kernel) -> sympy.Expr:
         """FLOPs of one launch. Parts of popular lists are counted where their lists are: in the kernel that follows."""
         if self._only_extra(kernel):
@@ -213,10 +217,9 @@ class Cost:
     # ---- totals -------------------------------------------------------------------------------------------------
 
     def _pass(self, kernels: tuple[Kernel, ...]) -> Pass:
-        stages = dict.fromkeys(kernel.stage for kernel in kernels)
         written = (name for kernel in kernels for name in kernel.writes)
         return Pass(
-            sympy.Add(*map(self.stage_flops, stages)),
+            self.flops(kernels),
             sympy.Add(*map(self.kernel_bytes, kernels)),
             self._bytes_of(Role.SCRATCH, written),
         )

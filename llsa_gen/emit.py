@@ -5,9 +5,11 @@ as named constants. What a template may ask is the plan, plus the few printers b
 """
 
 import hashlib
+import io
 import json
 import re
 import shlex
+import tokenize
 import traceback
 from collections.abc import Mapping
 from functools import cache
@@ -19,9 +21,11 @@ import sympy
 from sympy.printing.pycode import PythonCodePrinter
 
 from llsa_gen import networks
+from llsa_gen.cost import Cost
 from llsa_gen.errors import TemplateError
 from llsa_gen.plan import Plan
 from llsa_gen.schedule import CACHED, FILLING, LOOSE_LEVELS, Schedule, Schedules, list_length, pad
+from llsa_gen.spec import Spec
 
 ROOT = Path(__file__).parent
 TEMPLATES = next(path for path in (ROOT / "templates", ROOT.parent / "templates") if path.is_dir())
@@ -40,6 +44,8 @@ def generator_version() -> str:
 class HostPrinter(PythonCodePrinter):
     """Prints sizes as host code: `ceil_div(n_tokens, 256)`, tile shapes looked up in the schedule entry `tile`."""
 
+    smaller = "min"
+
     def _print_Symbol(self, expr: sympy.Symbol) -> str:  # noqa: N802
         return f'tile["{expr.name}"]' if expr.name.isupper() else expr.name
 
@@ -52,17 +58,34 @@ class HostPrinter(PythonCodePrinter):
         return f"(({self._print(numerator)}) // {self._print(divisor)})"  # a quotient binds no tighter than a product
 
     def _print_Min(self, expr: sympy.Min) -> str:  # noqa: N802
-        return f"min({', '.join(self._print(arg) for arg in sorted(expr.args, key=str))})"
+        *rest, last = [self._print(arg) for arg in sorted(expr.args, key=str)]
+        return "".join(f"{self.smaller}({arg}, " for arg in rest) + last + ")" * len(rest)
+
+
+class SymbolicPrinter(HostPrinter):
+    """The same for lengths that may be symbols of torch.compile: `min` would ask which is the smaller, a guard each."""
+
+    smaller = "torch.sym_min"
 
 
 @jinja2.pass_context
 def python(context: jinja2.runtime.Context, expr: sympy.Expr | int) -> str:
     """An expression of the plan as host code, in which `tokens[l]` is T_l."""
-    plan: Plan = context["plan"]
+    return printed(context["plan"], expr, HostPrinter())
+
+
+@jinja2.pass_context
+def symbolic(context: jinja2.runtime.Context, expr: sympy.Expr | int) -> str:
+    """The same where lengths may be symbols of torch.compile."""
+    return printed(context["plan"], expr, SymbolicPrinter())
+
+
+def printed(plan: Plan, expr: sympy.Expr | int, printer: HostPrinter) -> str:
+    """An expression of the plan as a printer has it."""
     named = [
         (plan.tokens(level), sympy.Symbol(f"tokens[{level}]", integer=True, positive=True)) for level in plan.levels
     ]
-    return str(HostPrinter().doprint(sympy.sympify(expr).subs(named))).replace("*", " * ")
+    return str(printer.doprint(sympy.sympify(expr).subs(named))).replace("*", " * ").replace("*  *", "**")
 
 
 @cache
@@ -77,6 +100,7 @@ def environment() -> jinja2.Environment:
         autoescape=False,
     )
     env.filters["py"] = python
+    env.filters["sym"] = symbolic
     env.filters["pad"] = lambda number: pad(number, 1)  # up to a power of two
     env.globals |= {"sorting": networks.sorting, "merging": networks.merging}
     env.filters["each"] = lambda items, form: ", ".join(form.format(item) for item in items)
@@ -98,12 +122,13 @@ def render(plan: Plan, schedules: Schedules) -> str:
                 plan=plan,
                 version=generator_version(),
                 operator=f"{plan.spec.name}_{PLACEHOLDER}",
-                spec_literal=literal(json.loads(plan.spec.canonical())),
+                spec_literal=spec_literal(plan.spec),
                 pad_dim=pad(plan.head_dim),
                 schedules=schedules_literal(schedules),
                 by_length=differ_by_length(schedules),
                 hopper=stages_in_gluon(schedules),
                 filling=FILLING,
+                flops=[Cost(plan, {}).flops(kernels) for kernels in (plan.forward, plan.backward, plan.forward[:-1])],
                 cached=CACHED,
                 lists={level: list_length(plan, level) for level in plan.sorted_levels},
                 loose_in_gluon=plan.top <= LOOSE_LEVELS,
@@ -115,8 +140,24 @@ def render(plan: Plan, schedules: Schedules) -> str:
         reproduce = f"python -c {shlex.quote(code)}"
         raise TemplateError(f"{type(error).__name__}: {error}", template, line, plan.spec.name, reproduce) from error
     text = tidy(text)
-    digest = hashlib.sha256(text.encode()).hexdigest()
+    digest = hashlib.sha256(f"{generator_version()}\n{essence(text, plan)}".encode()).hexdigest()
     return text.replace(PLACEHOLDER, digest[: len(PLACEHOLDER)])
+
+
+def essence(text: str, plan: Plan) -> str:
+    """A module's text without what changes nothing that runs: header, comments, blank lines, the spec's description.
+
+    The operator is named by its hash, so that a program that was exported with the one still finds the other.
+    """
+    _, _, body = text.split('"""', 2)
+    plain = plan.spec.model_copy(update={"description": ""})
+    body = body.replace(spec_literal(plan.spec), spec_literal(plain)).replace(PLACEHOLDER, "")
+    lines = body.splitlines()
+    for token in tokenize.generate_tokens(io.StringIO(body).readline):
+        if token.type == tokenize.COMMENT:
+            row, column = token.start
+            lines[row - 1] = lines[row - 1][:column]
+    return "\n".join(line.rstrip() for line in lines if line.strip())
 
 
 def place(error: Exception) -> tuple[str, int]:
@@ -125,6 +166,11 @@ def place(error: Exception) -> tuple[str, int]:
         return error.name or "?", error.lineno
     frames = [(Path(frame.filename).name, frame.lineno or 0) for frame in traceback.extract_tb(error.__traceback__)]
     return next((frame for frame in reversed(frames) if frame[0].endswith(".j2")), ("module.py.j2", 1))
+
+
+def spec_literal(spec: Spec) -> str:
+    """A spec as the Python dict that stands in its module."""
+    return literal(json.loads(spec.canonical()))
 
 
 def literal(spec: Mapping[str, object]) -> str:

@@ -120,8 +120,10 @@ def attend(attention: Attention, case: Case, q: Tensor, k: Tensor, v: Tensor, gr
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
     kept = attention.select(*leaves[:2])
     o, lse = attention(*leaves, scale=case.scale, return_lse=True)
-    dq, dk, dv = torch.autograd.grad(o, leaves, grad_o)
-    found = {"o": o.detach(), "lse": lse, "dq": dq, "dk": dk, "dv": dv}
+    grad_lse = case.gradient_of_lse()
+    results, grads = ((o,), (grad_o,)) if grad_lse is None else ((o, lse), (grad_o, grad_lse))
+    dq, dk, dv = torch.autograd.grad(results, leaves, grads)
+    found = {"o": o.detach(), "lse": lse.detach(), "dq": dq, "dk": dk, "dv": dv}
     return found | {f"kept_l{level}": ids for level, ids in enumerate(kept, start=1)}
 
 
@@ -129,7 +131,7 @@ def compare(
     case: Case, inputs: tuple[Tensor, Tensor, Tensor, Tensor], kept: list[Tensor], found: Mapping[str, Tensor]
 ) -> tuple[list[str], dict[str, float]]:
     """Failures and margins of o, lse, dq, dk, dv found for q, k, v and the gradient of o, selection held fixed."""
-    true = fuzz_oracle.truth(case.spec, *inputs, kept, case.softmax_scale)
+    true = fuzz_oracle.truth(case.spec, *inputs, kept, case.softmax_scale, grad_lse=case.gradient_of_lse())
     torchs = fuzz_oracle.yardstick(case, *inputs, kept) if case.n <= DENSE_TOKENS else None
     failures: list[str] = []
     margins: dict[str, float] = {}

@@ -52,6 +52,8 @@ class Case:
     popular: bool = False
     """Whether every query prefers the same few keys, so that every list names the same blocks."""
     scale: float | None = None
+    grad_lse: bool = False
+    """Whether lse has a gradient too, with a standard deviation of 1."""
     seed: int = 0
     device: str = "cpu"
 
@@ -89,6 +91,13 @@ class Case:
         if self.layouts[3] == "expanded":
             grad_o = grad_o[..., :1].expand(shape)
         return tuple(on_device(x, self.device) for x in (q, k, v, grad_o))  # type: ignore[return-value]
+
+    def gradient_of_lse(self) -> Tensor | None:
+        """The gradient of lse, float32 [B, H, N], or None."""
+        if not self.grad_lse:
+            return None
+        generator = torch.Generator().manual_seed(self.seed + 1)
+        return torch.randn((self.batch, self.heads, self.n), generator=generator).to(self.device)
 
     def _elements(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         if self.values == "integers":
@@ -229,6 +238,7 @@ def cases(spec: Spec | None = None, device: str = "cpu") -> st.SearchStrategy[Ca
             std=draw(st.sampled_from([1.0, 1.0, 8.0, 0.1])),
             popular=draw(st.sampled_from([False, False, True])),
             scale=draw(st.sampled_from([None, None, None, 1.0, 0.0, -0.3])),
+            grad_lse=draw(st.sampled_from([False, False, True])),
             seed=draw(st.integers(0, 9999)),
             device=device,
         )

@@ -50,8 +50,9 @@ def truth(
     kept: Sequence[Tensor],
     scale: float,
     queries: Tensor | None = None,
+    grad_lse: Tensor | None = None,
 ) -> Truth:
-    """The results for q, k, v and grad_o [B, H, N, D], with the selection `kept` held fixed.
+    """The results for q, k, v and grad_o [B, H, N, D] and, if lse has a gradient, that, with the selection `kept` held fixed.
 
     With `queries`, integers [R], o, lse and dq are those of these queries alone, and dk and dv what they contribute:
     all there is where grad_o is zero for every other query. Time R (N + sum T_l) D; memory `CHUNK_ELEMENTS` at a time.
@@ -72,6 +73,9 @@ def truth(
         o, o_size = p @ values, p @ values.abs()
         delta, delta_size = (grad * o).sum(-1, keepdim=True), (grad.abs() * o_size).sum(-1, keepdim=True)
         delta_error = (grad * o).norm(dim=-1, keepdim=True)
+        if grad_lse is not None:
+            of_lse = grad_lse[:, :, rows, None].double()
+            delta, delta_size = delta - of_lse, delta_size + of_lse.abs()
         ds = scale * p * (grad @ values.mT - delta)
         ds_size = abs(scale) * p * (grad.abs() @ values.mT.abs() + delta_size)
         # The largest sum of absolute values in the logits of a query that count.
@@ -119,8 +123,10 @@ def yardstick(
 ) -> dict[str, Tensor]:  # fmt: skip
     """o, dq, dk, dv of the same dense formula that torch evaluates in the dtype of the inputs."""
     q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
-    o, _ = reference.dense_in_dtype(case.spec, q, k, v, kept, case.scale)
-    dq, dk, dv = torch.autograd.grad(o, (q, k, v), grad_o)
+    o, lse = reference.dense_in_dtype(case.spec, q, k, v, kept, case.scale)
+    grad_lse = case.gradient_of_lse()
+    results, grads = ((o,), (grad_o,)) if grad_lse is None else ((o, lse), (grad_o, grad_lse.to(lse.dtype)))
+    dq, dk, dv = torch.autograd.grad(results, (q, k, v), grads)
     return {"o": o.detach(), "dq": dq, "dk": dk, "dv": dv}
 
 

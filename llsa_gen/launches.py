@@ -125,7 +125,7 @@ def record(
     scale = head_dim**-0.5
     o, _, saved = host["attend_kernels"](q, k, v, scale)
     phase = "backward"
-    host["grad_kernels"](grad_o, q, k, v, o, saved, scale)
+    host["grad_kernels"](grad_o, None, q, k, v, o, saved, scale)
     phase = "select"
     host["select_kernels"](q, k)
     return log
@@ -156,7 +156,7 @@ def perform(
     with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
         o, lse, saved = host["attend_kernels"](q, k, v, scale)
         phase = "backward"
-        grads = host["grad_kernels"](grad_o, q, k, v, o, saved, scale)
+        grads = host["grad_kernels"](grad_o, None, q, k, v, o, saved, scale)
         shapes = host["saved_shapes"](q.shape[0] * q.shape[1], q.shape[2])
         buffers = host["views_of"](saved, "saved", shapes, q.dtype)
     return (*grads, o, lse, *buffers), log

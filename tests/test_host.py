@@ -330,7 +330,7 @@ def step(module: ModuleType, tensors: list[Tensor]) -> None:
     """Forward and backward, as a GPU does them."""
     q, k, v, grad_o = tensors
     o, _, saved = module.attend_kernels(q, k, v, 0.125)
-    module.grad_kernels(grad_o, q, k, v, o, saved, 0.125)
+    module.grad_kernels(grad_o, None, q, k, v, o, saved, 0.125)
 
 
 def attend(module: ModuleType, tensors: list[Tensor]) -> None:
@@ -412,7 +412,7 @@ def test_the_scale_is_that_of_the_call(gpu: PretendedGpu, module: ModuleType) ->
     for scale in (0.125, -3.0, 1e-30, 0.1):
         gpu.log.clear()
         o, _, saved = module.attend_kernels(q, k, v, scale)
-        module.grad_kernels(grad_o, q, k, v, o, saved, scale)
+        module.grad_kernels(grad_o, None, q, k, v, o, saved, scale)
         floats = [x for launch in gpu.log for x in launch.arguments if isinstance(x, float)]
         assert floats == [rounded("fp32", scale)] * 7
 

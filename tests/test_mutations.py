@@ -54,6 +54,8 @@ WIDE = fuzz.Case(spec("wide", 16, (2, 65)), n=139)
 WHOLE_NONE = fuzz.Case(spec("whole_none", 16, (64, 2), enrich="none"), n=192, dtype="float16")
 # the same; logits of several hundred
 NEGATIVE = fuzz.Case(spec("negative", 16, (64, 2), enrich="none"), n=192, std=8.0, scale=-3.0)
+# lse in the loss
+LSE = fuzz.Case(TAILS.spec, n=27, heads=2, grad_lse=True)
 STRIDES = fuzz.Case(TAILS.spec, n=13, heads=2, layouts=("contiguous", "transposed", "contiguous", "contiguous"))
 
 
@@ -222,6 +224,7 @@ KERNELS = (
     mutation("list of another block", "walk", "tl.minimum(block, n_l1 - 1)[:, None]", "tl.minimum(block, 0)[:, None]"),
     # gradients
     mutation("delta missing in dq", "grad_q.py", "dp - {{ rows.delta }}", "dp"),
+    mutation("gradient of lse missing", "grad_q.py", "delta -= tl.load(", "delta -= 0.0 * tl.load(", LSE),
     mutation("delta missing in dk", "grad_kv.py", "dp - delta[None, :]", "dp"),
     mutation("scale missing in dk", "grad_kv.py", "return grad_k * scale, grad_v", "return grad_k, grad_v"),
     mutation(
@@ -267,6 +270,7 @@ TORCH = (
     ),
     mutation("too few filled with a token", "cpu.py", "(best == EMPTY.value, -1,", "(best == EMPTY.value, 0,"),
     mutation("keys that do not exist", "cpu.py", "(child >= 0) & (child < n_tokens)", "child >= 0"),
+    mutation("gradient of lse missing", "cpu.py", " - grad_lse\n", " - 0.0 * grad_lse\n"),
     mutation("scale missing", "cpu.py", "queries @ k.mT * scale", "queries @ k.mT"),
     mutation("shared keys counted once", "cpu.py", ".index_add_(0,", ".index_copy_(0,"),
     Mutation(
