@@ -42,7 +42,7 @@ def read_in_gluon(kind: str) -> set[str]:
 def misfit(
     plan: Plan, stage: str, known: Mapping[str, int], tiles: Mapping[str, int], element: int, goal: Target
 ) -> str | None:
-    """Why `tiles` cannot be what this stage of the plan is launched with on `goal`; None where nothing speaks against it.
+    """Why `tiles` cannot be what this stage of the plan is launched with on `goal`; None where nothing is against it.
 
     `known` is a legal entry, for the names that the kernel takes.
     """
@@ -52,11 +52,11 @@ def misfit(
     wrong = _illegal(plan, stage_kind(plan, stage), tiles)
     if wrong is not None:
         return wrong
-    return _too_large(stage_kind(plan, stage), tiles, pad(plan.head_dim), element, goal)
+    return _too_large(plan, stage_kind(plan, stage), tiles, element, goal)
 
 
-def _too_large(kind: str, tiles: Mapping[str, int], width: int, element: int, goal: Target) -> str | None:
-    needed = shared_memory(kind, tiles, width, element, goal)
+def _too_large(plan: Plan, kind: str, tiles: Mapping[str, int], element: int, goal: Target) -> str | None:
+    needed = shared_memory(plan, kind, tiles, element, goal)
     if needed <= goal.shared_memory:
         return None
     return f"its tiles take {needed:,} bytes of shared memory, and there are {goal.shared_memory:,}"
@@ -98,9 +98,9 @@ def fitted(
 
     What can be cut no further is returned though it does not fit.
     """
-    kind, width = stage_kind(plan, stage), pad(plan.head_dim)
+    kind = stage_kind(plan, stage)
     made = dict(entry)
-    while _too_large(kind, made, width, element, goal):
+    while _too_large(plan, kind, made, element, goal):
         smaller = next(_smaller(plan, kind, made), None)
         if smaller is None:
             break
@@ -108,7 +108,7 @@ def fitted(
     if made == entry:
         return made, ()
     cut = ", ".join(f"{name} {size} to {made[name]}" for name, size in entry.items() if made[name] != size)
-    return made, (f"rule: {_too_large(kind, entry, width, element, goal)}: {cut}",)
+    return made, (f"rule: {_too_large(plan, kind, entry, element, goal)}: {cut}",)
 
 
 def _smaller(plan: Plan, kind: str, tiles: Mapping[str, int]) -> Iterator[dict[str, int]]:

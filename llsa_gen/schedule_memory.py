@@ -10,7 +10,8 @@ Kernels in Gluon are not counted: their tiles are fixed, 64 rows of 128 bytes, a
 
 from collections.abc import Mapping
 
-from llsa_gen.schedule_table import Target
+from llsa_gen.plan import Plan
+from llsa_gen.schedule_table import Target, pad
 
 __all__ = ["WGMMA", "shared_memory"]
 
@@ -27,6 +28,9 @@ TCGEN05 = ("cuda:100",)
 BARRIERS = 2048
 """Bytes that such units take beside tiles."""
 
+COPIED = 4
+"""Bytes that are copied to shared memory at once, at least, without passing through registers."""
+
 ACCUMULATOR = 4
 """Bytes of a number in a sum, a score or a list."""
 
@@ -34,15 +38,16 @@ RANK = 8
 """Bytes of a rank key of the selection."""
 
 
-def shared_memory(kind: str, tiles: Mapping[str, int], width: int, element: int, goal: Target) -> int:
+def shared_memory(plan: Plan, kind: str, tiles: Mapping[str, int], element: int, goal: Target) -> int:
     """Bytes of shared memory that a program of this kind of kernel takes on `goal`, at the most.
 
-    `width` is the padded head dim, `element` the bytes of an element of q, k and v.
+    `element` is the bytes of an element of q, k and v.
     """
+    width = pad(plan.head_dim)
     if kind.startswith("select"):
         return _select(kind, tiles, width, element, goal)
     if kind.startswith("grad_kv"):
-        return _grad_kv(tiles, width, element, goal)
+        return _grad_kv(tiles, width, element, goal, turned=plan.row_unit * element < COPIED)
     if kind in ("attend", "grad_q"):
         return _walk(kind, tiles, width, element, goal)
     return ACCUMULATOR * _numbers(kind, tiles, width)
@@ -92,8 +97,11 @@ def _select(kind: str, tiles: Mapping[str, int], width: int, element: int, goal:
     return (queries + keys) * row + scores + lists
 
 
-def _grad_kv(tiles: Mapping[str, int], width: int, element: int, goal: Target) -> int:
-    """k and v stay; q and the gradient of o stream, and with them two or three numbers of every query."""
+def _grad_kv(tiles: Mapping[str, int], width: int, element: int, goal: Target, turned: bool) -> int:
+    """k and v stay; q and the gradient of o stream, and with them two or three numbers of every query.
+
+    `turned`: rows come by way of registers and change threads.
+    """
     queries, keys, flying = tiles["BLOCK_M"], tiles["BLOCK_N"], _in_flight(tiles)
     row, weights = width * element, tiles["BLOCK_M"] * tiles["BLOCK_N"] * element
     if _on_rocm(goal):  # k and v are in registers, as are weights whose keys are few
@@ -106,8 +114,8 @@ def _grad_kv(tiles: Mapping[str, int], width: int, element: int, goal: Target) -
     if unit != "mma":  # a product still reads its tile while the next ones are on their way
         flying += 1 if unit == "wgmma" else 2
         weights = BARRIERS if unit == "tcgen05" else 0
-    if element == 2:  # rows that do not begin at multiples of 4 bytes come by way of registers and are turned
-        weights = max(weights, queries * row // 2)
+    if turned:
+        weights = max(weights, queries * row)
     return 2 * (keys + queries * flying) * row + weights + numbers
 
 
@@ -130,12 +138,12 @@ def _walk(kind: str, tiles: Mapping[str, int], width: int, element: int, goal: T
 
     if "GROUP" not in tiles:
         needed = max(map(rows, (tiles["BLOCK_N"], tiles.get("BLOCK_C", 0))))
-    else:  # every block has fine keys of its own, whose weights are as many
-        keys, weights = group * tiles["BLOCK_N"], queries * tiles["BLOCK_N"] * element
-        if _on_rocm(goal):  # and queries are in registers
-            fine = flying * keys * row + (weights if element == 4 else 0)
+    else:  # every block has fine keys of its own, whose weights are in registers
+        keys = group * tiles["BLOCK_N"]
+        if _on_rocm(goal):  # and so are queries, but of float32 weights are not
+            fine = flying * keys * row + (queries * tiles["BLOCK_N"] * element if element == 4 else 0)
         else:
             turned = element == 4 and stages > 1  # k as it is, and turned
-            fine = (staying + (flying + turned) * keys) * row + weights
+            fine = (staying + (flying + turned) * keys) * row
         needed = max(rows(tiles["BLOCK_C"]), fine)
     return needed + (BARRIERS if unit == "tcgen05" else 0)

@@ -1,6 +1,6 @@
 """What to try: the tile shapes around an entry, nearest first, and why some of them are not worth compiling.
 
-Nothing here knows a GPU but what fits into its shared memory; whether a candidate is right and how fast it is, others say.
+Nothing here knows of a GPU more than what fits; whether a candidate is right and how fast it is, others say.
 """
 
 from collections.abc import Iterator, Mapping
