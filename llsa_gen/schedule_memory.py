@@ -90,7 +90,8 @@ def _select(kind: str, tiles: Mapping[str, int], width: int, element: int, goal:
     tile = queries * tiles["BLOCK_N"]
     # scores of float32 go to the threads that sort them; without KEEP, all are counted by running sums
     scores = RANK * tile if "KEEP" not in tiles else ACCUMULATOR * tile if element == 4 else 0
-    lists = ACCUMULATOR * keys if kind == "select" and tiles.get("num_stages", 2) > 1 else 0  # parents, with their keys
+    # with keys come the parents of the next ones; Triton 3.9 has them there twice
+    lists = 2 * ACCUMULATOR * keys if kind == "select" and tiles["num_stages"] > 1 else 0
     if _on_rocm(goal):
         scores = 0 if "KEEP" in tiles else scores
         return max(queries, keys) * row + scores + lists

@@ -1,6 +1,7 @@
 """Shared memory: every stage of every target is cut until it fits, and what is taken for an upper bound is one."""
 
 from dataclasses import replace
+from typing import Literal
 
 import pytest
 from examples import spec
@@ -25,7 +26,8 @@ def any_specs(draw: st.DrawFn) -> Spec:
 
     levels = draw(st.lists(st.builds(Level, block=sizes(2, 256), topk=sizes(1, 512)), min_size=1, max_size=6))
     some = st.sets(st.integers(1, len(levels)), min_size=1).map(lambda chosen: tuple(sorted(chosen)))
-    enrich = draw(st.sampled_from(["all", "none"]) | some)
+    whole: st.SearchStrategy[Literal["all", "none"]] = st.sampled_from(("all", "none"))
+    enrich = draw(st.one_of(whole, some))
     return Spec(
         name="any", head_dim=draw(sizes(8, 256)), levels=tuple(levels), enrich=enrich, reweight=draw(st.booleans())
     )
