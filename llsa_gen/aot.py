@@ -28,13 +28,13 @@ from triton.runtime.jit import create_function_from_signature
 from llsa_gen import emit, schedule, schedule_table
 from llsa_gen.binary import ASSEMBLY, resources
 from llsa_gen.compiler import Attention
-from llsa_gen.errors import KernelCompileError
+from llsa_gen.errors import KernelCompileError, SharedMemoryError
 from llsa_gen.failure import locate
 from llsa_gen.files import write_whole
 from llsa_gen.launches import Launch, dtype_name, module_of, record
 from llsa_gen.spec import load
 
-__all__ = ["Launch", "Report", "compile_kernels", "export", "gpu_target", "record"]
+__all__ = ["Export", "Launch", "Report", "compile_kernels", "export", "gpu_target", "prepare", "record"]
 
 USUAL_TOKENS = 65_536
 """Length whose launches are compiled unless one is given: long enough that few kernels sit idle, as in practice."""
@@ -230,6 +230,68 @@ def _failure(
 # ---- files --------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Export:
+    """The kernels of a module, compiled for a target that has room for all of them, as they are about to be written."""
+
+    module: ModuleType
+    target: str
+    dtype: str
+    compiled: list[_Compiled]
+
+    def write(self, directory: str | os.PathLike[str]) -> dict[str, Any]:
+        """Write assembly and binary of every kernel, PTX and cubin or amdgcn and hsaco, and `manifest.json`.
+
+        They go to a folder of their own in `directory`, such as `llsa_l2-cuda-90-bfloat16`. Returned is the manifest,
+        which then also says the folder, as `folder`. Files carry the start of their content's hash in their names and
+        the manifest is replaced last, in one step: who reads it finds what it names, also while another export of the
+        same is under way or has failed. Files that only the manifest before named are removed.
+        """
+        spec = load(self.module.SPEC)
+        folder = Path(directory) / f"{spec.name}-{self.target.replace(':', '-')}-{self.dtype}"
+        folder.mkdir(parents=True, exist_ok=True)
+        before = _files_of(folder)
+        manifest = {
+            "spec": json.loads(spec.canonical()),
+            "spec_digest": spec.digest,
+            "operator": self.module.OPERATOR,
+            "target": self.target,
+            "dtype": self.dtype,
+            "versions": {"llsa_gen": emit.generator_version(), "torch": version("torch"), "triton": version("triton")},
+            "kernels": [_describe(one, _write_binaries(folder, one)) for one in self.compiled],
+        }
+        write_whole(folder / MANIFEST, json.dumps(manifest, indent=2) + "\n")
+        for name in before - _files_of(folder):
+            with suppress(OSError):
+                (folder / name).unlink()
+        return {**manifest, "folder": str(folder)}
+
+
+def prepare(
+    attention: Attention | ModuleType,
+    target: str,
+    dtype: torch.dtype | str,
+    n_tokens: int | None = None,
+    *,
+    batch: int = 2,
+    heads: int = 4,
+) -> Export:
+    """Compile what `export` writes, and write nothing. Launches as in `compile_kernels`.
+
+    Raises SharedMemoryError where the target has not the shared memory for one, and what `compile_kernels` raises.
+    """
+    module = module_of(attention)
+    compiled = _compile(module, target, dtype, n_tokens, batch, heads, None)
+    too_large: dict[str, int] = {}
+    for report in (one.report for one in compiled):
+        if not report.fits:
+            too_large[report.kernel] = max(report.shared_memory, too_large.get(report.kernel, 0))
+    if too_large:
+        limit = schedule.target(target).shared_memory
+        raise SharedMemoryError(module.SPEC["name"], target, dtype_name(dtype), too_large, limit)
+    return Export(module, target, dtype_name(dtype), compiled)
+
+
 def export(
     attention: Attention | ModuleType,
     directory: str | os.PathLike[str],
@@ -240,33 +302,8 @@ def export(
     batch: int = 2,
     heads: int = 4,
 ) -> dict[str, Any]:
-    """Write assembly and binary of every kernel, PTX and cubin or amdgcn and hsaco, and `manifest.json`; returns that.
-
-    They go to a folder of their own in `directory`, such as `llsa_l2-cuda-90-bfloat16`; the manifest that is returned
-    also says which, as `folder`. Files carry the start of their content's hash in their names and the manifest is
-    replaced last, in one step: who reads it finds what it names, also while another export of the same is under way
-    or has failed. Files that only the manifest before named are removed. Launches as in `compile_kernels`.
-    """
-    module = module_of(attention)
-    compiled = _compile(module, target, dtype, n_tokens, batch, heads, None)
-    spec = load(module.SPEC)
-    folder = Path(directory) / f"{spec.name}-{target.replace(':', '-')}-{dtype_name(dtype)}"
-    folder.mkdir(parents=True, exist_ok=True)
-    before = _files_of(folder)
-    manifest = {
-        "spec": json.loads(spec.canonical()),
-        "spec_digest": spec.digest,
-        "operator": module.OPERATOR,
-        "target": target,
-        "dtype": dtype_name(dtype),
-        "versions": {"llsa_gen": emit.generator_version(), "torch": version("torch"), "triton": version("triton")},
-        "kernels": [_describe(one, _write_binaries(folder, one)) for one in compiled],
-    }
-    write_whole(folder / MANIFEST, json.dumps(manifest, indent=2) + "\n")
-    for name in before - _files_of(folder):
-        with suppress(OSError):
-            (folder / name).unlink()
-    return {**manifest, "folder": str(folder)}
+    """`prepare`, then `Export.write`: all files and the manifest, or, where a kernel fails or does not fit, none."""
+    return prepare(attention, target, dtype, n_tokens, batch=batch, heads=heads).write(directory)
 
 
 def _describe(compiled: _Compiled, files: dict[str, dict[str, str]]) -> dict[str, Any]:

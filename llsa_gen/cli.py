@@ -18,6 +18,7 @@ from llsa_gen.files import write_whole
 from llsa_gen.terminal import Commands, DType, Json, SpecArgument, between, console, load_spec, print_json, warn
 
 if TYPE_CHECKING:
+    from llsa_gen.aot import Export
     from llsa_gen.compiler import Attention
 
 __all__ = ["app", "main"]
@@ -165,7 +166,10 @@ def export(
     force: Annotated[bool, typer.Option("--force", help="Replace a file that llsa-gen did not make.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Write the self-contained module, DIR/NAME.py; with --target also its kernels, compiled, and a manifest."""
+    """Write the self-contained module, DIR/NAME.py; with --target also its kernels, compiled, and a manifest.
+
+    Nothing is written where a kernel does not compile, or takes more shared memory than a target has.
+    """
     from llsa_gen.compiler import compile
     from llsa_gen.schedule import target as known
 
@@ -175,9 +179,12 @@ def export(
     path = directory / f"{attention.spec.name}.py"
     if path.exists() and not force and MODULE_MARK not in path.read_text(encoding="utf-8", errors="replace"):
         raise LlsaGenError(f"{path}: exists already and is no module that llsa-gen made; --force replaces it")
+    ready = [
+        _compile_for(attention, target, dtype) for target in targets or ()
+    ]  # all of it, before anything is written
     directory.mkdir(parents=True, exist_ok=True)
     write_whole(path, attention.source)
-    manifests = {target: str(_export_for(attention, directory, target, dtype)) for target in targets or ()}
+    manifests = {one.target: str(_write_for(one, directory)) for one in ready}
     if as_json:
         print_json({"spec": attention.spec.name, "module": str(path), "manifests": manifests})
         return
@@ -185,12 +192,19 @@ def export(
         typer.echo(written)
 
 
-def _export_for(attention: "Attention", directory: Path, target: str, dtype: DType) -> Path:
-    """Write the kernels, compiled for a target, to a folder of their own; returns the path of the manifest there."""
+def _compile_for(attention: "Attention", target: str, dtype: DType) -> "Export":
+    """The kernels, compiled for a target."""
     from llsa_gen import aot
 
     typer.echo(f"compiling for {target}, {dtype} ...", err=True)
-    return Path(aot.export(attention, directory, target, dtype.value)["folder"]) / aot.MANIFEST
+    return aot.prepare(attention, target, dtype.value)
+
+
+def _write_for(ready: "Export", directory: Path) -> Path:
+    """Write them to a folder of their own; returns the path of the manifest there."""
+    from llsa_gen.aot import MANIFEST
+
+    return Path(ready.write(directory)["folder"]) / MANIFEST
 
 
 app.command(epilog="Example: llsa-gen bench llsa_l2 -n 4096 -n 65536 --json rows.json --plot rows.png")(bench)

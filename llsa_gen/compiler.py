@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 GENERATORS = (
-    "sizes.py", "levels.py", "plan.py", "schedule_table.py", "schedule_fit.py", "schedule.py", "networks.py", "cost.py",
-    "emit.py",
+    "sizes.py", "levels.py", "plan.py", "schedule_table.py", "schedule_memory.py", "schedule_fit.py", "schedule.py",
+    "networks.py", "cost.py", "emit.py",
 )  # fmt: skip
 """Modules of this package that decide what is emitted."""
 

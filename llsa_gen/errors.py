@@ -16,6 +16,7 @@ __all__ = [
     "MissingSpecFile",
     "Mistake",
     "ScheduleTableError",
+    "SharedMemoryError",
     "SpecError",
     "TemplateError",
     "UnknownTargetError",
@@ -88,6 +89,22 @@ class CacheError(LlsaGenError):
 
 class UnknownTargetError(LlsaGenError):
     """A compile target that llsa_gen does not know, such as `cuda:9000`."""
+
+
+class SharedMemoryError(LlsaGenError):
+    """Compiled kernels that a target has not the shared memory for, so that every launch of them would fail there.
+
+    `kernels` says how many bytes each of them takes, `limit` how many a program may use.
+    """
+
+    def __init__(self, spec: str, target: str, dtype: str, kernels: dict[str, int], limit: int) -> None:
+        super().__init__(spec, target, dtype, kernels, limit)
+        self.spec, self.target, self.dtype, self.kernels, self.limit = spec, target, dtype, kernels, limit
+
+    def __str__(self) -> str:
+        needed = ", ".join(f"{kernel} takes {size:,}" for kernel, size in self.kernels.items())
+        has = f"{self.target} has {self.limit:,}"
+        return f"{self.spec}: {needed} bytes of shared memory, and {has} ({self.dtype}); nothing was written"
 
 
 class ScheduleTableError(LlsaGenError, ValueError):

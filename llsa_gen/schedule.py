@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from llsa_gen.plan import Plan
-from llsa_gen.schedule_fit import LIST_LENGTHS, misfit, settled, shared_memory
+from llsa_gen.schedule_fit import LIST_LENGTHS, fitted, misfit, settled
+from llsa_gen.schedule_memory import WGMMA
 from llsa_gen.schedule_table import LENGTHS, Target, bucket, facts_of, pad, stage_kind, target, targets
 
 __all__ = [
@@ -31,13 +32,6 @@ Schedules = dict[str, dict[int, dict[int, Schedule]]]
 
 USUAL_TOKENS = LENGTHS["medium"]
 """The length meant where none is given."""
-
-WGMMA = ("cuda:90",)
-"""Targets whose matrix units take 64 rows from four warps at once, and both operands from shared memory.
-
-For them there are kernels in Gluon beside some of those in Triton. An entry hands its launches to such a kernel by
-`HOPPER`, the most registers that a thread of it may have.
-"""
 
 LOOSE_LEVELS = 3
 """The most levels with which attention in Gluon also takes what leaves loose ends, keys that do not exist or cover
@@ -82,13 +76,14 @@ def schedule(plan: Plan, goal: Target, element: int, n_tokens: int = USUAL_TOKEN
 def choices(plan: Plan, goal: Target, element: int, n_tokens: int = USUAL_TOKENS) -> dict[str, Choice]:
     """The same, with where each entry comes from."""
     found: dict[str, Choice] = {}
-    for stage, (entry, pruned) in _rules(plan, goal, element).items():
+    for stage, rule in _rules(plan, goal, element).items():
         kind, facts = stage_kind(plan, stage), facts_of(plan, stage, element, bucket(n_tokens))
+        entry, pruned = fitted(plan, stage, rule, element, goal)
         entry, origin = settled(kind, entry), "rule"
         for row in reversed(goal.rows):
             if row.matches(kind, facts):
                 wanted = {**entry, **row.set}
-                chosen, reason = settled(kind, wanted), misfit(plan, stage, entry, wanted, element, goal.shared_memory)
+                chosen, reason = settled(kind, wanted), misfit(plan, stage, entry, wanted, element, goal)
                 if reason is None and "HOPPER" in row.set and "HOPPER" not in chosen:
                     reason = f"HOPPER {row.set['HOPPER']}: its kernel has other tiles"
                 if reason is None:
@@ -102,26 +97,26 @@ def choices(plan: Plan, goal: Target, element: int, n_tokens: int = USUAL_TOKENS
 # ---- rules ------------------------------------------------------------------------------------------------------
 
 
-def _rules(plan: Plan, goal: Target, element: int) -> dict[str, tuple[Entry, tuple[str, ...]]]:
-    """What the rules say of every stage, and how it had to be cut to fit."""
-    result: dict[str, tuple[Entry, tuple[str, ...]]] = {"pool": (_pool(plan), ())}
+def _rules(plan: Plan, goal: Target, element: int) -> dict[str, Entry]:
+    """What the rules say of every stage, whether it fits into shared memory or not."""
+    result = {"pool": _pool(plan)}
     if plan.top > 2:
-        result["pool_sums"] = _pool_sums(plan), ()
+        result["pool_sums"] = _pool_sums(plan)
     for level in plan.levels:
-        result[f"select_l{level}"] = _select(plan, goal, element, level), ()
+        result[f"select_l{level}"] = _select(plan, goal, element, level)
     result["attend"] = _walk(plan, goal, element, "attend")
-    result["scan"] = {"BLOCK": 1024, "num_warps": 4}, ()
+    result["scan"] = {"BLOCK": 1024, "num_warps": 4}
     for level in plan.levels:
-        result[f"invert_l{level}"] = _invert(plan, level), ()
+        result[f"invert_l{level}"] = _invert(plan, level)
     result["grad_q"] = _walk(plan, goal, element, "grad_q")
     if plan.attends_top:
-        result[f"grad_kv_l{plan.top}"] = _grad_split(plan, goal, element), ()
-        result["grad_sum"] = _grad_sum(plan), ()
+        result[f"grad_kv_l{plan.top}"] = _grad_split(plan, goal, element)
+        result["grad_sum"] = _grad_sum(plan)
     for level in reversed(plan.by_keeper):
-        result[f"grad_kv_l{level}"] = _grad_keeper(plan, goal, element, level), ()
-        result[f"grad_gather_l{level}"] = _grad_gather(plan, level), ()
+        result[f"grad_kv_l{level}"] = _grad_keeper(plan, goal, element, level)
+        result[f"grad_gather_l{level}"] = _grad_gather(plan, level)
     for level in reversed(plan.by_list):
-        result[f"grad_kv_l{level}"] = _grad_listed(plan, goal, element, level), ()
+        result[f"grad_kv_l{level}"] = _grad_listed(plan, goal, element, level)
     return result
 
 
@@ -168,26 +163,7 @@ def _invert(plan: Plan, level: int) -> Entry:
     return {"BLOCK_M": max(8, 1024 // keys), "KEYS": keys, "num_warps": min(16, keys // 4)}
 
 
-def _fit(entry: Entry, goal: Target, stage: str, width: int, element: int) -> tuple[Entry, tuple[str, ...]]:
-    """Halve the tiles of keys until they fit into shared memory, then the group of query blocks; also says so."""
-    wanted = {name: entry[name] for name in ("BLOCK_C", "BLOCK_N") if name in entry}
-    fits = entry
-    while shared_memory(stage, fits, width, element) > goal.shared_memory:
-        larger = max(wanted, key=lambda name: fits[name])
-        if fits[larger] <= 16:
-            larger = "GROUP"
-        if fits.get(larger, 1) == 1 or (larger == "GROUP" and not goal.name.startswith("cuda:")):
-            break  # on ROCm, what is in flight waits in registers
-        fits = {**fits, larger: fits[larger] // 2}
-    if fits is entry:
-        return entry, ()
-    tiles = ", ".join(f"{name} {size}" for name, size in wanted.items())
-    needed = shared_memory(stage, entry, width, element)
-    cut = f"rule: {tiles} take {needed:,} bytes of shared memory, and there are {goal.shared_memory:,}"
-    return fits, (cut,)
-
-
-def _walk(plan: Plan, goal: Target, element: int, stage: str) -> tuple[Entry, tuple[str, ...]]:
+def _walk(plan: Plan, goal: Target, element: int, stage: str) -> Entry:
     """`attend` and `grad_q`: for a tile of queries, over tiles of keys."""
     width = pad(plan.head_dim)
     rows = pad(plan.block(1))
@@ -234,7 +210,7 @@ def _walk(plan: Plan, goal: Target, element: int, stage: str) -> tuple[Entry, tu
         entry.pop("BLOCK_C", None)
     elif "BLOCK_C" not in entry:
         entry["BLOCK_C"] = entry["BLOCK_N"]
-    return _fit(entry, goal, stage, width, element)
+    return entry
 
 
 def _grad_split(plan: Plan, goal: Target, element: int) -> Entry:

@@ -83,7 +83,7 @@ def tune(
     bench = (make_bench or _on_gpu(n_tokens, dtype))(attention, present, name)
     results = search(
         plan, present, stages or list(present), bench,
-        element=element, shared_memory=goal.shared_memory, seconds=seconds, progress=progress,
+        element=element, goal=goal, seconds=seconds, progress=progress,
     )  # fmt: skip
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "no GPU"
     rows = tuple(_row(plan, result, element, n_tokens, gpu) for result in results if result.improved)

@@ -1,6 +1,6 @@
 """What to try: the tile shapes around an entry, nearest first, and why some of them are not worth compiling.
 
-Nothing here knows a GPU but the size of its shared memory; whether a candidate is right and how fast it is, others say.
+Nothing here knows of a GPU more than what fits; whether a candidate is right and how fast it is, others say.
 """
 
 from collections.abc import Iterator, Mapping
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import combinations, product
 
 from llsa_gen.plan import Plan
-from llsa_gen.schedule import Entry
+from llsa_gen.schedule import Entry, Target
 from llsa_gen.schedule_fit import misfit, read_in_gluon, settled
 from llsa_gen.schedule_table import STAGES, facts_of, stage_kind
 
@@ -44,11 +44,8 @@ def settable(kind: str) -> tuple[str, ...]:
     return (*STAGES[kind].tiles, "num_warps", *(("num_stages", "maxnreg", "HOPPER") if kind in PIPELINED else ()))
 
 
-def candidates(plan: Plan, stage: str, entry: Entry, element: int, limit: int) -> Iterator[Candidate]:
-    """The entries one step from `entry`, then those two steps from it: a step halves or doubles one number.
-
-    `limit` is the shared memory that a program may use, in bytes.
-    """
+def candidates(plan: Plan, stage: str, entry: Entry, element: int, goal: Target) -> Iterator[Candidate]:
+    """The entries one step from `entry`, then those two steps from it: a step halves or doubles one number."""
     kind = stage_kind(plan, stage)
     names = [name for name in settable(kind) if name in entry]
     for steps in (1, 2):
@@ -59,7 +56,7 @@ def candidates(plan: Plan, stage: str, entry: Entry, element: int, limit: int) -
                     continue  # the same as without that step
                 if "HOPPER" in made and not read_in_gluon(kind).issuperset(changed):
                     continue  # the kernel in Gluon does not read it, only the rare parts of long lists may
-                reason = _wasteful(plan, stage, made, entry) or misfit(plan, stage, entry, made, element, limit)
+                reason = _wasteful(plan, stage, made, entry) or misfit(plan, stage, entry, made, element, goal)
                 yield Candidate(made, reason)
 
 

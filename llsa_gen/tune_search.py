@@ -12,7 +12,7 @@ from typing import Protocol
 
 from llsa_gen.errors import DeviceLost
 from llsa_gen.plan import Plan
-from llsa_gen.schedule import Entry, Schedule
+from llsa_gen.schedule import Entry, Schedule, Target
 from llsa_gen.tune_candidates import Candidate, candidates
 
 __all__ = ["MARGIN", "Bench", "Progress", "StageResult", "Trial", "search"]
@@ -79,7 +79,7 @@ def search(
     bench: Bench,
     *,
     element: int,
-    shared_memory: int,
+    goal: Target,
     seconds: float,
     progress: Progress | None = None,
     clock: Callable[[], float] = time.monotonic,
@@ -101,7 +101,7 @@ def search(
             before = bench.microseconds(stage, present[stage])
             results.append(result := StageResult(stage, present[stage], before, present[stage], before))
             interrupted = _climb(
-                partial(candidates, plan, stage, element=element, limit=shared_memory), result, bench,
+                partial(candidates, plan, stage, element=element, goal=goal), result, bench,
                 until=end, spent=spent, progress=progress or _silent,
             )  # fmt: skip
             _crown(result, bench, {**present, **{found.stage: found.after for found in results}})

@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -26,7 +27,7 @@ from llsa_gen import aot, compile
 from llsa_gen.binary import ASSEMBLY, resources
 from llsa_gen.compiler import Attention
 from llsa_gen.emit import TEMPLATES
-from llsa_gen.errors import KernelCompileError, LlsaGenError, UnknownTargetError
+from llsa_gen.errors import KernelCompileError, LlsaGenError, SharedMemoryError, UnknownTargetError
 from llsa_gen.launches import planned
 from llsa_gen.loading import load_text
 from llsa_gen.origin import origin
@@ -448,6 +449,35 @@ def test_exporting_again_replaces_and_a_failure_leaves_what_was_there(
     assert gone, "this test needs two exports that differ"
     assert named | {"manifest.json", "notes.txt"} <= {path.name for path in folder.iterdir()}
     assert not gone & {path.name for path in folder.iterdir()}
+
+
+def test_a_kernel_that_does_not_fit_is_told_and_nothing_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attention, folder = shipped("topk_l1"), tmp_path / "topk_l1-cuda-90-bfloat16"
+    reports = aot.compile_kernels(attention, "cuda:90", "bfloat16", 4096)
+    most = max(reports, key=lambda report: report.shared_memory)
+    small = replace(targets()["cuda:90"], shared_memory=most.shared_memory - 1)
+    monkeypatch.setattr(aot.schedule, "target", lambda name: small)
+    with pytest.raises(SharedMemoryError) as caught:
+        aot.export(attention, tmp_path, "cuda:90", "bfloat16", 4096)
+    error = caught.value
+    assert error.kernels[most.kernel] == most.shared_memory and error.limit == most.shared_memory - 1
+    assert f"topk_l1: {most.kernel} takes {most.shared_memory:,}" in str(error) and "\n" not in str(error)
+    assert f"bytes of shared memory, and cuda:90 has {error.limit:,} (bfloat16)" in str(error)
+    assert not folder.exists()
+
+    # what a manifest that is there says stays true
+    monkeypatch.undo()
+    aot.export(attention, tmp_path, "cuda:90", "bfloat16", 4096)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert all(
+        row["shared_memory"] <= row["shared_memory_limit"] for row in json.loads(before["manifest.json"])["kernels"]
+    )
+    monkeypatch.setattr(aot.schedule, "target", lambda name: small)
+    with pytest.raises(SharedMemoryError):
+        aot.export(attention, tmp_path, "cuda:90", "bfloat16", 4096)
+    assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def test_the_message_of_a_directory_that_cannot_be_made_names_it(tmp_path: Path) -> None:

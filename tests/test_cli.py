@@ -17,10 +17,10 @@ import torch
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from llsa_gen import Spec, __version__, compiler, fuzz, load, tuned
+from llsa_gen import Spec, __version__, aot, compiler, fuzz, load, tuned
 from llsa_gen.cli import app
 from llsa_gen.cost import Cost, evaluate
-from llsa_gen.errors import CheckFailed
+from llsa_gen.errors import CheckFailed, SharedMemoryError
 from llsa_gen.fuzz_cases import Case
 from llsa_gen.plan import lower
 from llsa_gen.schedule import schedule, target
@@ -405,6 +405,24 @@ def test_export_finds_out_about_a_target_first(place: Path) -> None:
     assert (result.code, result.out) == (1, "")
     assert "cuda:9000" in result.err and "cuda:90," in result.err and result.err.count("\n") == 1
     assert not (place / "out").exists()
+
+
+def test_export_writes_nothing_where_a_kernel_does_not_fit(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def prepare(attention: compiler.Attention, target: str, dtype: str) -> aot.Export:
+        if target == "cuda:90":
+            return aot.Export(attention.module, target, dtype, [])
+        raise SharedMemoryError("tiny", target, dtype, {"select_l2_kernel": 131072, "attend_kernel": 102400}, 101376)
+
+    monkeypatch.setattr(aot, "prepare", prepare)
+    result = call("export tiny -o out --target cuda:90 --target cuda:86")
+    assert (result.code, result.out) == (1, "")
+    assert result.err.splitlines()[-1] == (
+        "tiny: select_l2_kernel takes 131,072, attend_kernel takes 102,400 bytes of shared memory, "
+        "and cuda:86 has 101,376 (bfloat16); nothing was written"
+    )
+    assert not (place / "out").exists()
+    assert call("export tiny -o out --target cuda:90").code == 0
+    assert {path.name for path in (place / "out").iterdir()} == {"tiny.py", "tiny-cuda-90-bfloat16"}
 
 
 @pytest.mark.slow

@@ -30,7 +30,7 @@ from llsa_gen.tune_search import StageResult, search
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = spec("small", 16, (4, 2), (3, 2))
 L2 = load(ROOT / "spec" / "llsa_l2.yaml")
-LIMIT = targets()["cuda:90"].shared_memory
+GOAL = targets()["cuda:90"]
 
 
 class Fake:
@@ -63,7 +63,7 @@ class Fake:
 def run(bench: Fake, *stages: str, chosen: Spec = L2, **more: Any) -> list[StageResult]:
     plan = lower(chosen)
     present = schedule(plan, targets()["cuda:80"], 2)
-    options: dict[str, Any] = {"element": 2, "shared_memory": LIMIT, "seconds": 60.0} | more
+    options: dict[str, Any] = {"element": 2, "goal": GOAL, "seconds": 60.0} | more
     return search(plan, present, stages, bench, **options)
 
 
@@ -78,7 +78,7 @@ def reasons(result: StageResult) -> list[str]:
 def test_candidates_are_near_and_can_be_launched(name: str) -> None:
     plan = lower(load(ROOT / "spec" / f"{name}.yaml"))
     for stage, entry in schedule(plan, targets()["cuda:90"], 2).items():
-        found = list(candidates(plan, stage, entry, 2, LIMIT))
+        found = list(candidates(plan, stage, entry, 2, GOAL))
         legal = [one.entry for one in found if one.reason is None]
         assert legal, stage
         # what no kernel in Gluon has for tiles goes without HOPPER
@@ -87,7 +87,7 @@ def test_candidates_are_near_and_can_be_launched(name: str) -> None:
         for one in legal:
             assert list(one) == [key for key in entry if key in one], "in the order of the launch"
             assert {*entry} - {*one} <= {"HOPPER"}
-            assert misfit(plan, stage, entry, one, 2, LIMIT) is None
+            assert misfit(plan, stage, entry, one, 2, GOAL) is None
             assert {key: one[key] for key in ("KEEP",) if key in one} == {
                 key: entry[key] for key in ("KEEP",) if key in one
             }
@@ -105,7 +105,7 @@ def test_every_candidate_in_gluon_is_launched_differently() -> None:
     stages = [stage for stage, entry in present.items() if "HOPPER" in entry]
     assert len(stages) == 5
     for stage in stages:
-        found = [one.entry for one in candidates(plan, stage, present[stage], 2, LIMIT) if not one.reason]
+        found = [one.entry for one in candidates(plan, stage, present[stage], 2, GOAL) if not one.reason]
         made = [launched(stage, entry) for entry in (present[stage], *found) if "HOPPER" in entry]
         assert len(made) > 3 and all(one not in made[:at] for at, one in enumerate(made)), stage
 
@@ -113,7 +113,7 @@ def test_every_candidate_in_gluon_is_launched_differently() -> None:
 def test_candidates_that_cannot_be_right_or_fast_are_left_out_with_a_reason() -> None:
     plan = lower(L2)
     entry = schedule(plan, targets()["cuda:90"], 2)["attend"]
-    found = [one for one in candidates(plan, "attend", {**entry, "BLOCK_N": 256, "num_stages": 4}, 2, LIMIT)]
+    found = [one for one in candidates(plan, "attend", {**entry, "BLOCK_N": 256, "num_stages": 4}, 2, GOAL)]
     assert any(one.reason and "shared memory" in one.reason for one in found)
     assert all(one.reason for one in found if one.entry["BLOCK_M"] != 16)
 
@@ -334,7 +334,7 @@ def test_entries_are_checked_with_the_kernels_themselves(dtype: Any) -> None:
         compile(SMALL), present, [Case(SMALL, 29, dtype=dtype)], 29, dtype, "cuda:80", device="cpu", batch=1, heads=1
     )
     for stage in ("attend", "grad_q", "grad_kv_l0", "grad_kv_l2", "select_l1", "scan", "pool"):
-        legal = [one.entry for one in candidates(plan, stage, present[stage], element, LIMIT) if one.reason is None]
+        legal = [one.entry for one in candidates(plan, stage, present[stage], element, GOAL) if one.reason is None]
         tiles = [entry for entry in legal if entry | {"num_warps": 1} != present[stage] | {"num_warps": 1}]
         assert bench.check(stage, tiles[0]) is None, stage
     assert bench.verify(present) is None
