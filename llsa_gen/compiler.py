@@ -47,7 +47,7 @@ class Attention:
 
         Tensors may have any strides and be float32, float16 or bfloat16, on a GPU or the CPU; M = N. `scale` is
         1/sqrt(D) unless given. With `return_lse` also the natural logarithm of the sum of weights, [B, H, N] float32,
-        without gradient. Raises TypeError or ValueError naming the argument, what came and what was expected.
+        differentiable too. Raises TypeError or ValueError naming the argument, what came and what was expected.
         """
         try:
             return self.module.attention(q, k, v, scale=scale, return_lse=return_lse)

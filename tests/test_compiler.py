@@ -252,6 +252,37 @@ def test_an_exported_module_stands_alone_and_may_be_imported_again(exported: Pat
     assert result.stdout == "fine\n", result.stderr
 
 
+LOADED = """
+import sys, torch
+if "import" in sys.argv:
+    import exported
+q = torch.randn(1, 2, 33, 24)
+o = torch.export.load("model.pt2").module()(q)
+assert torch.equal(o, exported.attention(q, q, q))
+print("fine")
+"""
+
+
+def test_a_saved_program_runs_in_a_fresh_process(attention: Attention, exported: Path) -> None:
+    """By the documented import; without it torch's own error names the operator, and so the module to import."""
+
+    class Model(torch.nn.Module):
+        def forward(self, q: Tensor) -> Tensor:
+            return output(attention, q, q, q)
+
+    n = torch.export.Dim("n", min=2)
+    program = torch.export.export(Model(), (torch.randn(1, 2, 50, 24),), dynamic_shapes=({2: n},))
+    torch.export.save(program, exported.parent / "model.pt2")
+    with_it, without = (
+        subprocess.run(
+            [sys.executable, "-c", LOADED, *words], cwd=exported.parent, capture_output=True, text=True, timeout=600
+        )
+        for words in (["import"], [])
+    )
+    assert with_it.stdout == "fine\n", with_it.stderr
+    assert without.returncode != 0 and attention.module.OPERATOR in without.stderr
+
+
 # ---- misused ----------------------------------------------------------------------------------------------------
 
 Q, K, V = qkv(12)

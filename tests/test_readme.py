@@ -4,9 +4,12 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
+import llsa_gen
 from llsa_gen.cli import app
+from llsa_gen.compiler import Attention
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -39,10 +42,24 @@ def test_the_module_is_as_long_as_it_says() -> None:
     assert re.findall(r"to a module of ([\d,]+) lines", README) == [f"{lines:,}"]
 
 
+def save_a_program(attention: Attention) -> None:
+    """What the README speaks of: nets/pixels.py and model.pt2."""
+
+    class Model(torch.nn.Module):
+        def forward(self, q: torch.Tensor) -> torch.Tensor:
+            return attention(q, q, q)  # type: ignore[return-value]
+
+    Path("nets").mkdir()
+    Path("nets/pixels.py").write_text(attention.source)
+    torch.export.save(torch.export.export(Model(), (torch.randn(1, 1, 40, 32),)), "model.pt2")
+
+
 def test_the_python_runs_in_its_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (spec,) = [text for language, text in BLOCKS if language == "yaml"]
     Path("pixels.yaml").write_text(spec)
+    save_a_program(llsa_gen.compile("pixels.yaml"))
+    monkeypatch.syspath_prepend(tmp_path)
     scripts = [text for language, text in BLOCKS if language == "python"]
     assert len(scripts) >= 3
     for script in scripts:
