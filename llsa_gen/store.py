@@ -115,6 +115,12 @@ class Store:
         except OSError:
             return None
 
+    def check(self) -> None:
+        """Raise CacheRefused where the directory in use is refused: nothing is stored there then, nothing removed."""
+        reason = self.refusal()
+        if reason is not None:
+            raise CacheRefused(f"the cache is refused: {reason}; remove it if it is yours, or set {CACHE_DIR_VARIABLE}")
+
     def trusted(self) -> bool:
         """Whether the directory in use may be read; where it may not, one warning per process and directory says so."""
         reason = self.refusal()
@@ -170,9 +176,7 @@ class Store:
         Other files in the directory are left alone, also those that somebody put inside an entry. Raises CacheError
         when an entry cannot be removed, or the directory is refused.
         """
-        reason = self.refusal()
-        if reason is not None:
-            raise CacheRefused(f"the cache cannot be cleared: {reason}; remove it by hand if it is yours")
+        self.check()
         doomed = [entry for entry in self.entries() if name is None or entry.name == name]
         try:
             if doomed:  # or else a directory that may not even exist would get a lock file
@@ -246,7 +250,7 @@ class Store:
 @contextmanager
 def locked(file: Path, seconds: float) -> Iterator[None]:
     """Hold the lock in `file`, or nothing when it cannot be had: held too long, no file, no locks on that disk."""
-    lock = _file_lock_class()(file, timeout=seconds, poll_interval=0.01)
+    lock = _file_lock_class()(file, timeout=seconds, mode=0o600, poll_interval=0.01)
     with suppress(OSError, NotImplementedError):  # filelock's Timeout is an OSError
         lock.acquire()
     try:

@@ -65,8 +65,8 @@ def add(store: Store, name: str, rows: Sequence[Mapping[str, Any]]) -> Path:
     directory, and OSError where the file cannot be written.
     """
     file = path(store, name)
+    store.check()
     trust.make_directory(file.parent)
-    trust.check_directory(store.root)
     trust.check_directory(file.parent)
     with locked(file.with_name(f"{file.name}.lock"), LOCK_SECONDS):  # without it, of two at once one may lose its rows
         same = [(row["stage"], row["when"]) for row in rows]
