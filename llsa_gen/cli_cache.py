@@ -47,9 +47,12 @@ def ls(as_json: Json = False) -> None:
         made = entry.created[:19].replace("T", " ")
         state = "" if entry.intact else "broken, will be made again"
         if entry.refused is not None:
-            state = "refused" if refusal is not None else f"refused: {entry.refused}"
+            state = "refused"
         table.add_row(entry.name, entry.digest[:12], made, human_bytes(entry.size_bytes), state)
     console().print(table)
+    for entry in entries:
+        if entry.refused is not None and refusal is None:
+            typer.echo(f"refused, for somebody else may have written it: {entry.refused}")
 
 
 @app.command(epilog="Example: llsa-gen cache clear llsa_l2 --yes")
