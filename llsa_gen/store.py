@@ -251,12 +251,13 @@ class Store:
 def locked(file: Path, seconds: float) -> Iterator[None]:
     """Hold the lock in `file`, or nothing when it cannot be had: held too long, no file, no locks on that disk."""
     lock = _file_lock_class()(file, timeout=seconds, mode=0o600, poll_interval=0.01)
-    with suppress(OSError, NotImplementedError):  # filelock's Timeout is an OSError
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()  # does nothing when it is not held
+    with forks.whole():  # or a child would hold it too, without knowing
+        with suppress(OSError, NotImplementedError):  # filelock's Timeout is an OSError
+            lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()  # does nothing when it is not held
 
 
 @cache
