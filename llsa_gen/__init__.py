@@ -6,6 +6,8 @@ for torch or triton.
 
 from typing import TYPE_CHECKING
 
+from llsa_gen import forks
+
 if TYPE_CHECKING:
     from llsa_gen import fuzz, reference
     from llsa_gen.compiler import compile
@@ -31,17 +33,18 @@ _HOMES = {
 if not TYPE_CHECKING:
 
     def __getattr__(name: str) -> object:
-        import importlib
-
-        if name == "__version__":
-            value = _version()
-        elif name in _HOMES:
-            module, attribute = _HOMES[name]
-            value = importlib.import_module(module)
-            if attribute is not None:
-                value = getattr(value, attribute)
-        else:
+        if name not in ("__version__", *_HOMES):
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        with forks.whole(forks.IMPORT_SECONDS):  # every import that may happen here
+            import importlib
+
+            if name == "__version__":
+                value = _version()
+            else:
+                module, attribute = _HOMES[name]
+                value = importlib.import_module(module)
+                if attribute is not None:
+                    value = getattr(value, attribute)
         globals()[name] = value  # the next access does not come here
         return value
 

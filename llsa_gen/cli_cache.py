@@ -26,14 +26,16 @@ def ls(as_json: Json = False) -> None:
     from llsa_gen.units import human_bytes
 
     store = Store()
-    entries = store.entries()
+    entries, refusal = store.entries(), store.refusal()
     files = [str(file) for file in tuned.files(store)]
     if as_json:
-        fields = ("name", "digest", "created", "size_bytes", "intact")
+        fields = ("name", "digest", "created", "size_bytes", "intact", "refused")
         rows = [{name: getattr(entry, name) for name in fields} | {"path": str(entry.path)} for entry in entries]
-        print_json({"directory": str(store.root), "entries": rows, "tuned": files})
+        print_json({"directory": str(store.root), "refused": refusal, "entries": rows, "tuned": files})
         return
     typer.echo(f"{store.root}: {_counted(len(entries))}")
+    if refusal is not None:
+        typer.echo(f"nothing here is used, for somebody else may have written it: {refusal}")
     for file in files:
         typer.echo(f"tuned schedules: {file}")
     if not entries:
@@ -44,8 +46,13 @@ def ls(as_json: Json = False) -> None:
     for entry in entries:
         made = entry.created[:19].replace("T", " ")
         state = "" if entry.intact else "broken, will be made again"
+        if entry.refused is not None:
+            state = "refused"
         table.add_row(entry.name, entry.digest[:12], made, human_bytes(entry.size_bytes), state)
     console().print(table)
+    for entry in entries:
+        if entry.refused is not None and refusal is None:
+            typer.echo(f"refused, for somebody else may have written it: {entry.refused}")
 
 
 @app.command(epilog="Example: llsa-gen cache clear llsa_l2 --yes")
@@ -59,6 +66,7 @@ def clear(
     from llsa_gen.store import Store
 
     store = Store()
+    store.check()
     doomed = [entry for entry in store.entries() if name is None or entry.name == name]
     if name is not None and not doomed:
         raise LlsaGenError(f"{name}: {store.root} holds no module of this name")

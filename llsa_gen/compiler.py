@@ -2,14 +2,13 @@
 
 import hashlib
 import os
-import threading
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from llsa_gen import emit, schedule, tuned
+from llsa_gen import emit, forks, schedule, tuned
 from llsa_gen.errors import KernelCompileError
 from llsa_gen.loading import load_text
 from llsa_gen.plan import Plan, lower
@@ -26,7 +25,7 @@ GENERATORS = (
 """Modules of this package that decide what is emitted."""
 
 _compiled: dict[str, "Attention"] = {}
-_lock = threading.Lock()
+_lock = forks.Lock()
 
 
 class Attention:
@@ -89,16 +88,17 @@ def compile(source: str | os.PathLike[str] | Mapping[str, object] | Spec, *, sto
     Tile shapes are the shipped ones, and those that `llsa-gen tune` has put into the store. Raises MissingSpecFile or
     SpecError for what is wrong with the spec.
     """
-    spec, store = load(source), store or Store()
-    plan = lower(spec)
-    schedules = schedule.schedules(plan, tuned.targets(store))
-    key = cache_key(plan, schedules)
-    with _lock:
-        if key.digest not in _compiled:
-            text, path = store.fetch(key, lambda: emit.render(plan, schedules))
-            module = load_text(spec.name, key.digest, text, path)
-            _compiled[key.digest] = Attention(spec, module, text, path)
-        return _compiled[key.digest]
+    with forks.whole():  # also what is before the lock, for the libraries that it uses have locks and caches too
+        spec, store = load(source), store or Store()
+        plan = lower(spec)
+        schedules = schedule.schedules(plan, tuned.targets(store))
+        key = cache_key(plan, schedules)
+        with _lock:
+            if key.digest not in _compiled:
+                text, path = store.fetch(key, lambda: emit.render(plan, schedules))
+                module = load_text(spec.name, key.digest, text, path)
+                _compiled[key.digest] = Attention(spec, module, text, path)
+            return _compiled[key.digest]
 
 
 def cache_key(plan: Plan, schedules: schedule.Schedules) -> Key:

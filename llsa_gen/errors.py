@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 __all__ = [
     "CacheError",
+    "CacheRefused",
     "CheckFailed",
     "DeviceLost",
     "KernelCompileError",
@@ -85,6 +86,10 @@ class KernelCompileError(LlsaGenError):
 
 class CacheError(LlsaGenError):
     """The store could not do what it was asked, and doing without it would hide the fault."""
+
+
+class CacheRefused(CacheError):
+    """What is in the cache may come from somebody else than the user or root: it is not executed."""
 
 
 class UnknownTargetError(LlsaGenError):

@@ -14,6 +14,7 @@ from importlib.abc import ExecutionLoader
 from pathlib import Path
 from types import ModuleType
 
+from llsa_gen import forks
 from llsa_gen.errors import CacheError
 from llsa_gen.store_entry import read_entry
 
@@ -21,7 +22,21 @@ PACKAGE = "llsa_gen_modules"
 
 # One lock for all: generated modules import torch, triton and the standard library, never each other. Reentrant, as
 # the lock of an import is.
-_lock = threading.RLock()
+_lock = forks.Lock(forks.IMPORT_SECONDS)
+
+_under_way: dict[str, int] = {}
+"""Modules that are being executed, by name, and the thread that does it."""
+
+
+def _forget_the_unfinished() -> None:
+    """In a child process: what another thread was executing at the fork stays half done, and is executed anew."""
+    for name, thread in list(_under_way.items()):
+        if thread != threading.get_ident():
+            del _under_way[name]
+            sys.modules.pop(name, None)
+
+
+forks.in_child(_forget_the_unfinished)
 
 
 class _TextLoader(ExecutionLoader):
@@ -68,12 +83,15 @@ def load_text(name: str, digest: str, text: str, path: Path | None = None) -> Mo
         module = importlib.util.module_from_spec(spec)
         _remember_lines(filename, text)
         _ensure_package()
+        _under_way[full_name] = threading.get_ident()
         sys.modules[full_name] = module
         try:
             spec.loader.exec_module(module)
         except BaseException:
             del sys.modules[full_name]
             raise
+        finally:
+            del _under_way[full_name]
         return module
 
 

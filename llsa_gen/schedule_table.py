@@ -11,6 +11,7 @@ tile shapes take the place of the rules' (`set`), and where it comes from: `why`
 """
 
 import json
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -81,6 +82,13 @@ MEASURED: dict[str, type | tuple[type, ...]] = {
     "gpu": str, "date": str, "before_us": (int, float), "after_us": (int, float),
 }  # fmt: skip
 """What `measured` must say; it may say more: the spec, N, versions."""
+
+MOST_MICROSECONDS = 1e12
+"""Eleven days."""
+
+SHOWN = reprlib.Repr()
+"""How a message shows what came, which may be long, or nested deeper than `repr` goes."""
+SHOWN.maxlist, SHOWN.maxstring, SHOWN.maxother = 12, 80, 80
 
 
 @dataclass(frozen=True)
@@ -228,6 +236,7 @@ def _reason(row: Mapping[str, Any], where: "_Place") -> str:
     for name, kind in MEASURED.items():
         value = measured.get(name)
         right = isinstance(value, kind) and not isinstance(value, bool)
+        right = right and (kind is str or 0 <= value < MOST_MICROSECONDS)  # NaN is neither
         where.need(right, f"measured.{name}", "a text" if kind is str else "microseconds", value)
     return (
         f"{measured['before_us']:g} us before, {measured['after_us']:g} after ({measured['gpu']}, {measured['date']})"
@@ -247,7 +256,7 @@ class _Place:
     def need(self, right: bool, field: str, expected: str, got: Any) -> None:
         if not right:
             place = f"{self.name}: {field}" if field else self.name
-            raise ScheduleTableError(f"{place}: expected {expected}, got {got!r}")
+            raise ScheduleTableError(f"{place}: expected {expected}, got {SHOWN.repr(got)}")
 
     def one_of(self, value: Any, field: str, legal: Any) -> None:
         # by type too: to Python, 1 is True

@@ -1,22 +1,23 @@
 """The store: emitted modules kept as files under the hash of everything that made them.
 
-It knows directories, locks and who else may be writing; `llsa_gen.store_entry` knows the files of one entry. Neither
-knows what the texts are: `llsa_gen.loading` turns them into Python modules.
+It knows directories, locks and who else may be writing; `llsa_gen.store_entry` knows the files of one entry, and
+`llsa_gen.trust` whose they may be. None knows what the texts are: `llsa_gen.loading` turns them into Python modules.
 """
 
 import os
 import shutil
-import threading
 import time
 import uuid
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from llsa_gen.errors import CacheError
+from llsa_gen import forks, trust
+from llsa_gen.errors import CacheError, CacheRefused
 from llsa_gen.store_entry import (
     DIGEST,
     Entry,
@@ -28,7 +29,10 @@ from llsa_gen.store_entry import (
     stage,
 )
 
-__all__ = ["CACHE_DIR_VARIABLE", "Difference", "Entry", "Explanation", "Key", "Store", "Stored"]
+if TYPE_CHECKING:
+    from filelock import FileLock
+
+__all__ = ["CACHE_DIR_VARIABLE", "Difference", "Entry", "Explanation", "Key", "Store", "Stored", "locked"]
 
 CACHE_DIR_VARIABLE = "LLSA_GEN_CACHE_DIR"
 LOCK_FILE = ".llsa-gen.lock"
@@ -37,7 +41,7 @@ PUBLISHING_ATTEMPTS = 10  # a second one is needed only where somebody removes f
 STALE_STAGING_SECONDS = 24 * 60 * 60
 
 _warned_about: set[str] = set()
-_warning_lock = threading.Lock()
+_warning_lock = forks.Lock()
 
 
 class Stored(NamedTuple):
@@ -61,7 +65,7 @@ class Explanation:
     """Why a key hits or misses; `closest` and `differences` are set when `outcome` is "differs"."""
 
     key: Key
-    outcome: Literal["hit", "broken", "unknown name", "differs"]
+    outcome: Literal["hit", "refused", "broken", "unknown name", "differs"]
     detail: str
     closest: Entry | None = None
     differences: tuple[Difference, ...] = ()
@@ -93,25 +97,47 @@ class Store:
         return _default_root() if self._root is None else self._root
 
     def get(self, key: Key) -> Path | None:
-        """The file of the entry, verified a moment ago; None on a miss, which a broken or unreadable entry is too."""
+        """The file of the entry, verified a moment ago; None on a miss, as a broken or refused entry is too."""
         return None if self.read(key) is None else self._path(key)
 
     def read(self, key: Key) -> str | None:
         """The verified text of the entry, None on a miss. Nobody can change it between check and use, unlike a file."""
+        with suppress(OSError, CacheRefused):
+            return self._read(key)
+        return None
+
+    def refusal(self) -> str | None:
+        """Why the directory in use is not used: somebody else may write it. None where it is used, or not there yet."""
         try:
-            return read_entry(self._path(key).parent)[1]
-        except (OSError, CacheError):
+            trust.check_directory(self.root)
+        except CacheRefused as error:
+            return str(error)
+        except OSError:
             return None
+
+    def check(self) -> None:
+        """Raise CacheRefused where the directory in use is refused: nothing is stored there then, nothing removed."""
+        reason = self.refusal()
+        if reason is not None:
+            raise CacheRefused(f"the cache is refused: {reason}; remove it if it is yours, or set {CACHE_DIR_VARIABLE}")
+
+    def trusted(self) -> bool:
+        """Whether the directory in use may be read; where it may not, one warning per process and directory says so."""
+        reason = self.refusal()
+        if reason is not None:
+            _warn_once(CacheRefused(reason), self._place())
+        return reason is None
 
     def put(self, key: Key, text: str) -> Path | None:
         """Publish `text` and return its file; None, with one warning per process and directory, when that fails.
 
-        Replaces an entry that is broken or holds another text. Writers that race on one key all succeed.
+        Replaces an entry that is broken or holds another text; leaves alone what is refused. Writers that
+        race on one key all succeed.
         """
-        if self.read(key) == text:
-            return self._path(key)
         try:
             path = self._path(key)
+            if self._read(key) == text:
+                return path
             for attempts_left in reversed(range(PUBLISHING_ATTEMPTS)):
                 try:
                     self._stage_and_publish(key, text, path)
@@ -121,7 +147,7 @@ class Store:
                         raise
             _remove_stale_staging(self)
             return path
-        except OSError as error:
+        except (OSError, CacheRefused) as error:
             _warn_once(error, self._place())
             return None
 
@@ -148,12 +174,13 @@ class Store:
         """Remove the entries of one spec, or all of them; returns how many.
 
         Other files in the directory are left alone, also those that somebody put inside an entry. Raises CacheError
-        when an entry cannot be removed.
+        when an entry cannot be removed, or the directory is refused.
         """
+        self.check()
         doomed = [entry for entry in self.entries() if name is None or entry.name == name]
         try:
             if doomed:  # or else a directory that may not even exist would get a lock file
-                with self._publishing(self.root):
+                with locked(self.root / LOCK_FILE, self._lock_timeout):
                     for entry in doomed:
                         remove_entry(entry)
         except OSError as error:
@@ -166,6 +193,11 @@ class Store:
 
         Raises CacheError when the directory cannot be listed.
         """
+        try:
+            with suppress(OSError):
+                self._read(key)
+        except CacheRefused as error:
+            return Explanation(key, "refused", f"miss, and nothing will be stored, for the cache is refused: {error}")
         entries = self.entries()
         for entry in entries:
             if entry.digest == key.digest and entry.intact:
@@ -182,6 +214,16 @@ class Store:
         detail = f"miss, the closest entry ({closest.digest[:12]}, {closest.created}) differs in {share}:"
         return Explanation(key, "differs", detail, closest, differences)
 
+    def _read(self, key: Key) -> str | None:
+        """As `read`. Raises CacheRefused, and OSError where there is no cache directory."""
+        directory = self._path(key).parent
+        try:
+            return read_entry(directory)[1]
+        except CacheRefused:
+            raise
+        except CacheError:
+            return None
+
     def _place(self) -> str:
         """The directory, for messages, which must not fail."""
         try:
@@ -191,11 +233,12 @@ class Store:
 
     def _stage_and_publish(self, key: Key, text: str, path: Path) -> None:
         root = path.parent.parent
-        root.mkdir(parents=True, exist_ok=True)
+        trust.make_directory(root)
+        trust.check_directory(root)
         staged = root / f"{STAGING_PREFIX}{uuid.uuid4().hex}"
         try:
             stage(staged, key, text)
-            with self._publishing(root):
+            with locked(root / LOCK_FILE, self._lock_timeout):
                 publish(staged, path)
         finally:
             shutil.rmtree(staged, ignore_errors=True)
@@ -203,18 +246,26 @@ class Store:
     def _path(self, key: Key) -> Path:
         return self.root / key.digest / f"{key.name}.py"
 
-    @contextmanager
-    def _publishing(self, root: Path) -> Iterator[None]:
-        """Hold the lock of `root`, or nothing when it cannot be had: held too long, or no locks on this file system."""
-        from filelock import FileLock  # here, because only writers need it and a warm start should not pay for it
 
-        lock = FileLock(root / LOCK_FILE, timeout=self._lock_timeout, poll_interval=0.01)
+@contextmanager
+def locked(file: Path, seconds: float) -> Iterator[None]:
+    """Hold the lock in `file`, or nothing when it cannot be had: held too long, no file, no locks on that disk."""
+    lock = _file_lock_class()(file, timeout=seconds, mode=0o600, poll_interval=0.01)
+    with forks.whole():  # or a child would hold it too, without knowing
         with suppress(OSError, NotImplementedError):  # filelock's Timeout is an OSError
             lock.acquire()
         try:
             yield
         finally:
             lock.release()  # does nothing when it is not held
+
+
+@cache
+def _file_lock_class() -> "type[FileLock]":
+    from filelock import FileLock  # here, because only writers need it and a warm start should not pay for it
+
+    forks.go_first()
+    return FileLock
 
 
 def _default_root() -> Path:
@@ -247,14 +298,17 @@ def _differences(stored: Mapping[str, str], current: Mapping[str, str]) -> tuple
     return tuple(found)
 
 
-def _warn_once(error: OSError, place: str) -> None:
+def _warn_once(error: OSError | CacheRefused, place: str) -> None:
+    refused = isinstance(error, CacheRefused)
     with _warning_lock:
-        if place in _warned_about:
+        if (told := f"refused: {place}" if refused else place) in _warned_about:
             return
-        _warned_about.add(place)
+        _warned_about.add(told)
+    which = "remove it if it is yours, or " if refused else ""
+    wanted = "that only you can write" if refused else "that can be written"
     warnings.warn(
-        f"llsa_gen cannot write to its cache, {place} ({error}); compiled modules are kept in memory, for this process "
-        f"only; set {CACHE_DIR_VARIABLE} to a directory that can be written",
+        f"llsa_gen cannot {'use' if refused else 'write to'} its cache, {place} ({error}); compiled modules are kept "
+        f"in memory, for this process only; {which}set {CACHE_DIR_VARIABLE} to a directory {wanted}",
         RuntimeWarning,
         stacklevel=3,  # the caller of put
     )

@@ -20,7 +20,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
-from llsa_gen.errors import CacheError
+from llsa_gen import trust
+from llsa_gen.errors import CacheError, CacheRefused
 
 RECORD_FILE = "entry.json"
 DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -66,6 +67,7 @@ class Entry:
     parts: Mapping[str, str]
     path: Path
     intact: bool
+    refused: str | None = None  # why nothing of it is read, where somebody else may have written it
 
 
 class Record(NamedTuple):
@@ -79,12 +81,13 @@ class Record(NamedTuple):
 def read_entry(directory: Path) -> tuple[Record, str]:
     """The record and the text of the entry in `directory`, each file read once and the text verified as read.
 
-    Raises CacheError, naming the file, when a piece is missing, unreadable or not what was published.
+    Raises CacheError, naming the file, when a piece is missing, unreadable or not what was published; CacheRefused when
+    somebody else than the user or root may have put it there.
     """
     record = _read_record(directory)
     path = directory / f"{record.key.name}.py"
     try:
-        module = path.read_bytes()
+        module = trust.read(path)
         if _sha256(module) != record.sha256:
             raise CacheError(f"{path}: expected sha256 {record.sha256}, got {_sha256(module)}")
         return record, module.decode()
@@ -95,10 +98,16 @@ def read_entry(directory: Path) -> tuple[Record, str]:
 def _read_record(directory: Path) -> Record:
     path = directory / RECORD_FILE
     try:
-        fields = json.loads(path.read_bytes())
+        if directory.is_symlink():
+            raise NotADirectoryError(errno.ENOTDIR, "not a directory but a link", str(directory))
+        trust.check_directory(directory.parent)
+        trust.check_directory(directory)
+        fields = json.loads(trust.read(path))
         key = Key(fields["name"], fields["parts"])
         created = datetime.fromisoformat(fields["created"]).astimezone(UTC)
         record = Record(key, _iso(created), fields["sha256"])
+    except CacheRefused:
+        raise
     except Exception as error:  # a broken file may hold anything, so anything may go wrong
         raise CacheError(f"{path}: expected the record of an entry, got {type(error).__name__}: {error}") from error
     if key.digest != directory.name:
@@ -108,12 +117,12 @@ def _read_record(directory: Path) -> Record:
 
 def stage(staged: Path, key: Key, text: str) -> None:
     """Write the entry's files into the new directory `staged`. Raises OSError."""
-    staged.mkdir()
+    trust.make_directory(staged)
     module = text.encode()
-    (staged / f"{key.name}.py").write_bytes(module)
+    trust.write(staged / f"{key.name}.py", module)
     created = _iso(datetime.now(UTC))
     record = {"name": key.name, "created": created, "sha256": _sha256(module), "parts": dict(key.parts)}
-    (staged / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    trust.write(staged / RECORD_FILE, (json.dumps(record, indent=2) + "\n").encode())
 
 
 def publish(staged: Path, path: Path) -> None:
@@ -126,9 +135,13 @@ def publish(staged: Path, path: Path) -> None:
     except OSError as refused:
         if refused.errno not in (errno.ENOTEMPTY, errno.EEXIST) and not path.parent.is_dir():
             raise
+        if path.parent.is_symlink():  # what it leads to is not ours to mend
+            raise
         # Something is there: a broken entry, or one that another writer has just published. Mend it file by file; a
         # reader that sees one new and one old file either finds that they agree or takes it for a miss.
         for piece in (path.name, RECORD_FILE):
+            with suppress(OSError):  # an empty directory in the file's place, as mounts leave them behind
+                (path.parent / piece).rmdir()
             os.replace(staged / piece, path.parent / piece)
 
 
@@ -139,7 +152,7 @@ def inspect_entry(directory: Path) -> Entry | None:
     try:
         key, created, _ = _read_record(directory)
         name, parts = key.name, key.parts
-    except CacheError:
+    except CacheError:  # also where it is refused
         # The record proves nothing. Where nothing is beside it but what an entry has, it is ours; else perhaps not.
         try:
             files = {file.name for file in directory.iterdir()} - {"__pycache__"}
@@ -150,16 +163,21 @@ def inspect_entry(directory: Path) -> Entry | None:
         if RECORD_FILE not in files or len(modules) > 1 or len(files) > 1 + len(modules):
             return None
         name, parts = modules[0].removesuffix(".py") if modules else "unknown", {}
+        if not name.isidentifier():
+            return None
+    intact, refused = False, None
     try:
         read_entry(directory)
         intact = True
+    except CacheRefused as error:
+        refused = str(error)
     except CacheError:
-        intact = False
+        pass
     path = directory / f"{name}.py"
     size_bytes = 0
     with suppress(OSError):
-        size_bytes = path.stat().st_size
-    return Entry(directory.name, name, created, size_bytes, parts, path, intact)
+        size_bytes = path.lstat().st_size
+    return Entry(directory.name, name, created, size_bytes, parts, path, intact, refused)
 
 
 def remove_entry(entry: Entry) -> None:

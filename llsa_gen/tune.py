@@ -67,6 +67,7 @@ def tune(
     if make_bench is None and (knobs.runtime.interpret or not torch.cuda.is_available()):
         raise LlsaGenError("tune: expected a CUDA or ROCm GPU to measure on, and torch finds none")
     store = store or Store()
+    store.check()  # before anything is measured, which could not be kept
     attention = compile(spec, store=store)
     plan = lower(spec)
     if not 1 <= n_tokens <= plan.max_tokens:

@@ -8,21 +8,22 @@ import json
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from llsa_gen.errors import ScheduleTableError
+from llsa_gen import trust
+from llsa_gen.errors import CacheRefused, ScheduleTableError
 from llsa_gen.files import write_whole
 from llsa_gen.schedule_table import Target, parse, target
 from llsa_gen.schedule_table import targets as shipped
-from llsa_gen.store import Store
+from llsa_gen.store import Store, locked
 
 __all__ = ["add", "files", "path", "remove", "targets"]
 
 FOLDER = "schedules"
 LOCK_SECONDS = 5.0
+MOST_BYTES = 4 * 2**20  # of a file: some 20,000 rows
 
 _told: set[str] = set()
 
@@ -33,10 +34,9 @@ def path(store: Store, name: str) -> Path:
 
 
 def files(store: Store) -> list[Path]:
-    """The files that are there."""
+    """The files that are there, whatever they are."""
     try:
-        found = [path(store, name) for name in shipped()]
-        return [file for file in found if file.is_file()]
+        return [file for file in (path(store, name) for name in shipped()) if os.path.lexists(file)]
     except OSError:
         return []
 
@@ -44,14 +44,15 @@ def files(store: Store) -> list[Path]:
 def targets(store: Store) -> dict[str, Target]:
     """The shipped targets with this machine's rows behind theirs.
 
-    A file that cannot be read, or that says what no table may say, is ignored, with one warning a process.
+    A file that cannot be read, that others may write, or that says what no table may say, is ignored, with one warning
+    a process. Where the whole directory is refused, its warning is the store's.
     """
     tables = dict(shipped())
-    for file in files(store):
+    for file in files(store) if store.trusted() else []:
         try:
-            own = _read(file)
+            own = _parse(_load(file), file)
             tables[own.name] = replace(tables[own.name], rows=(*tables[own.name].rows, *own.rows))
-        except (OSError, ScheduleTableError) as error:
+        except (ScheduleTableError, CacheRefused) as error:
             _tell(f"tuned schedules are ignored: {error}")
     return tables
 
@@ -60,26 +61,19 @@ def add(store: Store, name: str, rows: Sequence[Mapping[str, Any]]) -> Path:
     """Put rows, as they stand in a table, into the file of a target, in one step; returns the file.
 
     They take the place of rows for the same stage and facts. A file that is broken is kept as `<file>.broken`.
-    Raises ScheduleTableError for rows that no table may hold, and OSError where the file cannot be written.
+    Raises ScheduleTableError for rows that no table may hold, CacheRefused where others may write the file or its
+    directory, and OSError where the file cannot be written.
     """
-    from filelock import (
-        FileLock,
-        Timeout,
-    )  # only here: compile reads without a lock, for a file is replaced in one step
-
     file = path(store, name)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(f"{file}.lock", timeout=LOCK_SECONDS)
-    with suppress(Timeout, NotImplementedError):  # without it, of two that tune at once one may lose its rows
-        lock.acquire()
-    try:
+    store.check()
+    trust.make_directory(file.parent)
+    trust.check_directory(file.parent)
+    with locked(file.with_name(f"{file.name}.lock"), LOCK_SECONDS):  # without it, of two at once one may lose its rows
         same = [(row["stage"], row["when"]) for row in rows]
         kept = [row for row in _rows_in(file) if (row["stage"], row["when"]) not in same]
-        text = _text(name, [*kept, *rows])
-        _parse(text, file)
-        write_whole(file, text)
-    finally:
-        lock.release()
+        table = {"target": name, "rows": [*kept, *rows]}
+        _parse(table, file)
+        write_whole(file, _text(table))
     return file
 
 
@@ -91,18 +85,21 @@ def remove(store: Store) -> int:
     return len(found)
 
 
-def _read(file: Path) -> Target:
+def _load(file: Path) -> Any:
+    """What the JSON in a file says. Raises CacheRefused, and ScheduleTableError for whatever else may be wrong."""
     try:
-        return _parse(file.read_text(encoding="utf-8"), file)
-    except UnicodeDecodeError as error:
-        raise ScheduleTableError(f"{file}: expected a table in JSON, got {error}") from None
+        trust.check_directory(file.parent)
+        data = json.loads(trust.read(file, MOST_BYTES))
+        json.dumps(data, ensure_ascii=False).encode()  # or a text in it could not be printed
+        return data
+    except CacheRefused:
+        raise
+    except Exception as error:  # a file may hold anything, so anything may go wrong: nested too deep, a FIFO
+        problem = f"{type(error).__name__}: {error}" if isinstance(error, RecursionError | MemoryError) else error
+        raise ScheduleTableError(f"{file}: expected a table in JSON, got {problem}") from None
 
 
-def _parse(text: str, file: Path) -> Target:
-    try:
-        data = json.loads(text)
-    except ValueError as error:
-        raise ScheduleTableError(f"{file}: expected a table in JSON, got {error}") from None
+def _parse(data: Any, file: Path) -> Target:
     name = file.stem.replace("_", ":")
     own = parse(data, str(file), target(name).shared_memory)
     if own.name != name:
@@ -112,21 +109,22 @@ def _parse(text: str, file: Path) -> Target:
 
 def _rows_in(file: Path) -> list[dict[str, Any]]:
     """The rows of the file, none where it is not there or broken; a broken one is set aside."""
-    if not file.exists():
+    if not os.path.lexists(file):
         return []
     try:
-        _read(file)
-        return [{"when": {}, **row} for row in json.loads(file.read_text(encoding="utf-8"))["rows"]]
+        data = _load(file)
+        _parse(data, file)
+        return [{"when": {}, **row} for row in data.get("rows", [])]
     except ScheduleTableError as error:
         os.replace(file, f"{file}.broken")
         _tell(f"tuned schedules were set aside as {file.name}.broken: {error}")
         return []
 
 
-def _text(name: str, rows: Sequence[Mapping[str, Any]]) -> str:
+def _text(table: Mapping[str, Any]) -> str:
     """A table, one row a line."""
-    lines = ",\n".join(f"    {json.dumps(row)}" for row in rows)
-    return f'{{\n  "target": {json.dumps(name)},\n  "rows": [\n{lines}\n  ]\n}}\n'
+    lines = ",\n".join(f"    {json.dumps(row)}" for row in table["rows"])
+    return f'{{\n  "target": {json.dumps(table["target"])},\n  "rows": [\n{lines}\n  ]\n}}\n'
 
 
 def _tell(message: str) -> None:

@@ -13,6 +13,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     _share = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _share)))
 
+# What tests put into a cache by themselves would be refused if others could write it; tests of the umask set their own.
+os.umask(0o022)
+
 # No deadlines and no complaint about slow drawing: first calls compile, and the time they take says nothing.
 _patient = {"deadline": None, "print_blob": True, "suppress_health_check": [HealthCheck.too_slow]}
 settings.register_profile("dev", **_patient)

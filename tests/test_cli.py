@@ -615,6 +615,32 @@ def test_a_broken_entry_is_listed_as_such(place: Path) -> None:
     assert call("cache why tiny --json").json["outcome"] == "broken"
 
 
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="no owners here")
+def test_what_is_refused_is_said_and_left_alone(place: Path) -> None:
+    call("build tiny")
+    (stored,) = (place / "cache").glob("*/tiny.py")
+    stored.chmod(0o666)
+    reason = f"{stored} may be written by others than its owner (-rw-rw-rw-)"
+    assert call("cache ls").out.endswith(f"refused, for somebody else may have written it: {reason}\n")
+    assert call("cache ls --json").json["entries"][0]["refused"] == reason
+    assert call("cache ls --json").json["refused"] is None
+    assert call("cache why tiny --json").json["outcome"] == "refused" and reason in call("cache why tiny").out
+
+    (place / "cache").chmod(0o777)
+    reason = f"{place / 'cache'} may be written by others than its owner (drwxrwxrwx)"
+    listed = call("cache ls")
+    assert listed.code == 0 and reason in listed.out and "tiny" in listed.out
+    assert call("cache ls --json").json["refused"] == reason
+    assert call("cache why tiny --json").json["outcome"] == "refused" and reason in call("cache why tiny").out
+    for command in ("cache clear", "cache clear --yes --tuned", "cache clear tiny --yes"):
+        result = call(command)
+        assert (result.code, result.out) == (1, "")
+        assert result.err.startswith(f"the cache is refused: {reason}; ") and result.err.count("\n") == 1
+    assert stored.exists()
+    (place / "cache").chmod(0o755)
+    assert call("cache clear --yes").out == f"removed 1 module from {place / 'cache'}\n"
+
+
 def test_a_cache_that_cannot_be_listed_is_one_message(place: Path) -> None:
     (place / "cache").write_text("a file")
     for command in ("cache ls", "cache clear --yes", "cache why tiny"):

@@ -37,6 +37,8 @@ ROOMS = {
     # the five stages, each knowing only what is before it
     "errors": room(),
     "files": room(),
+    "forks": room(),
+    "trust": room(),
     "spec_mistakes": room("", "pydantic"),
     "spec_yaml": room("spec_mistakes", "yaml"),
     "spec": room("spec_mistakes spec_yaml", "pydantic pydantic_core"),
@@ -49,11 +51,11 @@ ROOMS = {
     "schedule": room("plan schedule_table schedule_memory schedule_fit"),
     "networks": room(),
     "emit": room("spec plan schedule networks", "jinja2 sympy"),
-    "store_entry": room(),
-    "store": room("store_entry", "filelock platformdirs"),
-    "loading": room("store_entry"),
-    "tuned": room("schedule_table store files", "filelock"),
-    "compiler": room("spec plan schedule tuned emit store loading failure", "torch triton"),
+    "store_entry": room("trust"),
+    "store": room("store_entry trust forks", "filelock platformdirs"),
+    "loading": room("store_entry forks"),
+    "tuned": room("schedule_table store trust files"),
+    "compiler": room("spec plan schedule tuned emit store loading forks failure", "torch triton"),
     # beside the line
     "reference": room("spec reference_selection", "torch"),
     "reference_selection": room("spec", "torch"),
@@ -110,7 +112,7 @@ ROOMS = {
     "demo": room("__init__ spec plan schedule compiler reference cost demo_photo demo_picture", "torch rich typer"),
     "demo_photo": room("spec", "torch matplotlib"),
     "demo_picture": room("spec demo_photo", "torch matplotlib"),
-    "__init__": room("spec compiler reference fuzz"),
+    "__init__": room("spec compiler reference fuzz forks"),
     "__main__": room("cli"),
 }
 

@@ -4,6 +4,8 @@ import errno
 import itertools
 import os
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -11,7 +13,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -373,3 +375,94 @@ def test_entries_that_vanish_while_they_are_listed(store: Store, monkeypatch: py
 
     monkeypatch.setattr(Path, "iterdir", listing_before_a_clear)
     assert [entry.digest for entry in store.entries()] == [keys[0].digest]
+
+
+# --- places that are occupied
+
+
+@pytest.fixture
+def impatient() -> Iterator[None]:
+    """Nothing may be waited for: not a FIFO, which nobody writes."""
+
+    def give_up(*_: object) -> None:
+        pytest.fail("it waits for ever")  # a BaseException: no handler takes it for a broken file
+
+    before = signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(60)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def make_full_directory(path: Path) -> None:
+    path.mkdir()
+    (path / "thesis.tex").write_text("years of work")
+
+
+def make_link_to_directory(path: Path) -> None:
+    outside = path.with_name("outside")
+    make_full_directory(outside)
+    path.symlink_to(outside)
+
+
+def make_socket(path: Path) -> None:
+    # by a short name: the name of a socket has at most some 100 bytes
+    with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as made:
+        made.bind(f"{folder}/it")
+        os.rename(f"{folder}/it", path)
+
+
+OCCUPANTS: dict[str, Callable[[Path], object]] = {
+    "a file": lambda path: path.write_text("somebody's"),
+    "an empty file": Path.touch,
+    "a huge file": lambda path: path.touch() or os.truncate(path, 2**40),
+    "an empty directory": Path.mkdir,
+    "a full directory": make_full_directory,
+    "a dangling link": lambda path: path.symlink_to("nowhere"),
+    "a link to itself": lambda path: path.symlink_to(path.name),
+    "a link to a directory": make_link_to_directory,
+    "a link to a device": lambda path: path.symlink_to("/dev/zero"),
+    "a FIFO": os.mkfifo,
+    "a socket": make_socket,
+}
+
+PLACES = [".", KEY.digest, f"{KEY.digest}/llsa_l2.py", f"{KEY.digest}/{RECORD_FILE}", LOCK_FILE]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no such things here")
+@pytest.mark.usefixtures("unwarned", "impatient")
+@pytest.mark.parametrize("occupant", OCCUPANTS)
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("is_complete", [False, True])
+def test_an_occupied_place_is_repaired_or_passed_over(
+    store: Store, place: str, occupant: str, is_complete: bool
+) -> None:
+    if is_complete:
+        store.put(KEY, TEXT)
+    occupied = store.root / place
+    if occupied.is_dir() and not occupied.is_symlink():
+        shutil.rmtree(occupied)
+    occupied.unlink(missing_ok=True)
+    occupied.parent.mkdir(parents=True, exist_ok=True)
+    OCCUPANTS[occupant](occupied)
+    precious = list(store.root.parent.rglob("thesis.tex"))
+    assert len(precious) == ("full" in occupant or "to a directory" in occupant)
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            text, path = store.fetch(KEY, lambda: TEXT)
+            assert text == TEXT and path == store.get(KEY)
+    assert len(caught) == (0 if path is not None else 1)
+    if path is not None:
+        assert path.read_text() == TEXT
+    for human_asks in (store.entries, lambda: store.why(KEY), store.clear):
+        with suppress(CacheError):
+            human_asks()
+    for file in precious:
+        assert file.read_text() == "years of work"
+        if "link" in occupant and place != ".":
+            assert list(file.parent.iterdir()) == [file], "it is not ours to fill"
+    assert staged(store.root) == [] if store.root.is_dir() else True
+    if place == LOCK_FILE:
+        assert path is not None, "the lock only spares work"
