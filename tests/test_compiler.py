@@ -308,7 +308,6 @@ WRONG: dict[str, tuple[dict[str, object], type[Exception], str]] = {
     "heads": ({"v": V[:, :1]}, ValueError, r"v: expected shape \[2, 3, 12, 24\] like q .* got \[2, 1, 12, 24\]"),
     "lengths": ({"k": K[:, :, :5]}, ValueError, r"k: expected shape .* like q \(self-attention\), got \[2, 3, 5, 24\]"),
     "values longer": ({"v": torch.cat([V, V], 2)}, ValueError, "v: expected shape .* like q"),
-    "no tokens": (dict.fromkeys("qkv", Q[:, :, :0]), ValueError, "q: expected 1 to .* tokens, got N = 0"),
     "sparse": ({"q": Q.to_sparse()}, TypeError, "q: expected a dense tensor, got layout torch.sparse_coo"),
     "nested": ({"q": torch.nested.nested_tensor([Q[0], Q[1]])}, TypeError, "q: expected a dense tensor"),
     "jagged": (
@@ -317,7 +316,11 @@ WRONG: dict[str, tuple[dict[str, object], type[Exception], str]] = {
         "q: expected a dense tensor, got layout torch.jagged",
     ),
     "meta": ({"k": K.to("meta")}, ValueError, "k: expected device cpu like q, got meta"),
-    "all meta": (dict.fromkeys("qkv", Q.to("meta")), ValueError, "q: expected a tensor on the CPU or a GPU"),
+    "too many tokens": (
+        dict.fromkeys("qkv", Q[:1, :1, :1].expand(1, 1, 2**31, 24)),
+        ValueError,
+        "q: expected at most .* tokens, got N = 2147483648",
+    ),
     "scale, bool": ({"scale": True}, TypeError, "scale: expected a number or None, got bool"),
     "scale, text": ({"scale": "0.1"}, TypeError, "scale: expected a number or None, got str"),
     "scale, tensor": ({"scale": torch.tensor(0.1)}, TypeError, "scale: expected a number or None, got Tensor"),
