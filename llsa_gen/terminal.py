@@ -40,10 +40,18 @@ def load_spec(text: str) -> "Spec":
     from llsa_gen.spec import load
 
     path = Path(text)
-    if path.is_file() or path.suffix or os.sep in text or path.name in ("", ".."):
+    if path.suffix or os.sep in text or path.name in ("", "..") or _is_meant(path):
         return load(text)
     here, there = Path(f"{text}.yaml"), Path("spec") / f"{text}.yaml"
-    return load(there if there.is_file() or (there.parent.is_dir() and not here.is_file()) else here)
+    return load(there if _is_meant(there) or (there.parent.is_dir() and not _is_meant(here)) else here)
+
+
+def _is_meant(path: Path) -> bool:
+    """Whether there is a file, or a link to nothing, of which whoever made it wants to hear."""
+    try:
+        return path.is_file() or (path.is_symlink() and not path.exists())
+    except OSError:  # a name that is too long, for example, which `load` says
+        return False
 
 
 def between(low: int, high: int | None = None) -> Callable[[int | None], int | None]:

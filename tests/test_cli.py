@@ -210,6 +210,22 @@ def test_a_missing_spec_is_one_message(command: str, place: Path) -> None:
         assert result.err.replace("\n", " ").split() == message.split(), said
 
 
+def test_a_link_to_nothing_is_told_by_whatever_name(place: Path) -> None:
+    (place / "spec" / "loose.yaml").symlink_to("gone.yaml")
+    (place / "here.yaml").symlink_to("gone.yaml")
+    (place / "bare").symlink_to("gone")
+    for said, told in {
+        "loose": "spec/loose.yaml",
+        "here": "here.yaml",
+        "here.yaml": "here.yaml",
+        "bare": "bare",
+    }.items():
+        result = call(f"explain {said} -n 10")
+        assert (result.code, result.out) == (1, "")
+        gone = "gone" if said == "bare" else "gone.yaml"
+        assert result.err == f"{told}: expected a spec file, got a link to {gone}, where nothing is\n"
+
+
 @pytest.mark.parametrize(
     "command", ["build {}", "bench {}", "check {}", "explain {} -n 10", "export {}", "cache why {}"]
 )
