@@ -2,7 +2,9 @@
 
 import json
 import os
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,7 +22,20 @@ if TYPE_CHECKING:
 
     from llsa_gen.spec import Spec
 
-__all__ = ["Commands", "DType", "Json", "SpecArgument", "between", "console", "load_spec", "print_json", "warn"]
+__all__ = [
+    "Commands",
+    "DType",
+    "Ended",
+    "Json",
+    "SpecArgument",
+    "between",
+    "console",
+    "exit_code",
+    "load_spec",
+    "print_json",
+    "signals_interrupt",
+    "warn",
+]
 
 
 class DType(StrEnum):
@@ -84,6 +99,43 @@ def print_json(data: object) -> None:
 def warn(message: object) -> None:
     """One line on stderr."""
     typer.secho(f"warning: {message}", fg=typer.colors.YELLOW, err=True)
+
+
+# ---- ending -----------------------------------------------------------------------------------------------------
+
+
+class Ended(KeyboardInterrupt):
+    """A signal that asks the process to end, where it is taken for Ctrl-C; `number` says which."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+@contextmanager
+def signals_interrupt() -> Iterator[None]:
+    """Inside, SIGTERM and SIGHUP interrupt like Ctrl-C, so that what was found until then is kept.
+
+    One that somebody handles or ignores already, as under nohup, is left alone.
+    """
+    numbers = (signal.SIGTERM, signal.SIGHUP) if threading.current_thread() is threading.main_thread() else ()
+    taken = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
+
+    def end(number: int, _: object) -> None:
+        raise Ended(number)
+
+    try:
+        for number in taken:
+            signal.signal(number, end)
+        yield
+    finally:
+        for number in taken:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def exit_code(interrupt: KeyboardInterrupt) -> int:
+    """What shells call a process that a signal has ended."""
+    return 128 + (interrupt.number if isinstance(interrupt, Ended) else signal.SIGINT)
 
 
 # ---- failing ----------------------------------------------------------------------------------------------------
