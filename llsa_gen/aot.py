@@ -230,6 +230,11 @@ def _failure(
 # ---- files --------------------------------------------------------------------------------------------------------
 
 
+def folder_of(directory: str | os.PathLike[str], name: str, target: str, dtype: torch.dtype | str) -> Path:
+    """Where `export` puts the kernels of a spec."""
+    return Path(directory) / f"{name}-{target.replace(':', '-')}-{dtype_name(dtype)}"
+
+
 def export(
     attention: Attention | ModuleType,
     directory: str | os.PathLike[str],
@@ -250,7 +255,7 @@ def export(
     module = module_of(attention)
     compiled = _compile(module, target, dtype, n_tokens, batch, heads, None)
     spec = load(module.SPEC)
-    folder = Path(directory) / f"{spec.name}-{target.replace(':', '-')}-{dtype_name(dtype)}"
+    folder = folder_of(directory, spec.name, target, dtype)
     folder.mkdir(parents=True, exist_ok=True)
     before = _files_of(folder)
     manifest = {

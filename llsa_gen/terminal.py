@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from typer.core import TyperGroup
 
-from llsa_gen.errors import CheckFailed, LlsaGenError
+from llsa_gen.errors import CheckFailed, LlsaGenError, short
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -76,7 +76,7 @@ def between(low: int, high: int | None = None) -> Callable[[int | None], int | N
         if value is None or (value >= low and (high is None or value <= high)):
             return value
         most = "" if high is None else f" and <= {high}"
-        raise typer.BadParameter(f"expected an integer >= {low}{most}, got {value}")
+        raise typer.BadParameter(f"expected an integer >= {low}{most}, got {short(str(value))}")
 
     return check
 
@@ -141,6 +141,13 @@ def exit_code(interrupt: KeyboardInterrupt) -> int:
 # ---- failing ----------------------------------------------------------------------------------------------------
 
 
+# click's, which typer has of its own in later versions
+UsageError = cast("type[typer.BadParameter]", typer.BadParameter.__mro__[1])
+
+MOST_REPEATED = 300
+"""Characters of a message about wrong usage, which repeats what was typed."""
+
+
 class Commands(TyperGroup):
     """Commands that fail with one clear message on stderr and exit code 1; any other exception is a bug."""
 
@@ -148,6 +155,9 @@ class Commands(TyperGroup):
         with _plain_warnings():
             try:
                 return super().invoke(ctx)
+            except UsageError as error:
+                error.message = short(error.message, MOST_REPEATED)
+                raise
             except CheckFailed as error:
                 _complain(error)
                 typer.echo(error.reproducer)
