@@ -18,16 +18,15 @@ def write_whole(path: Path, content: str | bytes) -> None:
     data = content.encode() if isinstance(content, str) else content
     staged = None
     try:
-        if path.exists():
-            if not path.is_file() and not path.is_dir():
-                path.write_bytes(data)
-                return
-            path = path.resolve()
-        handle, staged = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        if path.exists() and not path.is_file() and not path.is_dir():
+            path.write_bytes(data)
+            return
+        place = path.resolve() if path.exists() else path
+        handle, staged = tempfile.mkstemp(dir=place.parent, prefix=f".{place.name}.")
         with os.fdopen(handle, "wb") as file:
             file.write(data)
         os.chmod(staged, 0o644)
-        os.replace(staged, path)
+        os.replace(staged, place)
     except BaseException as error:
         if staged is not None:
             with suppress(OSError):
