@@ -230,6 +230,11 @@ def _failure(
 # ---- files --------------------------------------------------------------------------------------------------------
 
 
+def folder_of(directory: str | os.PathLike[str], name: str, target: str, dtype: torch.dtype | str) -> Path:
+    """Where `export` puts the kernels of a spec."""
+    return Path(directory) / f"{name}-{target.replace(':', '-')}-{dtype_name(dtype)}"
+
+
 @dataclass(frozen=True)
 class Export:
     """The kernels of a module, compiled for a target that has room for all of them, as they are about to be written."""
@@ -248,7 +253,7 @@ class Export:
         same is under way or has failed. Files that only the manifest before named are removed.
         """
         spec = load(self.module.SPEC)
-        folder = Path(directory) / f"{spec.name}-{self.target.replace(':', '-')}-{self.dtype}"
+        folder = folder_of(directory, spec.name, self.target, self.dtype)
         folder.mkdir(parents=True, exist_ok=True)
         before = _files_of(folder)
         manifest = {

@@ -1,19 +1,22 @@
 """Bench: a compiled spec and torch's dense attention in one process, each checked first and then timed.
 
 For every dtype and length the implementations are called on the same inputs, forward and forward with backward, from
-Python and as CUDA graphs; what comes of it is a `Row` for each. A wrong result ends the bench with an error, and no row
-is returned. What another implementation cannot do leaves an empty cell with the reason.
+Python and as CUDA graphs; what comes of it is a `Row` for each, handed out as soon as it is measured. A wrong result
+ends the bench with an error. What another implementation cannot do leaves an empty cell with the reason, and so does a
+length that memory does not suffice for.
 """
 
 import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
 import torch
 
 from llsa_gen import bench_kernels, bench_rivals
-from llsa_gen.bench_cell import OURS, Cell, Session, Step
+from llsa_gen.bench_cell import OURS, Cell, Session, Step, empty_rows, no_memory, said
 from llsa_gen.bench_machine import machine
+from llsa_gen.bench_rivals import Implementation
 from llsa_gen.bench_rows import Mode, Row
 from llsa_gen.bench_timing import CpuStopwatch, GpuStopwatch
 from llsa_gen.compiler import compile
@@ -69,8 +72,8 @@ def _names(request: Request, dtype: DType, n: int) -> tuple[str, ...]:
     return (OURS, *(rival.name for rival in rivals), *request.against)
 
 
-def bench(request: Request, step: Step = lambda _: None) -> tuple[Row, ...]:
-    """Measure everything that is asked for; `Request.cells` rows, ours first at every length.
+def bench(request: Request, step: Step = lambda _: None) -> Iterator[Row]:
+    """Measure everything that is asked for; `Request.cells` rows, ours first at every length, each when it is measured.
 
     `step` is called with what is measured next, and at the end with an empty text: once more than there are rows.
     Raises CheckFailed where ours disagrees with the reference, LlsaGenError where another implementation is wrong or
@@ -79,7 +82,6 @@ def bench(request: Request, step: Step = lambda _: None) -> tuple[Row, ...]:
     others = tuple(map(bench_rivals.named, request.against))
     attention = compile(request.spec)
     date, where = datetime.now(UTC).isoformat(timespec="seconds"), machine(request.device)
-    rows: list[Row] = []
     with torch.cuda.device(request.device) if request.on_gpu else contextlib.nullcontext():
         watch = GpuStopwatch(torch.device(request.device)) if request.on_gpu else CpuStopwatch()
         for dtype in request.dtypes:
@@ -90,11 +92,22 @@ def bench(request: Request, step: Step = lambda _: None) -> tuple[Row, ...]:
                 case = Case(
                     request.spec, n, batch=request.batch, heads=request.heads, dtype=dtype, device=request.device
                 )
-                inputs = case.tensors()
                 dense = bench_rivals.dense(request.device, dtype) if n <= request.dense_up_to else ()
-                for one in (session.ours, *dense, *others):
-                    rows += Cell(session, case, inputs, one).rows(step)
-                    if request.on_gpu:
-                        torch.cuda.empty_cache()
+                yield from _at(session, case, (session.ours, *dense, *others), step)
     step("")
-    return tuple(rows)
+
+
+def _at(session: Session, case: Case, implementations: Sequence[Implementation], step: Step) -> Iterator[Row]:
+    """The rows of one length and dtype."""
+    try:
+        inputs = case.tensors()
+    except Exception as error:
+        if not no_memory(error):
+            raise
+        for one in implementations:
+            yield from empty_rows(session, case, one, f"no memory for the inputs: {said(error)}", step)
+        return
+    for one in implementations:
+        yield from Cell(session, case, inputs, one).rows(step)
+        if case.device != "cpu":
+            torch.cuda.empty_cache()

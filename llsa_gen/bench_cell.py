@@ -1,7 +1,7 @@
 """A cell: one implementation on one input, checked, then timed in every mode, as one row a mode."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -9,18 +9,18 @@ import torch
 from torch import Tensor
 
 from llsa_gen import bench_check, bench_kernels, bench_timing, tuned
-from llsa_gen.bench_rivals import Implementation
+from llsa_gen.bench_rivals import MOST_SAID, Implementation
 from llsa_gen.bench_rows import Ceilings, KernelRow, Machine, Memory, Mode, Row, Timing
 from llsa_gen.bench_timing import Stopwatch
 from llsa_gen.compiler import Attention
 from llsa_gen.cost import Cost
-from llsa_gen.errors import LlsaGenError
+from llsa_gen.errors import LlsaGenError, short
 from llsa_gen.fuzz_cases import Case
 from llsa_gen.plan import lower
 from llsa_gen.schedule import schedule
 from llsa_gen.store import Store
 
-__all__ = ["OURS", "Cell", "Session", "Step"]
+__all__ = ["OURS", "Cell", "Session", "Step", "empty_rows", "no_memory", "said"]
 
 OURS = "llsa_gen"
 
@@ -30,6 +30,9 @@ MEASURED: tuple[str, ...] = ("forward", *NEEDS_BACKWARD)
 
 Step = Callable[[str], None]
 """Called with what is measured next."""
+
+OUT_OF_MEMORY = ("DefaultCPUAllocator", "bad_alloc", "Storage size calculation overflowed", "STATUS_ALLOC_FAILED")
+"""What stands in the RuntimeErrors by which torch says that memory does not suffice, where it has no class for that."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ class Session:
 
 
 class _CannotRun(Exception):
-    """Why an implementation that is not ours cannot be called with these inputs."""
+    """Why an implementation cannot be called with these inputs."""
 
 
 class _Once(NamedTuple):
@@ -76,25 +79,27 @@ class Cell:
         """Whether the inputs are there."""
         return self.inputs[0].is_cuda
 
-    def rows(self, step: Step) -> list[Row]:
-        """A row a mode; `step` is called for each. Raises CheckFailed or LlsaGenError where a result is wrong."""
-        modes = self.session.modes
-        texts = [f"{self.one.name}, {self.case.n:,} tokens, {self.case.dtype}, {mode}" for mode in modes]
+    def rows(self, step: Step) -> Iterator[Row]:
+        """A row a mode, each when it is measured; `step` is called before each.
+
+        Raises CheckFailed or LlsaGenError where a result is wrong, and LlsaGenError for whatever else stops ours.
+        """
+        texts = _texts(self.session, self.case, self.one)
         step(texts[0])
         with self.one.chosen():
             try:
                 error = self._checked()
+                once = self._once()
+                for number, (mode, text) in enumerate(zip(self.session.modes, texts, strict=True)):
+                    if number:
+                        step(text)
+                    yield self._timed(mode, error, once)
             except _CannotRun as why:
-                for text in texts[1:]:
-                    step(text)
-                return [self._row(mode, missing=dict.fromkeys(MEASURED, f"not available: {why}")) for mode in modes]
-            once = self._once()
-            rows = []
-            for mode, text in zip(modes, texts, strict=True):
-                if rows:
-                    step(text)
-                rows.append(self._timed(mode, error, once))
-            return rows
+                yield from empty_rows(self.session, self.case, self.one, str(why), step, begun=True)
+            except LlsaGenError:
+                raise
+            except Exception as other:
+                raise LlsaGenError(f"{self._place()}: raised {said(other)}") from other
 
     # ---- the calls ----------------------------------------------------------------------------------------------
 
@@ -115,19 +120,26 @@ class Cell:
         if self.one.kind == "ours":
             try:
                 return bench_check.check_ours(self.session.attention, self.case, self.inputs)
-            except torch.OutOfMemoryError as error:
-                raise LlsaGenError(f"{self._place()}: {said(error)}") from None
+            except Exception as error:
+                if no_memory(error):
+                    raise _CannotRun(said(error)) from None
+                raise
         with warnings.catch_warnings(record=True) as reasons:  # torch says there why a backend refuses
             warnings.simplefilter("always")
             try:
                 o = self.forward()
-            except Exception as error:  # whatever somebody else's code may raise
-                if self.one.kind == "dense" or isinstance(error, torch.OutOfMemoryError):
+            except (Exception, SystemExit) as error:  # whatever somebody else's code may raise
+                if self.one.kind == "dense" or no_memory(error):
                     raise _CannotRun("; ".join([said(error), *(said(reason.message) for reason in reasons)])) from None
                 raise LlsaGenError(f"{self._place()}: raised {said(error)}") from error
-        if self.one.kind == "dense":
-            return bench_check.check_dense(self.one, self.case, self.inputs, o)
-        bench_check.check_other(self.one, self.case, o)
+        try:
+            if self.one.kind == "dense":
+                return bench_check.check_dense(self.one, self.case, self.inputs, o)
+            bench_check.check_other(self.one, self.case, o)
+        except Exception as error:
+            if no_memory(error):
+                raise _CannotRun(f"checked in vain: {said(error)}") from None
+            raise
         return None
 
     def _check_replay(self, replay: Callable[[], object]) -> None:
@@ -145,8 +157,8 @@ class Cell:
         try:
             self.forward_backward()
             memory = self._memory() if self.on_gpu else None
-        except Exception as error:
-            if self.one.kind == "ours":
+        except (Exception, SystemExit) as error:
+            if self.one.kind == "ours" and not no_memory(error):
                 raise
             return _Once(None, None, dict.fromkeys(NEEDS_BACKWARD, f"backward raised {said(error)}"))
         missing = {} if self.on_gpu else dict.fromkeys(ON_GPU, "measured on a GPU only")
@@ -183,38 +195,60 @@ class Cell:
                 found[name] = bench_timing.measure(self.session.watch, run)
                 if self.on_gpu and name == "forward_backward":
                     host = bench_timing.host_us(run, found[name].median_ms)
-            except Exception as why:
-                if self.one.kind == "ours":
+            except (Exception, SystemExit) as why:
+                if self.one.kind == "ours" and not no_memory(why):
                     raise
                 missing[name] = said(why)
                 if name == "forward_backward":
                     missing["host_us"] = said(why)
         profiled = {"breakdown": once.breakdown, "ceilings": self.session.limits if once.breakdown else None}
-        return self._row(mode, error=error, memory=once.memory, host_us=host, missing=missing, **profiled, **found)
-
-    def _row(self, mode: Mode, **measured: Any) -> Row:
-        case = self.case
-        return Row(
-            date=self.session.date,
-            machine=self.session.machine,
-            spec=case.spec.canonical(),
-            digest=case.spec.digest,
-            implementation=self.one.name,
-            kind=self.one.kind,
-            n_tokens=case.n,
-            batch=case.batch,
-            heads=case.heads,
-            head_dim=case.spec.head_dim,
-            dtype=case.dtype,
-            mode=mode,
-            **measured,
-        )
+        measured = {"error": error, "memory": once.memory, "host_us": host, "missing": missing, **profiled, **found}
+        return _row(self.session, self.case, self.one, mode, **measured)
 
     def _place(self) -> str:
         return f"{self.one.name} at {self.case.n:,} tokens, {self.case.dtype}"
 
 
+def empty_rows(
+    session: Session, case: Case, one: Implementation, why: str, step: Step, *, begun: bool = False
+) -> Iterator[Row]:
+    """A row a mode of what cannot run; `step` is called before each but, where it has `begun`, the first."""
+    for number, (mode, text) in enumerate(zip(session.modes, _texts(session, case, one), strict=True)):
+        if number or not begun:
+            step(text)
+        yield _row(session, case, one, mode, missing=dict.fromkeys(MEASURED, f"not available: {why}"))
+
+
+def _texts(session: Session, case: Case, one: Implementation) -> list[str]:
+    return [f"{one.name}, {case.n:,} tokens, {case.dtype}, {mode}" for mode in session.modes]
+
+
+def _row(session: Session, case: Case, one: Implementation, mode: Mode, **measured: Any) -> Row:
+    return Row(
+        date=session.date,
+        machine=session.machine,
+        spec=case.spec.canonical(),
+        digest=case.spec.digest,
+        implementation=one.name,
+        kind=one.kind,
+        n_tokens=case.n,
+        batch=case.batch,
+        heads=case.heads,
+        head_dim=case.spec.head_dim,
+        dtype=case.dtype,
+        mode=mode,
+        **measured,
+    )
+
+
+def no_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory did not suffice."""
+    if isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY):
+        return True
+    return isinstance(error, MemoryError | torch.OutOfMemoryError)
+
+
 def said(error: object) -> str:
     """An exception or a warning as one line."""
-    name = f"{type(error).__name__}: " if isinstance(error, Exception) and not isinstance(error, Warning) else ""
-    return name + " ".join(str(error).split())
+    name = f"{type(error).__name__}: " if isinstance(error, BaseException) and not isinstance(error, Warning) else ""
+    return name + short(" ".join(str(error).split()), MOST_SAID)

@@ -117,4 +117,4 @@ def _not_finite(x: Tensor) -> str:
 
 
 def _failed(case: Case, message: str) -> CheckFailed:
-    return CheckFailed(f"{message}\nin {case!r}; nothing is timed or stored", fuzz.reproducer(case))
+    return CheckFailed(f"{message}\nin {case!r}; it is not timed, and no row of it stored", fuzz.reproducer(case))

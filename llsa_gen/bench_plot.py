@@ -4,6 +4,7 @@ A line is one implementation; where a length was measured eagerly and as a CUDA 
 what growth with N and with N^2 looks like. The figure is a dark card, so that it stands on white and on dark pages.
 """
 
+import io
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,8 +21,10 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 
 from llsa_gen.bench_rows import Kind, Row, label
 from llsa_gen.bench_table import fastest_dense
+from llsa_gen.errors import short
+from llsa_gen.files import write_whole
 
-__all__ = ["Line", "draw", "lines"]
+__all__ = ["Line", "draw", "format_of", "lines"]
 
 CARD, INK, MUTED, FAINT = "#12161d", "#e8ecf1", "#9aa5b3", "#4a5462"
 COLORS: Mapping[Kind, tuple[str, ...]] = {
@@ -79,11 +82,21 @@ def lines(rows: Sequence[Row], what: str) -> list[Line]:
     return found
 
 
+def format_of(path: Path) -> str:
+    """The format that the name of a file ends in. Raises ValueError for one that matplotlib does not write."""
+    suffix, known = path.suffix.lower().removeprefix("."), FigureCanvasAgg.get_supported_filetypes()
+    if suffix not in known:
+        came = f".{short(suffix)}" if suffix else "a name without such an end"
+        raise ValueError(f"expected a name that ends in one of {', '.join(f'.{name}' for name in known)}, got {came}")
+    return suffix
+
+
 def draw(rows: Sequence[Row], path: Path) -> None:
     """Write the plot of some rows, in the format that the name of the file ends in.
 
     Raises ValueError where no row has a time, or for a format that matplotlib does not write.
     """
+    suffix = format_of(path)
     panels = {what: lines(rows, what) for what in PANELS}
     points = [point for found in panels.values() for line in found for point in line.points]
     if not points:
@@ -105,7 +118,9 @@ def draw(rows: Sequence[Row], path: Path) -> None:
             _line(axes, line, colors[line.kind, line.name])
         _names(axes, found, lambda line: colors[line.kind, line.name])
         _ratios(axes, found)
-    figure.savefig(path, dpi=DPI, transparent=True)
+    content = io.BytesIO()
+    figure.savefig(content, format=suffix, dpi=DPI, transparent=True)
+    write_whole(path, content.getvalue())
 
 
 def _card(figure: Figure, rows: Sequence[Row]) -> None:

@@ -13,9 +13,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from llsa_gen.bench_rows import Kind
-from llsa_gen.errors import LlsaGenError
+from llsa_gen.errors import LlsaGenError, short
 
-__all__ = ["Implementation", "dense", "named"]
+__all__ = ["MOST_SAID", "Implementation", "dense", "named"]
+
+MOST_SAID = 500
+"""Characters of an exception that a row or a message repeats."""
 
 
 @dataclass(frozen=True)
@@ -60,19 +63,20 @@ def named(text: str) -> Implementation:
 
     Raises LlsaGenError where it cannot be imported or called.
     """
-    place = f"--against {text}"
+    place = f"--against {short(text)}"
     module_name, colon, attribute = text.partition(":")
     if not (module_name and colon and attribute):
-        raise LlsaGenError(f"--against: expected module:function, got {text!r}")
+        raise LlsaGenError(f"--against: expected module:function, got {short(repr(text))}")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:
         found = importlib.import_module(module_name)
-    except Exception as error:  # whatever the module does when it is imported
-        raise LlsaGenError(f"{place}: importing {module_name} raised {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:  # whatever the module does when it is imported
+        reason = f"{type(error).__name__}: {short(str(error), MOST_SAID)}"
+        raise LlsaGenError(f"{place}: importing {short(module_name)} raised {reason}") from error
     for part in attribute.split("."):
         if not hasattr(found, part):
-            raise LlsaGenError(f"{place}: expected {part!r} in {module_name}, got no such name")
+            raise LlsaGenError(f"{place}: expected {short(repr(part))} in {short(module_name)}, got no such name")
         found = getattr(found, part)
     if not callable(found):
         raise LlsaGenError(f"{place}: expected a callable f(q, k, v), got {type(found).__name__}")

@@ -11,7 +11,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
-from llsa_gen.errors import LlsaGenError
+from llsa_gen.errors import LlsaGenError, short
 
 __all__ = ["Ceilings", "KernelRow", "Kind", "Machine", "Memory", "Mode", "Row", "Timing", "dumps", "label", "read"]
 
@@ -142,9 +142,9 @@ def read(paths: Sequence[Path]) -> tuple[Row, ...]:
             rows += _ROWS.validate_json(path.read_bytes())
         except ValidationError as error:
             first = error.errors()[0]
-            where = ".".join(map(str, first["loc"]))
+            where = short(".".join(map(str, first["loc"])))
             raise LlsaGenError(
                 f"{path}: expected rows as `llsa-gen bench --json` writes them, got "
-                f"{f'row {where}: ' if where else ''}{first['msg']}"
+                f"{f'row {where}: ' if where else ''}{short(first['msg'], 200)}"
             ) from None
     return tuple(rows)

@@ -1,7 +1,7 @@
 """Tables of bench rows for the terminal: times beside the fastest dense attention, and kernels beside the roofline."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from rich import box
 from rich.console import Group, RenderableType
@@ -11,7 +11,7 @@ from rich.text import Text
 from llsa_gen.bench_rows import Row, Timing, label
 from llsa_gen.units import human_bytes, human_flops
 
-__all__ = ["fastest_dense", "tables"]
+__all__ = ["fastest_dense", "reasons", "tables"]
 
 PASSES = ("forward", "forward_backward")
 
@@ -34,7 +34,7 @@ def tables(rows: Sequence[Row]) -> RenderableType:
     profiled = {(row.date, row.digest, row.n_tokens, row.dtype): row for row in rows if row.breakdown}
     for row in profiled.values():
         parts += [_kernels(row), Text()]
-    parts += [Text(reason, style="yellow") for reason in _reasons(rows)]
+    parts += [Text(reason, style="yellow") for reason in reasons(rows)]
     return Group(*parts)
 
 
@@ -120,7 +120,7 @@ def _kernels(row: Row) -> Table:
     return table
 
 
-def _reasons(rows: Iterable[Row]) -> Iterable[str]:
+def reasons(rows: Iterable[Row]) -> Iterator[str]:
     """Why cells are empty, each reason once; not those that hold for a device as such."""
     seen: dict[tuple[str, str], list[int]] = {}
     for row in rows:

@@ -4,6 +4,9 @@ Only typer is imported here; each command imports what it needs, so that `llsa-g
 so that `check --interpret` can turn on Triton's interpreter before Triton is there.
 """
 
+import atexit
+import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,7 +17,7 @@ from llsa_gen.cli_bench import bench
 from llsa_gen.cli_check import check
 from llsa_gen.cli_tune import tune
 from llsa_gen.errors import LlsaGenError, SpecError
-from llsa_gen.files import write_whole
+from llsa_gen.files import must_take, write_whole
 from llsa_gen.terminal import Commands, DType, Json, SpecArgument, between, console, load_spec, print_json, warn
 
 if TYPE_CHECKING:
@@ -175,13 +178,19 @@ def export(
 
     for target in targets or ():
         known(target)  # a misspelt one should not be found out after the others
-    attention = compile(load_spec(spec))
-    path = directory / f"{attention.spec.name}.py"
-    if path.exists() and not force and MODULE_MARK not in path.read_text(encoding="utf-8", errors="replace"):
+    source = load_spec(spec)
+    path = directory / f"{source.name}.py"
+    if path.is_file() and not force and MODULE_MARK not in path.read_text(encoding="utf-8", errors="replace"):
         raise LlsaGenError(f"{path}: exists already and is no module that llsa-gen made; --force replaces it")
-    ready = [
-        _compile_for(attention, target, dtype) for target in targets or ()
-    ]  # all of it, before anything is written
+    must_take(path, folders=True)  # before minutes are spent
+    if targets:
+        from llsa_gen import aot
+
+        for target in targets:
+            must_take(aot.folder_of(directory, source.name, target, dtype.value) / aot.MANIFEST, folders=True)
+    attention = compile(source)
+    # all of it, before anything is written
+    ready = [_compile_for(attention, target, dtype) for target in targets or ()]
     directory.mkdir(parents=True, exist_ok=True)
     write_whole(path, attention.source)
     manifests = {one.target: str(_write_for(one, directory)) for one in ready}
@@ -213,4 +222,26 @@ app.add_typer(cli_cache.app, name="cache")
 
 def main() -> None:
     """The entry point of `llsa-gen` and `python -m llsa_gen`."""
-    app(prog_name="llsa-gen")
+    code: object = 1
+    atexit.register(lambda: leave(code))  # the first to register is the last to be called
+    try:
+        app(prog_name="llsa-gen")
+    except SystemExit as end:
+        code = end.code
+        raise
+
+
+def leave(code: object) -> None:
+    """End a process that has imported Triton here: after what was registered for its end, before Python is taken apart.
+
+    Triton 3.9 keeps references to Python's classes where nothing gives them back, from the first kernel in Gluon whose
+    layouts it infers, and its bindings then list 300 objects as leaked.
+    """
+    if "triton" not in sys.modules:
+        return
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):  # nobody reads it any more
+            code = code or 1
+    os._exit(code if isinstance(code, int) else int(code is not None))

@@ -1,7 +1,7 @@
 """The command `llsa-gen bench`: measure with a progress bar, or read what was measured; a table, JSON and a plot."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from llsa_gen.errors import LlsaGenError
-from llsa_gen.files import write_whole
-from llsa_gen.terminal import DType, between, console, load_spec
+from llsa_gen.files import must_take, write_whole
+from llsa_gen.terminal import DType, between, console, exit_code, load_spec, signals_interrupt, warn
 
 if TYPE_CHECKING:
+    from llsa_gen.bench import Request
     from llsa_gen.bench_rows import Row
 
 LENGTHS = {"cuda": (4096, 16384, 65536), "cpu": (1024, 4096)}
@@ -77,35 +78,35 @@ def bench(
     """
     if (spec is None) == (not sources):
         raise typer.BadParameter("expected a spec to measure, or --from and rows to read", param_hint="SPEC")
-    for path in (json_file, plot):
-        _must_be_writable(path)
-    draw = None if plot is None else _drawing()
+    draw = None if plot is None else _drawing(plot)
+    _must_take(json_file, plot, sources or ())
     if sources:
         from llsa_gen.bench_rows import read
 
-        rows = read(sources)
-    else:
-        assert spec is not None
-        rows = _measured(spec, lengths, dtypes, batch, heads, modes, against or [], dense_up_to, breakdown, device)
-    if json_file is not None:
-        from llsa_gen.bench_rows import dumps
+        _tell(read(sources), json_file, plot, draw)
+        return
+    assert spec is not None
+    request = _request(spec, lengths, dtypes, batch, heads, modes, against or [], dense_up_to, breakdown, device)
+    rows: list[Row] = []
+    end: BaseException | None = None
+    try:
+        with signals_interrupt():
+            _measure(request, rows, json_file)
+    except BaseException as error:  # whatever it is, after what it left has been told
+        end = error
+    try:
+        if rows:
+            _tell(rows, json_file, plot, draw)
+    except (OSError, LlsaGenError) as error:
+        if end is None:
+            raise
+        warn(error)
+    if end is not None:
+        raise end
+    _must_be_whole(rows)
 
-        if json_file == STDOUT:
-            typer.echo(dumps(rows), nl=False)
-        else:
-            write_whole(json_file, dumps(rows))
-    if json_file != STDOUT:
-        from llsa_gen.bench_table import tables
 
-        console().print(tables(rows))
-    if draw is not None and plot is not None:
-        try:
-            draw(rows, plot)
-        except ValueError as error:  # no time in any row, or a format that matplotlib does not write
-            raise LlsaGenError(f"--plot {plot}: {error}") from None
-
-
-def _measured(
+def _request(
     spec: str,
     lengths: Sequence[int] | None,
     dtypes: Sequence[DType] | None,
@@ -116,8 +117,8 @@ def _measured(
     dense_up_to: int,
     breakdown: bool,
     device: str | None,
-) -> "tuple[Row, ...]":
-    """Rows of a spec; what is not said depends on the device."""
+) -> "Request":
+    """What to measure of a spec; what is not said depends on the device."""
     source = load_spec(spec)
     import torch
 
@@ -127,7 +128,7 @@ def _measured(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     must_exist(device)
     kind = torch.device(device).type
-    request = bench.Request(
+    return bench.Request(
         spec=source,
         lengths=tuple(dict.fromkeys(lengths or LENGTHS[kind])),
         dtypes=tuple(dtype.value for dtype in dict.fromkeys(dtypes or DTYPES[kind])),
@@ -139,21 +140,107 @@ def _measured(
         dense_up_to=dense_up_to,
         breakdown=breakdown,
     )
-    with _progress(request.cells) as step:
-        return bench.bench(request, step)
 
 
-def _must_be_writable(path: Path | None) -> None:
+def _measure(request: "Request", rows: "list[Row]", json_file: Path | None) -> None:
+    """Put each row into `rows`, and all so far into the file, as soon as it is measured: a process may be killed."""
+    from llsa_gen import bench
+    from llsa_gen.bench_rows import dumps
+
+    at = "getting ready"
+    with _progress(request.cells) as show:
+
+        def step(text: str) -> None:
+            nonlocal at
+            at = text
+            show(text)
+
+        try:
+            for row in bench.bench(request, step):
+                rows.append(row)
+                if json_file is not None and _is_kept(json_file):
+                    with suppress(OSError):  # which the last attempt tells
+                        write_whole(json_file, dumps(rows))
+        except KeyboardInterrupt as interrupt:
+            warn(f"interrupted at: {at}; {len(rows)} of {request.cells} rows were measured")
+            raise typer.Exit(exit_code(interrupt)) from None
+
+
+def _tell(
+    rows: "Sequence[Row]",
+    json_file: Path | None,
+    plot: Path | None,
+    draw: "Callable[[Sequence[Row], Path], None] | None",
+) -> None:
+    """Write and print rows, each way whatever becomes of the others; the first that failed is raised at the end."""
+    from llsa_gen.bench_rows import dumps
+
+    def write() -> None:
+        if json_file is not None and json_file != STDOUT:
+            write_whole(json_file, dumps(rows))
+
+    def show() -> None:
+        if json_file == STDOUT:
+            typer.echo(dumps(rows), nl=False)
+            return
+        from llsa_gen.bench_table import tables
+
+        console().print(tables(rows))
+
+    def paint() -> None:
+        if draw is not None and plot is not None:
+            try:
+                draw(rows, plot)
+            except ValueError as error:  # no time in any row
+                raise LlsaGenError(f"--plot {plot}: {error}") from None
+
+    failures: list[Exception] = []
+    for way in (write, show, paint):
+        try:
+            way()
+        except (OSError, LlsaGenError) as error:
+            failures.append(error)
+    if failures:
+        raise failures[0]
+
+
+def _must_be_whole(rows: "Sequence[Row]") -> None:
+    """An error where ours could not be measured, memory being too small: what is missing of others is in the table."""
+    from llsa_gen.bench_table import reasons
+
+    missing = list(reasons(row for row in rows if row.kind == "ours"))
+    if missing:
+        raise LlsaGenError("\n".join(missing))
+
+
+def _must_take(json_file: Path | None, plot: Path | None, sources: Sequence[Path]) -> None:
     """One clear error before minutes are spent on rows that nobody could keep."""
-    if path is not None and path != STDOUT and not path.resolve().parent.is_dir():
-        raise LlsaGenError(f"{path}: expected a file in a folder that exists, got no folder {path.parent}")
+    if json_file is not None and plot is not None and json_file.resolve() == plot.resolve():
+        raise LlsaGenError(f"--plot {plot}: expected another file than that of --json, got the same")
+    if plot is not None and plot.resolve() in [source.resolve() for source in sources]:
+        raise LlsaGenError(f"--plot {plot}: expected another file than those of --from, got one of them")
+    for path in (json_file, plot):
+        if path is None or path == STDOUT:
+            continue
+        if not path.resolve().parent.is_dir():
+            raise LlsaGenError(f"{path}: expected a file in a folder that exists, got no folder {path.parent}")
+        must_take(path)
 
 
-def _drawing() -> "Callable[[Sequence[Row], Path], None]":
+def _is_kept(path: Path) -> bool:
+    """Whether a path is a file, or is to be one, that can be written again and again: no device and no pipe."""
+    return path != STDOUT and (path.is_file() or not path.exists())
+
+
+def _drawing(plot: Path) -> "Callable[[Sequence[Row], Path], None]":
     try:
-        from llsa_gen.bench_plot import draw
+        from llsa_gen.bench_plot import draw, format_of
     except ModuleNotFoundError as missing:
         raise LlsaGenError(f"--plot needs {missing.name}: pip install 'llsa-gen[demo]'") from None
+    try:
+        format_of(plot)
+    except ValueError as error:
+        raise LlsaGenError(f"--plot {plot}: {error}") from None
     return draw
 
 

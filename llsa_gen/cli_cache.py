@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from llsa_gen.errors import LlsaGenError
+from llsa_gen.errors import LlsaGenError, short
 from llsa_gen.terminal import Commands, Json, SpecArgument, console, load_spec, print_json
 
 app = typer.Typer(
@@ -69,7 +69,7 @@ def clear(
     store.check()
     doomed = [entry for entry in store.entries() if name is None or entry.name == name]
     if name is not None and not doomed:
-        raise LlsaGenError(f"{name}: {store.root} holds no module of this name")
+        raise LlsaGenError(f"{short(name)}: {store.root} holds no module of this name")
     files = tuned.files(store)
     if (doomed or (and_tuned and files)) and not yes:
         more = " and the tuned schedules" * (and_tuned and bool(files))

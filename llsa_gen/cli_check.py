@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from llsa_gen.errors import CheckFailed, LlsaGenError
-from llsa_gen.terminal import Json, between, load_spec, print_json
+from llsa_gen.terminal import Json, between, exit_code, load_spec, print_json, signals_interrupt, warn
 
 EXAMPLES = 100
 
@@ -44,9 +44,19 @@ def check(
 
     must_exist(device)
     examples = EXAMPLES if examples is None and seconds is None else examples
+    agreed = 0
     try:
-        with _progress(examples, seconds) as step:
+        with signals_interrupt(), _progress(examples, seconds) as show:
+
+            def step(done: int, elapsed: float) -> None:
+                nonlocal agreed
+                agreed = done
+                show(done, elapsed)
+
             report = fuzz.check(source, examples=examples, seconds=seconds, device=device, progress=step, seed=seed)
+    except KeyboardInterrupt as interrupt:
+        warn(f"interrupted: {agreed} cases agreed with the reference until then")
+        raise typer.Exit(exit_code(interrupt)) from None
     except CheckFailed as error:
         if not as_json:
             raise
@@ -79,7 +89,8 @@ def _progress(examples: int | None, seconds: float | None) -> Iterator[Callable[
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn("checking"), BarColumn(), TextColumn("{task.fields[done]} cases"), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=1.0, done=0)
 
         def step(done: int, elapsed: float) -> None:

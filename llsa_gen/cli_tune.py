@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llsa_gen.terminal import DType, Json, SpecArgument, console, load_spec, print_json
+from llsa_gen.errors import LlsaGenError
+from llsa_gen.terminal import DType, Json, SpecArgument, console, load_spec, print_json, signals_interrupt, warn
 
 if TYPE_CHECKING:
     from llsa_gen.tune import Report
@@ -33,12 +34,14 @@ def tune(
     source = load_spec(spec)
     from llsa_gen.tune import tune
 
-    with _progress() as step:
+    with signals_interrupt(), _progress() as step:
         report = tune(source, n_tokens=n, dtype=dtype.value, stages=stages or (), seconds=seconds, progress=step)
     if as_json:
         print_json(_data(report))
     else:
         _print(report)
+    if report.unsaved is not None:
+        raise LlsaGenError(f"what was found is not stored: {report.unsaved}")
 
 
 @contextmanager
@@ -99,10 +102,16 @@ def _print(report: "Report") -> None:
         left_out = len(result.trials) - timed
         table.add_row(result.stage, f"{result.before_us:.1f}", after, str(timed), str(left_out), said)
     console().print(table)
-    if report.path is None:
+    from llsa_gen.tune_search import ENDED
+
+    for reason in (trial.reason for result in report.results for trial in result.trials):
+        if reason is not None and reason.startswith(ENDED):
+            warn(reason)
+    if not report.rows:
         typer.echo("nothing beats the present entries by enough to be more than noise")
         return
-    typer.echo(f"stored in {report.path}, for every compile from now on")
-    typer.echo(f"to contribute, rows for llsa_gen/schedules/{report.path.name}:")
+    if report.path is not None:
+        typer.echo(f"stored in {report.path}, for every compile from now on")
+    typer.echo(f"to contribute, rows for llsa_gen/schedules/{report.target.replace(':', '_')}.json:")
     for row in report.rows:
         typer.echo(f"    {json.dumps(row)}")

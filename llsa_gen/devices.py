@@ -2,7 +2,7 @@
 
 import torch
 
-from llsa_gen.errors import LlsaGenError
+from llsa_gen.errors import LlsaGenError, short
 
 __all__ = ["must_exist"]
 
@@ -12,7 +12,7 @@ def must_exist(device: str) -> None:
 
     Without it, what is run there would look faulty itself.
     """
-    expected = f"--device: expected cpu or a GPU such as cuda, got {device!r}"
+    expected = f"--device: expected cpu or a GPU such as cuda, got {short(repr(device))}"
     try:
         known = torch.device(device).type in ("cpu", "cuda")
     except RuntimeError:  # whose text names every kind of device that torch has ever had

@@ -21,7 +21,23 @@ __all__ = [
     "SpecError",
     "TemplateError",
     "UnknownTargetError",
+    "short",
 ]
+
+MOST_MISTAKES = 20
+"""How many mistakes of one spec are printed. Of more only their number is told."""
+
+
+def short(text: str, most: int = 60) -> str:
+    """A text that somebody else wrote, as a message may repeat it: all of it, or its two ends and its length.
+
+    On one line, and with what cannot be printed escaped: what is quoted must not act on a terminal.
+    """
+    size = len(text)
+    if size > most:
+        tail = most // 4
+        text = f"{text[: most - tail]}...{text[size - tail :]} ({size} characters)"
+    return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text)
 
 
 class LlsaGenError(Exception):
@@ -45,14 +61,19 @@ class Mistake(NamedTuple):
 
 
 class SpecError(LlsaGenError, ValueError):
-    """A spec that says something it may not say: all its mistakes, in the order of the file, one a line."""
+    """A spec that says something it may not say: `mistakes` are all of them, in the order of the file.
+
+    As text one a line, the first 20 and how many more there are.
+    """
 
     def __init__(self, mistakes: Iterable[Mistake]) -> None:
         self.mistakes = tuple(mistakes)
         super().__init__(self.mistakes)
 
     def __str__(self) -> str:
-        return "\n".join(map(str, self.mistakes))
+        lines = [str(mistake) for mistake in self.mistakes[:MOST_MISTAKES]]
+        more = len(self.mistakes) - len(lines)
+        return "\n".join([*lines, f"... and {more:,} more"] if more else lines)
 
 
 class MissingSpecFile(LlsaGenError, FileNotFoundError):

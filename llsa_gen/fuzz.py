@@ -265,10 +265,12 @@ class _Search:
         )
         try:
             hypothesis.seed(seed)(settings(hypothesis.given(strategy)(self.attempt)))()
-        except (_Over, AssertionError):
-            if self.smallest is not None:
+        except (_Over, AssertionError, KeyboardInterrupt) as end:
+            if self.smallest is not None:  # also where somebody did not wait for a smaller one
                 case, message = self.smallest
                 raise CheckFailed(f"{message}\nin {case!r}", reproducer(case)) from None
+            if isinstance(end, KeyboardInterrupt):
+                raise
 
     def attempt(self, case: Case) -> None:
         """One case; raises AssertionError when it fails."""

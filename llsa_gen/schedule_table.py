@@ -18,7 +18,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from llsa_gen.errors import ScheduleTableError, UnknownTargetError
+from llsa_gen.errors import ScheduleTableError, UnknownTargetError, short
 from llsa_gen.plan import Plan
 from llsa_gen.sizes import MAX_TOKENS
 
@@ -132,7 +132,9 @@ def _by_age(name: str) -> tuple[str, int, str]:
 def target(name: str) -> Target:
     """The target of a name, or one clear error."""
     if name not in targets():
-        raise UnknownTargetError(f"target: expected one of {', '.join(sorted(targets(), key=_by_age))}, got {name!r}")
+        raise UnknownTargetError(
+            f"target: expected one of {', '.join(sorted(targets(), key=_by_age))}, got {short(repr(name))}"
+        )
     return targets()[name]
 
 

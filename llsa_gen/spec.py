@@ -8,8 +8,11 @@ everything that is made from it is named. The names are those of docs/semantics.
 import hashlib
 import json
 import keyword
+import numbers
+import operator
 import os
 import re
+import sys
 import unicodedata
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
@@ -93,6 +96,20 @@ def _is_a_list(value: Any) -> Any:
     return value
 
 
+def _as_integer(value: Any) -> Any:
+    """numpy's integers, and whatever else registers as `numbers.Integral`, as an int; anything else as it is.
+
+    int and bool are left to the check. A tensor of one number is a tensor, and 16.0 no integer, numpy's neither.
+    """
+    return operator.index(value) if isinstance(value, numbers.Integral) and not isinstance(value, int) else value
+
+
+def _as_bool(value: Any) -> Any:
+    """numpy's booleans as a bool; anything else as it is."""
+    numpy = sys.modules.get("numpy")  # where it was never imported there are none
+    return bool(value) if numpy is not None and isinstance(value, numpy.bool_) else value
+
+
 def _mistake(message: str) -> PydanticCustomError:
     return PydanticCustomError("mistake", "{message}", {"message": message})
 
@@ -121,10 +138,13 @@ else:
         pass
 
 
+_AnInteger = BeforeValidator(_as_integer)
+
+
 class Level(_Model, frozen=True, extra="forbid", revalidate_instances="always"):
     """One coarse level: how many tokens of the next finer level its tokens pool, and how many of them a query keeps.
 
-    Raises `SpecError` for values out of range; any integers in range are legal, powers of two or not.
+    Raises `SpecError` for values out of range; any integers in range are legal, powers of two or not, numpy's too.
     """
 
     _expected: ClassVar = {
@@ -133,17 +153,17 @@ class Level(_Model, frozen=True, extra="forbid", revalidate_instances="always"):
         if path.startswith("levels[]")
     }
 
-    block: Annotated[int, Field(strict=True, ge=MIN_BLOCK, le=MAX_BLOCK)] = Field(
+    block: Annotated[int, Field(strict=True, ge=MIN_BLOCK, le=MAX_BLOCK), _AnInteger] = Field(
         description="b_l: how many tokens of the next finer level one token of this level pools. Any integer."
     )
-    topk: Annotated[int, Field(strict=True, ge=MIN_TOPK, le=MAX_TOPK)] = Field(
+    topk: Annotated[int, Field(strict=True, ge=MIN_TOPK, le=MAX_TOPK), _AnInteger] = Field(
         description="K_l: how many tokens of this level each query keeps; all of them where there are fewer."
     )
 
 
 _Enrich = Annotated[
     Annotated[Literal["all", "none"], Tag("word")]
-    | Annotated[tuple[Annotated[int, Field(strict=True, ge=1)], ...], Tag("list")],
+    | Annotated[tuple[Annotated[int, Field(strict=True, ge=1), _AnInteger], ...], Tag("list")],
     Discriminator(lambda value: "list" if isinstance(value, list | tuple) else "word"),
     WithJsonSchema(
         {
@@ -177,7 +197,7 @@ class Spec(_Model, frozen=True, extra="forbid"):
     description: Annotated[str, Field(strict=True, max_length=MAX_DESCRIPTION), AfterValidator(_is_plain_text)] = Field(
         default="", description="What this spec is for, in words."
     )
-    head_dim: Annotated[int, Field(strict=True, ge=MIN_HEAD_DIM, le=MAX_HEAD_DIM)] = Field(
+    head_dim: Annotated[int, Field(strict=True, ge=MIN_HEAD_DIM, le=MAX_HEAD_DIM), _AnInteger] = Field(
         description="D: the size of one head's vectors. Any integer."
     )
     levels: Annotated[tuple[Level, ...], Field(min_length=1, max_length=MAX_LEVELS), BeforeValidator(_is_a_list)] = (
@@ -187,7 +207,7 @@ class Spec(_Model, frozen=True, extra="forbid"):
         default="all",
         description="The levels whose coarse tokens a query attends to beside the fine ones: all, none, or a list.",
     )
-    reweight: Annotated[bool, Field(strict=True)] = Field(
+    reweight: Annotated[bool, Field(strict=True), BeforeValidator(_as_bool)] = Field(
         default=True, description="Whether a coarse token counts as often as the tokens it covers (true), or once."
     )
 
@@ -286,14 +306,16 @@ def _checked(document: Document) -> Spec:
 
 def _stray(enrich: list[Any] | tuple[Any, ...], num_levels: int) -> Iterator[tuple[int, str]]:
     """The index and the message of every level number that names no level, or one that was named before."""
-    for index, level in enumerate(enrich):
+    named: set[int] = set()
+    for index, level in enumerate(map(_as_integer, enrich)):
         if type(level) is not int or level < 1:
             continue  # no level number at all: the field's own check says so
         if level > num_levels:
             has = "there is 1 level" if num_levels == 1 else f"there are {num_levels} levels"
             yield index, f"expected a level that exists, got {describe(level)} ({has})"
-        elif level in enrich[:index]:
+        elif level in named:
             yield index, f"expected each level once, got {level} again"
+        named.add(level)
 
 
 def _stray_in(data: Any) -> Iterator[tuple[Keys, str]]:

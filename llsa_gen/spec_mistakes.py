@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
-from llsa_gen.errors import Mistake
+from llsa_gen.errors import Mistake, short
 
 __all__ = ["Document", "Expected", "Keys", "Mark", "describe", "explain", "from_python", "spell"]
 
@@ -21,6 +21,7 @@ Mark = tuple[int, int]  # line and column, both from 1; for a spec from Python a
 
 _MAX_SHOWN = 60  # characters of a wrong value that a message repeats
 _MAX_DEPTH = 3  # no field of a spec lies deeper than levels[0].topk
+_MAX_GUESSED = 100  # unknown keys that are compared with the known ones, which takes a while
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def explain(
     mistakes = list(document.mistakes)
     mistakes += [_at(document, document.mark(keys), keys, message) for keys, message in found]
     details = error.errors(include_url=False) if error else []
-    unknown = {_keys(detail["loc"]) for detail in details if detail["type"] == "extra_forbidden"}
+    unknown = [_keys(detail["loc"]) for detail in details if detail["type"] == "extra_forbidden"][:_MAX_GUESSED]
     misspelt = {(*keys[:-1], nearest) for keys in unknown if (nearest := _nearest(keys[-1], _known(keys, expected)))}
     for detail in details:
         kind, keys, value, context = detail["type"], _keys(detail["loc"]), detail["input"], detail.get("ctx", {})
@@ -97,7 +98,8 @@ def explain(
         if kind in ("extra_forbidden", "invalid_key"):
             key = keys[-1] if kind == "extra_forbidden" else value
             names = _known(keys, expected)
-            message = f"expected {_either(names)}, got the unknown key {describe(key)}{_hint(key, names)}"
+            guess = _hint(key, names) if keys in unknown else ""
+            message = f"expected {_either(names)}, got the unknown key {describe(key)}{guess}"
             mistakes.append(_at(document, document.mark(keys, of_key=True), keys, message))
             continue
         if kind == "mistake":
@@ -119,12 +121,13 @@ def describe(value: Any) -> str:
     if isinstance(value, list | tuple):
         return f"a list of {len(value)}" if value else "an empty list"
     if isinstance(value, str):
-        return repr(value) if len(value) <= _MAX_SHOWN else f"{value[:_MAX_SHOWN]!r}... ({len(value)} characters)"
+        text = str.__str__(value)  # of a subclass too, whatever it makes of itself
+        return repr(text) if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]!r}... ({len(text)} characters)"
     try:
         text = " ".join(repr(value).split())
     except Exception:  # a broken __repr__, or an int of more digits than Python prints
-        return f"a value of type {type(value).__name__}"
-    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
+        return f"a value of type {short(type(value).__name__)}"
+    return short(text, _MAX_SHOWN)
 
 
 def _in_yaml(value: Any) -> str:
@@ -147,7 +150,7 @@ def spell(keys: Keys) -> str:
     """`levels[1].topk`."""
     path = ""
     for key in keys:
-        if isinstance(key, int) or not key.isidentifier():
+        if isinstance(key, int) or not key.isidentifier() or len(key) > _MAX_SHOWN:
             path += f"[{describe(key)}]"
         else:
             path += f".{key}" if path else key
@@ -179,7 +182,8 @@ def _either(names: Iterable[str]) -> str:
 def _nearest(word: Any, names: Iterable[str]) -> str | None:
     if not isinstance(word, str) or len(word) > _MAX_SHOWN:
         return None
-    return next(iter(difflib.get_close_matches(word.strip().lower().replace("-", "_"), names, n=1)), None)
+    meant = difflib.get_close_matches(word.strip().lower().replace("-", "_"), names, n=1)
+    return next((name for name in meant if name != word), None)  # what was typed is no advice
 
 
 def _hint(word: Any, names: Iterable[str]) -> str:

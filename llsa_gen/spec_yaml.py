@@ -13,14 +13,17 @@ from typing import Any, ClassVar, NoReturn
 
 import yaml
 
-from llsa_gen.errors import MissingSpecFile, Mistake, SpecError
+from llsa_gen.errors import MissingSpecFile, Mistake, SpecError, short
 from llsa_gen.spec_mistakes import Document, Keys, Mark, describe, spell
 
 __all__ = ["plain_yaml", "read"]
 
 _MAX_BYTES = 65_536  # the longest legal spec is a twentieth of this
 _MAX_DEPTH = 16
-_MAX_NODES = 10_000  # after aliases are expanded
+_MAX_NODES = 10_000  # as written, and again after aliases are expanded
+_MAX_PATH = 4096  # characters of a path that a message repeats: no longer one names a file
+_MAX_SYNTAX = 160  # characters of what PyYAML says
+_TOO_DEEP = f"expected at most {_MAX_DEPTH} levels of nesting, got more"
 _CORE = "tag:yaml.org,2002:"
 
 
@@ -32,12 +35,15 @@ class _Loader(yaml.SafeLoader):
     def __init__(self, text: str, fail: Callable[[yaml.Mark, str], NoReturn]) -> None:
         super().__init__(text)
         self._fail = fail
-        self._depth = 0
+        self._depth = self._nodes = 0
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         self._depth += 1
+        self._nodes += 1
         if self._depth > _MAX_DEPTH:  # the composer is recursive: stop it before Python's stack does
-            self._fail(self.peek_event().start_mark, f"expected at most {_MAX_DEPTH} levels of nesting, got more")
+            self._fail(self.peek_event().start_mark, _TOO_DEEP)
+        if self._nodes > _MAX_NODES:
+            self._fail(self.peek_event().start_mark, f"expected a spec, got more than {_MAX_NODES} values")
         node = super().compose_node(parent, index)
         self._depth -= 1
         return node
@@ -98,7 +104,7 @@ def read(path: str | os.PathLike[str]) -> Document:
     read as one YAML document. What can be read but is wrong is left to be found later, keys that are given twice
     excepted: those are in the document's list of mistakes.
     """
-    label = os.fspath(path) or "''"
+    label = short(os.fspath(path), _MAX_PATH) or "''"
 
     def fail(mark: Mark | yaml.Mark | None, message: str) -> NoReturn:
         if isinstance(mark, yaml.Mark):
@@ -129,7 +135,8 @@ def _compose(text: str, fail: Callable[[Mark | yaml.Mark | None, str], NoReturn]
         begun = error.context_mark
         if begun and error.problem_mark and begun.index != error.problem_mark.index:
             context += f" (begun at {begun.line + 1}:{begun.column + 1})"
-        fail(error.problem_mark or begun, f"expected YAML, got a syntax error{context}: {error.problem}")
+        problem = short(str(error.problem), _MAX_SYNTAX)  # which may repeat a word of the file, however long
+        fail(error.problem_mark or begun, f"expected YAML, got a syntax error{context}: {problem}")
     except SpecError:  # a ValueError as well, but one that has its sentence already
         raise
     except (ValueError, OverflowError):  # what chr() says to "\UFFFFFFFF" is not caught by PyYAML
@@ -141,11 +148,23 @@ class _Builder:
 
     def __init__(self, document: Document, fail: Callable[[yaml.Mark, str], NoReturn]) -> None:
         self._document, self._fail, self._nodes = document, fail, 0
+        self._open: set[int] = set()  # nodes that are being built
 
     def build(self, node: yaml.Node, keys: Keys) -> Any:
+        """What a node stands for. Beyond the composer's bounds lead only aliases, for each is built where it stands."""
         self._nodes += 1
-        if self._nodes > _MAX_NODES or len(keys) > _MAX_DEPTH:
+        if id(node) in self._open:
+            self._fail(node.start_mark, "expected a spec, got an alias inside of what it stands for")
+        if len(keys) >= _MAX_DEPTH:
+            self._fail(node.start_mark, f"{_TOO_DEEP} by aliases")
+        if self._nodes > _MAX_NODES:
             self._fail(node.start_mark, f"expected a spec, got aliases that expand to more than {_MAX_NODES} values")
+        self._open.add(id(node))
+        data = self._of(node, keys)
+        self._open.remove(id(node))
+        return data
+
+    def _of(self, node: yaml.Node, keys: Keys) -> Any:
         self._document.values[keys] = _mark(node)
         if isinstance(node, yaml.MappingNode) and node.tag == _CORE + "map":
             return self._mapping(node, keys)
@@ -205,7 +224,8 @@ def _text(path: Path, label: str, fail: Callable[[Mark | None, str], NoReturn]) 
         with path.open("rb") as file:
             raw = file.read(_MAX_BYTES + 1)  # bounded, for the sake of pipes and devices
     except (FileNotFoundError, NotADirectoryError):
-        raise MissingSpecFile(f"{label}: expected a spec file, got no such file{_similar(path)}") from None
+        came = _loose_link(path) or f"no such file{_similar(path)}"
+        raise MissingSpecFile(f"{label}: expected a spec file, got {came}") from None
     except IsADirectoryError:
         fail(None, "expected a spec file, got a directory")
     except (OSError, ValueError) as error:  # ValueError: a null byte in the path
@@ -220,9 +240,18 @@ def _text(path: Path, label: str, fail: Callable[[Mark | None, str], NoReturn]) 
         fail(mark, f"expected UTF-8 text, got the byte 0x{raw[error.start]:02x}")
 
 
+def _loose_link(path: Path) -> str | None:
+    """What to say where the path, or a folder on its way, is a link to nothing."""
+    for part in (path, *path.parents):
+        if part.is_symlink() and not part.exists():
+            link = "a link" if part == path else f"the link {part} on its way,"
+            return f"{link} to {short(os.readlink(part), _MAX_PATH)}, where nothing is"
+    return None
+
+
 def _similar(path: Path) -> str:
     """A did-you-mean among the spec files beside the missing one, and in `spec/` for a name without a folder."""
     folders = [path.parent] + ([Path("spec")] if path.parent == Path() else [])
-    there = {file.stem: file for folder in folders for file in sorted(folder.glob("*.y*ml"))}
+    there = {file.stem: file for folder in folders for file in sorted(folder.glob("*.y*ml")) if file.is_file()}
     nearest = difflib.get_close_matches(path.stem, there, n=1)
     return f"; did you mean {there[nearest[0]]}?" if nearest else ""

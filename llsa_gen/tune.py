@@ -12,7 +12,7 @@ from triton import knobs
 
 from llsa_gen import tuned
 from llsa_gen.compiler import Attention, compile
-from llsa_gen.errors import LlsaGenError
+from llsa_gen.errors import LlsaGenError, short
 from llsa_gen.fuzz_cases import Case, DType
 from llsa_gen.launches import DTYPES
 from llsa_gen.plan import Plan, lower
@@ -45,6 +45,8 @@ class Report:
     results: tuple[StageResult, ...]
     rows: tuple[dict[str, Any], ...]
     path: Path | None
+    unsaved: str | None = None
+    """Why rows that were found are in no file."""
 
 
 def tune(
@@ -62,7 +64,7 @@ def tune(
 
     Takes about `seconds`; an interrupt from the keyboard ends it early and keeps what was found. `make_bench` takes the
     place of this machine's GPU. Raises LlsaGenError where there is no GPU, for a stage that the spec does not have and
-    for a length that it does not take.
+    for a length that it does not take, and OSError where the store could keep nothing, all before it searches.
     """
     if make_bench is None and (knobs.runtime.interpret or not torch.cuda.is_available()):
         raise LlsaGenError("tune: expected a CUDA or ROCm GPU to measure on, and torch finds none")
@@ -80,7 +82,8 @@ def tune(
     present = schedule(plan, goal, element, n_tokens)
     for stage in stages:
         if stage not in present:
-            raise LlsaGenError(f"stage: expected one of {', '.join(present)}, got {stage!r}")
+            raise LlsaGenError(f"stage: expected one of {', '.join(present)}, got {short(repr(stage))}")
+    tuned.must_keep(store, name)
     bench = (make_bench or _on_gpu(n_tokens, dtype))(attention, present, name)
     results = search(
         plan, present, stages or list(present), bench,
@@ -88,8 +91,12 @@ def tune(
     )  # fmt: skip
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "no GPU"
     rows = tuple(_row(plan, result, element, n_tokens, gpu) for result in results if result.improved)
-    path = tuned.add(store, name, rows) if rows else None
-    return Report(spec.name, name, gpu, n_tokens, dtype, tuple(results), rows, path)
+    path = unsaved = None
+    try:
+        path = tuned.add(store, name, rows) if rows else None
+    except OSError as error:  # the disk is full by now, say
+        unsaved = f"{error.filename}: {error.strerror}"
+    return Report(spec.name, name, gpu, n_tokens, dtype, tuple(results), rows, path, unsaved)
 
 
 def _on_gpu(n_tokens: int, dtype: DType) -> MakeBench:

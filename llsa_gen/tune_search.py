@@ -15,13 +15,16 @@ from llsa_gen.plan import Plan
 from llsa_gen.schedule import Entry, Schedule, Target
 from llsa_gen.tune_candidates import Candidate, candidates
 
-__all__ = ["MARGIN", "Bench", "Progress", "StageResult", "Trial", "search"]
+__all__ = ["ENDED", "MARGIN", "Bench", "Progress", "StageResult", "Trial", "search"]
 
 MARGIN = 0.03
 """By how much of its time an entry must beat the present one to take its place: less may be noise."""
 
 STEP = 0.01
 """By how much a candidate must beat the best so far for the search to go on from there."""
+
+ENDED = "the search ended here"
+"""How the reason of a last trial begins, of a search that did not come to its end."""
 
 ROUNDS = 3
 """How often the present entry and a winner are timed again, in turns."""
@@ -88,7 +91,8 @@ def search(
 
     Every trial is right before it is timed: `bench.check`. A winner is faster by `MARGIN`, measured again in turns with
     the present entry, and the operator with it, and the winners before it, agrees with the reference. An interrupt from
-    the keyboard, or a lost device, ends the search; what was found until then is returned.
+    the keyboard, a lost device, or a present entry that does not run, ends the search; what was found until then is
+    returned, and the last trial says why.
     """
     start, results = clock(), list[StageResult]()
 
@@ -107,9 +111,14 @@ def search(
             _crown(result, bench, {**present, **{found.stage: found.after for found in results}})
             if interrupted:
                 break
-    except (KeyboardInterrupt, DeviceLost) as error:
-        if isinstance(error, DeviceLost) and results:
-            results[-1].trials.append(Trial(results[-1].before, reason=f"the search ended here: {error}"))
+    except KeyboardInterrupt:
+        pass
+    except Exception as error:
+        if not results and not isinstance(error, DeviceLost):
+            raise
+        if results:
+            told = error if isinstance(error, DeviceLost) else _told(error)
+            results[-1].trials.append(Trial(results[-1].before, reason=f"{ENDED}: {told}"))
     return results
 
 

@@ -14,12 +14,12 @@ from typing import Any
 
 from llsa_gen import trust
 from llsa_gen.errors import CacheRefused, ScheduleTableError
-from llsa_gen.files import write_whole
+from llsa_gen.files import must_take, write_whole
 from llsa_gen.schedule_table import Target, parse, target
 from llsa_gen.schedule_table import targets as shipped
 from llsa_gen.store import Store, locked
 
-__all__ = ["add", "files", "path", "remove", "targets"]
+__all__ = ["add", "files", "must_keep", "path", "remove", "targets"]
 
 FOLDER = "schedules"
 LOCK_SECONDS = 5.0
@@ -55,6 +55,11 @@ def targets(store: Store) -> dict[str, Target]:
         except (ScheduleTableError, CacheRefused) as error:
             _tell(f"tuned schedules are ignored: {error}")
     return tables
+
+
+def must_keep(store: Store, name: str) -> None:
+    """Whether `add` could write the file of a target, found out before a search; raises OSError if not."""
+    must_take(path(store, name), folders=True)
 
 
 def add(store: Store, name: str, rows: Sequence[Mapping[str, Any]]) -> Path:

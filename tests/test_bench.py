@@ -1,8 +1,11 @@
 """`llsa-gen bench`: the whole on a CPU with short sequences, timers that are fakes, and everything on a GPU."""
 
 import json
+import os
 import re
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -58,6 +61,9 @@ def raises(q, k, v):
 
 def full(q, k, v):
     raise torch.OutOfMemoryError("full")
+
+def leaves(q, k, v):
+    raise SystemExit(0)
 
 def narrow(q, k, v):
     return q[..., 1:]
@@ -151,7 +157,7 @@ def test_what_is_not_said_depends_on_the_device(place: Path, monkeypatch: pytest
 def test_progress_tells_every_cell(place: Path) -> None:  # noqa: F811
     told: list[str] = []
     request = bench.Request(load("spec/tiny.yaml"), (9, 8), ("float32",), batch=1, heads=1)
-    rows = bench.bench(request, told.append)
+    rows = tuple(bench.bench(request, told.append))
     assert told == [*(f"{row.implementation}, {row.n_tokens} tokens, float32, eager" for row in rows), ""]
     assert len(rows) == request.cells == 4
 
@@ -166,15 +172,48 @@ def test_progress_tells_every_cell(place: Path) -> None:  # noqa: F811
         ("bench tiny --device cpu --against json", "--against: expected module:function, got 'json'"),
         ("bench --from gone.json", "gone.json: No such file or directory"),
         ("bench --from spec/tiny.yaml", "spec/tiny.yaml: expected rows as `llsa-gen bench --json` writes them, got"),
-        ("bench --from rows.json --plot p.what", "--plot p.what: Format 'what' is not supported"),
+        ("bench --from rows.json --plot p.what", "--plot p.what: expected a name that ends in one of ."),
+        ("bench tiny --device cpu --plot p.what", "--plot p.what: expected a name that ends in one of ."),
+        ("bench tiny --device cpu --plot p", "--plot p: expected a name that ends in one of ."),
+        ("bench tiny --device cpu --plot -", "--plot -: expected a name that ends in one of ."),
+        ("bench tiny --device cpu --json spec", "spec: Is a directory"),
+        ("bench tiny --device cpu --plot folder.png", "folder.png: Is a directory"),
+        ("bench tiny --device cpu --json rows.json/x", "rows.json/x: expected a file in a folder that exists, got no"),
+        ("bench tiny --device cpu --json /proc/x", "/proc/x: No such file or directory"),
+        ("bench tiny --device cpu --json kept.json", "kept.json: Permission denied"),
+        ("bench tiny --device cpu --plot kept.png", "kept.png: Permission denied"),
+        ("bench tiny --device cpu --json a.png --plot ./spec/../a.png", "--plot spec/../a.png: expected another file"),
+        ("bench --from rows.png --plot rows.png", "--plot rows.png: expected another file than those of --from"),
+        (f"bench tiny --device {'x' * 10**5}", "--device: expected cpu or a GPU such as cuda, got 'xxx"),
+        (f"bench tiny --device cpu --against {'x' * 10**5}", "--against: expected module:function, got 'xxx"),
     ],
 )
-def test_mistakes_are_one_message(command: str, message: str, place: Path) -> None:  # noqa: F811
+def test_mistakes_are_one_message(
+    command: str,
+    message: str,
+    place: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(bench, "bench", lambda *_: pytest.fail("nothing is measured"))
+    if "--against" in command:
+        monkeypatch.undo()
+        monkeypatch.chdir(place)
+    may = os.access
+    monkeypatch.setattr(
+        os, "access", lambda path, mode: (mode != os.W_OK or "kept" not in str(path)) and may(path, mode)
+    )
     (place / "rows.json").write_text(dumps(h100()))
+    (place / "rows.png").write_text(dumps(h100()))
+    (place / "folder.png").mkdir()
+    for name in ("kept.json", "kept.png"):
+        (place / name).write_text("precious")
+    before = {path: path.read_bytes() for path in place.rglob("*") if path.is_file() and "cache" not in str(path)}
     result = call(command)
-    assert result.code == 1
+    assert (result.code, result.out) == (1, "")
     assert result.err.startswith(message)
-    assert result.err.count("\n") == 1
+    assert result.err.count("\n") == 1 and len(result.err) < 500
+    after = {path: path.read_bytes() for path in place.rglob("*") if path.is_file() and "cache" not in str(path)}
+    assert after == before
 
 
 def test_either_a_spec_or_rows(place: Path) -> None:  # noqa: F811
@@ -192,6 +231,147 @@ def test_a_plot_without_matplotlib_names_the_extra(place: Path, monkeypatch: pyt
     result = call(f"{CPU} -n 20 --plot p.png")
     assert result.code == 1
     assert re.fullmatch(r"--plot needs matplotlib\S*: pip install 'llsa-gen\[demo\]'\n", result.err)
+
+
+# ---- nothing that was measured is lost ------------------------------------------------------------------------------
+
+
+def allocate(size: int = 2**50) -> torch.Tensor:
+    """What the allocator says to a length that is too long."""
+    return torch.empty(size, dtype=torch.uint8)
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def broken() -> None:
+    raise RuntimeError("something else\nis broken")
+
+
+def terminate() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+    threading.Event().wait(60)
+
+
+def hang_up() -> None:
+    os.kill(os.getpid(), signal.SIGHUP)
+    threading.Event().wait(60)
+
+
+def no_python_memory() -> None:
+    raise MemoryError
+
+
+ENDS = [
+    (interrupt, 130, "interrupted at: {0}, 33 tokens, float32, eager; {1} of 6 rows were measured"),
+    (terminate, 143, "interrupted at: {0}, 33 tokens, float32, eager; {1} of 6 rows were measured"),
+    (hang_up, 129, "interrupted at: {0}, 33 tokens, float32, eager; {1} of 6 rows were measured"),
+]
+
+
+@pytest.mark.parametrize(("end", "code", "said"), [*ENDS, (broken, 1, "tiny")])
+@pytest.mark.parametrize("whose", ["llsa_gen", "sdpa"])
+def test_what_ends_a_bench_leaves_what_was_measured(
+    end: Callable[[], None],
+    code: int,
+    said: str,
+    whose: str,
+    place: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    measure, count = bench_timing.measure, 0
+
+    def ends(watch: bench_timing.Stopwatch, run: Callable[[], object]) -> object:
+        nonlocal count
+        count += 1  # two for each row: forward, and forward and backward
+        if count == 2 * (3 if whose == "llsa_gen" else 4):
+            end()
+        return measure(watch, run)
+
+    monkeypatch.setattr(bench_timing, "measure", ends)
+    result = call(f"{CPU} -n 70 -n 33 -n 34 --dense-up-to 70 --json rows.json --plot p.png")
+    if whose == "sdpa" and end is broken:
+        assert result.code == 0 and "sdpa at 33 tokens: RuntimeError: something else is broken" in result.out
+        return
+    measured = 2 if whose == "llsa_gen" else 3
+    rows = read([place / "rows.json"])
+    assert [(row.n_tokens, row.kind) for row in rows] == [(70, "ours"), (70, "dense"), (33, "ours")][:measured]
+    assert result.code == code and "tiny" in result.out and (place / "p.png").exists()
+    assert "Traceback" not in result.err
+    if end is broken:
+        assert result.err == "llsa_gen at 33 tokens, float32: raised RuntimeError: something else is broken\n"
+    else:
+        assert result.err == f"warning: {said.format(whose, measured)}\n"
+
+
+@pytest.mark.parametrize("where", ["inputs", "check", "backward", "time"])
+@pytest.mark.parametrize("end", [allocate, no_python_memory])
+def test_a_length_without_memory_is_told_and_the_others_are_measured(
+    where: str,
+    end: Callable[[], object],
+    place: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def at_33(inner: Callable[..., Any]) -> Callable[..., Any]:
+        def outer(one: Any, *args: Any) -> Any:
+            if (one.n if isinstance(one, Case) else one.case.n) == 33:
+                end()
+            return inner(one, *args)
+
+        return outer
+
+    owner, name = {
+        "inputs": (Case, "tensors"), "check": (bench_cell.Cell, "_checked"),
+        "backward": (bench_cell.Cell, "forward_backward"), "time": (bench_cell.Cell, "forward"),
+    }[where]  # fmt: skip
+    if where == "check":
+        check = bench_check.check_ours
+        monkeypatch.setattr(
+            bench_check,
+            "check_ours",
+            lambda attention, case, inputs: at_33(lambda case: check(attention, case, inputs))(case),
+        )
+    else:
+        monkeypatch.setattr(owner, name, at_33(getattr(owner, name)))
+    result = call(f"{CPU} -n 70 -n 33 -n 34 --json rows.json")
+    rows = read([place / "rows.json"])
+    assert [(row.n_tokens, row.kind) for row in rows] == [(n, kind) for n in (70, 33, 34) for kind in ("ours", "dense")]
+    for row in rows:
+        lacking = {what for what in ("forward", "forward_backward") if getattr(row, what) is None}
+        assert lacking == set(row.missing) - {"host_us", "memory"}
+        assert bool(lacking) == (row.n_tokens == 33 and (where != "check" or row.kind == "ours"))
+    assert result.code == 1 and "Traceback" not in result.err
+    assert result.err.startswith("tiny at 33 tokens: ") and result.err.count("\n") == 1
+    assert ("MemoryError" if end is no_python_memory else "DefaultCPUAllocator") in result.err
+
+
+def test_rows_that_cannot_be_written_are_printed(place: Path) -> None:  # noqa: F811
+    result = call(f"{CPU} -n 20 --json /dev/full --plot p.png")
+    assert (result.code, result.err) == (1, "/dev/full: No space left on device\n")
+    assert "tiny" in result.out and (place / "p.png").exists()
+
+
+def test_every_row_is_in_the_file_before_the_next_is_measured(
+    place: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nothing can be done once the kernel kills a process that takes too much memory."""
+    found = h100()
+
+    def slowly(request: bench.Request, step: object) -> Iterator[object]:
+        for number, row in enumerate(found):
+            assert number == 0 or read([place / "rows.json"]) == found[:number]
+            yield row
+
+    monkeypatch.setattr(bench, "bench", slowly)
+    assert call(f"{CPU} --json rows.json").code == 0
+    assert read([place / "rows.json"]) == found
+
+
+@given(st.integers(0, 10**4).map(lambda size: "x" * size))
+def test_what_an_exception_says_is_one_line_that_ends(text: str) -> None:
+    assert len(bench_cell.said(ValueError(f"{text}\n\x1b[31m{text}"))) < 600
 
 
 # ---- correct first --------------------------------------------------------------------------------------------------
@@ -228,7 +408,7 @@ def test_a_wrong_result_stops_the_bench(
     monkeypatch.setattr(bench_timing, "measure", lambda *_: measured.append(1))
     result = call(f"{CPU} -n 70 --json rows.json --plot p.png")
     assert result.code == 1
-    assert said in result.err and "nothing is timed or stored" in result.err
+    assert said in result.err and "it is not timed" in result.err
     assert "run(Case(spec=Spec(" in result.out, "a script that runs the case"
     assert not measured and not (place / "rows.json").exists() and not (place / "p.png").exists()
 
@@ -287,7 +467,7 @@ def test_wrong_dense_attention_stops_the_bench(place: Path, monkeypatch: pytest.
     monkeypatch.setattr(bench_rivals, "_attend", lambda q, k, v: v)
     result = call(f"{CPU} -n 70 --json rows.json")
     assert result.code == 1 and result.err.startswith("sdpa at 70 tokens, float32: error of o")
-    assert not (place / "rows.json").exists()
+    assert [row.kind for row in read([place / "rows.json"])] == ["ours"], "which was right"
 
 
 # ---- other implementations ------------------------------------------------------------------------------------------
@@ -300,14 +480,25 @@ def test_wrong_dense_attention_stops_the_bench(place: Path, monkeypatch: pytest.
         ("narrow", "rival_attention:narrow at 20 tokens, float32: expected o, torch.float32 [1, 2, 20, 8], got"),
         ("nothing", "rival_attention:nothing at 20 tokens, float32: expected o, torch.float32 [1, 2, 20, 8], got None"),
         ("nan", "rival_attention:nan at 20 tokens, float32: expected finite numbers in o, got 320 of 320"),
+        ("leaves", "rival_attention:leaves at 20 tokens, float32: raised SystemExit: 0"),
         ("number", "--against rival_attention:number: expected a callable f(q, k, v), got int"),
         ("gone", "--against rival_attention:gone: expected 'gone' in rival_attention, got no such name"),
     ],
 )
-def test_a_rival_that_cannot_be_used_is_one_message(name: str, message: str, rivals: str) -> None:
-    result = call(f"{CPU} -n 20 --against {rivals}:{name}")
-    assert (result.code, result.out) == (1, "")
+def test_a_rival_that_cannot_be_used_is_one_message(
+    name: str,
+    message: str,
+    rivals: str,
+    place: Path,  # noqa: F811
+) -> None:
+    result = call(f"{CPU} -n 20 --against {rivals}:{name} --json rows.json")
+    assert result.code == 1
     assert result.err.startswith(message) and result.err.count("\n") == 1
+    if message.startswith("--against"):
+        assert (result.out, (place / "rows.json").exists()) == ("", False), "known before anything is measured"
+    else:
+        assert [row.kind for row in read([place / "rows.json"])] == ["ours", "dense"]
+        assert "tiny" in result.out and "sdpa" in result.out
 
 
 def test_a_rival_that_cannot_be_imported(rivals: str, tmp_path: Path) -> None:
@@ -316,6 +507,10 @@ def test_a_rival_that_cannot_be_imported(rivals: str, tmp_path: Path) -> None:
     (tmp_path / "broken_rival.py").write_text("1 / 0")
     with pytest.raises(LlsaGenError, match="importing broken_rival raised ZeroDivisionError"):
         bench_rivals.named("broken_rival:f")
+    (tmp_path / "leaving_rival.py").write_text("raise SystemExit('x' * 10**6)")
+    with pytest.raises(LlsaGenError, match="importing leaving_rival raised SystemExit: xxx") as caught:
+        bench_rivals.named("leaving_rival:f")
+    assert len(str(caught.value)) < 1000
 
 
 def test_a_backward_that_fails_leaves_one_cell_empty(rivals: str) -> None:

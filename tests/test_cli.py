@@ -210,6 +210,22 @@ def test_a_missing_spec_is_one_message(command: str, place: Path) -> None:
         assert result.err.replace("\n", " ").split() == message.split(), said
 
 
+def test_a_link_to_nothing_is_told_by_whatever_name(place: Path) -> None:
+    (place / "spec" / "loose.yaml").symlink_to("gone.yaml")
+    (place / "here.yaml").symlink_to("gone.yaml")
+    (place / "bare").symlink_to("gone")
+    for said, told in {
+        "loose": "spec/loose.yaml",
+        "here": "here.yaml",
+        "here.yaml": "here.yaml",
+        "bare": "bare",
+    }.items():
+        result = call(f"explain {said} -n 10")
+        assert (result.code, result.out) == (1, "")
+        gone = "gone" if said == "bare" else "gone.yaml"
+        assert result.err == f"{told}: expected a spec file, got a link to {gone}, where nothing is\n"
+
+
 @pytest.mark.parametrize(
     "command", ["build {}", "bench {}", "check {}", "explain {} -n 10", "export {}", "cache why {}"]
 )
@@ -369,6 +385,34 @@ def test_export_to_where_nothing_can_be_written(place: Path) -> None:
     result = call("export tiny -o /proc/nothing")
     assert (result.code, result.err.count("\n")) == (1, 1)
     assert result.err.startswith("/proc/nothing: ")
+
+
+@pytest.mark.parametrize(
+    ("options", "occupied", "message"),
+    [
+        ("-o out", "out/tiny.py/", "out/tiny.py: Is a directory"),
+        ("-o out/deep", "out", "out/deep: Not a directory"),
+        ("-o /proc/nothing/deep", "", "/proc/nothing/deep: No such file or directory"),
+        ("-o out --target cuda:90", "out/tiny-cuda-90-bfloat16", "out/tiny-cuda-90-bfloat16: Not a directory"),
+        ("-o out --target cuda:90", "out/tiny-cuda-90-bfloat16/manifest.json/",
+         "out/tiny-cuda-90-bfloat16/manifest.json: Is a directory"),
+        (f"--target {'x' * 10**5}", "", "target: expected one of "),
+    ],
+)  # fmt: skip
+def test_export_finds_out_where_it_can_not_write_before_it_compiles(
+    options: str, occupied: str, message: str, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiler, "compile", lambda *_: pytest.fail("nothing is compiled"))
+    if occupied.endswith("/"):
+        (place / occupied).mkdir(parents=True)
+    elif occupied:
+        (place / occupied).parent.mkdir(exist_ok=True)
+        (place / occupied).write_text("precious")
+    before = sorted(place.rglob("*"))
+    result = call(f"export tiny {options}")
+    assert (result.code, result.out, result.err.count("\n")) == (1, "", 1)
+    assert result.err.startswith(message) and len(result.err) < 500
+    assert sorted(place.rglob("*")) == before
 
 
 def test_a_full_disk_is_one_message_and_what_was_there_stays(place: Path) -> None:
@@ -667,6 +711,91 @@ def test_wrong_usage_exits_with_2(command: str, place: Path) -> None:
     assert result.code == 2
     assert re.search("Usage: llsa-gen|requires an argument", result.out + result.err)
     assert "Traceback" not in result.err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["{}"], ["explain", "{}"], ["explain", "tiny", "-n", "{}"], ["explain", "tiny", "-n", "5", "--{}"],
+        ["explain", "tiny", "-n", "5", "--dtype", "{}"], ["explain", "tiny", "-n", "-{}"], ["new", "{}"],
+        ["explain", "tiny", "-n", "5", "--target", "{}", "--plan"], ["check", "tiny", "--device", "{}"],
+        ["cache", "clear", "{}"], ["explain", *["{}"] * 100],
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("typed", ["9" * 4000, "9" * 5000, "x" * 10**5])
+def test_no_argument_makes_a_long_message(words: list[str], typed: str, place: Path) -> None:
+    result = call(shlex.join(word.format(typed) for word in words))
+    assert result.code in (1, 2)
+    assert 0 < len(result.err) < (5000 if len(words) == 2 else 1500), "a path may have 4096 characters"
+
+
+def test_an_interrupted_check_says_how_far_it_came(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, progress: Any, **__: object) -> None:
+        progress(7, 1.0)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fuzz, "check", interrupted)
+    result = call("check tiny")
+    assert (result.code, result.out) == (130, "")
+    assert result.err == "warning: interrupted: 7 cases agreed with the reference until then\n"
+
+
+def test_what_could_not_be_stored_is_printed(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from llsa_gen import tune
+    from llsa_gen.tune_search import StageResult, Trial
+
+    before, after = {"num_warps": 2}, {"num_warps": 4}
+    trials = [Trial(after, 50.0), Trial(before, reason="the search ended here: OutOfMemoryError: full")]
+    report = tune.Report(
+        "tiny", "cuda:90", "A GPU", 4096, "bfloat16", (StageResult("attend", before, 100.0, after, 50.0, trials),),
+        ({"stage": "attend", "set": after},), None, "cuda_90.json: No space left on device",
+    )  # fmt: skip
+    monkeypatch.setattr(tune, "tune", lambda *_, **__: report)
+    result = call("tune tiny")
+    assert result.code == 1 and result.out.endswith('{"stage": "attend", "set": {"num_warps": 4}}\n')
+    assert result.err == (
+        "warning: the search ended here: OutOfMemoryError: full\n"
+        "what was found is not stored: cuda_90.json: No space left on device\n"
+    )
+
+
+LAST_WORDS = """\
+import atexit, os, sys
+class Late:
+    def __del__(self, write=os.write):
+        write(2, b"taken apart\\n")
+sys.late = Late()
+if {triton}:
+    import triton
+sys.argv = ["llsa-gen", *{words}]
+from llsa_gen import cli
+app = cli.app
+cli.app = lambda **named: (atexit.register(print, "said at exit"), app(**named))  # as a library does, once imported
+cli.main()
+"""
+
+
+@pytest.mark.parametrize("triton", [False, True])
+@pytest.mark.parametrize(("words", "code"), [(["--version"], 0), (["explain", "gone"], 2), (["export", "gone"], 1)])
+def test_a_process_with_triton_ends_before_python_is_taken_apart(
+    words: list[str], code: int, triton: bool, place: Path
+) -> None:
+    program = LAST_WORDS.format(words=words, triton=triton)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=100,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
+    )  # fmt: skip
+    assert done.returncode == code
+    assert done.stdout.endswith("said at exit\n")
+    assert done.stderr.endswith("taken apart\n") != triton
+
+
+@pytest.mark.slow
+def test_nothing_is_printed_but_what_is_ours(place: Path) -> None:
+    """Where kernels in Gluon are compiled for the first time: Triton 3.9 would list what its bindings have leaked."""
+    spec = ROOT / "spec" / "llsa_l1.yaml"
+    done = real(f"export {spec} -o out --target cuda:90", TRITON_CACHE_DIR=str(place / "triton"))
+    assert (done.code, done.err) == (0, "compiling for cuda:90, bfloat16 ...\n")
 
 
 def test_a_process_of_its_own_exits_as_it_should(place: Path) -> None:

@@ -220,7 +220,9 @@ def test_another_text_under_a_taken_name_is_refused(tmp_path: Path) -> None:
         if name != "edited":
             spec.loader.exec_module(modules[name])
             continue
-        with pytest.raises(RuntimeError, match=r"expected one text under this name, got another in .*edited\.py") as caught:
+        with pytest.raises(
+            RuntimeError, match=r"expected one text under this name, got another in .*edited\.py"
+        ) as caught:
             spec.loader.exec_module(modules[name])
         assert str(tmp_path / "first.py") in str(caught.value)
     q = torch.randn(1, 1, 9, SMALL.head_dim)

@@ -273,6 +273,23 @@ def test_a_failing_check_shrinks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert smallest.spec.head_dim == 8
 
 
+def test_a_failure_is_not_lost_to_an_interrupt(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(case: Case, store: object = None) -> fuzz.Outcome:
+        nonlocal tried
+        tried += 1
+        if tried == 5:
+            raise KeyboardInterrupt
+        return fuzz.Outcome(case, ("wrong",) if failing else (), {})
+
+    monkeypatch.setattr(fuzz, "run", fails)
+    tried, failing = 0, True
+    with pytest.raises(CheckFailed, match="wrong"):
+        fuzz.check(SMALL, examples=100)
+    tried, failing = 0, False
+    with pytest.raises(KeyboardInterrupt):
+        fuzz.check(SMALL, examples=100)
+
+
 def test_whatever_an_operator_raises_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     def run(case: Case, store: Store | None) -> fuzz.Outcome:
         raise IndexError("out of range")

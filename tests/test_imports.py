@@ -89,7 +89,7 @@ ROOMS = {
         "torch",
     ),
     "bench_table": room("bench_rows units", "rich"),
-    "bench_plot": room("bench_rows bench_table", "matplotlib"),
+    "bench_plot": room("bench_rows bench_table files", "matplotlib"),
     "tune_candidates": room("plan schedule schedule_table schedule_fit"),
     "tune_search": room("plan schedule tune_candidates"),
     "tune_bench": room("plan schedule compiler launches aot fuzz reference", "torch triton"),

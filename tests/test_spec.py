@@ -5,12 +5,15 @@ import json
 import keyword
 import pickle
 import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -213,6 +216,60 @@ def test_what_prints_itself_as_code_becomes_plain_text_and_numbers() -> None:
     values = [spec.name, spec.description, spec.head_dim, spec.block(1), spec.topk(1), spec.enriched_levels[0]]
     assert {type(value) for value in values} == {str, int}
     assert "import" not in repr(spec) + spec.canonical() + spec.to_yaml()
+
+
+@given(specs(), st.data())
+def test_the_integers_of_numpy_are_integers(spec: Spec, data: st.DataObject) -> None:
+    def of_numpy(value: int) -> Any:
+        kinds = [kind for kind in (np.int8, np.uint8, np.int16, np.uint16, np.int64, np.uint64, np.intp)
+                 if value <= np.iinfo(kind).max]  # fmt: skip
+        return data.draw(st.sampled_from([*kinds, int]))(value)
+
+    given: dict[str, Any] = {
+        "name": np.str_(spec.name),
+        "description": np.str_(spec.description),
+        "head_dim": of_numpy(spec.head_dim),
+        "levels": [{"block": of_numpy(level.block), "topk": of_numpy(level.topk)} for level in spec.levels],
+        "enrich": [of_numpy(level) for level in spec.enriched_levels],
+        "reweight": np.bool_(spec.reweight),
+    }
+    declared: dict[str, Any] = {**given, "levels": tuple(Level(**level) for level in given["levels"])}
+    for same in (load(given), Spec(**given), Spec(**declared), load(spec.model_copy(update=given))):
+        assert same == spec and hash(same) == hash(spec)
+        assert (same.canonical(), same.digest, same.to_yaml()) == (spec.canonical(), spec.digest, spec.to_yaml())
+        numbers = [same.head_dim, *same.enriched_levels, *(value for level in same.levels for _, value in level)]
+        assert {type(value) for value in (*numbers, same.name, same.description, same.reweight)} == {int, str, bool}
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "got"),
+    [
+        ("head_dim", np.float64(16.0), "np.float64(16.0)"),  # as 16.0 is none
+        ("head_dim", np.bool_(True), "np.True_"),
+        ("head_dim", np.int64(7), "7"),
+        ("head_dim", np.uint64(2**64 - 1), str(2**64 - 1)),
+        ("head_dim", np.array(16), "array(16)"),
+        ("head_dim", torch.tensor(16), "tensor(16)"),
+        ("reweight", np.int64(1), "np.int64(1)"),
+        ("enrich", np.int64(1), "np.int64(1)"),
+        ("enrich", np.array([1]), "array([1])"),
+        ("enrich", [np.int64(3)], "3 (there are 2 levels)"),
+        ("enrich", [1, np.int64(1)], "1 again"),
+        ("enrich", [np.bool_(True)], "np.True_"),
+    ],
+)  # fmt: skip
+def test_what_is_no_integer_of_numpy(field: str, value: Any, got: str) -> None:
+    for declare in (load, lambda data: Spec(**data)):
+        with pytest.raises(SpecError) as caught:
+            declare(minimal(**{field: value}))
+        (mistake,) = caught.value.mistakes
+        assert mistake.path.startswith(field) and mistake.message.endswith(f"got {got}")
+
+
+def test_a_spec_needs_no_numpy_to_be_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "numpy")
+    assert load(minimal(reweight=False)).reweight is False
+    assert "numpy" not in sys.modules
 
 
 @pytest.mark.parametrize(

@@ -86,7 +86,8 @@ def changed(*changes: tuple[str, str]) -> str:
         ("head_dim: 64", "head_dim: 010", f"3:11: head_dim: {HEAD_DIM}, got '010'"),  # 8 in YAML 1.1, 10 elsewhere
         ("head_dim: 64", "head_dim: 1:30", f"3:11: head_dim: {HEAD_DIM}, got '1:30'"),  # 90 in YAML 1.1
         ("head_dim: 64", "head_dim: 1_00", f"3:11: head_dim: {HEAD_DIM}, got '1_00'"),
-        ("head_dim: 64", f"head_dim: {10**90}", f"3:11: head_dim: {HEAD_DIM}, got 1{'0' * 59}..."),
+        ("head_dim: 64", f"head_dim: {10**90}",
+         f"3:11: head_dim: {HEAD_DIM}, got 1{'0' * 44}...{'0' * 15} (91 characters)"),
         ("head_dim: 64", f"head_dim: {'9' * 5000}",
          f"3:11: head_dim: {HEAD_DIM}, got '{'9' * 60}'... (5000 characters)"),
         ("{block: 16,", "{block: 1,", f"5:13: levels[0].block: {BLOCK}, got 1"),
@@ -115,7 +116,9 @@ def changed(*changes: tuple[str, str]) -> str:
         ("enrich: all", "enrich: [-1]", f"8:10: enrich[0]: {ENRICHED}, got -1"),
         ("enrich: all", "enrich: [2, 3]", "8:13: enrich[1]: expected a level that exists, got 3 (there are 2 levels)"),
         ("enrich: all", "enrich: [2, 2]", "8:13: enrich[1]: expected each level once, got 2 again"),
+        ("enrich: all", "enrich: 'none '", f"8:9: enrich: {ENRICH}, got 'none '; did you mean none?"),
         # reweight
+        ("reweight: true", "reweight: 'true'", f"9:11: reweight: {REWEIGHT}, got 'true'"),  # no advice to type the same
         ("reweight: true", "reweight: yes", f"9:11: reweight: {REWEIGHT}, got 'yes'"),
         ("reweight: true", "reweight: 1", f"9:11: reweight: {REWEIGHT}, got 1"),
         ("reweight: true", "reweight: ture", f"9:11: reweight: {REWEIGHT}, got 'ture'; did you mean true?"),
@@ -274,6 +277,50 @@ def test_what_is_no_source(source: Any, got: str) -> None:
     with pytest.raises(SpecError) as caught:
         load(source)
     assert str(caught.value) == f"load: expected a path, a mapping or a Spec, got {got}"
+
+
+class _Escaping:
+    def __repr__(self) -> str:
+        return "\x1b[31mred" + "x" * 10**6
+
+
+HUGE: dict[str, Any] = {
+    "text": "x" * 10**6, "bytes": b"x" * 10**6, "int": 10**5000, "shorter int": -(10**4000), "texts": ["x" * 10**6],
+    "ints": [10**4000] * 2, "key": {"x" * 10**6: 1}, "set": {10**4000}, "range": range(10**9), "escapes": _Escaping(),
+    "lists": [[]] * 10**4, "keys": {str(key): 0 for key in range(10**4)}, "numbers": list(range(10**4)),
+}  # fmt: skip
+FIELDS = {name: name for name in (*Spec.model_fields, *Level.model_fields)} | {"long": "x" * 10**6}
+
+
+@settings(max_examples=60)
+@given(st.sampled_from(sorted(FIELDS)), st.sampled_from(sorted(HUGE)), st.booleans())
+def test_no_value_makes_a_long_message(named: str, huge: str, inner: bool) -> None:
+    field, value = FIELDS[named], HUGE[huge]
+    inside = {"block": 16, "topk": 8, field: value} if inner else {"block": 16, "topk": 8}
+    data = {"name": "a", "head_dim": 64, "levels": [inside]} | ({} if inner else {field: value})
+    with pytest.raises(SpecError) as caught:
+        load(data)
+    lines = str(caught.value).split("\n")
+    assert len(lines) <= 21
+    assert max(map(len, lines)) < 400
+    assert all(line.isprintable() for line in lines)
+
+
+@pytest.mark.parametrize("count", [1, 20, 21, 9000])
+def test_of_many_mistakes_the_first_are_printed_and_the_others_counted(tmp_path: Path, count: int) -> None:
+    file = tmp_path / "many.yaml"
+    file.write_text(f"name: a\nhead_dim: 64\nlevels: [{{block: 16, topk: 8}}]\nenrich: [{'1,' * count}1]\n")
+    for source, first in (
+        (file, f"{file}:4:12: enrich[1]: "),
+        (bad(**{f"z{n}": n for n in range(count)}), "<dict>: z0: "),
+    ):
+        with pytest.raises(SpecError) as caught:
+            load(source)
+        lines = str(caught.value).splitlines()
+        assert len(caught.value.mistakes) == count
+        assert lines[0].startswith(first)
+        assert lines[:20] == list(map(str, caught.value.mistakes[:20]))
+        assert lines[20:] == ([f"... and {count - 20:,} more"] if count > 20 else [])
 
 
 leaves = st.none() | st.booleans() | st.integers(-3, 600) | st.floats() | st.text(max_size=8) | st.just("all")

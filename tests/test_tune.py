@@ -1,5 +1,6 @@
 """The search for tile shapes without a GPU: what is tried, who wins, what is kept; the rows of the user's own."""
 
+import errno
 import json
 import os
 import subprocess
@@ -277,6 +278,36 @@ def test_rows_of_the_same_facts_take_each_others_place(tmp_path: Path) -> None:
     rows = tuned.targets(store)["cuda:80"].rows
     assert len(rows) == 2 and rows[-1].set == {"num_warps": 2}
     assert tuned.remove(store) == 1 and tuned.files(store) == []
+
+
+def test_a_store_that_can_keep_nothing_is_told_before_the_search(tmp_path: Path) -> None:
+    (tmp_path / "schedules").write_text("a file")
+    with pytest.raises(NotADirectoryError):
+        tune(SMALL, store=Store(tmp_path), make_bench=lambda *_: pytest.fail("nothing is searched"))
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["schedules"], "nor left behind"
+
+
+def test_rows_that_can_not_be_stored_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "cuda_80.json")
+
+    monkeypatch.setattr(tuned, "write_whole", full)
+    report = tuned_report(Store(tmp_path))
+    assert (report.path, report.unsaved) == (None, "cuda_80.json: No space left on device")
+    assert [row["set"]["num_warps"] for row in report.rows] == [4]
+
+
+def test_a_present_entry_that_does_not_run_keeps_the_stages_before() -> None:
+    def times(stage: str, entry: Entry) -> float:
+        if stage == "grad_q":
+            raise torch.OutOfMemoryError("full")
+        return fast_with_4_warps(stage, entry)
+
+    results = run(Fake(times), "attend", "grad_q", "scan", seconds=1e9)
+    assert [result.stage for result in results] == ["attend"] and results[0].improved
+    assert reasons(results[0])[-1] == "the search ended here: OutOfMemoryError: full"
+    with pytest.raises(torch.OutOfMemoryError):
+        run(Fake(times), "grad_q")
 
 
 def test_nothing_better_stores_nothing(tmp_path: Path) -> None:
