@@ -52,7 +52,7 @@ def truth(
     queries: Tensor | None = None,
     grad_lse: Tensor | None = None,
 ) -> Truth:
-    """The results for q, k, v and grad_o [B, H, N, D] and, if lse has a gradient, that, with the selection `kept` held fixed.
+    """The results for q, k, v, grad_o [B, H, N, D] and grad_lse [B, H, N], with the selection `kept` held fixed.
 
     With `queries`, integers [R], o, lse and dq are those of these queries alone, and dk and dv what they contribute:
     all there is where grad_o is zero for every other query. Time R (N + sum T_l) D; memory `CHUNK_ELEMENTS` at a time.

@@ -50,7 +50,7 @@ ROOMS = {
     "schedule_fit": room("plan schedule_table schedule_memory"),
     "schedule": room("plan schedule_table schedule_memory schedule_fit"),
     "networks": room(),
-    "emit": room("spec plan schedule networks", "jinja2 sympy"),
+    "emit": room("spec plan schedule cost networks", "jinja2 sympy"),
     "store_entry": room("trust"),
     "store": room("store_entry trust forks", "filelock platformdirs"),
     "loading": room("store_entry forks"),

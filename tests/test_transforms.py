@@ -1,4 +1,4 @@
-"""Under torch's own machinery: torch.func, gradients of gradients, dynamic lengths, counters, profilers, meta tensors."""
+"""Under torch's machinery: torch.func, gradients of gradients, dynamic lengths, counters, profilers, meta tensors."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
