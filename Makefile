@@ -6,7 +6,7 @@ BIN := .venv/bin
 READY := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-interpret test-main test-gpu lint format golden budgets wheel clean
+.PHONY: help install install-versions demo test test-interpret test-main test-versions versions test-gpu lint format golden budgets wheel clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
@@ -22,6 +22,9 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/pip install -q -c constraints.txt -e '.[dev,demo]'
 	@touch $@
 
+install-versions: $(READY)  ## unpack the oldest and the newest triton that pyproject.toml admits into .versions
+	$(BIN)/python tests/versions.py --install
+
 demo: $(READY)  ## compile spec/llsa_l2.yaml, attend over a photograph, draw what each level keeps
 	$(BIN)/python -m llsa_gen.demo
 
@@ -32,6 +35,12 @@ test-interpret: $(READY)  ## only the Triton kernels, in Triton's interpreter
 
 test-main: $(READY)  ## all other tests; those for a GPU are shown as skipped without one
 	$(BIN)/pytest -n 2 -m 'not interpret'
+
+test-versions: $(READY)  ## the tests marked versions, with the oldest and the newest triton
+	$(BIN)/python tests/versions.py --short
+
+versions: $(READY)  ## every triton from 3.6: the interpreter's tests, and the table of benchmarks/triton_versions.md
+	$(BIN)/python tests/versions.py
 
 test-gpu: $(READY)  ## the tests for a CUDA or ROCm GPU
 	$(BIN)/pytest -m gpu

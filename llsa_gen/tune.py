@@ -1,5 +1,6 @@
 """Tune: search tile shapes for one spec on this machine's GPU, and keep what is faster for the compiles that follow."""
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -59,12 +60,14 @@ def tune(
     store: Store | None = None,
     progress: Progress | None = None,
     make_bench: MakeBench | None = None,
+    clock: Callable[[], float] = time.monotonic,
 ) -> Report:
     """Search the entries of `stages`, by default all, for q, k, v [2, 4, n_tokens, D], and store the winners' rows.
 
     Takes about `seconds`; an interrupt from the keyboard ends it early and keeps what was found. `make_bench` takes the
-    place of this machine's GPU. Raises LlsaGenError where there is no GPU, for a stage that the spec does not have and
-    for a length that it does not take, and OSError where the store could keep nothing, all before it searches.
+    place of this machine's GPU, `clock` that of its seconds. Raises LlsaGenError where there is no GPU, for a stage
+    that the spec does not have and for a length that it does not take, and OSError where the store could keep nothing,
+    all before it searches.
     """
     if make_bench is None and (knobs.runtime.interpret or not torch.cuda.is_available()):
         raise LlsaGenError("tune: expected a CUDA or ROCm GPU to measure on, and torch finds none")
@@ -87,7 +90,7 @@ def tune(
     bench = (make_bench or _on_gpu(n_tokens, dtype))(attention, present, name)
     results = search(
         plan, present, stages or list(present), bench,
-        element=element, goal=goal, seconds=seconds, progress=progress,
+        element=element, goal=goal, seconds=seconds, progress=progress, clock=clock,
     )  # fmt: skip
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "no GPU"
     rows = tuple(_row(plan, result, element, n_tokens, gpu) for result in results if result.improved)

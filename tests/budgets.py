@@ -56,10 +56,10 @@ CELLS = [Cell(target, "bfloat16", spec) for target in TARGETS for spec in SPECS]
 CELLS += [Cell("cuda:90", "float32", spec) for spec in SPECS[:2]] + [Cell("cuda:90", "float16", SPECS[0])]
 
 
-def measure(cell: Cell) -> list[aot.Report]:
-    """Compile the kernels that are this cell's own."""
+def measure(cell: Cell, kernels: set[str] | None = None) -> list[aot.Report]:
+    """Compile the kernels that are this cell's own, or `kernels` of it."""
     attention = compile(ROOT / "spec" / f"{cell.spec}.yaml")
-    kernels = own_kernels(cell)
+    kernels = own_kernels(cell) if kernels is None else kernels
     # variants for other lengths differ by their masks and not by target: they are compiled for one
     n_tokens = None if cell.target == "cuda:90" else aot.USUAL_TOKENS
     return aot.compile_kernels(attention, cell.target, cell.dtype, n_tokens, kernels=kernels) if kernels else []

@@ -23,6 +23,10 @@ settings.register_profile("ci", derandomize=True, **_patient)  # the same exampl
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "dev"))
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+if INTERPRETING:
+    from interpreting import patch_once_a_launch
+
+    patch_once_a_launch()
 
 
 def _has_gpu() -> bool:

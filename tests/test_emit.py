@@ -64,7 +64,7 @@ def test_two_processes_emit_the_same_bytes(tmp_path: Path) -> None:
     def digests(seed: str, folder: Path) -> str:
         environment = os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": os.pathsep.join(sys.path)}
         command = [sys.executable, "-c", PRINT_DIGESTS, *map(str, SHIPPED)]
-        result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+        result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
         assert result.returncode == 0, result.stderr
         return result.stdout
 
@@ -91,7 +91,7 @@ def test_modules_pass_ruff(tmp_path: Path) -> None:
     for spec in (*map(load, SHIPPED), *(spec for spec, _ in GLUON.values())):
         (tmp_path / f"{spec.name}.py").write_text(render(spec))
     ruff = [sys.executable, "-m", "ruff", "check", "--isolated", "--no-cache", "--select", "F,E9,RUF059"]
-    result = subprocess.run([*ruff, "."], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    result = subprocess.run([*ruff, "."], cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stdout
 
 
@@ -265,7 +265,8 @@ def break_with(line: str) -> Callable[[Path], int]:
     return do
 
 
-@pytest.mark.parametrize("template", ["pool.py.j2", "select.py.j2", "grad_kv.py.j2", "tiles.py.j2"])
+# one that is included first, and one that takes in another
+@pytest.mark.parametrize("template", ["tiles.py.j2", "select.py.j2"])
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
@@ -298,6 +299,6 @@ def test_what_reproduces_a_template_error_does(templates: Path) -> None:
     broken = f"from pathlib import Path; from llsa_gen import emit; emit.TEMPLATES = Path({str(templates)!r})"
     (templates.parent / "sitecustomize.py").write_text(broken)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(templates.parent), *sys.path])}
-    result = subprocess.run(command, shell=True, env=environment, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(command, shell=True, env=environment, capture_output=True, text=True, timeout=600)
     assert result.returncode == 1
     assert "TemplateError: pool.py.j2:" in result.stderr.splitlines()[-1], result.stderr

@@ -90,6 +90,6 @@ def test_the_command_line_checks_writes_and_checks_again(
 
 def test_it_runs_as_make_runs_it(tmp_path: Path) -> None:
     run = [sys.executable, "-m", "llsa_gen.golden", "--check"]
-    result = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert (result.returncode, result.stderr) in ((0, ""), (1, ""))
     assert ("accept with" in result.stdout) == bool(result.returncode)

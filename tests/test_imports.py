@@ -249,7 +249,7 @@ def run_fresh(code: str, home: Path) -> str:
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("LLSA_GEN", "XDG_"))}
     environment |= {"HOME": str(home), "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(ROOT)}
     result = subprocess.run(
-        [sys.executable, "-c", code], cwd=home, env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code], cwd=home, env=environment, capture_output=True, text=True, timeout=600
     )
     assert result.returncode == 0, result.stderr
     return result.stdout.strip()

@@ -1,5 +1,7 @@
 """Every kernel in Triton's interpreter, by specs that take every branch of the templates, against the reference."""
 
+import re
+from collections.abc import Iterable
 from contextlib import nullcontext
 from typing import Any
 
@@ -9,12 +11,14 @@ import torch
 from examples import BRANCHES, spec
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
+from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from llsa_gen import Spec, fuzz, reference
 from llsa_gen.compiler import compile
 from llsa_gen.fuzz_cases import Layouts
 from llsa_gen.plan import lower
+from llsa_gen.schedule_table import stage_kind
 
 pytestmark = pytest.mark.interpret
 
@@ -22,12 +26,31 @@ MIXED: Layouts = ("transposed", "columns", "sliced", "every_second")
 SHARED: Layouts = ("sliced", "expanded", "transposed", "expanded")
 
 
+OTHER_VERSIONS = ("l1_whole_none", "l2_keepers", "l3")
+"""Branches that run with the oldest and the newest Triton, too: together they have every kind of kernel."""
+
+
 def by_name(chosen: Spec) -> str:
     return chosen.name
 
 
+def marked(chosen: Spec) -> Any:
+    return pytest.param(chosen, marks=pytest.mark.versions if chosen.name in OTHER_VERSIONS else ())
+
+
 def test_the_interpreter_is_on() -> None:
     assert compile(BRANCHES[0]).module.INTERPRETED
+
+
+def test_what_the_interpreter_is_spared_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = fuzz.Case(spec("spared", 16, (4, 2), (3, 2)), n=29)
+    attention, inputs, calls = compile(case.spec), case.tensors(), list[object]()
+    spared = fuzz.attend(attention, case, *inputs)
+    whole = interpreter._patch_lang.__wrapped__
+    monkeypatch.setattr(interpreter, "_patch_lang", lambda fn: calls.append(fn) or whole(fn))
+    found = fuzz.attend(attention, case, *inputs)
+    assert all(fuzz.same_bits(found[name], spared[name]) for name in found)
+    assert len(calls) > 100, "nothing is spared any more: drop tests/interpreting.py"
 
 
 def test_the_specs_take_every_branch() -> None:
@@ -56,7 +79,16 @@ def test_the_specs_take_every_branch() -> None:
     assert skipped >= {-1, 1, 2}  # nothing above, the level above, one beyond
 
 
-@pytest.mark.parametrize("chosen", BRANCHES, ids=by_name)
+def test_the_short_set_has_every_kind_of_kernel() -> None:
+    def kinds(specs: Iterable[Spec]) -> set[str]:
+        plans = [lower(chosen) for chosen in specs]
+        names = ((plan, kernel.name.removesuffix("_kernel")) for plan in plans for kernel in plan.kernels)
+        return {re.sub(r"_l\d", "", stage_kind(plan, name)) for plan, name in names}
+
+    assert kinds(chosen for chosen in BRANCHES if chosen.name in OTHER_VERSIONS) == kinds(BRANCHES)
+
+
+@pytest.mark.parametrize("chosen", list(map(marked, BRANCHES)), ids=by_name)
 def test_kernels_agree_with_the_reference(chosen: Spec) -> None:
     # two blocks of the second level and one token more, so that every level has a tail
     n = chosen.span(min(2, chosen.num_levels)) * 2 + 1
@@ -95,7 +127,10 @@ def test_tiles_smaller_than_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
     fuzz.run(fuzz.Case(chosen, n=24 * 3 * 3 + 5, dtype="float16")).raise_if_failed()
 
 
-@pytest.mark.parametrize(("topk", "values"), [(1, "integers"), (3, "normal"), (8, "zero_queries")])
+@pytest.mark.parametrize(
+    ("topk", "values"),
+    [(1, "integers"), pytest.param(3, "normal", marks=pytest.mark.versions), (8, "zero_queries")],
+)
 def test_runs_of_candidates(topk: int, values: fuzz.Values, monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = spec("many_candidates", 16, (2, topk), enrich="none")
     module = compile(chosen).module
@@ -105,8 +140,15 @@ def test_runs_of_candidates(topk: int, values: fuzz.Values, monkeypatch: pytest.
         fuzz.run(fuzz.Case(chosen, n=n, dtype="float16", values=values)).raise_if_failed()
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-@pytest.mark.parametrize("blocks", [((4, 3), (4, 5)), ((5, 2), (16, 1))])
+@pytest.mark.parametrize(
+    ("blocks", "dtype"),
+    [
+        pytest.param(((4, 3), (4, 5)), "float16", marks=pytest.mark.versions),
+        (((4, 3), (4, 5)), "float32"),
+        (((5, 2), (16, 1)), "float16"),
+        (((5, 2), (16, 1)), "float32"),
+    ],
+)
 def test_values_pooled_by_the_selection(
     blocks: tuple[tuple[int, int], ...], dtype: fuzz.DType, monkeypatch: pytest.MonkeyPatch
 ) -> None:

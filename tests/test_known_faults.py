@@ -30,6 +30,7 @@ def half(device: str) -> fuzz.DType:
     return "float16" if fuzz.on_interpreter(device) else "bfloat16"
 
 
+@pytest.mark.versions
 def test_1_coarse_gradients_carry_the_weight_of_their_level(device: str) -> None:
     # Small logits, so that the weights decide: coarse tokens take most of the attention, and most of the gradients.
     chosen = spec("weights", 16, (4, 1), (4, 2))

@@ -297,16 +297,17 @@ def test_a_lock_that_is_held_too_long_is_done_without(store: Store) -> None:
     def hold() -> None:
         with FileLock(store.root / LOCK_FILE):
             held.set()
-            done.wait(30)
+            done.wait(600)
 
     holder = threading.Thread(target=hold)
     holder.start()
     try:
-        assert held.wait(30)
+        assert held.wait(600)
         impatient = Store(store.root, lock_timeout=0.3)
         start = time.monotonic()
         assert impatient.put(KEY, TEXT) is not None
-        assert 0.25 < time.monotonic() - start < 10  # it did wait, or the lock would be for nothing
+        assert time.monotonic() - start > 0.25  # it did wait, or the lock would be for nothing
+        assert holder.is_alive()  # and not until it got the lock
         assert impatient.get(KEY) is not None
         assert impatient.clear() == 1
     finally:
@@ -340,9 +341,9 @@ def test_a_crash_while_publishing_is_harmless(store: Store) -> None:
     key = Key("llsa_l2", {"spec": "1"})
     assert store.get(key) is None and store.entries() == []
 
-    start = time.monotonic()
+    with FileLock(store.root / LOCK_FILE, timeout=0):
+        pass  # a dead process holds no lock
     assert store.put(key, "VALUE = 1") is not None
-    assert time.monotonic() - start < 2  # a dead process holds no lock
     assert left.exists()  # it could still be somebody's
 
     two_days_ago = time.time() - 2 * 86_400

@@ -39,7 +39,7 @@ def run(*command: str | Path, cwd: Path, **environment: str) -> str:
     """Runs `command` away from the checkout, with no PYTHON* or LLSA_GEN* variable but those given."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "LLSA_GEN"))}
     result = subprocess.run(
-        list(map(str, command)), cwd=cwd, env=inherited | environment, capture_output=True, text=True, timeout=300
+        list(map(str, command)), cwd=cwd, env=inherited | environment, capture_output=True, text=True, timeout=600
     )
     assert result.returncode == 0, f"{command} failed:\n{result.stdout}\n{result.stderr}"
     return result.stdout
