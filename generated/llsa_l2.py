@@ -40,7 +40,7 @@ SPEC = {
     "name": "llsa_l2",
     "reweight": True,
 }
-OPERATOR = "llsa_l2_efb305116a650c69"  # in torch.ops.llsa: the name of the spec and the hash of this text
+OPERATOR = "llsa_l2_31c508bf0aa0f8d8"  # in torch.ops.llsa: the name of the spec and the hash of this text
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -1748,9 +1748,8 @@ def attend_tiles(keys, q_base, stride_qn, scale, ANCHORED: gl.constexpr, WHOLE: 
                 taken = column < exist
                 if not WHOLE:  # of whole tokens, so that the sum is 1 at least; if the only one is cut short, it weighs n_tokens
                     taken = column < gl.maximum(keys.n_tokens // SPAN_2, 1)
-                high = gl.max(gl.where(taken, products, float("-inf")), 1) * scale
-                low = gl.min(gl.where(taken, products, float("inf")), 1) * scale  # if the scale is negative
-                peak = gl.maximum(high, low) + (weight if WHOLE else gl.minimum(weight, gl.log2(keys.n_tokens.to(gl.float32))))
+                high = gl.max(gl.where(taken, products * gl.where(scale < 0.0, -1.0, 1.0), float("-inf")), 1)
+                peak = high * gl.abs(scale) + (weight if WHOLE else gl.minimum(weight, gl.log2(keys.n_tokens.to(gl.float32))))
             p = gl.exp2(products * scale + (weight - peak)[:, None])
             if loose:
                 if WHOLE:
