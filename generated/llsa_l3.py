@@ -41,7 +41,7 @@ SPEC = {
     "name": "llsa_l3",
     "reweight": True,
 }
-OPERATOR = "llsa_l3_f7a401dec618c9a4"  # in torch.ops.llsa: the name of the spec and the hash of this text
+OPERATOR = "llsa_l3_68d7dffa1e479156"  # in torch.ops.llsa: the name of the spec and the hash of this text
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -3427,11 +3427,12 @@ def select_launches(at, launch, scale, q, k, v, saved, memory):
 
 
 def select_kernels(q, k):
-    """The kept tokens of each level, finest first, by the Triton kernels."""
+    """The kept tokens of each level, finest first, [B, H, T_l, width] each, by the Triton kernels."""
     at, *tensors = prepare((q, k, k))  # k in place of v, whose means nobody will look at
     saved = at.memory("saved")
     at.run(select_launches, (*tensors, saved, at.memory("selection")))
-    return [kept.clone() for kept in views_of(saved, "saved", at.shapes, q.dtype)[-3:]]
+    lists = views_of(saved, "saved", at.shapes, q.dtype)[-3:]
+    return [kept.clone().view(*q.shape[:2], *kept.shape[1:]) for kept in lists]
 
 
 def attend_launches(at, launch, scale, q, k, v, o, lse, saved, memory):
@@ -3576,12 +3577,38 @@ LISTED = (0, 1, 2)  # levels whose attended keys are the children of kept tokens
 CHUNK = 2**24  # elements of the largest intermediate
 
 
-def token_sums(x):
-    """Sums over the tokens that each token of each level covers: [H, N, D] to L tensors [H, T_l, D], finest first."""
-    sums = []
-    for block in BLOCKS:
-        x = blocks_of(x, block).sum(2)
-        sums.append(x)
+def slices(length, step):
+    """Slices of `step`, at least 1, that cover range(length) in order; the last one may be shorter."""
+    step = max(1, step)
+    return [slice(first, min(first + step, length)) for first in range(0, length, step)]
+
+
+def block_sizes(n_tokens):
+    """b_1, b_2, ...; of a sequence shorter than a block N, 1, 1, ...: nothing is filled up to what it has none of."""
+    return BLOCKS if n_tokens >= BLOCKS[0] else (n_tokens, *(1 for _ in BLOCKS[1:]))
+
+
+def blocks_of(x, block, run=None):
+    """Rows in blocks, those of a run or all, the last one filled up with zeros: [H, T, D] to [H, R, block, D]."""
+    if run is not None:
+        x = x[:, run.start * block : run.stop * block]
+    missing = -x.shape[1] % block
+    return (torch.nn.functional.pad(x, (0, 0, 0, missing)) if missing else x).unflatten(1, (-1, block))
+
+
+def put_blocks(to, run, blocks):
+    """Write the blocks [H, R, b, ...] of a run to where `blocks_of` takes them from, in `to` [H, T, ...]."""
+    first, rows = run.start * blocks.shape[2], blocks.flatten(1, 2)
+    to = to[:, first : first + rows.shape[1]]
+    to.copy_(rows[:, : to.shape[1]])
+
+
+def block_sums(x, block):
+    """Sums over the blocks of x in float32: [H, T, D] to [H, ceil(T / block), D]."""
+    heads, rows, dim = x.shape
+    sums = x.new_empty((heads, ceil_div(rows, block), dim), dtype=torch.float32)
+    for run in slices(sums.shape[1], CHUNK // (heads * block * dim)):
+        sums[:, run] = blocks_of(x, block, run).float().sum(2)
     return sums
 
 
@@ -3591,17 +3618,14 @@ def covered_tokens(level, n_tokens, device):
     return (n_tokens - first).clamp(max=SPANS[level]).float()
 
 
-def token_means(x, dtype):
-    """The pyramid of x [H, N, D] float32: L tensors [H, T_l, D], rounded to `dtype` once and float32 again."""
-    return [
-        (total / covered_tokens(level, x.shape[1], x.device)[:, None]).to(dtype).float()
-        for level, total in enumerate(token_sums(x), start=1)
-    ]
-
-
-def blocks_of(x, block):
-    """Rows in blocks, the last one filled up with zeros: [H, T, D] to [H, ceil(T / block), block, D]."""
-    return torch.nn.functional.pad(x, (0, 0, 0, -x.shape[1] % block)).unflatten(1, (-1, block))
+def token_means(x):
+    """The pyramid of x [H, N, D]: L tensors [H, T_l, D], finest first, rounded to x's dtype once and float32 again."""
+    means, sums, n_tokens = [], x, x.shape[1]
+    for level, block in enumerate(block_sizes(n_tokens), start=1):
+        sums = block_sums(sums, block)
+        covered = covered_tokens(level, n_tokens, x.device)
+        means.append((sums / covered[:, None]).to(x.dtype).float())
+    return means
 
 
 def block_rows(blocks, kept):
@@ -3630,41 +3654,59 @@ def children_of(kept, block, n_tokens):
 def best_tokens(scores, token, exists, width):
     """The `width` best tokens of each row, best first, of equal scores the lower token; -1 where fewer exist.
 
-    scores [H, R, M, C] float32, token and exists [H, R, C]; returns [H, R, M, width] int32.
+    scores [H, R, M, C] float32, overwritten; token and exists [H, R, C]; returns [H, R, M, width] int32.
     """
     # one integer that orders like (score, lower token first): the float's bits made monotonic, then the token
-    bits = torch.where(scores == 0, 0.0, scores).view(torch.int32)
-    high = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long() << 32
-    rank = torch.where(exists[:, :, None], high | (0x7FFFFFFF - token[:, :, None]), EMPTY.value)
+    bits = scores.add_(0.0).view(torch.int32)  # -0.0 + 0.0 is 0.0
+    bits ^= (bits >> 31) & 0x7FFFFFFF
+    rank = bits.long()
+    rank <<= 32
+    rank |= 0x7FFFFFFF - token[:, :, None]
+    rank.masked_fill_(~exists[:, :, None], EMPTY.value)
     best = rank.topk(width, dim=-1).values
     return torch.where(best == EMPTY.value, -1, 0x7FFFFFFF - (best & 0x7FFFFFFF)).int()
 
 
-def select_means(q_means, k_means):
-    """The kept tokens [H, T_l, width] int32 of each level, finest first, from the means [H, T_l, D] of each level."""
+def select_means(kept, q_means, k_means, n_tokens):
+    """Fill in the kept tokens [H, T_l, width] of each level, finest first, from the means [H, T_l, D] of each level."""
     heads, n_top, _ = k_means[-1].shape
     token = torch.arange(n_top, device=k_means[-1].device).expand(heads, 1, n_top)
-    best = [
-        best_tokens((rows @ k_means[-1].mT)[:, None], token, token >= 0, min(TOPK[-1], n_top))[:, 0]
-        for rows in q_means[-1].split(max(1, CHUNK // (heads * n_top)), dim=1)
-    ]
-    kept = [torch.cat(best, dim=1)]
+    for rows in slices(n_top, CHUNK // (heads * n_top)):
+        scores = q_means[-1][:, rows] @ k_means[-1].mT
+        kept[-1][:, rows] = best_tokens(scores[:, None], token, token >= 0, kept[-1].shape[2])[:, 0]
     for level in range(LEVELS - 1, 0, -1):
-        block, above, n_rows = BLOCKS[level], kept[0], k_means[level - 1].shape[1]
-        q_blocks, k_blocks = blocks_of(q_means[level - 1], block), blocks_of(k_means[level - 1], block)
-        width = min(TOPK[level - 1], n_rows, above.shape[2] * block)
-        step = max(1, CHUNK // (heads * above.shape[2] * block * (HEAD_DIM.value + block)))
-        best = []
-        for lists, queries in zip(above.split(step, dim=1), q_blocks.split(step, dim=1), strict=True):
+        above, block, n_rows = kept[level], block_sizes(n_tokens)[level], k_means[level - 1].shape[1]
+        k_blocks = blocks_of(k_means[level - 1], block)
+        for run in slices(above.shape[1], CHUNK // (heads * above.shape[2] * block * (HEAD_DIM.value + block))):
+            lists, queries = above[:, run], blocks_of(q_means[level - 1], block, run)
             child, exists = children_of(lists, block, n_rows)
-            best.append(best_tokens(queries @ gather_blocks(k_blocks, lists).mT, child, exists, width))
-        kept.insert(0, torch.cat(best, dim=1).flatten(1, 2)[:, :n_rows].contiguous())
-    return kept
+            scores = queries @ gather_blocks(k_blocks, lists).mT
+            put_blocks(kept[level - 1], run, best_tokens(scores, child, exists, kept[level - 1].shape[2]))
+
+
+def elements_seen(kept, n_tokens):
+    """Elements of the keys, values and logits of a block of queries of one head, the logits twice."""
+    blocks = block_sizes(n_tokens)
+    listed = sum(kept[level].shape[2] * blocks[level] for level in LISTED)
+    seen = listed + level_tokens(n_tokens)[LEVELS]
+    return 2 * (listed * HEAD_DIM.value + seen * blocks[0])
+
+
+def slices_of_heads(kept, n_tokens):
+    """Slices of the heads: of so many that a block of queries of each, of any level, fits into CHUNK elements."""
+    most = max(elements_seen(kept, n_tokens), level_tokens(n_tokens)[LEVELS])
+    for lists, block in zip(kept[1:], block_sizes(n_tokens)[1:], strict=True):
+        most = max(most, lists.shape[2] * block * (HEAD_DIM.value + block))
+    return slices(kept[0].shape[0], CHUNK // most)
 
 
 def select_torch(q, k):
     """The kept tokens of each level, finest first, in torch."""
-    return select_means(*(token_means(x.flatten(0, 1).float(), x.dtype) for x in (q, k)))
+    selection = empty_selection(q, k)
+    q, k, *kept = (x.flatten(0, 1) for x in (q, k, *selection))
+    for heads in slices_of_heads(kept, q.shape[1]):
+        select_means([lists[heads] for lists in kept], token_means(q[heads]), token_means(k[heads]), q.shape[1])
+    return selection
 
 
 def log_weights(level, token, exists, n_tokens):
@@ -3673,30 +3715,30 @@ def log_weights(level, token, exists, n_tokens):
 
 
 class Pyramid:
-    """q, k, v [B, H, N, D] in float32 and in blocks, the means of k and v, and the kept tokens of every level."""
+    """Keys and values of some heads as queries see them: every level in float32 and in blocks, and the kept tokens.
 
-    def __init__(self, q, k, v, kept=None):
-        dtype = q.dtype
-        q, k, v = (x.flatten(0, 1).float() for x in (q, k, v))
-        self.n_tokens = q.shape[1]
-        self.k_levels = [k, *token_means(k, dtype)]
-        self.v_levels = [v, *token_means(v, dtype)]
-        self.kept = select_means(token_means(q, dtype), self.k_levels[1:]) if kept is None else kept
-        self.q_blocks = blocks_of(q, BLOCKS[0])
-        self.k_blocks = [blocks_of(self.k_levels[level], BLOCKS[level]) for level in LISTED]
-        self.v_blocks = [blocks_of(self.v_levels[level], BLOCKS[level]) for level in LISTED]
+    k_levels and v_levels: [H, T_l, D] of the levels, finest first; kept: [H, T_l, width] of every coarse level.
+    """
+
+    def __init__(self, k_levels, v_levels, kept):
+        self.kept = kept
+        self.heads, self.n_tokens, _ = k_levels[0].shape
+        self.blocks = block_sizes(self.n_tokens)
+        self.k_blocks, self.v_blocks = (
+            [blocks_of(levels[level], self.blocks[level]).float().contiguous() for level in LISTED]
+            for levels in (k_levels, v_levels)
+        )
+        token = torch.arange(k_levels[-1].shape[1], device=k_levels[-1].device)
+        weights = log_weights(LEVELS, token, token >= 0, self.n_tokens)
+        self.top = k_levels[-1], v_levels[-1], weights  # [H, T_3, D] and [T_3]: all queries see level 3
 
     def runs(self):
         """Slices of query blocks such that the keys, values and logits of each fit into CHUNK elements."""
-        heads, n_blocks = self.q_blocks.shape[:2]
-        listed = sum(self.kept[level].shape[2] * BLOCKS[level] for level in LISTED)
-        seen = listed + self.k_levels[-1].shape[1]
-        step = max(1, CHUNK // (heads * 2 * (listed * HEAD_DIM.value + seen * BLOCKS[0])))
-        return [slice(first, min(first + step, n_blocks)) for first in range(0, n_blocks, step)]
+        return slices(self.kept[0].shape[1], CHUNK // (self.heads * elements_seen(self.kept, self.n_tokens)))
 
     def lists(self, run):
         """What the query blocks of a run keep one level above each listed level: a list of [H, R, width]."""
-        block = torch.arange(run.start, run.stop, device=self.q_blocks.device)
+        block = torch.arange(run.start, run.stop, device=self.kept[0].device)
         return [self.kept[level].index_select(1, block * SPANS[1] // SPANS[level + 1]) for level in LISTED]
 
     def gather(self, lists):
@@ -3705,21 +3747,17 @@ class Pyramid:
         values = [gather_blocks(blocks, kept) for blocks, kept in zip(self.v_blocks, lists, strict=True)]
         weights = []
         for level, kept in zip(LISTED, lists, strict=True):
-            child, exists = children_of(kept, BLOCKS[level], self.k_levels[level].shape[1])
+            child, exists = children_of(kept, self.blocks[level], level_tokens(self.n_tokens)[level])
             weights.append(log_weights(level, child, exists, self.n_tokens))
         return keys, values, weights
-
-    def top(self):
-        """Keys and values [H, T_3, D] and log weights [T_3] of level 3, which all queries see."""
-        token = torch.arange(self.k_levels[-1].shape[1], device=self.q_blocks.device)
-        return self.k_levels[-1], self.v_levels[-1], log_weights(LEVELS, token, token >= 0, self.n_tokens)
 
 
 def softmax_blocks(queries, keys, weights, top, scale):
     """Softmax weights over all keys, a list of [H, R, b_1, C], and lse [H, R, b_1], of query blocks [H, R, b_1, D]."""
-    logits = [queries @ k.mT * scale + weight[:, :, None] for k, weight in zip(keys, weights, strict=True)]
+    logits = [(queries @ k.mT).mul_(scale).add_(weight[:, :, None]) for k, weight in zip(keys, weights, strict=True)]
     k_top, _, weights_top = top
-    logits.append((queries.flatten(1, 2) @ k_top.mT).unflatten(1, queries.shape[1:3]) * scale + weights_top)
+    of_top = (queries.flatten(1, 2) @ k_top.mT).mul_(scale).add_(weights_top)
+    logits.append(of_top.unflatten(1, queries.shape[1:3]))
     sizes = [part.shape[-1] for part in logits]
     logits = torch.cat(logits, dim=-1)
     p = logits.softmax(-1)
@@ -3737,13 +3775,13 @@ def attend_blocks(queries, keys, values, weights, top, scale):
 
 
 def grad_attend_blocks(grad_o, grad_lse, queries, keys, values, weights, top, scale):
-    """dq, then dk and dv as lists like keys and values; those of the top level last, from the gradients of o [H, R, b_1, D] and lse [H, R, b_1, 1]."""
+    """dq, then dk and dv as lists like keys and values; those of the top level last, from the gradients of o [H, R, b_1, D] and lse [H, R, b_1, 1], or 0."""
     p, _ = softmax_blocks(queries, keys, weights, top, scale)
     dp = [grad_o @ v.mT for v in values]
     k_top, v_top, _ = top
     dp.append((grad_o.flatten(1, 2) @ v_top.mT).unflatten(1, queries.shape[1:3]))
     delta = sum((part * grad).sum(-1, keepdim=True) for part, grad in zip(p, dp, strict=True)) - grad_lse
-    ds = [part * (grad - delta) * scale for part, grad in zip(p, dp, strict=True)]
+    ds = [grad.sub_(delta).mul_(part).mul_(scale) for part, grad in zip(p, dp, strict=True)]
     dq = sum(part @ k for part, k in zip(ds, keys, strict=False))
     dk = [part.mT @ queries for part in ds[: len(keys)]]
     dv = [part.mT @ grad_o for part in p[: len(keys)]]
@@ -3755,19 +3793,25 @@ def grad_attend_blocks(grad_o, grad_lse, queries, keys, values, weights, top, sc
 
 def attend_torch(q, k, v, scale):
     """o, lse and what the backward pass needs, in torch: of the layout `saved`, the kept tokens alone."""
-    pyramid = Pyramid(q, k, v)
-    top = pyramid.top()
-    parts = [
-        attend_blocks(pyramid.q_blocks[:, run], *pyramid.gather(pyramid.lists(run)), top, scale)
-        for run in pyramid.runs()
-    ]
-    o, lse = (torch.cat(part, dim=1).flatten(1, 2)[:, : pyramid.n_tokens] for part in zip(*parts, strict=True))
-    # autograd's outputs may be no views
-    o, lse = empty_like(q).copy_(o.unflatten(0, q.shape[:2])), lse.unflatten(0, q.shape[:2]).clone(memory_format=torch.contiguous_format)
-    saved = empty_saved(q).zero_()
-    for to, kept in zip(saved_lists(saved, q), pyramid.kept, strict=True):
-        to.copy_(kept)
+    o, lse, saved = empty_outputs(q)
+    kept = saved_lists(saved.zero_(), q)
+    heads_o, heads_lse, q, k, v = (x.flatten(0, 1) for x in (o, lse, q, k, v))
+    for heads in slices_of_heads(kept, q.shape[1]):
+        lists = [level[heads] for level in kept]
+        attend_heads(heads_o[heads], heads_lse[heads], lists, q[heads], k[heads], v[heads], scale)
     return o, lse, saved
+
+
+def attend_heads(o, lse, kept, q, k, v, scale):
+    """Fill in o [H, N, D], lse [H, N] and the kept tokens of every level, finest first, of some heads."""
+    k_levels = [k, *token_means(k)]
+    select_means(kept, token_means(q), k_levels[1:], q.shape[1])
+    pyramid = Pyramid(k_levels, [v, *token_means(v)], kept)
+    for run in pyramid.runs():
+        queries = blocks_of(q, pyramid.blocks[0], run).float().contiguous()
+        part_o, part_lse = attend_blocks(queries, *pyramid.gather(pyramid.lists(run)), pyramid.top, scale)
+        put_blocks(o, run, part_o)
+        put_blocks(lse, run, part_lse)
 
 
 def saved_lists(saved, q):
@@ -3778,40 +3822,54 @@ def saved_lists(saved, q):
 
 def grad_torch(grad_o, grad_lse, q, k, v, saved, scale):
     """dq, dk, dv in torch: the softmax of every run of query blocks once more, then the pooling backwards."""
-    pyramid = Pyramid(q, k, v, saved_lists(saved, q))
-    n_tokens = pyramid.n_tokens
-    grad_blocks = blocks_of(grad_o.flatten(0, 1).float(), BLOCKS[0])
-    grad_lse = grad_o.new_zeros(grad_o.shape[:3], dtype=torch.float32) if grad_lse is None else grad_lse
-    grad_lse_blocks = blocks_of(grad_lse.flatten(0, 1)[..., None], BLOCKS[0])
-    grad_q = []
-    grad_k = [torch.zeros_like(blocks, memory_format=torch.contiguous_format) for blocks in pyramid.k_blocks]
-    grad_v = [torch.zeros_like(blocks, memory_format=torch.contiguous_format) for blocks in pyramid.v_blocks]
-    top = pyramid.top()
-    grad_k_top, grad_v_top = torch.zeros_like(top[0]), torch.zeros_like(top[1])
+    kept = saved_lists(saved, q)
+    grads = tuple(empty_like(q) for _ in range(3))
+    dq, dk, dv, grad_o, q, k, v = (x.flatten(0, 1) for x in (*grads, grad_o, q, k, v))
+    if grad_lse is not None:
+        grad_lse = grad_lse.flatten(0, 1)[..., None]
+    for heads in slices_of_heads(kept, q.shape[1]):
+        lists = [level[heads] for level in kept]
+        of_lse = None if grad_lse is None else grad_lse[heads]
+        grad_heads(dq[heads], dk[heads], dv[heads], lists, grad_o[heads], of_lse, q[heads], k[heads], v[heads], scale)
+    return grads
+
+
+def grad_heads(dq, dk, dv, kept, grad_o, grad_lse, q, k, v, scale):
+    """Fill in dq, dk, dv [H, N, D] of some heads."""
+    pyramid = Pyramid([k, *token_means(k)], [v, *token_means(v)], kept)
+    grad_k = [torch.zeros_like(blocks) for blocks in pyramid.k_blocks]
+    grad_v = [torch.zeros_like(blocks) for blocks in pyramid.v_blocks]
+    grad_k_top, grad_v_top = torch.zeros_like(pyramid.top[0]), torch.zeros_like(pyramid.top[1])
     for run in pyramid.runs():
         lists = pyramid.lists(run)
-        run_keys = pyramid.gather(lists)
-        dq, dk, dv = grad_attend_blocks(grad_blocks[:, run], grad_lse_blocks[:, run], pyramid.q_blocks[:, run], *run_keys, top, scale)
-        grad_q.append(dq)
-        for total_k, total_v, kept_above, part_k, part_v in zip(grad_k, grad_v, lists, dk, dv, strict=False):
-            scatter_add_blocks(total_k, kept_above, part_k)
-            scatter_add_blocks(total_v, kept_above, part_v)
-        grad_k_top += dk[-1]
-        grad_v_top += dv[-1]
+        queries, grads = (blocks_of(x, pyramid.blocks[0], run).float().contiguous() for x in (q, grad_o))
+        of_lse = 0.0 if grad_lse is None else blocks_of(grad_lse, pyramid.blocks[0], run)
+        part_q, parts_k, parts_v = grad_attend_blocks(grads, of_lse, queries, *pyramid.gather(lists), pyramid.top, scale)
+        put_blocks(dq, run, part_q)
+        for total_k, total_v, above, part_k, part_v in zip(grad_k, grad_v, lists, parts_k, parts_v, strict=False):
+            scatter_add_blocks(total_k, above, part_k)
+            scatter_add_blocks(total_v, above, part_v)
+        grad_k_top += parts_k[-1]
+        grad_v_top += parts_v[-1]
 
-    grad_q = torch.cat(grad_q, dim=1).flatten(1, 2)[:, :n_tokens]
     grad_k = [blocks.flatten(1, 2) for blocks in grad_k]
     grad_v = [blocks.flatten(1, 2) for blocks in grad_v]
     grad_k.append(grad_k_top)
     grad_v.append(grad_v_top)
-    dk, dv = grad_k[0][:, :n_tokens], grad_v[0][:, :n_tokens]
-    token = torch.arange(n_tokens, device=q.device)
-    for level, dk_level, dv_level in zip((1, 2, 3), grad_k[1:], grad_v[1:], strict=True):
-        above = token // SPANS[level]
-        share = 1.0 / covered_tokens(level, n_tokens, q.device)[above][:, None]
-        dk = dk + dk_level.index_select(1, above) * share
-        dv = dv + dv_level.index_select(1, above) * share
-    return tuple(x.to(q.dtype).contiguous().view(q.shape) for x in (grad_q, dk, dv))
+    put_sums(dk, grad_k)
+    put_sums(dv, grad_v)
+
+
+def put_sums(to, sums):
+    """Write to `to` [H, N, D] the sums of each token, and its share of the sums of the means that it is part of."""
+    heads, n_tokens, dim = to.shape
+    for run in slices(n_tokens, CHUNK // (heads * dim)):
+        token, rows = torch.arange(run.start, run.stop, device=to.device), sums[0][:, run]
+        for level, coarse in zip((1, 2, 3), sums[1:], strict=True):
+            above = token // SPANS[level]
+            share = 1.0 / covered_tokens(level, n_tokens, to.device)[above][:, None]
+            rows += coarse.index_select(1, above).mul_(share)
+        to[:, run] = rows
 
 
 # ---- the operator ----------------------------------------------------------------------------------------------------
@@ -3929,13 +3987,11 @@ def select_forward(q, k):
     """The kept tokens of each level, finest first, [B, H, T_l, width] each."""
     if q.numel() == 0:
         return empty_selection(q, k)
-    if runs_kernels(q):
-        with on_device_of(q):
-            kept = select_kernels(q, k)
-    else:
+    if not runs_kernels(q):
         with without_autocast():
-            kept = select_torch(q, k)
-    return [x.view(*q.shape[:2], *x.shape[1:]) for x in kept]
+            return select_torch(q, k)
+    with on_device_of(q):
+        return select_kernels(q, k)
 
 
 def operator(suffix, function, *tensors):

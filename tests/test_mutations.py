@@ -254,11 +254,11 @@ KERNELS = (
 TORCH = (
     mutation("weight dropped", "cpu.py", ".clamp(max=SPANS[level]).float().log()", ".clamp(max=1).float().log()"),
     mutation("weight of a tail", "cpu.py", "(n_tokens - token * SPANS[level])", "(n_tokens + 0 * token)"),
-    mutation("mean of a tail", "cpu.py", "covered_tokens(level, x.shape[1], x.device)[:, None])", "SPANS[level])"),
+    mutation("mean of a tail", "cpu.py", "(sums / covered[:, None])", "(sums / SPANS[level])"),
     mutation(
         "tokens under a coarse gradient",
         "cpu.py",
-        "1.0 / covered_tokens(level, n_tokens, q.device)[above]",
+        "1.0 / covered_tokens(level, n_tokens, to.device)[above]",
         "1.0 / torch.full_like(above, SPANS[level])",
     ),
     mutation("lists of another level", "cpu.py", "SPANS[1] // SPANS[level + 1]", "SPANS[1] // SPANS[-1]"),
@@ -271,17 +271,17 @@ TORCH = (
     mutation("too few filled with a token", "cpu.py", "(best == EMPTY.value, -1,", "(best == EMPTY.value, 0,"),
     mutation("keys that do not exist", "cpu.py", "(child >= 0) & (child < n_tokens)", "child >= 0"),
     mutation("gradient of lse missing", "cpu.py", " - grad_lse\n", " - 0.0 * grad_lse\n"),
-    mutation("scale missing", "cpu.py", "queries @ k.mT * scale", "queries @ k.mT"),
+    mutation("scale missing", "cpu.py", ".mul_(scale).add_(weight[:, :, None])", ".add_(weight[:, :, None])"),
     mutation("shared keys counted once", "cpu.py", ".index_add_(0,", ".index_copy_(0,"),
     Mutation(
         "ties to the higher index",
         "cpu.py.j2",
         (
-            ("(0x7FFFFFFF - token[:, :, None])", "token[:, :, None]"),
+            ("0x7FFFFFFF - token[:, :, None]", "token[:, :, None]"),
             ("0x7FFFFFFF - (best & 0x7FFFFFFF)", "best & 0x7FFFFFFF"),
         ),
     ),
-    mutation("order of negative scores", "cpu.py", "bits ^ 0x7FFFFFFF", "bits"),
+    mutation("order of negative scores", "cpu.py", "(bits >> 31) & 0x7FFFFFFF", "0"),
 )
 
 
