@@ -15,13 +15,15 @@ import ast
 import contextlib
 import ctypes
 import functools
+import itertools
 import linecache
 import math
 import numbers
 import os
 import struct
-import subprocess
+import threading
 import warnings
+import weakref
 from typing import NamedTuple
 
 import torch
@@ -40,7 +42,7 @@ SPEC = {
     "name": "llsa_l2",
     "reweight": True,
 }
-OPERATOR = "llsa_l2_b05d156c949aabee"  # in torch.ops.llsa: the name of the spec and the hash of this text
+OPERATOR = "llsa_l2_7508a5f3337fd66a"  # in torch.ops.llsa: the name of the spec and the hash of this text
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -2568,14 +2570,38 @@ class Prepared:
 
         The kernels read and write only these and, at `Argument.offset`, what lies in them; lengths and strides stay what they are.
         """
-        tape = self.tapes.get(launches)
+        error = 0
+        if PLAIN:
+            self.launch(launches, functools.partial(by_triton, self), tensors, scale)
+        elif launches in self.tapes:
+            try:
+                error = self.again(launches, tensors, scale)
+            except Exception as reason:
+                # Some kernels may be launched already. All are again, from those on that clear what others count in. What is
+                # wrong with more than the way of launching, Triton says.
+                self.launch(launches, functools.partial(by_triton, self), tensors, scale)
+                give_up(reason)
+        else:
+            recorder = Recorder(self)
+            self.launch(launches, recorder, tensors, scale)
+            if not recorder.unknown:
+                self.tapes[launches] = recorder.tape()
+                if recorder.why is not None:
+                    tell(recorder.why)
+        if error:
+            raise RuntimeError(f"{OPERATOR}: CUDA error {error} at a launch: {words_of(error)}")
+
+    def again(self, launches, tensors, scale):
+        """Launch a pass from its second call on; what the driver says of the launch that fails, or 0."""
+        tape = self.tapes[launches]
         if tape is not None and not is_watched():
-            tape.play(triton.runtime.driver.active.get_current_stream(self.device.index), scale, tensors)
-            return
-        launch = Recorder(self, launches not in self.tapes)
+            return tape.play(triton.runtime.driver.active.get_current_stream(self.device.index), scale, tensors)
+        self.launch(launches, functools.partial(by_what_is_ready, self), tensors, scale)
+        return 0
+
+    def launch(self, launches, launch, tensors, scale):
+        """Launch a pass, each of its kernels by `launch`."""
         launches(self, launch, Argument(scale, 1), *[Argument(x, 2 + i) for i, x in enumerate(tensors)])
-        if launch.noting:
-            self.tapes[launches] = None if None in launch.parts else Tape(launch.parts)
 
 
 def is_whole(tokens, tile):
@@ -2613,22 +2639,21 @@ def variant(kernel, tile):
 
 
 def is_watched():
-    """Whether Triton tells somebody of launches, a profiler say."""
-    knobs = triton.knobs.runtime
-    return tells(knobs.launch_enter_hook) or tells(knobs.launch_exit_hook)
-
-
-def tells(hook):
-    """Whether there is anybody in what Triton calls at a launch: a chain of its own, or what was put in its place."""
-    return bool(hook.calls) if isinstance(hook, triton.knobs.HookChain) else hook is not None
+    """Whether Triton tells somebody of launches, a profiler say: one in a chain of its own, or what was put in its place."""
+    runtime, chain = triton.knobs.runtime, triton.knobs.HookChain
+    for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook):
+        if hook.calls if isinstance(hook, chain) else hook is not None:
+            return True
+    return False
 
 
 # What launches a whole pass, for the CUDA driver. A tape is the context of the GPU and the launches. A parameter of a kernel is
 # a base and an offset from it: base 0 is 0, base 1 the bits of the scale, the others are the addresses of the pass's tensors.
 PLAYER = r"""
 #include <Python.h>
-#include <pthread.h>
+#include <stdatomic.h>
 #include <stdint.h>
+#include <unistd.h>
 
 enum { RELAXED = 2 }; /* a thread's capture mode: it may allocate and free while another captures */
 struct launch { uint64_t kernel; uint32_t programs, threads, shared, count; }; /* and then its parameters */
@@ -2651,8 +2676,9 @@ struct driver {
     int (*set_context)(void *context);
 };
 
-/* A pass as a CUDA graph; who holds the mutex may set its nodes and launch it. Nodes are those of `all`, which has to stay. */
-struct graph { pthread_mutex_t mutex; struct driver driver; void *all, *exec, *nodes[]; };
+/* A pass as a CUDA graph. Who has made it busy may set its nodes and launch it; nobody waits for that, for who has may be a
+   thread that a fork left behind. Nodes are those of `all`, which has to stay. */
+struct graph { struct driver driver; atomic_flag busy; pid_t maker; void *all, *exec, *nodes[]; };
 
 /* Read one launch of a tape, with parameters put together in `values`; returns where the next begins. */
 static const char *next(const char *at, const uint64_t *bases, uint64_t *values, struct node *node) {
@@ -2683,13 +2709,14 @@ static const char *open_tape(const struct driver *driver, const char *tape) {
 
 static void release(struct graph *graph) {
     int mode = RELAXED;
-    graph->driver.exchange_capture_mode(&mode);
-    if (graph->exec)
-        graph->driver.exec_destroy(graph->exec); /* what runs, runs on */
-    if (graph->all)
-        graph->driver.graph_destroy(graph->all);
-    graph->driver.exchange_capture_mode(&mode);
-    pthread_mutex_destroy(&graph->mutex);
+    if (graph->maker == getpid()) { /* a fork has the driver of its parent, and must not call it */
+        graph->driver.exchange_capture_mode(&mode);
+        if (graph->exec)
+            graph->driver.exec_destroy(graph->exec); /* what runs, runs on */
+        if (graph->all)
+            graph->driver.graph_destroy(graph->all);
+        graph->driver.exchange_capture_mode(&mode);
+    }
     PyMem_Free(graph);
 }
 
@@ -2698,6 +2725,7 @@ static void forget(PyObject *capsule) { release(PyCapsule_GetPointer(capsule, NU
 /* graph(driver, tape, launches, stream): the pass as a CUDA graph, one kernel after the other; False if the driver fails, and
    None while the stream is captured, which needs no graph. */
 static PyObject *make_graph(PyObject *self, PyObject *arguments) {
+    (void)self;
     PyObject *functions, *tape;
     Py_ssize_t count;
     unsigned long long stream;
@@ -2716,7 +2744,8 @@ static PyObject *make_graph(PyObject *self, PyObject *arguments) {
         return PyErr_NoMemory();
     graph->driver = *driver;
     graph->all = graph->exec = NULL;
-    pthread_mutex_init(&graph->mutex, NULL);
+    graph->maker = getpid();
+    atomic_flag_clear(&graph->busy);
     driver->exchange_capture_mode(&mode);
     int error = driver->graph_create(&graph->all, 0);
     for (Py_ssize_t i = 0; i < count && !error; i++) {
@@ -2735,8 +2764,10 @@ static PyObject *make_graph(PyObject *self, PyObject *arguments) {
 }
 
 /* play(driver, tape, graph, stream, scale, *addresses): what the driver says of the first launch that fails, or 0. As a graph
-   whose nodes are set first; launch by launch where there is none, they cannot be set, or the stream is captured. */
+   whose nodes are set first; launch by launch where there is none, it is busy, or the stream is captured. Also where the
+   driver refuses to set or to launch the graph: -1 then. */
 static PyObject *play(PyObject *self, PyObject *const *arguments, Py_ssize_t count) {
+    (void)self;
     uint64_t bases[BASES] = {0}, values[PARAMETERS];
     void *parameters[PARAMETERS];
     struct node node = blank(values, parameters);
@@ -2755,51 +2786,39 @@ static PyObject *play(PyObject *self, PyObject *const *arguments, Py_ssize_t cou
     if (PyErr_Occurred())
         return NULL;
 
-    int error = 0, capturing = 0, launched = 0;
+    int error = 0, capturing = 0, launched = 0, refused = 0;
     Py_BEGIN_ALLOW_THREADS
     tape = open_tape(driver, tape);
-    if (graph && !driver->is_capturing(stream, &capturing) && !capturing) {
-        pthread_mutex_lock(&graph->mutex);
+    if (graph && !driver->is_capturing(stream, &capturing) && !capturing && !atomic_flag_test_and_set(&graph->busy)) {
         at = tape;
-        for (int i = 0; at < end && !error; i++) {
+        for (int i = 0; at < end && !refused; i++) {
             at = next(at, bases, values, &node);
-            error = driver->set_node(graph->exec, graph->nodes[i], &node);
+            refused = driver->set_node(graph->exec, graph->nodes[i], &node);
         }
-        launched = !error;
-        error = launched ? driver->graph_launch(graph->exec, stream) : 0;
-        pthread_mutex_unlock(&graph->mutex);
+        if (!refused)
+            refused = driver->graph_launch(graph->exec, stream);
+        launched = !refused;
+        atomic_flag_clear(&graph->busy);
     }
     for (at = tape; at < end && !launched && !error;) {
         at = next(at, bases, values, &node);
         error = driver->launch(node.kernel, node.grid[0], 1, 1, node.block[0], 1, 1, node.shared, stream, parameters, NULL);
     }
     Py_END_ALLOW_THREADS
-    return PyLong_FromLong(error);
+    return PyLong_FromLong(error ? error : refused ? -1 : 0);
 }
 
 static PyMethodDef methods[] = {
-    {"play", (PyCFunction)(void (*)(void))play, METH_FASTCALL, NULL}, {"graph", make_graph, METH_VARARGS, NULL}, {NULL} };
-static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "llsa_player", NULL, -1, methods};
+    {"play", (PyCFunction)(void (*)(void))play, METH_FASTCALL, NULL}, {"graph", make_graph, METH_VARARGS, NULL}, {0} };
+static struct PyModuleDef module = {.m_base = PyModuleDef_HEAD_INIT, .m_name = "llsa_player", .m_size = -1, .m_methods = methods};
 PyMODINIT_FUNC PyInit_llsa_player(void) { return PyModule_Create(&module); }
 """
 BASES, PARAMETERS = 16, 128  # of a pass and of a launch, at most
-GRAPHS = {}  # by tape and stream, for launches of one graph wait for each other
-MANY_GRAPHS = 512  # are kept: each takes some 100 KB of the GPU
-ONE_BY_ONE = os.environ.get("CUDA_LAUNCH_BLOCKING") == "1"  # whoever asks which launch it was will not be told of a graph
-SIZES = {"i32": 4, "i64": 8, "fp32": 4}  # of a parameter, bytes, by Triton's name of its type; addresses take 8
 DRIVER = (
     "cuLaunchKernel", "cuStreamIsCapturing", "cuThreadExchangeStreamCaptureMode", "cuGraphCreate", "cuGraphDestroy",
     "cuGraphAddKernelNode_v2", "cuGraphInstantiateWithFlags", "cuGraphExecDestroy", "cuGraphExecKernelNodeSetParams_v2",
     "cuGraphLaunch", "cuCtxGetCurrent", "cuCtxSetCurrent",
 )
-
-
-class Argument(NamedTuple):
-    """What differs from call to call in the arguments of a launch, as `play` puts it together, and its value in this call."""
-
-    value: torch.Tensor | float
-    base: int
-    offset: int = 0
 
 
 @functools.cache
@@ -2808,23 +2827,32 @@ def libcuda():
     return ctypes.CDLL("libcuda.so.1")
 
 
-def tell(why):
-    """One warning that launches go through Triton."""
-    warnings.warn(f"{OPERATOR}: Triton launches every kernel by itself, which takes longer: {why}", RuntimeWarning, stacklevel=2)
+def words_of(error):
+    """What the driver calls an error."""
+    text = ctypes.c_char_p()
+    libcuda().cuGetErrorString(error, ctypes.byref(text))
+    return (text.value or b"unknown").decode()
+
+
+def said(error):
+    """An exception in words: kept itself, it would keep the tensors of its frames."""
+    return f"{type(error).__name__}: {error}"
 
 
 @functools.cache
 def player():
-    """PLAYER, compiled as Triton compiles its own driver and kept where Triton keeps that, and DRIVER; None if that fails."""
+    """`play` and `graph` of PLAYER, compiled as Triton compiles its own driver and kept where Triton keeps that, and DRIVER.
+
+    What is wrong, in words, where that fails: it is tried once.
+    """
     source = f"#define BASES {BASES}\n#define PARAMETERS {PARAMETERS}\n{PLAYER}"
     try:
         _ = libcuda().cuFuncGetParamInfo  # from CUDA 12.4 on
         functions = [ctypes.cast(getattr(libcuda(), name), ctypes.c_void_p).value for name in DRIVER]
         compiled = triton.runtime.build.compile_module_from_src(source, "llsa_player")
-    except (AttributeError, OSError, RuntimeError, ImportError, subprocess.SubprocessError) as error:
-        tell(error)
-        return None
-    return compiled, struct.pack(f"{len(DRIVER)}P", *functions)
+        return compiled.play, compiled.graph, struct.pack(f"{len(DRIVER)}P", *functions)
+    except Exception as error:
+        return said(error)
 
 
 def parameter_sizes(function):
@@ -2837,91 +2865,214 @@ def parameter_sizes(function):
         found.append(size.value)
 
 
-def recorded(compiled, programs, arguments):
-    """A launch as PLAYER reads it; None where anything but its parameters would have to be known, or these are others."""
-    if compiled is None or torch.version.hip or player() is None:  # nothing comes from the interpreter
-        return None
+MANY_GRAPHS = 512  # are kept: each takes some 100 KB of the GPU, and half a millisecond to make
+SOON = 32  # plays of tapes: what comes back within so many takes the place of another's graph
+ONE_BY_ONE = os.environ.get("CUDA_LAUNCH_BLOCKING") == "1"  # whoever asks which launch it was will not be told of a graph
+SIZES = {"i32": 4, "i64": 8, "fp32": 4}  # of a parameter, bytes, by Triton's name of its type; addresses take 8
+LAUNCH = os.environ.get("LLSA_GEN_LAUNCH") or "auto"
+if LAUNCH not in ("auto", "triton"):
+    raise ValueError(f"LLSA_GEN_LAUNCH: expected auto or triton, got {LAUNCH!r}")
+PLAIN = LAUNCH == "triton" or INTERPRETED or bool(torch.version.hip)  # every launch as Triton does it; see `give_up`
+TOLD = []  # why launches take longer, once somebody was told
+CLOCK = itertools.count(1)  # ticks at every play of a tape
+GRAPHS = weakref.WeakSet()  # of all tapes
+MAKING = threading.Lock()  # a graph; nobody waits for it, for who has it may be a thread that a fork left behind
+
+
+class Argument(NamedTuple):
+    """What differs from call to call in the arguments of a launch, as `play` puts it together, and its value in this call."""
+
+    value: torch.Tensor | float
+    base: int
+    offset: int = 0
+
+
+def tell(why):
+    """One warning, whatever else goes wrong later."""
+    if not TOLD:
+        TOLD.append(why)
+        warnings.warn(f"{OPERATOR}: launching its kernels takes longer: {why}", RuntimeWarning, stacklevel=3)
+
+
+def give_up(error):
+    """From now on every launch is Triton's, as after LLSA_GEN_LAUNCH=triton."""
+    global PLAIN
+    PLAIN = True
+    tell(said(error))
+
+
+@functools.lru_cache(maxsize=256)
+def parameters_of(compiled):
+    """Which arguments of a kernel are its parameters, one bool each; a RuntimeError where it takes more than these."""
     known = compiled.metadata
-    parameters, sizes = [], []
-    for kind, argument in zip(compiled.src.signature.values(), arguments, strict=False):
-        if kind != "constexpr":  # nor a number that Triton has made a constant
-            base, offset = argument[1:] if isinstance(argument, Argument) else (0, argument % 2**64)
-            parameters += base, offset
-            sizes.append(8 if kind[0] == "*" else SIZES.get(kind))
-    parameters += 0, 0, 0, 0  # no scratch memory of either kind
+    kinds = list(compiled.src.signature.values())
+    taken = [kind != "constexpr" for kind in kinds]  # nor numbers that Triton has made constants
+    sizes = [8 if kind[0] == "*" else SIZES.get(kind) for kind in itertools.compress(kinds, taken)]
     more = known.num_ctas > 1 or known.launch_cooperative_grid or known.launch_pdl
-    more = more or known.global_scratch_size or known.profile_scratch_size or len(parameters) > 2 * PARAMETERS
+    more = more or known.global_scratch_size or known.profile_scratch_size or len(sizes) + 2 > PARAMETERS
     if more or parameter_sizes(compiled.function) != [*sizes, 8, 8]:
-        tell(f"{known.name} takes more than its arguments and two addresses of scratch memory")
-        return None
+        raise RuntimeError(f"{known.name} takes more than its arguments and two addresses of scratch memory")
+    return taken
+
+
+def recorded(compiled, programs, arguments):
+    """A launch as PLAYER reads it; a RuntimeError where that cannot play it."""
+    parameters = []
+    for argument in itertools.compress(arguments, parameters_of(compiled)):
+        parameters += argument[1:] if isinstance(argument, Argument) else (0, argument % 2**64)
+    parameters += 0, 0, 0, 0  # no scratch memory of either kind
+    known = compiled.metadata
     launch = compiled.function, programs, 32 * known.num_warps, known.shared, len(parameters) // 2
     return struct.pack(f"=Q4I{len(parameters)}Q", *launch, *parameters)
 
 
-class Tape:
-    """The launches of a pass, `parts`, on the GPU whose context is current."""
+class Graph:
+    """A pass as a CUDA graph, `made` until another takes its place, and the tick of CLOCK at which it was played last."""
 
-    def __init__(self, parts):
+    def __init__(self, made, played):
+        self.made, self.played = made, played
+
+
+class Tape:
+    """The launches of a pass, `parts`, on the GPU whose context is current; `kernels` are theirs, which have to stay loaded.
+
+    graphs: by stream, for launches of one graph wait for each other. played: the tick of CLOCK of the last play, or 0.
+    """
+
+    def __init__(self, kernels, parts):
         context = ctypes.c_void_p()
         libcuda().cuCtxGetCurrent(ctypes.byref(context))
+        self.graphs, self.played, self.refused = {}, 0, ONE_BY_ONE
+        self.play_tape, self.make_graph, self.driver = player()
         self.text, self.count = b"".join([struct.pack("P", context.value or 0), *parts]), len(parts)
+        self.kernels = kernels  # the last to go, after graphs of them
 
     def play(self, stream, scale, tensors):
-        """Launch them all for these tensors."""
-        compiled, driver = player()
-        graph = GRAPHS.get((self, stream), ONE_BY_ONE or None)
-        if graph is None:
-            graph = compiled.graph(driver, self.text, self.count, stream)
-            if graph is not None:
-                if len(GRAPHS) >= MANY_GRAPHS:
-                    oldest, *_ = GRAPHS
-                    GRAPHS.pop(oldest, None)  # or another thread has
-                GRAPHS[self, stream] = graph
-        error = compiled.play(driver, self.text, graph, stream, scale, *[x.data_ptr() for x in tensors])
-        if error:
-            text = ctypes.c_char_p()
-            libcuda().cuGetErrorString(error, ctypes.byref(text))
-            raise RuntimeError(f"{OPERATOR}: CUDA error {error} at a launch: {(text.value or b'unknown').decode()}")
+        """Launch them all for these tensors; what the driver says of the launch that fails, or 0."""
+        before, self.played = self.played, next(CLOCK)
+        graph = self.graphs.get(stream)
+        made = graph and graph.made
+        if made:
+            graph.played = self.played
+        elif before and not self.refused:
+            made = self.graph(stream, before)
+        error = self.play_tape(self.driver, self.text, made, stream, scale, *[x.data_ptr() for x in tensors])
+        if error < 0:  # all are launched, one by one
+            self.refuse()
+            return 0
+        return error
+
+    def graph(self, stream, before):
+        """The pass as a graph; None where there will be none now. `before` is the tick of the play before this one.
+
+        If there are as many as there may be, the least recently used one has to go, but only for a pass that comes back soon:
+        who goes round and round more shapes than that would make all of them in vain.
+        """
+        if len(GRAPHS) >= MANY_GRAPHS and self.played - before > SOON or not MAKING.acquire(blocking=False):
+            return None
+        try:
+            made = self.make_graph(self.driver, self.text, self.count, stream)
+            if made is False:
+                self.refuse()
+            if not made:  # a stream that is captured needs none
+                return None
+            if len(GRAPHS) >= MANY_GRAPHS:
+                oldest = min(GRAPHS, key=lambda graph: graph.played)
+                oldest.made = None
+                GRAPHS.discard(oldest)
+            graph = Graph(made, self.played)
+            GRAPHS.add(graph)
+            self.graphs = {place: other for place, other in self.graphs.items() if other.made} | {stream: graph}
+            return made
+        finally:
+            MAKING.release()
+
+    def refuse(self):
+        """No graph any more: the driver takes none of this pass."""
+        self.refused, self.graphs = True, {}
+        tell("CUDA refuses a graph of them")
+
+
+def tile_of(at, kernel):
+    """The name of a kernel, its programs and its tile shapes."""
+    name = (kernel[0] if isinstance(kernel, tuple) else kernel).__name__
+    return name, *at.grids[name]
+
+
+def values_of(arguments):
+    """What Triton takes."""
+    return [x.value if isinstance(x, Argument) else x for x in arguments]
+
+
+def by_triton(at, kernel, *arguments):
+    """Launch a kernel with its grid and tile shapes, or the one of a pair that fits, as Triton does it."""
+    _, programs, tile = tile_of(at, kernel)
+    kernel, tile = variant(kernel, tile)
+    kernel[(programs,)](*values_of(arguments), **tile, **OPTIONS)
+
+
+def by_what_is_ready(at, kernel, *arguments):
+    """Launch what Triton made of a kernel at the first call, so that it need not look for it again."""
+    name, programs, _ = tile_of(at, kernel)
+    compiled, shapes = at.ready[name]
+    if programs:
+        compiled[programs, 1, 1](*values_of(arguments), *shapes)
 
 
 class Recorder:
-    """Launches the kernels of a pass through Triton and, if `noting`, notes how: `parts`, None for what cannot be played.
+    """Launches the kernels of a pass through Triton at the first call, and notes how: Triton needs to see no other.
 
-    Triton needs to see but one call of all that it does not tell apart, which are those of one `Prepared`.
+    Others are those that Triton does not tell apart, the calls of one `Prepared`. `why` says, in words, what went wrong in
+    noting, which is no reason to stop.
     """
 
-    def __init__(self, at, noting):
-        self.at, self.noting, self.parts = at, noting, []
+    def __init__(self, at):
+        self.at, self.kernels, self.parts, self.why, self.unknown = at, [], [], None, False
+
+    @contextlib.contextmanager
+    def noting(self):
+        try:
+            yield
+        except Exception as error:
+            self.why = self.why or said(error)
 
     def __call__(self, kernel, *arguments):
         """Launch a kernel with its grid and tile shapes, or the one of a pair that fits; without programs, only compile it."""
-        values = [x.value if isinstance(x, Argument) else x for x in arguments]
-        name = (kernel[0] if isinstance(kernel, tuple) else kernel).__name__
-        programs, tile = self.at.grids[name]
-        if name in self.at.ready:
-            compiled, shapes = self.at.ready[name]
-            if programs:
-                compiled[programs, 1, 1](*values, *shapes)
-        else:
-            compiled = self.first(kernel, name, programs, tile, values)
-        if programs and self.noting:
-            self.parts.append(recorded(compiled, programs, arguments))
-
-    def first(self, kernel, name, programs, tile, values):
-        """Launch a kernel that Triton has to look for; what it makes of it, None in the interpreter."""
+        values = values_of(arguments)
+        name, programs, tile = tile_of(self.at, kernel)
         chosen, taken = variant(kernel, tile)
         compiled = chosen[(programs,)](*values, **taken, **OPTIONS)
-        if compiled is None or torch.version.hip:  # where Triton also tells large tensors from small ones
-            return compiled
-        # another length may need the other variant: nothing is compiled then
-        if "STREAM" in tile:
-            warm(kernel, tile | {"STREAM": not tile["STREAM"]}, programs, values)
-        if "WHOLE" in tile:
-            warm(kernel, tile | {"WHOLE": not tile["WHOLE"]}, programs, values)
-        if "RUNS" in tile and has_runs(MANY_CANDIDATES, tile):
-            warm(kernel, tile | {"RUNS": not tile["RUNS"]}, programs, values)
-        self.at.ready[name] = compiled, [taken[parameter] for parameter in chosen.arg_names[len(values) :]]
-        return compiled
+        if compiled is None:  # a stand-in, or somebody has told Triton not to compile
+            self.unknown = True
+            return
+        with self.noting():
+            warm_others(kernel, tile, programs, values)
+        with self.noting():
+            self.at.ready[name] = compiled, [taken[parameter] for parameter in chosen.arg_names[len(values) :]]
+        with self.noting():
+            if programs:
+                self.kernels.append(compiled)
+                self.parts.append(recorded(compiled, programs, arguments))
+
+    def tape(self):
+        """What was launched; None where that cannot be played."""
+        if len(self.parts) < len(self.kernels):
+            return None
+        if isinstance(player(), str):
+            self.why = self.why or player()
+            return None
+        with self.noting():
+            return Tape(self.kernels, self.parts)
+
+
+def warm_others(kernel, tile, programs, values):
+    """Compile the variants of a kernel that another length may need: nothing is compiled then."""
+    if "STREAM" in tile:
+        warm(kernel, tile | {"STREAM": not tile["STREAM"]}, programs, values)
+    if "WHOLE" in tile:
+        warm(kernel, tile | {"WHOLE": not tile["WHOLE"]}, programs, values)
+    if "RUNS" in tile and has_runs(MANY_CANDIDATES, tile):
+        warm(kernel, tile | {"RUNS": not tile["RUNS"]}, programs, values)
 
 
 def warm(kernel, tile, programs, values):
@@ -2978,7 +3129,7 @@ def prepare(tensors, has_grad_lse=False):
     return (at, *tensors) if at is not None else prepare([aligned(x) for x in tensors], has_grad_lse)
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=2048)
 def prepared(device, dtype, shape, strides, starts, has_grad_lse):
     """One `Prepared` for all calls that Triton does not tell apart; None where tensors have to be copied first."""
     if not all(map(is_aligned, strides)):
@@ -3600,6 +3751,18 @@ def differentiate(ctx, grad_o, grad_lse, *_):
     return *run(*inputs), None
 
 
+class Attend(torch.autograd.Function):
+    """The operator without torch's dispatcher: o, lse and what is saved, of tensors that are plain."""
+
+    forward = staticmethod(forward)
+    setup_context = staticmethod(save_for_backward)
+    backward = staticmethod(differentiate)
+
+
+# Without transforms: torch's own `apply` looks up the signature of `forward` at every call.
+attend_eagerly = super(torch.autograd.Function, Attend).apply
+
+
 def folded(size, dims, tensors):
     """Tensors that torch.func.vmap has batched, `size` times: that dimension, at `dims` or missing, as part of the batch."""
     batched = [x if at is None else x.movedim(at, 0) for x, at in zip(tensors, dims, strict=True)]
@@ -3631,14 +3794,6 @@ def saved_together(apart, shape, dtype):
     for (begin, end), (to, to_end) in zip(places, whole, strict=True):
         together[to:to_end] = apart[:, begin:end].flatten()
     return together
-
-
-class Attend(torch.autograd.Function):
-    """The operator without torch's dispatcher: o, lse and what is saved, of tensors that are plain."""
-
-    forward = staticmethod(forward)
-    setup_context = staticmethod(save_for_backward)
-    backward = staticmethod(differentiate)
 
 
 class AttendTransformed(Attend):
@@ -3688,10 +3843,6 @@ class Differentiate(torch.autograd.Function):
         saved = saved_together(apart, (q.shape[0] // size, *q.shape[1:]), q.dtype)
         grads = Differentiate.apply(grad_o, grad_lse, q, k, v, o, saved, scale)
         return unfolded(size, *grads), (0, 0, 0)
-
-
-# Without transforms: torch's own `apply` looks up the signature of `forward` at every call.
-attend_eagerly = super(torch.autograd.Function, Attend).apply
 
 
 def select_batched(info, dims, q, k):

@@ -361,7 +361,7 @@ def select(module: ModuleType, tensors: list[Tensor]) -> None:
     """The selection alone."""
     batch, heads, n, _ = tensors[0].shape
     kept = module.select_kernels(*tensors[:2])
-    assert [x.shape for x in kept] == [(batch * heads, rows, min(8, rows)) for rows in (-(-n // 16), -(-n // 256))]
+    assert [x.shape for x in kept] == [(batch, heads, rows, min(8, rows)) for rows in (-(-n // 16), -(-n // 256))]
 
 
 def launches(

@@ -80,7 +80,7 @@ def passes(module: ModuleType, q: Tensor, k: Tensor, v: Tensor, grad_o: Tensor) 
     """The three things that a module does on the CPU, counted."""
     forward = used(lambda *x: module.forward(*x, 0.25), q, k, v)
     o, _, saved = forward.result
-    backward = used(lambda *x: module.backward(*x, 0.25), grad_o, q, k, v, o, saved)
+    backward = used(lambda grad_o, *x: module.backward(grad_o, None, *x, 0.25), grad_o, q, k, v, o, saved)
     return {"forward": forward, "backward": backward, "select": used(module.select_forward, q, k)}
 
 

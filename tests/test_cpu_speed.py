@@ -40,7 +40,7 @@ def work(tokens: int) -> dict[str, tuple[int, int]]:
     o, _, saved = module.forward(q, k, v, 0.125)
     for name, run in (
         ("forward", lambda: module.forward(q, k, v, 0.125)),
-        ("backward", lambda: module.backward(grad_o, q, k, v, o, saved, 0.125)),
+        ("backward", lambda: module.backward(grad_o, None, q, k, v, o, saved, 0.125)),
     ):
         with FlopCounterMode(display=False) as flops, Operations() as operations:
             run()

@@ -87,12 +87,14 @@ def test_the_truth_is_that_of_autograd_through_the_reference(case: Case, chunk: 
     kept = reference.select(case.spec, q, k)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fuzz_oracle, "CHUNK_ELEMENTS", chunk if case.n < 50 else 1 << 16)
-        true = fuzz_oracle.truth(case.spec, q, k, v, grad_o, kept, case.softmax_scale)
+        grad_lse = case.gradient_of_lse()
+        true = fuzz_oracle.truth(case.spec, q, k, v, grad_o, kept, case.softmax_scale, grad_lse=grad_lse)
     leaves = [x.detach().double().requires_grad_() for x in (q, k, v)]
     o, lse = reference.attention(
         case.spec, *leaves, scale=case.scale, indices=kept, return_lse=True, round_to=case.torch_dtype
     )
-    dq, dk, dv = torch.autograd.grad(o, leaves, grad_o.double())
+    loss = (o * grad_o.double()).sum() + (0.0 if grad_lse is None else (lse * grad_lse.double()).sum())
+    dq, dk, dv = torch.autograd.grad(loss, leaves)
     for name, expected in {"o": o, "lse": lse, "dq": dq, "dk": dk, "dv": dv}.items():
         size = true.sizes[name].norm() + 1e-300
         assert (true.values[name] - expected).norm() <= 1e-12 * size, name
@@ -108,7 +110,8 @@ def test_no_tolerance_hides_a_mistake(case: Case, name: str) -> None:
         case = dataclasses.replace(case, n=64 + case.n, values="normal", std=1.0, popular=False, scale=None)
     q, k, v, grad_o = case.tensors()
     kept = list(reference.select(case.spec, q, k))
-    true = fuzz_oracle.truth(case.spec, q, k, v, grad_o, kept, case.softmax_scale)
+    grad_lse = case.gradient_of_lse()
+    true = fuzz_oracle.truth(case.spec, q, k, v, grad_o, kept, case.softmax_scale, grad_lse=grad_lse)
     found = {key: x.to(torch.float32 if key == "lse" else case.torch_dtype) for key, x in true.values.items()}
     assert fuzz.compare(case, (q, k, v, grad_o), kept, found)[0] == []
     if name == "lse":

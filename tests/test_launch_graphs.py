@@ -152,7 +152,8 @@ def test_threads_share_few_graphs(gpu: PretendedGpu, module: ModuleType, monkeyp
     finally:
         sys.setswitchinterval(interval)
     assert len(gpu.log) == 4 * 40 * 5 and {launch.name for launch in gpu.log} == set(names)
-    assert {launch.by for launch in gpu.log} == {"launch", "graph"} and most <= 3 + 1, "one is made before another goes"
+    assert {launch.by for launch in gpu.log} == {"launch", "graph"}
+    assert most <= 3 + 4, "each thread makes one before another goes, or plays one that has gone"
     assert len(module.GRAPHS) <= 3 and not module.PLAIN and not module.TOLD
 
 
