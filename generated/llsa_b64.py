@@ -42,7 +42,7 @@ SPEC = {
     "name": "llsa_b64",
     "reweight": True,
 }
-OPERATOR = "llsa_b64_5037b3418d823ea4"  # in torch.ops.llsa: the name of the spec and the hash of this text
+OPERATOR = "llsa_b64_910cba0726e459a3"  # in torch.ops.llsa: the name of the spec and the hash of this text
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -2158,7 +2158,7 @@ class Tape:
         If there are as many as there may be, the least recently used one has to go, but only for a pass that comes back soon:
         who goes round and round more shapes than that would make all of them in vain.
         """
-        if len(GRAPHS) >= MANY_GRAPHS and self.played - before > SOON or not MAKING.acquire(blocking=False):
+        if (len(GRAPHS) >= MANY_GRAPHS and self.played - before > SOON) or not MAKING.acquire(blocking=False):
             return None
         try:
             made = self.make_graph(self.driver, self.text, self.count, stream)

@@ -42,7 +42,7 @@ SPEC = {
     "name": "llsa_l2",
     "reweight": True,
 }
-OPERATOR = "llsa_l2_7508a5f3337fd66a"  # in torch.ops.llsa: the name of the spec and the hash of this text
+OPERATOR = "llsa_l2_8a5e4b80bd075be0"  # in torch.ops.llsa: the name of the spec and the hash of this text
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -2968,7 +2968,7 @@ class Tape:
         If there are as many as there may be, the least recently used one has to go, but only for a pass that comes back soon:
         who goes round and round more shapes than that would make all of them in vain.
         """
-        if len(GRAPHS) >= MANY_GRAPHS and self.played - before > SOON or not MAKING.acquire(blocking=False):
+        if (len(GRAPHS) >= MANY_GRAPHS and self.played - before > SOON) or not MAKING.acquire(blocking=False):
             return None
         try:
             made = self.make_graph(self.driver, self.text, self.count, stream)

@@ -43,7 +43,7 @@ SPEC = {
     "name": "llsa_l3",
     "reweight": True,
 }
-OPERATOR = "llsa_l3_6c07793bcae60517"  # in torch.ops.llsa: the name of the spec and the hash of this text
+OPERATOR = "llsa_l3_a83949054aa7c74f"  # in torch.ops.llsa: the name of the spec and the hash of this text
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -3359,7 +3359,7 @@ class Tape:
         If there are as many as there may be, the least recently used one has to go, but only for a pass that comes back soon:
         who goes round and round more shapes than that would make all of them in vain.
         """
-        if len(GRAPHS) >= MANY_GRAPHS and self.played - before > SOON or not MAKING.acquire(blocking=False):
+        if (len(GRAPHS) >= MANY_GRAPHS and self.played - before > SOON) or not MAKING.acquire(blocking=False):
             return None
         try:
             made = self.make_graph(self.driver, self.text, self.count, stream)

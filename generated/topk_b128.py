@@ -38,7 +38,7 @@ SPEC = {
     "name": "topk_b128",
     "reweight": True,
 }
-OPERATOR = "topk_b128_bc53b03a907677a4"  # in torch.ops.llsa: the name of the spec and the hash of this text
+OPERATOR = "topk_b128_241378fb40c55f46"  # in torch.ops.llsa: the name of the spec and the hash of this text
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -1443,7 +1443,7 @@ class Tape:
         If there are as many as there may be, the least recently used one has to go, but only for a pass that comes back soon:
         who goes round and round more shapes than that would make all of them in vain.
         """
-        if len(GRAPHS) >= MANY_GRAPHS and self.played - before > SOON or not MAKING.acquire(blocking=False):
+        if (len(GRAPHS) >= MANY_GRAPHS and self.played - before > SOON) or not MAKING.acquire(blocking=False):
             return None
         try:
             made = self.make_graph(self.driver, self.text, self.count, stream)
