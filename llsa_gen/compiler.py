@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import sys
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -98,7 +99,9 @@ def compile(source: str | os.PathLike[str] | Mapping[str, object] | Spec, *, sto
                 text, path = store.fetch(key, lambda: emit.render(plan, schedules))
                 module = load_text(spec.name, key.digest, text, path)
                 _compiled[key.digest] = Attention(spec, module, text, path)
-            return _compiled[key.digest]
+            found = _compiled[key.digest]
+            sys.modules.setdefault(found.module.__name__, found.module)  # where torch.compile looks for it by that name
+            return found
 
 
 def cache_key(plan: Plan, schedules: schedule.Schedules) -> Key:

@@ -316,7 +316,7 @@ def broken(name: str, right: str, wrong: str) -> tuple[ModuleType, str]:
     """A shipped module in whose text `right` is replaced, and that text."""
     text = shipped(name).source
     assert text.count(right) == 1
-    text = text.replace(right, wrong)
+    text = text.replace(right, wrong).replace(shipped(name).module.OPERATOR, "broken_" + name)
     return load_text(name, hashlib.sha256(text.encode()).hexdigest(), text), text
 
 
@@ -346,6 +346,7 @@ def test_a_kernel_that_fails_at_its_first_launch_names_its_template(monkeypatch:
     good = shipped("topk_l2")
     text = good.source.replace("slot = (start + within)", "slot = (starts + within)")
     assert text != good.source
+    text = text.replace(good.module.OPERATOR, "fails_at_its_first_launch")
     module = load_text("topk_l2", hashlib.sha256(text.encode()).hexdigest(), text)
     with pytest.raises(KernelCompileError) as caught:
         aot.compile_kernels(module, "cuda:90", torch.bfloat16, kernels=["attend_kernel"])

@@ -418,13 +418,12 @@ def test_graphs_made_and_destroyed_while_another_thread_captures() -> None:
 
     with ThreadPoolExecutor(1) as pool:
         wanted, *_ = pool.submit(work).result()
-        pool.submit(
-            work
-        ).result()  # whose memory torch keeps for the next: it cannot get any while a stream is captured
-        _ = q * 2
+        with torch.cuda.stream(stream):
+            spare = [torch.empty(1 << 19, dtype=torch.uint8, device=DEVICE) for _ in range(64)]
         torch.cuda.synchronize()
         with torch.cuda.graph(graph):
             captured = q * 2
+            spare.clear()  # torch gets no memory while a stream is captured, and has given back what was free before
             found = pool.submit(work).result()
     graph.replay()
     torch.cuda.synchronize()
