@@ -41,7 +41,7 @@ SPEC = {
     "name": "topk_l1",
     "reweight": True,
 }
-OPERATOR = "topk_l1_619aea3953cc146e"  # in torch.ops.llsa: the name of the spec and the hash of this text
+OPERATOR = "topk_l1_fcc10798f76014e5"  # in torch.ops.llsa: the name of the spec and the hash of this text
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -2360,25 +2360,27 @@ def unfolded(size, *tensors):
     return tuple(x.unflatten(0, (size, x.shape[0] // size)) for x in tensors)
 
 
+def places_of_saved(size, shape, dtype):
+    """Where each buffer that is saved lies: of tensors of a shape, and of `size` of them in one batch; both with the length."""
+    heads, n_tokens = shape[0] * shape[1], shape[2]
+    return [lay_out("saved", saved_shapes(many * heads, n_tokens), dtype) for many in (1, size)]
+
+
 def saved_apart(size, saved, shape, dtype):
-    """What a pass over `size` batches at once has saved, as [size, bytes], a row what each would have saved by itself."""
-    batch, heads, n_tokens = shape[0] // size, shape[1], shape[2]
-    views = views_of(saved, "saved", saved_shapes(size * batch * heads, n_tokens), dtype)
-    places, length = lay_out("saved", saved_shapes(batch * heads, n_tokens), dtype)
+    """What a pass over `size` tensors of a shape at once has saved, as [size, bytes]: a row is what each would have saved."""
+    (apart_at, length), (together_at, _) = places_of_saved(size, shape, dtype)
     apart = saved.new_zeros((size, length))
-    for view, (begin, end) in zip(views, places, strict=True):
-        apart[:, begin:end] = view.reshape(size, -1).view(torch.uint8)
+    for (begin, end), (start, stop) in zip(apart_at, together_at, strict=True):
+        apart[:, begin:end] = saved[start:stop].reshape(size, -1)  # heads come first in every buffer
     return apart
 
 
 def saved_together(apart, shape, dtype):
-    """The inverse: [size, bytes], from passes over tensors of `shape` each, as one pass over all would have saved it."""
-    size, heads, n_tokens = apart.shape[0], shape[0] * shape[1], shape[2]
-    places, _ = lay_out("saved", saved_shapes(heads, n_tokens), dtype)
-    whole, length = lay_out("saved", saved_shapes(size * heads, n_tokens), dtype)
+    """The inverse: from [size, bytes] what one pass over all would have saved."""
+    (apart_at, _), (together_at, length) = places_of_saved(apart.shape[0], shape, dtype)
     together = apart.new_zeros(length)
-    for (begin, end), (to, to_end) in zip(places, whole, strict=True):
-        together[to:to_end] = apart[:, begin:end].flatten()
+    for (begin, end), (start, stop) in zip(apart_at, together_at, strict=True):
+        together[start:stop] = apart[:, begin:end].flatten()
     return together
 
 
@@ -2395,10 +2397,11 @@ class AttendTransformed(Attend):
 
     @staticmethod
     def vmap(info, dims, q, k, v, scale):
-        q, k, v = folded(info.batch_size, dims[:3], (q, k, v))
+        size = info.batch_size
+        q, k, v = folded(size, dims[:3], (q, k, v))
         o, lse, saved = AttendTransformed.apply(q, k, v, scale)
-        apart = saved_apart(info.batch_size, saved, q.shape, q.dtype)
-        return (*unfolded(info.batch_size, o, lse), apart), (0, 0, 0)
+        apart = saved_apart(size, saved, (q.shape[0] // size, *q.shape[1:]), q.dtype)
+        return (*unfolded(size, o, lse), apart), (0, 0, 0)
 
 
 class Differentiate(torch.autograd.Function):
