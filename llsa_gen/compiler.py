@@ -10,7 +10,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from llsa_gen import emit, forks, schedule, tuned
-from llsa_gen.errors import KernelCompileError
+from llsa_gen.errors import KernelCompileError, SettingError
 from llsa_gen.loading import load_text
 from llsa_gen.plan import Plan, lower
 from llsa_gen.spec import Spec, load
@@ -87,7 +87,7 @@ def compile(source: str | os.PathLike[str] | Mapping[str, object] | Spec, *, sto
     """Compile a spec: a path, a dict or a Spec to the operator; the same object for the same spec next time.
 
     Tile shapes are the shipped ones, and those that `llsa-gen tune` has put into the store. Raises MissingSpecFile or
-    SpecError for what is wrong with the spec.
+    SpecError for what is wrong with the spec, SettingError for a variable that the module does not understand.
     """
     with forks.whole():  # also what is before the lock, for the libraries that it uses have locks and caches too
         spec, store = load(source), store or Store()
@@ -97,7 +97,10 @@ def compile(source: str | os.PathLike[str] | Mapping[str, object] | Spec, *, sto
         with _lock:
             if key.digest not in _compiled:
                 text, path = store.fetch(key, lambda: emit.render(plan, schedules))
-                module = load_text(spec.name, key.digest, text, path)
+                try:
+                    module = load_text(spec.name, key.digest, text, path)
+                except ValueError as error:  # all that a module, which knows no class of ours, has to say at its import
+                    raise SettingError(str(error)) from error
                 _compiled[key.digest] = Attention(spec, module, text, path)
             found = _compiled[key.digest]
             sys.modules.setdefault(found.module.__name__, found.module)  # where torch.compile looks for it by that name

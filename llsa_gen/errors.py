@@ -105,6 +105,10 @@ class KernelCompileError(LlsaGenError):
         return f"{place}: {self.reason} ({made}); to reproduce: {self.reproduce}"
 
 
+class SettingError(LlsaGenError, ValueError):
+    """An environment variable has a value that it cannot have: the variable, what came, what was expected."""
+
+
 class CacheError(LlsaGenError):
     """The store could not do what it was asked, and doing without it would hide the fault."""
 

@@ -341,6 +341,18 @@ def test_build_works_without_a_cache(place: Path) -> None:
     assert "cli.py" not in result.err
 
 
+def test_a_setting_that_means_nothing_is_one_message(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = Path("spec/tiny.yaml").read_text()
+    Path("spec/other.yaml").write_text(text.replace("name: tiny", "name: launched_fast"))  # which no test has imported
+    monkeypatch.setenv("LLSA_GEN_LAUNCH", "fast")
+    result = call("build other -n 8")
+    assert (result.code, result.out, result.err) == (
+        1, "", "LLSA_GEN_LAUNCH: expected auto or triton, got 'fast'\n"
+    )  # fmt: skip
+    monkeypatch.setenv("LLSA_GEN_LAUNCH", "triton")
+    assert call("build other -n 8").code == 0
+
+
 def test_export_writes_the_module_that_runs(place: Path) -> None:
     result = call("export tiny -o out/deep")
     assert (result.code, result.out, result.err) == (0, "out/deep/tiny.py\n", "")
