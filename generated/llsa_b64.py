@@ -42,7 +42,7 @@ SPEC = {
     "name": "llsa_b64",
     "reweight": True,
 }
-OPERATOR = "llsa_b64_775a6d9acbd2a70a"  # in torch.ops.llsa: the name of the spec and the hash of this text
+OPERATOR = "llsa_b64_3c45c324b452888c"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -3071,7 +3071,7 @@ def flops(heads, n_tokens):
 
 
 def register():
-    """Make the operators known to torch, once a process: their name carries the hash of this very text.
+    """Make the operators known to torch, once a process: their name carries the hash of this text but for header and comments.
 
     Raises RuntimeError if another text has taken it: one of the two was edited, but for header and comments.
     """

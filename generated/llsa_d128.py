@@ -39,7 +39,7 @@ SPEC = {
     "name": "llsa_d128",
     "reweight": True,
 }
-OPERATOR = "llsa_d128_db7d4cf6b7f0e3ab"  # in torch.ops.llsa: the name of the spec and the hash of this text
+OPERATOR = "llsa_d128_9d661ce386c9f7ea"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -2902,7 +2902,7 @@ def flops(heads, n_tokens):
 
 
 def register():
-    """Make the operators known to torch, once a process: their name carries the hash of this very text.
+    """Make the operators known to torch, once a process: their name carries the hash of this text but for header and comments.
 
     Raises RuntimeError if another text has taken it: one of the two was edited, but for header and comments.
     """

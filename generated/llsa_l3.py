@@ -43,7 +43,7 @@ SPEC = {
     "name": "llsa_l3",
     "reweight": True,
 }
-OPERATOR = "llsa_l3_75a76896aa1a6e3d"  # in torch.ops.llsa: the name of the spec and the hash of this text
+OPERATOR = "llsa_l3_2e9828cbcb4ecb9f"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -4315,7 +4315,7 @@ def flops(heads, n_tokens):
 
 
 def register():
-    """Make the operators known to torch, once a process: their name carries the hash of this very text.
+    """Make the operators known to torch, once a process: their name carries the hash of this text but for header and comments.
 
     Raises RuntimeError if another text has taken it: one of the two was edited, but for header and comments.
     """

@@ -41,7 +41,7 @@ SPEC = {
     "name": "topk_l1",
     "reweight": True,
 }
-OPERATOR = "topk_l1_fcc10798f76014e5"  # in torch.ops.llsa: the name of the spec and the hash of this text
+OPERATOR = "topk_l1_683f242e5a15d907"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -2459,7 +2459,7 @@ def flops(heads, n_tokens):
 
 
 def register():
-    """Make the operators known to torch, once a process: their name carries the hash of this very text.
+    """Make the operators known to torch, once a process: their name carries the hash of this text but for header and comments.
 
     Raises RuntimeError if another text has taken it: one of the two was edited, but for header and comments.
     """

@@ -42,7 +42,7 @@ SPEC = {
     "name": "topk_l2",
     "reweight": True,
 }
-OPERATOR = "topk_l2_4615d844fdd64d8c"  # in torch.ops.llsa: the name of the spec and the hash of this text
+OPERATOR = "topk_l2_d79a0f7451f0f31e"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -2600,7 +2600,7 @@ def flops(heads, n_tokens):
 
 
 def register():
-    """Make the operators known to torch, once a process: their name carries the hash of this very text.
+    """Make the operators known to torch, once a process: their name carries the hash of this text but for header and comments.
 
     Raises RuntimeError if another text has taken it: one of the two was edited, but for header and comments.
     """
