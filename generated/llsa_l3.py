@@ -43,7 +43,7 @@ SPEC = {
     "name": "llsa_l3",
     "reweight": True,
 }
-OPERATOR = "llsa_l3_2e9828cbcb4ecb9f"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
+OPERATOR = "llsa_l3_884ee31ca68e83d3"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -133,33 +133,16 @@ TILES_3 = {
     "grad_gather_l1": {"ROWS": 8, "BLOCK": 2, "KEEP": 8, "num_warps": 1},
     "grad_kv_l0": {"PART": 64, "BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 1, "num_stages": 3, "HOPPER": 168, "maxnreg": 168},
 }
-TILES_4 = {
-    "pool": {"CHILDREN": 16, "ROWS": 8, "num_warps": 2},
-    "pool_sums": {"CHILDREN": 1, "ROWS": 16, "num_warps": 1},
-    "select_l1": {"BLOCK_M": 16, "BLOCK_N": 32, "KEEP": 8, "num_warps": 1, "num_stages": 2, "DOUBLES": 0},
-    "select_l2": {"BLOCK_M": 16, "BLOCK_N": 32, "KEEP": 8, "num_warps": 1, "num_stages": 2, "DOUBLES": 0},
-    "select_l3": {"BLOCK_M": 16, "BLOCK_N": 64, "KEEP": 8, "num_warps": 4, "num_stages": 2, "DOUBLES": 0, "SPLIT": 4},
-    "attend": {"GROUP": 4, "BLOCK_M": 16, "BLOCK_C": 64, "BLOCK_N": 16, "num_warps": 2, "num_stages": 2, "AHEAD": 0},
-    "scan": {"BLOCK": 1024, "num_warps": 4},
-    "invert_l1": {"BLOCK_M": 128, "KEYS": 16, "num_warps": 4},
-    "invert_l2": {"BLOCK_M": 128, "KEYS": 16, "num_warps": 4},
-    "invert_l3": {"BLOCK_M": 128, "KEYS": 32, "num_warps": 4},
-    "grad_q": {"GROUP": 4, "BLOCK_M": 16, "BLOCK_C": 32, "BLOCK_N": 16, "num_warps": 2, "num_stages": 3, "AHEAD": 0},
-    "grad_kv_l3": {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
-    "grad_sum": {"BLOCK": 1, "num_warps": 1},
-    "grad_kv_l2": {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
-    "grad_gather_l2": {"ROWS": 8, "BLOCK": 2, "KEEP": 8, "num_warps": 1},
-    "grad_kv_l1": {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
-    "grad_gather_l1": {"ROWS": 8, "BLOCK": 2, "KEEP": 8, "num_warps": 1},
+TILES_4 = TILES_1 | {
     "grad_kv_l0": {"PART": 64, "BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 1, "num_stages": 3},
 }
-SCHEDULES = {
-    "cuda:100": {2: TILES_1, 4: TILES_2},
-    "cuda:120": {2: TILES_1, 4: TILES_2},
-    "cuda:80": {2: TILES_1, 4: TILES_2},
-    "cuda:86": {2: TILES_1, 4: TILES_2},
-    "cuda:90": {2: TILES_3, 4: TILES_2},
-    "hip:gfx942": {2: TILES_4, 4: TILES_2},
+SCHEDULES = {  # the schedule of a length is the first whose key, in tokens, it does not exceed
+    "cuda:100": {2: {MAX_TOKENS: TILES_1}, 4: {MAX_TOKENS: TILES_2}},
+    "cuda:120": {2: {MAX_TOKENS: TILES_1}, 4: {MAX_TOKENS: TILES_2}},
+    "cuda:80": {2: {MAX_TOKENS: TILES_1}, 4: {MAX_TOKENS: TILES_2}},
+    "cuda:86": {2: {MAX_TOKENS: TILES_1}, 4: {MAX_TOKENS: TILES_2}},
+    "cuda:90": {2: {MAX_TOKENS: TILES_3}, 4: {MAX_TOKENS: TILES_2}},
+    "hip:gfx942": {2: {MAX_TOKENS: TILES_4}, 4: {MAX_TOKENS: TILES_2}},
 }
 
 # ---- tiles -----------------------------------------------------------------------------------------------------------
@@ -341,7 +324,7 @@ def pool_l1_kernel(
     """
     tiles = tl.cdiv(n_tokens, SPAN_2)
     first = tl.program_id(0) % tiles
-    SUMS: tl.constexpr = ROWS if CHILDREN > 1 else 1  # all rows on their way at once, see sum_below
+    SUMS: tl.constexpr = 2 if CHILDREN > 1 and ROWS > 1 else 1  # registers for more programs: some ask while others add
     tensor = tl.program_id(0) // tiles // heads
     head = tl.program_id(0) // tiles % heads
     to_l1 = head.to(tl.int64) * tl.cdiv(n_tokens, SPAN_1) * HEAD_DIM
@@ -400,7 +383,7 @@ def pool_l3_kernel(
     """
     tiles = tl.cdiv(tl.cdiv(n_tokens, SPAN_3), CHILDREN)
     first = tl.program_id(0) % tiles * CHILDREN
-    SUMS: tl.constexpr = ROWS if CHILDREN > 1 else 1  # all rows on their way at once, see sum_below
+    SUMS: tl.constexpr = 2 if CHILDREN > 1 and ROWS > 1 else 1  # registers for more programs: some ask while others add
     tensor = tl.program_id(0) // tiles // heads
     head = tl.program_id(0) // tiles % heads
     to_l3 = head.to(tl.int64) * tl.cdiv(n_tokens, SPAN_3) * HEAD_DIM
@@ -3503,9 +3486,10 @@ def target_of(device):
     return f"cuda:{max((arch for arch in known if arch <= 10 * major + minor), default=min(known))}"
 
 
-def schedule_for(device, dtype):
-    """Tile shapes of every kernel for a device and a dtype."""
-    return SCHEDULES[target_of(device)][dtype.itemsize]
+def schedule_for(device, dtype, n_tokens):
+    """Tile shapes of every kernel for a device, a dtype and a length."""
+    by_length = SCHEDULES[target_of(device)][dtype.itemsize]
+    return next(tiles for longest, tiles in by_length.items() if n_tokens <= longest)
 
 
 def prepare(tensors, has_grad_lse=False):
@@ -3525,7 +3509,7 @@ def prepared(device, dtype, shape, strides, starts, has_grad_lse):
     """One `Prepared` for all calls that Triton does not tell apart; None where tensors have to be copied first."""
     if not all(map(is_aligned, strides)):
         return None
-    tiles = schedule_for(device, dtype)
+    tiles = schedule_for(device, dtype, shape[2])
     # the kernels in Gluon copy 16 bytes at a time, and multiply a stride in 32 bits
     if any(starts) or any(stride[2] >= 2**30 for stride in strides):
         tiles = {stage: {name: size for name, size in entry.items() if name != "HOPPER"} for stage, entry in tiles.items()}

@@ -41,7 +41,7 @@ SPEC = {
     "name": "topk_l1",
     "reweight": True,
 }
-OPERATOR = "topk_l1_683f242e5a15d907"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
+OPERATOR = "topk_l1_a15fbd6bb87b987b"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -103,13 +103,13 @@ TILES_4 = {
     "grad_q": {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 1, "num_stages": 2},
     "grad_kv_l0": {"PART": 64, "BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 1, "num_stages": 3},
 }
-SCHEDULES = {
-    "cuda:100": {2: TILES_1, 4: TILES_2},
-    "cuda:120": {2: TILES_1, 4: TILES_2},
-    "cuda:80": {2: TILES_1, 4: TILES_2},
-    "cuda:86": {2: TILES_1, 4: TILES_2},
-    "cuda:90": {2: TILES_3, 4: TILES_2},
-    "hip:gfx942": {2: TILES_4, 4: TILES_2},
+SCHEDULES = {  # the schedule of a length is the first whose key, in tokens, it does not exceed
+    "cuda:100": {2: {MAX_TOKENS: TILES_1}, 4: {MAX_TOKENS: TILES_2}},
+    "cuda:120": {2: {MAX_TOKENS: TILES_1}, 4: {MAX_TOKENS: TILES_2}},
+    "cuda:80": {2: {MAX_TOKENS: TILES_1}, 4: {MAX_TOKENS: TILES_2}},
+    "cuda:86": {2: {MAX_TOKENS: TILES_1}, 4: {MAX_TOKENS: TILES_2}},
+    "cuda:90": {2: {MAX_TOKENS: TILES_3}, 4: {MAX_TOKENS: TILES_2}},
+    "hip:gfx942": {2: {MAX_TOKENS: TILES_4}, 4: {MAX_TOKENS: TILES_2}},
 }
 
 # ---- tiles -----------------------------------------------------------------------------------------------------------
@@ -265,7 +265,7 @@ def pool_l1_kernel(
     """
     tiles = tl.cdiv(tl.cdiv(n_tokens, SPAN_1), CHILDREN)
     first = tl.program_id(0) % tiles * CHILDREN
-    SUMS: tl.constexpr = ROWS if CHILDREN > 1 else 1  # all rows on their way at once, see sum_below
+    SUMS: tl.constexpr = 2 if CHILDREN > 1 and ROWS > 1 else 1  # registers for more programs: some ask while others add
     tensor = tl.program_id(0) // tiles // heads
     head = tl.program_id(0) // tiles % heads
     to_l1 = head.to(tl.int64) * tl.cdiv(n_tokens, SPAN_1) * HEAD_DIM
@@ -1783,9 +1783,10 @@ def target_of(device):
     return f"cuda:{max((arch for arch in known if arch <= 10 * major + minor), default=min(known))}"
 
 
-def schedule_for(device, dtype):
-    """Tile shapes of every kernel for a device and a dtype."""
-    return SCHEDULES[target_of(device)][dtype.itemsize]
+def schedule_for(device, dtype, n_tokens):
+    """Tile shapes of every kernel for a device, a dtype and a length."""
+    by_length = SCHEDULES[target_of(device)][dtype.itemsize]
+    return next(tiles for longest, tiles in by_length.items() if n_tokens <= longest)
 
 
 def prepare(tensors, has_grad_lse=False):
@@ -1805,7 +1806,7 @@ def prepared(device, dtype, shape, strides, starts, has_grad_lse):
     """One `Prepared` for all calls that Triton does not tell apart; None where tensors have to be copied first."""
     if not all(map(is_aligned, strides)):
         return None
-    tiles = schedule_for(device, dtype)
+    tiles = schedule_for(device, dtype, shape[2])
     # the kernels in Gluon copy 16 bytes at a time, and multiply a stride in 32 bits
     if any(starts) or any(stride[2] >= 2**30 for stride in strides):
         tiles = {stage: {name: size for name, size in entry.items() if name != "HOPPER"} for stage, entry in tiles.items()}

@@ -39,7 +39,7 @@ SPEC = {
     "name": "uneven",
     "reweight": True,
 }
-OPERATOR = "uneven_4d7620a064609332"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
+OPERATOR = "uneven_dc46312678a10408"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -95,41 +95,21 @@ TILES_2 = {
     "grad_kv_l1": {"PART": 24, "BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 8, "num_stages": 2},
     "grad_kv_l0": {"PART": 56, "BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 8, "num_stages": 2},
 }
-TILES_3 = {
-    "pool": {"CHILDREN": 8, "ROWS": 8, "num_warps": 2},
+TILES_3 = TILES_1 | {
     "select_l1": {"BLOCK_M": 16, "BLOCK_N": 32, "KEEP": 8, "num_warps": 1, "num_stages": 2, "DOUBLES": 1},
     "select_l2": {"BLOCK_M": 16, "BLOCK_N": 64, "KEEP": 4, "num_warps": 4, "num_stages": 2, "DOUBLES": 1, "SPLIT": 4},
-    "attend": {"GROUP": 4, "BLOCK_M": 16, "BLOCK_C": 64, "BLOCK_N": 16, "num_warps": 4, "num_stages": 3, "AHEAD": 0},
-    "scan": {"BLOCK": 1024, "num_warps": 4},
-    "invert_l1": {"BLOCK_M": 128, "KEYS": 8, "num_warps": 4},
-    "invert_l2": {"BLOCK_M": 128, "KEYS": 32, "num_warps": 4},
-    "grad_q": {"GROUP": 4, "BLOCK_M": 16, "BLOCK_C": 32, "BLOCK_N": 16, "num_warps": 4, "num_stages": 3, "AHEAD": 0},
-    "grad_kv_l2": {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
-    "grad_sum": {"BLOCK": 2, "num_warps": 4},
-    "grad_kv_l1": {"PART": 24, "BLOCK_M": 128, "BLOCK_N": 16, "num_warps": 4, "num_stages": 2},
-    "grad_kv_l0": {"PART": 56, "BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 1, "num_stages": 2},
 }
-TILES_4 = {
-    "pool": {"CHILDREN": 8, "ROWS": 8, "num_warps": 2},
-    "select_l1": {"BLOCK_M": 16, "BLOCK_N": 32, "KEEP": 8, "num_warps": 1, "num_stages": 2, "DOUBLES": 0},
-    "select_l2": {"BLOCK_M": 16, "BLOCK_N": 64, "KEEP": 4, "num_warps": 4, "num_stages": 2, "DOUBLES": 0, "SPLIT": 4},
+TILES_4 = TILES_1 | {
     "attend": {"GROUP": 4, "BLOCK_M": 16, "BLOCK_C": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 3, "AHEAD": 0},
-    "scan": {"BLOCK": 1024, "num_warps": 4},
-    "invert_l1": {"BLOCK_M": 128, "KEYS": 8, "num_warps": 4},
-    "invert_l2": {"BLOCK_M": 128, "KEYS": 32, "num_warps": 4},
     "grad_q": {"GROUP": 4, "BLOCK_M": 16, "BLOCK_C": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 3, "AHEAD": 0},
-    "grad_kv_l2": {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
-    "grad_sum": {"BLOCK": 2, "num_warps": 4},
-    "grad_kv_l1": {"PART": 24, "BLOCK_M": 128, "BLOCK_N": 16, "num_warps": 4, "num_stages": 2},
-    "grad_kv_l0": {"PART": 56, "BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 1, "num_stages": 2},
 }
-SCHEDULES = {
-    "cuda:100": {2: TILES_1, 4: TILES_2},
-    "cuda:120": {2: TILES_1, 4: TILES_2},
-    "cuda:80": {2: TILES_1, 4: TILES_2},
-    "cuda:86": {2: TILES_1, 4: TILES_2},
-    "cuda:90": {2: TILES_3, 4: TILES_2},
-    "hip:gfx942": {2: TILES_4, 4: TILES_2},
+SCHEDULES = {  # the schedule of a length is the first whose key, in tokens, it does not exceed
+    "cuda:100": {2: {MAX_TOKENS: TILES_1}, 4: {MAX_TOKENS: TILES_2}},
+    "cuda:120": {2: {MAX_TOKENS: TILES_1}, 4: {MAX_TOKENS: TILES_2}},
+    "cuda:80": {2: {MAX_TOKENS: TILES_1}, 4: {MAX_TOKENS: TILES_2}},
+    "cuda:86": {2: {MAX_TOKENS: TILES_1}, 4: {MAX_TOKENS: TILES_2}},
+    "cuda:90": {2: {MAX_TOKENS: TILES_3}, 4: {MAX_TOKENS: TILES_2}},
+    "hip:gfx942": {2: {MAX_TOKENS: TILES_4}, 4: {MAX_TOKENS: TILES_2}},
 }
 
 # ---- tiles -----------------------------------------------------------------------------------------------------------
@@ -311,7 +291,7 @@ def pool_l1_kernel(
     """
     tiles = tl.cdiv(n_tokens, SPAN_2)
     first = tl.program_id(0) % tiles
-    SUMS: tl.constexpr = ROWS if CHILDREN > 1 else 1  # all rows on their way at once, see sum_below
+    SUMS: tl.constexpr = 2 if CHILDREN > 1 and ROWS > 1 else 1  # registers for more programs: some ask while others add
     tensor = tl.program_id(0) // tiles // heads
     head = tl.program_id(0) // tiles % heads
     to_l1 = head.to(tl.int64) * tl.cdiv(n_tokens, SPAN_1) * HEAD_DIM
@@ -2229,9 +2209,10 @@ def target_of(device):
     return f"cuda:{max((arch for arch in known if arch <= 10 * major + minor), default=min(known))}"
 
 
-def schedule_for(device, dtype):
-    """Tile shapes of every kernel for a device and a dtype."""
-    return SCHEDULES[target_of(device)][dtype.itemsize]
+def schedule_for(device, dtype, n_tokens):
+    """Tile shapes of every kernel for a device, a dtype and a length."""
+    by_length = SCHEDULES[target_of(device)][dtype.itemsize]
+    return next(tiles for longest, tiles in by_length.items() if n_tokens <= longest)
 
 
 def prepare(tensors, has_grad_lse=False):
@@ -2251,7 +2232,7 @@ def prepared(device, dtype, shape, strides, starts, has_grad_lse):
     """One `Prepared` for all calls that Triton does not tell apart; None where tensors have to be copied first."""
     if not all(map(is_aligned, strides)):
         return None
-    tiles = schedule_for(device, dtype)
+    tiles = schedule_for(device, dtype, shape[2])
     return Prepared(device, dtype, shape, strides, tiles)
 
 

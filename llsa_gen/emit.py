@@ -125,7 +125,6 @@ def render(plan: Plan, schedules: Schedules) -> str:
                 spec_literal=spec_literal(plan.spec),
                 pad_dim=pad(plan.head_dim),
                 schedules=schedules_literal(schedules),
-                by_length=differ_by_length(schedules),
                 hopper=stages_in_gluon(schedules),
                 filling=FILLING,
                 flops=[Cost(plan, {}).flops(kernels) for kernels in (plan.forward, plan.backward, plan.forward[:-1])],
@@ -184,11 +183,6 @@ def literal(spec: Mapping[str, object]) -> str:
     return "{\n" + "".join(f'    "{name}": {value},\n' for name, value in values.items()) + "}"
 
 
-def differ_by_length(schedules: Schedules) -> bool:
-    """Whether any target has other tile shapes for long sequences than for short ones."""
-    return any(len(runs(lengths)) > 1 for by_size in schedules.values() for lengths in by_size.values())
-
-
 def stages_in_gluon(schedules: Schedules) -> frozenset[str]:
     """The stages that some target's schedule hands to a kernel for the matrix units of H100."""
     tables = (tiles for by_size in schedules.values() for lengths in by_size.values() for tiles in lengths.values())
@@ -208,29 +202,41 @@ def runs(lengths: Mapping[int, Schedule]) -> dict[int, Schedule]:
 def schedules_literal(schedules: Schedules) -> str:
     """The schedules as the statement `SCHEDULES = {...}`, one line a kernel, equal tables written once.
 
-    {target: {bytes of an element: tiles}}; where lengths differ {target: {bytes of an element: {most tokens: tiles}}}.
+    A table that differs from one before it in a quarter of its kernels at the most is that one and the difference.
+    {target: {bytes of an element: {most tokens: tiles}}}: that of a length is the first whose key it does not exceed.
     """
-    by_length = differ_by_length(schedules)
-    names: dict[str, str] = {}
+    tables: list[tuple[str, Schedule, bool]] = []  # the name of each, its entries, and whether all of them are written
     lines: list[str] = []
     rows: list[str] = []
 
     def name_of(kernels: Schedule) -> str:
-        body = "".join(f"    {kernel!r}: {entry_literal(entry)},\n" for kernel, entry in kernels.items())
-        if body not in names:
-            names[body] = f"TILES_{len(names) + 1}"
-            lines.append(f"{names[body]} = {{\n{body}}}\n")
-        return names[body]
+        for name, known, _ in tables:
+            if known == kernels:
+                return name
+        name = f"TILES_{len(tables) + 1}"
+        near = [(other, _changed(known, kernels)) for other, known, whole in tables if whole and [*known] == [*kernels]]
+        base, changed = min(near, key=lambda one: len(one[1]), default=("", kernels))
+        brief = 4 * len(changed) <= len(kernels)
+        told = changed if brief else kernels
+        body = "".join(f"    {kernel!r}: {entry_literal(entry)},\n" for kernel, entry in told.items())
+        lines.append(f"{name} = {base + ' | ' if brief else ''}{{\n{body}}}\n")
+        tables.append((name, kernels, not brief))
+        return name
 
     for target, by_size in schedules.items():
         entries = []
         for size, lengths in by_size.items():
             buckets = [(end, name_of(kernels)) for end, kernels in runs(lengths).items()]
             told = ", ".join(f"{'MAX_TOKENS' if end == max(lengths) else end}: {name}" for end, name in buckets)
-            entries.append(f"{size}: {{{told}}}" if by_length else f"{size}: {buckets[0][1]}")
+            entries.append(f"{size}: {{{told}}}")
         rows.append(f"    {target!r}: {{{', '.join(entries)}}},\n")
-    comment = "  # the schedule of a length is the first whose key, in tokens, it does not exceed" if by_length else ""
-    return ("".join(lines) + f"SCHEDULES = {{{comment}\n{''.join(rows)}}}").replace("'", '"')
+    comment = "# the schedule of a length is the first whose key, in tokens, it does not exceed"
+    return ("".join(lines) + f"SCHEDULES = {{  {comment}\n{''.join(rows)}}}").replace("'", '"')
+
+
+def _changed(known: Schedule, kernels: Schedule) -> Schedule:
+    """The entries that a table of the same kernels has otherwise."""
+    return {kernel: entry for kernel, entry in kernels.items() if entry != known[kernel]}
 
 
 def entry_literal(entry: Mapping[str, int]) -> str:

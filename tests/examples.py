@@ -1,12 +1,23 @@
 """Specs that, together, take every branch of the templates; small enough for Triton's interpreter."""
 
+from collections.abc import Iterator
+from itertools import chain
+
 from llsa_gen import Level, Spec
+from llsa_gen.compiler import Attention
+from llsa_gen.schedule import Schedule
 
 
 def spec(name: str, head_dim: int, *levels: tuple[int, int], **fields: object) -> Spec:
     """A spec from (block, topk) pairs, finest first."""
     made = tuple(Level(block=block, topk=topk) for block, topk in levels)
     return Spec(name=name, head_dim=head_dim, levels=made, **fields)  # type: ignore[arg-type]
+
+
+def every_schedule(attention: Attention) -> Iterator[Schedule]:
+    """The tile shapes of every target, element and length, as the module has them: what is changed there is used."""
+    by_size = chain.from_iterable(sizes.values() for sizes in attention.module.SCHEDULES.values())
+    return chain.from_iterable(lengths.values() for lengths in by_size)
 
 
 BRANCHES = (

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from examples import BRANCHES, spec
+from examples import BRANCHES, every_schedule, spec
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from triton.runtime import interpreter
@@ -123,8 +123,9 @@ def test_tiles_smaller_than_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
     # 16 fine keys a tile, of blocks of 24 that are grouped: a tile may begin in one block and end in the next
     chosen = spec("heads_of_256", 256, (24, 2), (3, 2))
     take_schedule_of("cuda:90", chosen, monkeypatch)
-    assert compile(chosen).module.SCHEDULES["cuda:90"][2]["attend"]["BLOCK_N"] == 16
-    fuzz.run(fuzz.Case(chosen, n=24 * 3 * 3 + 5, dtype="float16")).raise_if_failed()
+    n = 24 * 3 * 3 + 5
+    assert compile(chosen).module.schedule_for(torch.device("cpu"), torch.float16, n)["attend"]["BLOCK_N"] == 16
+    fuzz.run(fuzz.Case(chosen, n=n, dtype="float16")).raise_if_failed()
 
 
 @pytest.mark.parametrize(
@@ -266,11 +267,10 @@ def test_lengths_around_one_token_of_the_top(n: int) -> None:
 )
 def test_popular_keys_are_shared_out(chosen: Spec, monkeypatch: pytest.MonkeyPatch) -> None:
     # Lists are cut into parts where they are long: here, where they are longer than two.
-    for target in compile(chosen).module.SCHEDULES.values():
-        for schedule in target.values():
-            for stage in schedule.values():
-                if "PART" in stage:
-                    monkeypatch.setitem(stage, "PART", 2)
+    for tiles in every_schedule(compile(chosen)):
+        for stage in tiles.values():
+            if "PART" in stage:
+                monkeypatch.setitem(stage, "PART", 2)
     # or shared by many keepers: more than are summed at a time
     n = 16 * chosen.span(2) if lower(chosen).by_keeper else 51
     fuzz.run(fuzz.Case(chosen, n=n, popular=True)).raise_if_failed()

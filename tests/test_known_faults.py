@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from examples import spec
+from examples import every_schedule, spec
 from torch import Tensor
 
 from llsa_gen import fuzz, reference
@@ -143,10 +143,9 @@ def test_11_rows_that_attend_to_almost_nothing_are_finite(device: str, n: int) -
 def test_12_a_key_that_all_queries_keep_is_shared_out(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = spec("popular", 16, (4, 1), (4, 1)) if device == "cpu" else spec("popular", 64, (16, 8), (16, 8))
     if device == "cpu":
-        for targets in compile(chosen).module.SCHEDULES.values():
-            for schedule in targets.values():
-                for stage in ("grad_kv_l0", "grad_kv_l1"):
-                    monkeypatch.setitem(schedule[stage], "PART", 2)
+        for tiles in every_schedule(compile(chosen)):
+            for stage in ("grad_kv_l0", "grad_kv_l1"):
+                monkeypatch.setitem(tiles[stage], "PART", 2)
         fuzz.run(fuzz.Case(chosen, n=63, popular=True)).raise_if_failed()
         return
     # On a GPU the time tells. One program for a list of all 4,096 query blocks would take hundreds of times as long.

@@ -264,7 +264,6 @@ def test_a_winner_is_stored_and_used_by_the_next_compile(tmp_path: Path) -> None
     assert after.source != before.source
     by_length = after.module.SCHEDULES["cuda:80"][2]
     assert [tiles["attend"]["num_warps"] == 4 for tiles in by_length.values()] == [False, True]
-    assert after.module.schedule_for.__code__.co_argcount == 3
     assert compile(SMALL, store=Store(tmp_path / "elsewhere")).source == before.source
     assert golden.check(golden.modules()) == [], "what is committed does not depend on a machine"
 
@@ -432,8 +431,8 @@ def test_a_stage_is_tuned_on_the_gpu(tmp_path: Path) -> None:
         "assert timed, [trial.reason for trial in result.trials]\n"
         "module = llsa_gen.compile(spec).module\n"
         "import torch\n"
-        "args = (torch.device('cuda'), torch.bfloat16, 8192)[: module.schedule_for.__code__.co_argcount]\n"
-        "assert module.schedule_for(*args)['grad_kv_l0'] == result.after\n"
+        "tiles = module.schedule_for(torch.device('cuda'), torch.bfloat16, 8192)\n"
+        "assert tiles['grad_kv_l0'] == result.after\n"
         "for n in (8192, 1021):\n"
         "    fuzz.run(fuzz.Case(spec, n=n, heads=2, dtype='bfloat16', device='cuda')).raise_if_failed()\n"
         "print(json.dumps([result.before_us, result.after_us, len(timed)]))\n"
