@@ -26,7 +26,7 @@ install-versions: $(READY)  ## unpack the oldest and the newest triton that pypr
 	$(BIN)/python tests/versions.py --install
 
 demo: $(READY)  ## compile spec/llsa_l2.yaml, attend over a photograph, draw what each level keeps
-	$(BIN)/python -m llsa_gen.demo
+	$(BIN)/python examples/photo/demo.py
 
 test: test-interpret test-main  ## run all tests that need no GPU
 
@@ -55,7 +55,7 @@ format: $(READY)  ## let ruff sort the imports and lay out the code
 	$(BIN)/ruff format
 
 golden: $(READY)  ## emit generated/ again from the specs and the templates
-	$(BIN)/python -m llsa_gen.golden
+	$(BIN)/python -m llsa_gen.emit.golden
 
 budgets: $(READY)  ## measure tests/budgets.json again: what every kernel takes of the GPUs it is compiled for
 	$(BIN)/python tests/budgets.py

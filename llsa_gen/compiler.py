@@ -9,19 +9,20 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from llsa_gen import emit, forks, schedule, tuned
+from llsa_gen import emit, forks, schedule
 from llsa_gen.errors import KernelCompileError, SettingError
-from llsa_gen.loading import load_text
 from llsa_gen.plan import Plan, lower
 from llsa_gen.spec import Spec, load
-from llsa_gen.store import Explanation, Key, Store
+from llsa_gen.store import Explanation, Key, Store, tuned
+from llsa_gen.store.loading import load_text
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 GENERATORS = (
-    "sizes.py", "levels.py", "plan.py", "schedule_table.py", "schedule_memory.py", "schedule_fit.py", "schedule.py",
-    "networks.py", "cost.py", "emit.py",
+    "plan/sizes.py", "plan/levels.py", "plan/plan.py", "plan/cost.py",
+    "schedule/table.py", "schedule/memory.py", "schedule/fit.py", "schedule/rules.py",
+    "emit/networks.py", "emit/literals.py", "emit/printers.py", "emit/module.py",
 )  # fmt: skip
 """Modules of this package that decide what is emitted."""
 
@@ -67,7 +68,7 @@ class Attention:
 
         if not isinstance(error, CompilationError):
             return error
-        from llsa_gen.failure import locate
+        from llsa_gen.emit.failure import locate
 
         found = locate(error, self.module)
         reproduce = f"python -c 'import llsa_gen; print(llsa_gen.compile({self.spec.canonical()!r}))'"

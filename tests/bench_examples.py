@@ -3,7 +3,7 @@
 from typing import Any
 
 from llsa_gen import Level, Spec
-from llsa_gen.bench_rows import Ceilings, KernelRow, Machine, Memory, Row, Timing
+from llsa_gen.bench.rows import Ceilings, KernelRow, Machine, Memory, Row, Timing
 
 MACHINE = Machine(
     device="NVIDIA H100 80GB HBM3",

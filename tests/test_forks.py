@@ -97,7 +97,8 @@ def test_a_thread_that_never_finishes_does_not_hold_a_fork_for_ever(tmp_path: Pa
     """One holds the lock of compiles, another is half through a module and a third inside a cached property."""
     program = """
 import llsa_gen
-from llsa_gen import compiler, emit, forks, loading, plan
+from llsa_gen import compiler, emit, forks, plan
+from llsa_gen.store import loading
 for lock in (compiler._lock, loading._lock):
     lock._seconds = 0.1
 forks.whole.__wrapped__.__defaults__ = (0.1,)
@@ -171,7 +172,7 @@ def test_a_fork_does_not_keep_a_thread_from_the_lock_that_it_waits_for(tmp_path:
     program = """
 import llsa_gen
 from llsa_gen import forks
-from llsa_gen.store import Store, locked
+from llsa_gen.store.store import Store, locked
 llsa_gen.compile(spec(0))  # imports filelock
 started, finished = threading.Event(), []
 
@@ -198,7 +199,7 @@ def test_no_other_locks() -> None:
     """Of the package, nor of generated modules, but for one that nobody waits for."""
     made = re.compile(r"threading\.(Lock|RLock|Condition|Semaphore|Event|Barrier)\b|from threading import")
     waits = re.compile(r"\bwith MAKING\b|\bMAKING\.acquire\((?!blocking=False\))")
-    for path in [*(ROOT / "llsa_gen").glob("*.py"), *(ROOT / "generated").glob("*.py")]:
+    for path in [*(ROOT / "llsa_gen").rglob("*.py"), *(ROOT / "generated").glob("*.py")]:
         text = path.read_text()
         lines = [line for line in text.splitlines() if made.search(line) and not line.startswith("MAKING = ")]
         assert path.name == "forks.py" or not lines, f"{path.name}: a lock that a child may find locked: {lines}"

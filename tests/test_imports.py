@@ -1,6 +1,6 @@
-"""The directions of import: who may know whom, written down once and checked against the source.
+"""The directions of import: which package may know which, written down once and checked against the source.
 
-A new module gets its row in `ROOMS`. A row that has to grow is a design decision: it belongs in the review.
+A row of `ROOMS` that has to grow is a design decision: it belongs in the review.
 """
 
 import ast
@@ -23,97 +23,35 @@ MAX_LINES = 400
 
 @dataclass(frozen=True)
 class Room:
-    """What one module of llsa_gen may import beside the standard library and `errors`, which is everybody's."""
+    """What one package of llsa_gen may import beside the standard library and `EVERYBODYS`."""
 
-    modules: frozenset[str]  # of llsa_gen
+    packages: frozenset[str]  # of llsa_gen
     libraries: frozenset[str]  # from elsewhere, by their import names
 
 
-def room(modules: str = "", libraries: str = "") -> Room:
-    return Room(frozenset(modules.split()), frozenset(libraries.split()))
+def room(packages: str = "", libraries: str = "") -> Room:
+    return Room(frozenset(packages.split()), frozenset(libraries.split()))
 
+
+EVERYBODYS = {"errors", "forks"}
+"""The files beside the packages that know none of them."""
 
 ROOMS = {
     # the five stages, each knowing only what is before it
-    "errors": room(),
-    "files": room(),
-    "forks": room(),
-    "trust": room(),
-    "spec_mistakes": room("", "pydantic"),
-    "spec_yaml": room("spec_mistakes", "yaml"),
-    "spec": room("spec_mistakes spec_yaml", "pydantic pydantic_core"),
-    "sizes": room("", "sympy"),
-    "levels": room("sizes spec", "sympy"),
-    "plan": room("levels sizes spec", "sympy"),
-    "schedule_table": room("sizes plan"),
-    "schedule_memory": room("plan schedule_table"),
-    "schedule_fit": room("plan schedule_table schedule_memory"),
-    "schedule": room("plan schedule_table schedule_memory schedule_fit"),
-    "networks": room(),
-    "emit": room("spec plan schedule cost networks", "jinja2 sympy"),
-    "store_entry": room("trust"),
-    "store": room("store_entry trust forks", "filelock platformdirs"),
-    "loading": room("store_entry forks"),
-    "tuned": room("schedule_table store trust files"),
-    "compiler": room("spec plan schedule tuned emit store loading forks failure", "torch triton"),
+    "spec": room("", "pydantic pydantic_core yaml"),
+    "plan": room("spec", "sympy rich"),
+    "schedule": room("plan"),
+    "emit": room("spec plan schedule", "jinja2 sympy triton"),
+    "store": room("schedule", "filelock platformdirs"),
+    "compiler": room("spec plan schedule emit store", "torch triton"),
     # beside the line
-    "reference": room("spec reference_selection", "torch"),
-    "reference_selection": room("spec", "torch"),
-    "cost": room("sizes plan schedule", "sympy"),
-    "growth": room("sizes spec plan cost", "sympy"),
-    "units": room("", "rich"),
-    "explain": room("spec plan schedule schedule_table cost growth units", "rich"),
-    "fuzz_cases": room("spec", "torch triton hypothesis"),
-    "fuzz_oracle": room("spec reference fuzz_cases", "torch"),
-    "fuzz": room("spec reference reference_selection compiler store fuzz_cases fuzz_oracle", "torch hypothesis"),
-    "devices": room("", "torch"),
-    "launches": room("schedule compiler", "torch triton"),
-    "binary": room("", "triton"),
-    "origin": room("emit"),
-    "failure": room("origin", "triton"),
-    "aot": room("spec schedule schedule_table emit compiler launches binary failure files", "torch triton"),
-    "golden": room("spec plan schedule emit"),
-    "bench_rows": room("", "pydantic"),
-    "bench_machine": room("emit bench_rows", "torch"),
-    "bench_timing": room("bench_rows", "torch"),
-    "bench_rivals": room("bench_rows", "torch"),
-    "bench_check": room("reference compiler fuzz fuzz_cases fuzz_oracle bench_rivals", "torch"),
-    "bench_kernels": room("cost launches bench_rows bench_timing", "torch"),
-    "bench_cell": room(
-        "plan schedule tuned store compiler cost fuzz_cases bench_rows bench_timing bench_rivals bench_check"
-        " bench_kernels",
-        "torch",
-    ),
-    "bench": room(
-        "spec plan compiler fuzz_cases bench_rows bench_machine bench_timing bench_rivals bench_kernels bench_cell",
-        "torch",
-    ),
-    "bench_table": room("bench_rows units", "rich"),
-    "bench_plot": room("bench_rows bench_table files", "matplotlib"),
-    "tune_candidates": room("plan schedule schedule_table schedule_fit"),
-    "tune_search": room("plan schedule tune_candidates"),
-    "tune_bench": room("plan schedule compiler launches aot fuzz reference", "torch triton"),
-    "tune": room(
-        "spec plan schedule schedule_table store tuned compiler launches fuzz_cases "
-        "tune_candidates tune_search tune_bench",
-        "torch triton",
-    ),
+    "reference": room("spec", "torch"),
+    "fuzz": room("spec reference store compiler", "torch triton hypothesis"),
+    "aot": room("spec schedule emit store compiler", "torch triton"),
+    "bench": room("spec plan schedule emit store compiler reference fuzz aot", "torch pydantic rich matplotlib"),
+    "tune": room("spec plan schedule store compiler reference fuzz aot", "torch triton"),
     # what people call
-    "terminal": room("spec", "typer rich"),
-    "cli": room(
-        "__init__ spec cli_bench cli_cache cli_check cli_tune terminal files plan schedule store tuned compiler "
-        "explain units aot",
-        "typer",
-    ),
-    "cli_cache": room("terminal compiler store tuned units", "typer rich"),
-    "cli_tune": room("terminal tune tune_search", "typer rich"),
-    "cli_bench": room("terminal files devices bench bench_rows bench_table bench_plot", "typer rich torch"),
-    "cli_check": room("terminal devices fuzz", "typer rich"),
-    "demo": room("__init__ spec plan schedule compiler reference cost demo_photo demo_picture", "torch rich typer"),
-    "demo_photo": room("spec", "torch matplotlib"),
-    "demo_picture": room("spec demo_photo", "torch matplotlib"),
-    "__init__": room("spec compiler reference fuzz forks"),
-    "__main__": room("cli"),
+    "cli": room("spec plan schedule store compiler fuzz aot bench tune", "typer rich torch"),
 }
 
 GENERATED_MAY_IMPORT = {"torch", "triton"}
@@ -135,7 +73,7 @@ def present() -> dict[str, Path]:
 
 def _home(name: str) -> str:
     """The module that the dotted name inside llsa_gen leads to: its longest part that is a module."""
-    modules = present().keys() | ROOMS.keys()
+    modules = present().keys()
     parts = name.split(".") if name else []
     for end in range(len(parts), 0, -1):
         if ".".join(parts[:end]) in modules:
@@ -164,6 +102,11 @@ def imports(source: str, package: str = "llsa_gen") -> tuple[set[str], set[str]]
     return own, others
 
 
+def package_of(name: str) -> str:
+    """`store.entry` -> "store"; a file beside the packages is one by itself."""
+    return name.partition(".")[0]
+
+
 @pytest.mark.parametrize(
     ("source", "own", "others"),
     [
@@ -183,37 +126,57 @@ def test_every_form_of_import_is_seen(source: str, own: set[str], others: set[st
     assert imports(source) == (own, others)
 
 
-def test_every_module_has_a_row() -> None:
-    unplaced = sorted(present().keys() - ROOMS.keys())
-    assert not unplaced, f"say in ROOMS, in {Path(__file__).name}, what these modules may import: {unplaced}"
-    gone = sorted(ROOMS.keys() - present().keys())
-    assert not gone, f"ROOMS, in {Path(__file__).name}, names modules that llsa_gen does not have: {gone}"
+def test_every_package_has_a_row() -> None:
+    there = {package_of(name) for name in present()} - EVERYBODYS - {"__init__", "__main__"}
+    assert there == set(ROOMS), f"say in ROOMS, in {Path(__file__).name}, what a new package may import"
 
 
-@pytest.mark.parametrize("name", sorted(present().keys() & ROOMS.keys()))
-def test_module_imports_only_what_its_row_names(name: str) -> None:
-    path = present()[name]
-    package = ".".join(path.relative_to(ROOT).parent.parts)
-    own, others = imports(path.read_text(), package)
-    too_many = sorted(own - ROOMS[name].modules - {"errors", name})
-    assert not too_many, f"{name} must not know {too_many} of llsa_gen"
-    foreign = sorted(others - ROOMS[name].libraries)
-    assert not foreign, f"{name} must not import {foreign}"
+@pytest.mark.parametrize("name", sorted(present()))
+def test_a_module_imports_only_what_the_row_of_its_package_names(name: str) -> None:
+    own, others = imports(present()[name].read_text(), ".".join(present()[name].relative_to(ROOT).parent.parts))
+    known = {package_of(one) for one in own} - EVERYBODYS - {package_of(name)}
+    if package_of(name) in EVERYBODYS:
+        assert not known and not others
+    elif name == "__main__":
+        assert known == {"cli"} and not others
+    elif name == "__init__":  # the front door: it imports when it is asked to
+        assert known == {"spec", "compiler", "fuzz", "reference"} and not others
+    else:
+        row = ROOMS[package_of(name)]
+        known -= {"__init__"} if package_of(name) == "cli" else set()  # the front door, which has the version
+        assert known <= row.packages, f"{name} must not know {sorted(known - row.packages)} of llsa_gen"
+        assert others <= row.libraries, f"{name} must not import {sorted(others - row.libraries)}"
 
 
-def test_the_rows_have_one_direction() -> None:
-    # The package itself is left out: it imports lazily, by name, so that being its user closes no circle.
-    order = TopologicalSorter({name: row.modules - {"__init__"} for name, row in ROOMS.items()})
-    order.prepare()  # raises CycleError, which names the circle
+def test_no_package_imports_upwards() -> None:
+    rows = list(ROOMS)
+    upwards = {name: row.packages & set(rows[rows.index(name) :]) for name, row in ROOMS.items()}
+    assert not any(upwards.values()), upwards
 
 
-def test_nothing_but_main_knows_the_command_line() -> None:
-    assert {name for name, row in ROOMS.items() if "cli" in row.modules} == {"__main__"}
+def test_every_row_is_used_up() -> None:
+    """What a row allows and nobody needs would let in what nobody meant."""
+    used: dict[str, set[str]] = {name: set() for name in ROOMS}
+    for name, path in present().items():
+        if package_of(name) in ROOMS:
+            own, others = imports(path.read_text(), ".".join(path.relative_to(ROOT).parent.parts))
+            used[package_of(name)] |= {package_of(one) for one in own} | others
+    spare = {name: sorted((row.packages | row.libraries) - used[name]) for name, row in ROOMS.items()}
+    assert not any(spare.values()), spare
+
+
+def test_no_module_imports_itself_in_a_circle() -> None:
+    graph = {
+        name: imports(path.read_text(), ".".join(path.relative_to(ROOT).parent.parts))[0] - {name, "__init__"}
+        for name, path in present().items()
+        if name != "__init__"  # the package itself imports lazily, by name, so that being its user closes no circle
+    }
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
 
 
 def draws(name: str) -> bool:
     """Whether a module may need matplotlib, which is an extra: nothing else may import it but when it is asked to."""
-    return name.startswith("demo") or name == "bench_plot"
+    return name == "bench.plot"
 
 
 def test_what_is_imported_is_declared() -> None:
@@ -223,10 +186,10 @@ def test_what_is_imported_is_declared() -> None:
         return {re.split(r"[^A-Za-z0-9_.-]", requirement)[0].lower() for requirement in requirements}
 
     always = declared(project["dependencies"])
-    for name, row in ROOMS.items():
+    for name, path in present().items():
         allowed = always | declared(project["optional-dependencies"]["demo"]) if draws(name) else always
-        missing = {DISTRIBUTIONS.get(library, library) for library in row.libraries} - allowed
-        assert not missing, f"pyproject.toml does not declare {sorted(missing)}, which {name} may import"
+        missing = {DISTRIBUTIONS.get(library, library) for library in imports(path.read_text())[1]} - allowed
+        assert not missing, f"pyproject.toml does not declare {sorted(missing)}, which {name} imports"
 
 
 @pytest.mark.parametrize("name", sorted(present()))
@@ -269,13 +232,13 @@ def test_declaring_a_spec_needs_no_torch(tmp_path: Path) -> None:
 
 
 def test_source_is_emitted_and_stored_without_torch(tmp_path: Path) -> None:
-    loaded = run_fresh(f"import llsa_gen.emit, llsa_gen.store, llsa_gen.cost; {LOADED}", tmp_path)
+    loaded = run_fresh(f"import llsa_gen.emit, llsa_gen.store, llsa_gen.plan.cost; {LOADED}", tmp_path)
     assert not {"torch", "triton"} & set(loaded.split())
 
 
 def test_importing_every_module_leaves_nothing_behind(tmp_path: Path) -> None:
     # matplotlib makes a folder of its own when it is imported
-    names = [name for name in ROOMS if not draws(name) and not name.startswith("__")]
+    names = [name for name in present() if not draws(name) and not name.startswith("__")]
     run_fresh("import " + ", ".join(f"llsa_gen.{name}" for name in sorted(names)), tmp_path)
     assert list(tmp_path.iterdir()) == []
 

@@ -40,7 +40,7 @@ def short(versions: Sequence[str], torch: str | None) -> int:
     """The tests marked `versions`, one version beside the other; the exit status."""
 
     # only files that have such tests: to collect all of them takes as long as to run these
-    files = [str(path) for path in (ROOT / "tests").glob("test_*.py") if "mark.versions" in path.read_text()]
+    files = [str(path) for path in (ROOT / "tests").rglob("test_*.py") if "mark.versions" in path.read_text()]
 
     def run(triton: str) -> bool:
         passed = True

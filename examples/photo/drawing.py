@@ -1,0 +1,246 @@
+"""The demo's picture: the photograph as single query pixels see it, and what attention makes of it.
+
+Every token of every level that a query attends to is drawn as what it is, the mean over its tile; where levels overlap
+the finest is on top. The figure is a dark card with round corners, so that it stands on white and on dark pages.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyBboxPatch, Rectangle
+from pixels import Layout
+from torch import Tensor
+
+from llsa_gen.spec import Spec
+
+CARD, INK, MUTED = "#12161d", "#e8ecf1", "#9aa5b3"
+QUERY = "#ff4fa3"
+KEPT = ("#5dfdc1", "#ffffff")
+"""Outlines of kept tokens of level 1, and of the levels above it."""
+
+DIMMEST = 0.6
+"""Brightness of what is seen at the coarsest level only; the pixels themselves have 1."""
+UNSEEN = 0.1
+"""Brightness of what is scored but not attended to: levels that are not enriched."""
+GHOST = 0.25
+"""How much of the photograph shines through its coarse tokens, or nobody would know what they cover."""
+
+DPI = 100
+WIDTH, MARGIN, GAP, HEAD, FOOT = 1600, 20, 8, 92, 104  # pixels; 4 panels of 384, 3 times the photograph's 128
+SWATCH = 56
+
+
+class Query(NamedTuple):
+    """A query pixel: what it shows, and where it is as fractions of the picture's height and width."""
+
+    name: str
+    down: float
+    right: float
+
+    def pixel(self, layout: Layout) -> tuple[int, int]:
+        """Row and column."""
+        return int(self.down * layout.height), int(self.right * layout.width)
+
+    def token(self, layout: Layout) -> int:
+        """The token of level 0."""
+        return layout.token_at(*self.pixel(layout))
+
+
+@dataclass(frozen=True)
+class View:
+    """What one query attends to in one head, and what it keeps."""
+
+    seen: tuple[Tensor, ...]
+    """L + 1 bool tensors [T_l], the pixels (level 0) first."""
+    kept: tuple[Tensor, ...]
+    """L int64 tensors, the kept tokens of level 1 first."""
+
+    @property
+    def keys(self) -> int:
+        """How many keys it attends to."""
+        return sum(int(seen.sum()) for seen in self.seen)
+
+
+def view(spec: Spec, kept: Sequence[Tensor], layout: Layout, head: int, token: int) -> View:
+    """What the query `token` sees in `head`, from the kept indices that `attention.select` returns."""
+    mine = [ids[0, head, token // spec.span(level)].long() for level, ids in enumerate(kept, start=1)]
+    mine = [ids[ids >= 0] for ids in mine]
+    seen = []
+    for level in range(spec.num_levels + 1):
+        tokens = torch.arange(layout.n_tokens // spec.span(level))
+        candidates = torch.ones_like(tokens, dtype=torch.bool)
+        if level < spec.num_levels:
+            candidates = torch.isin(tokens // spec.block(level + 1), mine[level])
+        seen.append(candidates & (level in (0, *spec.enriched_levels)))
+    return View(tuple(seen), tuple(mine))
+
+
+def mosaic(spec: Spec, picture: Tensor, layout: Layout, level: int) -> Tensor:
+    """The picture [3, height, width] with every tile of a level in its mean colour."""
+    span = spec.span(level)
+    means = layout.tokens(picture).unflatten(0, (-1, span)).mean(1)
+    return layout.picture(means.repeat_interleave(span, dim=0))
+
+
+def seen_picture(spec: Spec, picture: Tensor, layout: Layout, view: View) -> Tensor:
+    """The picture [3, height, width] as a query sees it: every pixel from the finest token that it attends to."""
+    top = spec.num_levels
+    result = UNSEEN * picture
+    for level in range(top, -1, -1):
+        bright = DIMMEST + (1 - DIMMEST) * (top - level) / top
+        tiles = bright * torch.lerp(mosaic(spec, picture, layout, level), picture, GHOST)
+        seen = layout.picture(view.seen[level].repeat_interleave(spec.span(level))[:, None])
+        result = torch.where(seen, tiles, result)
+    return result
+
+
+def draw(
+    path: Path,
+    spec: Spec,
+    layout: Layout,
+    photo: Tensor,
+    queries: Sequence[Query],
+    views: Sequence[View],
+    before: tuple[str, Tensor],
+    after: tuple[str, Tensor],
+) -> None:
+    """Write a PNG: a panel for what each query sees, and one that is half `before` and half `after` attention.
+
+    Pictures are [3, height, width] in 0 to 1; `before` and `after` come with a caption.
+    """
+    card = _Card(layout, panels=len(queries) + 1)
+    card.text(MARGIN, 44, "What one pixel attends to", 24, weight="bold")
+    card.text(WIDTH - MARGIN, 44, f"{spec.name}: {layout.n_tokens:,} pixels as tokens", 18, MUTED, ha="right")
+    for panel, (query, seen) in enumerate(zip(queries, views, strict=True)):
+        card.panel(panel, seen_picture(spec, photo, layout, seen))
+        card.text(card.left(panel), HEAD - 12, query.name, 16)
+        for level in range(spec.num_levels, 0, -1):
+            for token in seen.kept[level - 1].tolist():
+                card.outline(panel, level, token)
+        card.mark(*card.point(panel, query.pixel(layout)))
+    _halves(card, len(queries), before, after)
+    _legend(card, spec, photo, queries[0], views[0])
+    card.figure.savefig(path, dpi=DPI, transparent=True)
+
+
+def _halves(card: "_Card", panel: int, before: tuple[str, Tensor], after: tuple[str, Tensor]) -> None:
+    middle = card.layout.width // 2
+    card.panel(panel, torch.cat([before[1][:, :, :middle], after[1][:, :, middle:]], dim=2))
+    x = card.left(panel) + middle * card.zoom
+    card.page.plot([x, x], [HEAD, card.bottom], color=CARD, linewidth=2, zorder=3)
+    card.text(card.left(panel), HEAD - 12, before[0], 16)
+    card.text(x + 6, HEAD - 12, after[0], 16)
+
+
+def _legend(card: "_Card", spec: Spec, photo: Tensor, query: Query, view: View) -> None:
+    """An entry for the query and for each level, coarsest first: the swatches go, step by step, down to the query."""
+    layout, top = card.layout, spec.num_levels
+    step = (WIDTH - 2 * MARGIN + GAP) / (top + 2)
+    y = card.bottom + 24
+    small = min(1.0, 5 / (top + 2))  # many levels leave little room for each
+
+    def entry(item: int, head: str, text: str) -> None:
+        card.text(MARGIN + item * step + SWATCH + 12, y + 24, head, 16 * small, weight="bold")
+        card.text(MARGIN + item * step + SWATCH + 12, y + 47, text, 14 * small, MUTED)
+
+    card.mark(MARGIN + SWATCH / 2, y + SWATCH / 2)
+    entry(0, "the query pixel", f"one softmax over {view.keys:,} keys")
+    for item, level in enumerate(range(top, -1, -1), start=1):
+        _swatch(card, spec, photo, query, level, MARGIN + item * step, y)
+        where = "the whole picture" if level == top else f"inside those {len(view.kept[level])}"
+        count, tile = int(view.seen[level].sum()), layout.tiles[level]
+        if level == 0:
+            entry(item, f"{count:,} pixels", f"level 0: {where}")
+        else:
+            what = f"{'token' if count == 1 else 'tokens'} of {tile.width}\N{MULTIPLICATION SIGN}{tile.height} pixels"
+            where = where if count else "only scored"  # a level that is not enriched
+            entry(item, f"{count:,} {what}", f"level {level}: {where}; {len(view.kept[level - 1])} kept")
+
+
+def _swatch(card: "_Card", spec: Spec, photo: Tensor, query: Query, level: int, x: float, y: float) -> None:
+    """The query's token of the level above, or the whole picture, as this level sees it; the query's own outlined."""
+    layout, pixel = card.layout, query.token(card.layout)
+    (row, column), tile = (0, 0), (layout.height, layout.width)
+    if level < spec.num_levels:
+        row, column = layout.corner(level + 1, pixel // spec.span(level + 1))
+        tile = layout.tiles[level + 1]
+    zoom = SWATCH / max(tile)
+    part = mosaic(spec, photo, layout, level)[:, row : row + tile[0], column : column + tile[1]]
+    card.image(part, x, y, tile[1] * zoom, tile[0] * zoom)
+    if level < spec.num_levels:
+        card.frame(x, y, tile[1] * zoom, tile[0] * zoom, _color(level + 1))
+    own_row, own_column = layout.corner(level, pixel // spec.span(level))
+    own = layout.tiles[level]
+    left, up = x + (own_column - column) * zoom, y + (own_row - row) * zoom
+    card.frame(left, up, own.width * zoom, own.height * zoom, _color(level))
+
+
+def _color(level: int) -> str:
+    return QUERY if level == 0 else KEPT[min(level, len(KEPT)) - 1]
+
+
+class _Card:
+    """The dark card that everything is drawn on, in pixels from its upper left corner."""
+
+    def __init__(self, layout: Layout, panels: int) -> None:
+        self.layout = layout
+        self.side = (WIDTH - 2 * MARGIN - (panels - 1) * GAP) / panels
+        self.zoom = self.side / layout.width
+        self.bottom = HEAD + layout.height * self.zoom
+        self.height = round(self.bottom + FOOT)
+        self.figure = Figure(figsize=(WIDTH / DPI, self.height / DPI))
+        FigureCanvasAgg(self.figure)
+        self.page = self.figure.add_axes((0, 0, 1, 1))
+        self.page.set_axis_off()
+        corner = 14
+        inner = (WIDTH - 2 * corner, self.height - 2 * corner)
+        self.page.add_patch(
+            FancyBboxPatch((corner, corner), *inner, f"round,pad={corner}", facecolor=CARD, linewidth=0)
+        )
+        self._fit()
+
+    def _fit(self) -> None:
+        self.page.set(xlim=(0, WIDTH), ylim=(self.height, 0))
+
+    def left(self, panel: int) -> float:
+        """Where a panel begins."""
+        return MARGIN + panel * (self.side + GAP)
+
+    def point(self, panel: int, pixel: tuple[int, int]) -> tuple[float, float]:
+        """Where the middle of the photograph's pixel (row, column) is."""
+        return self.left(panel) + (pixel[1] + 0.5) * self.zoom, HEAD + (pixel[0] + 0.5) * self.zoom
+
+    def text(self, x: float, y: float, text: str, size: float, color: str = INK, **style: Any) -> None:
+        """Text of `size` pixels on the baseline y."""
+        self.page.text(x, y, text, fontsize=size * 72 / DPI, color=color, **style)
+
+    def image(self, picture: Tensor, x: float, y: float, width: float, height: float) -> None:
+        """A picture [3, *, *] at a place, of a size."""
+        pixels = picture.clamp(0, 1).permute(1, 2, 0).numpy()
+        box = (x, x + width, y + height, y)
+        self.page.imshow(pixels, extent=box, aspect="auto", interpolation="nearest", zorder=2)
+        self._fit()  # which imshow changes
+
+    def panel(self, panel: int, picture: Tensor) -> None:
+        """A picture as large as a panel."""
+        self.image(picture, self.left(panel), HEAD, self.side, self.bottom - HEAD)
+
+    def outline(self, panel: int, level: int, token: int) -> None:
+        """The frame of a token's tile."""
+        tile, (row, column) = self.layout.tiles[level], self.layout.corner(level, token)
+        x, y = self.left(panel) + column * self.zoom, HEAD + row * self.zoom
+        self.frame(x, y, tile.width * self.zoom, tile.height * self.zoom, _color(level))
+
+    def frame(self, x: float, y: float, width: float, height: float, color: str) -> None:
+        """An empty rectangle."""
+        self.page.add_patch(Rectangle((x, y), width, height, fill=False, edgecolor=color, linewidth=1.2, zorder=3))
+
+    def mark(self, x: float, y: float) -> None:
+        """The dot that is a query."""
+        style = {"markerfacecolor": QUERY, "markeredgecolor": "white", "markeredgewidth": 1.4}
+        self.page.plot(x, y, "o", markersize=8, zorder=5, **style)

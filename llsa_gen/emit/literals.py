@@ -1,0 +1,77 @@
+"""A spec and its schedules as the Python literals that stand in a module."""
+
+import json
+from collections.abc import Mapping
+
+from llsa_gen.schedule import Schedule, Schedules
+from llsa_gen.spec import Spec
+
+
+def spec_literal(spec: Spec) -> str:
+    """A spec as the Python dict that stands in its module."""
+    return literal(json.loads(spec.canonical()))
+
+
+def literal(spec: Mapping[str, object]) -> str:
+    """A spec as a Python dict, one field a line, its texts escaped."""
+
+    def escaped(value: object) -> str:
+        # not json's own escapes: beyond the first 2^16 characters they are not Python's
+        return json.dumps(value, ensure_ascii=False).encode("ascii", "backslashreplace").decode("ascii")
+
+    values = {name: repr(value) if isinstance(value, bool) else escaped(value) for name, value in spec.items()}
+    return "{\n" + "".join(f'    "{name}": {value},\n' for name, value in values.items()) + "}"
+
+
+def runs(lengths: Mapping[int, Schedule]) -> dict[int, Schedule]:
+    """Length buckets with what they have in common said once: neighbours with the same schedule become one."""
+    ends = sorted(lengths)
+    return {
+        end: lengths[end]
+        for end, above in zip(ends, [*ends[1:], None], strict=True)
+        if above is None or lengths[end] != lengths[above]
+    }
+
+
+def schedules_literal(schedules: Schedules) -> str:
+    """The schedules as the statement `SCHEDULES = {...}`, one line a kernel, equal tables written once.
+
+    A table that differs from one before it in a quarter of its kernels at the most is that one and the difference.
+    {target: {bytes of an element: {most tokens: tiles}}}: that of a length is the first whose key it does not exceed.
+    """
+    tables: list[tuple[str, Schedule, bool]] = []  # the name of each, its entries, and whether all of them are written
+    lines: list[str] = []
+    rows: list[str] = []
+
+    def name_of(kernels: Schedule) -> str:
+        for name, known, _ in tables:
+            if known == kernels:
+                return name
+        name = f"TILES_{len(tables) + 1}"
+        near = [(other, _changed(known, kernels)) for other, known, whole in tables if whole and [*known] == [*kernels]]
+        base, changed = min(near, key=lambda one: len(one[1]), default=("", kernels))
+        brief = 4 * len(changed) <= len(kernels)
+        told = changed if brief else kernels
+        body = "".join(f"    {kernel!r}: {entry_literal(entry)},\n" for kernel, entry in told.items())
+        lines.append(f"{name} = {base + ' | ' if brief else ''}{{\n{body}}}\n")
+        tables.append((name, kernels, not brief))
+        return name
+
+    for target, by_size in schedules.items():
+        entries = []
+        for size, lengths in by_size.items():
+            buckets = [(end, name_of(kernels)) for end, kernels in runs(lengths).items()]
+            told = ", ".join(f"{'MAX_TOKENS' if end == max(lengths) else end}: {name}" for end, name in buckets)
+            entries.append(f"{size}: {{{told}}}")
+        rows.append(f"    {target!r}: {{{', '.join(entries)}}},\n")
+    comment = "# the schedule of a length is the first whose key, in tokens, it does not exceed"
+    return ("".join(lines) + f"SCHEDULES = {{  {comment}\n{''.join(rows)}}}").replace("'", '"')
+
+
+def _changed(known: Schedule, kernels: Schedule) -> Schedule:
+    """The entries that a table of the same kernels has otherwise."""
+    return {kernel: entry for kernel, entry in kernels.items() if entry != known[kernel]}
+
+
+def entry_literal(entry: Mapping[str, int]) -> str:
+    return "{" + ", ".join(f"{name!r}: {value}" for name, value in entry.items()) + "}"

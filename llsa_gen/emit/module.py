@@ -1,0 +1,140 @@
+"""Emit: a plan and its schedules to the text of one Python module, the same bytes for the same input.
+
+Templates live in `templates/`; jinja2 decides structure only (which levels, which arguments), numbers reach the text
+as named constants. What a template may ask is the plan, and the printers of sizes.
+"""
+
+import hashlib
+import io
+import json
+import re
+import shlex
+import tokenize
+import traceback
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import jinja2
+
+from llsa_gen.emit import networks
+from llsa_gen.emit.literals import schedules_literal, spec_literal
+from llsa_gen.emit.printers import python, symbolic
+from llsa_gen.errors import TemplateError
+from llsa_gen.plan import Plan
+from llsa_gen.plan.cost import Cost
+from llsa_gen.plan.sizes import CACHED, FILLING
+from llsa_gen.schedule import LOOSE_LEVELS, Schedules, list_length, pad
+
+ROOT = Path(__file__).parents[1]
+TEMPLATES = next(path for path in (ROOT / "templates", ROOT.parent / "templates") if path.is_dir())
+PLACEHOLDER = "\0" * 16
+"""Stands for the hash; no spec can contain it, since its texts are escaped."""
+
+
+def generator_version() -> str:
+    """The version of the installed package."""
+    try:
+        return version("llsa-gen")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+@cache
+def environment() -> jinja2.Environment:
+    """The templates, strict about names and whitespace."""
+    env = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,
+    )
+    env.filters["py"] = python
+    env.filters["sym"] = symbolic
+    env.filters["pad"] = lambda number: pad(number, 1)  # up to a power of two
+    env.globals |= {"sorting": networks.sorting, "merging": networks.merging}
+    env.filters["each"] = lambda items, form: ", ".join(form.format(item) for item in items)
+    return env
+
+
+def template_digests() -> dict[str, str]:
+    """Content hash of every template, by its path in `TEMPLATES`."""
+    return {name: hashlib.sha256((TEMPLATES / name).read_bytes()).hexdigest() for name in template_names()}
+
+
+def template_names() -> list[str]:
+    """Every template, as the others include it: `triton/select.py.j2`."""
+    return sorted(path.relative_to(TEMPLATES).as_posix() for path in TEMPLATES.rglob("*.j2"))
+
+
+def render(plan: Plan, schedules: Schedules) -> str:
+    """The module's text; the operator's name carries the hash of everything else in it."""
+    try:
+        text = (
+            environment()
+            .get_template("module.py.j2")
+            .render(
+                plan=plan,
+                version=generator_version(),
+                operator=f"{plan.spec.name}_{PLACEHOLDER}",
+                spec_literal=spec_literal(plan.spec),
+                pad_dim=pad(plan.head_dim),
+                schedules=schedules_literal(schedules),
+                hopper=stages_in_gluon(schedules),
+                filling=FILLING,
+                flops=[Cost(plan, {}).flops(kernels) for kernels in (plan.forward, plan.backward, plan.forward[:-1])],
+                cached=CACHED,
+                lists={level: list_length(plan, level) for level in plan.sorted_levels},
+                loose_in_gluon=plan.top <= LOOSE_LEVELS,
+            )
+        )
+    except Exception as error:  # whatever an expression in a template may raise
+        template, line = place(error)
+        code = f"import llsa_gen; llsa_gen.compile({json.loads(plan.spec.canonical())!r})"
+        reproduce = f"python -c {shlex.quote(code)}"
+        raise TemplateError(f"{type(error).__name__}: {error}", template, line, plan.spec.name, reproduce) from error
+    text = tidy(text)
+    digest = hashlib.sha256(f"{generator_version()}\n{essence(text, plan)}".encode()).hexdigest()
+    return text.replace(PLACEHOLDER, digest[: len(PLACEHOLDER)])
+
+
+def essence(text: str, plan: Plan) -> str:
+    """A module's text without what changes nothing that runs: header, comments, blank lines, the spec's description.
+
+    The operator is named by its hash, so that a program that was exported with the one still finds the other.
+    """
+    _, _, body = text.split('"""', 2)
+    plain = plan.spec.model_copy(update={"description": ""})
+    body = body.replace(spec_literal(plan.spec), spec_literal(plain)).replace(PLACEHOLDER, "")
+    lines = body.splitlines()
+    for token in tokenize.generate_tokens(io.StringIO(body).readline):
+        if token.type == tokenize.COMMENT:
+            row, column = token.start
+            lines[row - 1] = lines[row - 1][:column]
+    return "\n".join(line.rstrip() for line in lines if line.strip())
+
+
+def place(error: Exception) -> tuple[str, int]:
+    """Template and line, from 1, where rendering failed."""
+    if isinstance(error, jinja2.TemplateSyntaxError):
+        return error.name or "?", error.lineno
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        path = Path(frame.filename)
+        if path.is_relative_to(TEMPLATES):
+            return path.relative_to(TEMPLATES).as_posix(), frame.lineno or 0
+    return "module.py.j2", 1
+
+
+def stages_in_gluon(schedules: Schedules) -> frozenset[str]:
+    """The stages that some target's schedule hands to a kernel for the matrix units of H100."""
+    tables = (tiles for by_size in schedules.values() for lengths in by_size.values() for tiles in lengths.values())
+    return frozenset(stage for tiles in tables for stage, entry in tiles.items() if entry.get("HOPPER"))
+
+
+def tidy(text: str) -> str:
+    """No trailing blanks, and no more than two empty lines in a row: what unrolled loops may leave behind."""
+    text = re.sub(r"[ \t]+\n", "\n", text)
+    text = re.sub(r"\(\n\n+", "(\n", text)
+    return re.sub(r"\n{4,}", "\n\n\n", text).rstrip() + "\n"

@@ -1,0 +1,8 @@
+"""The plan: levels, sizes, buffers and kernels of a spec, and what follows from them by counting.
+
+`cost` and `growth` count; they are imported by themselves.
+"""
+
+from llsa_gen.plan.plan import Buffer, Kernel, Plan, Role, lower
+
+__all__ = ["Buffer", "Kernel", "Plan", "Role", "lower"]

@@ -1,0 +1,253 @@
+"""Cost: the plan counted. FLOPs, bytes moved and memory as expressions in `n_tokens` and `heads`.
+
+What is counted, for llsa_gen and for dense attention alike:
+
+- FLOPs: matrix products, two for each multiply-add, and pooling, one for each element added. Not the exponentials,
+  scales, sorts and integers in between. Counted is what is computed, recomputation too: the forward pass takes 2
+  products a query, key and channel (q.k and p v), the backward pass 3 for dq (q.k again, do.v, ds k) and 4 for dk and
+  dv (q.k and do.v again, p do, ds q), where dense flash attention, which makes all three at once, takes 5.
+- Bytes moved: each kernel reads every buffer that it needs once and writes every buffer that it makes once: what has to
+  cross the memory bus when the cache holds whatever is gathered several times.
+- Memory: `saved` is what the forward pass leaves to the backward pass beside q, k, v and o, which any attention needs;
+  `scratch` is what a pass allocates for itself, which the host code holds until the pass ends.
+
+A query sees fewer keys when it keeps the last token of a level and that one has fewer children than the others.
+Counted are the most keys that a query can see; `Cost.exact` says whether all queries see that many.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import sympy
+
+from llsa_gen.plan.plan import Buffer, Kernel, Plan, Role
+from llsa_gen.plan.sizes import CACHED, FILLING, HEADS, N, ceil_div, parts, splits, tile
+
+__all__ = ["BYTES", "Cost", "Pass", "Share", "Totals", "dense", "evaluate"]
+
+BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "int32": 4}
+"""Bytes of an element."""
+
+FORWARD_PRODUCTS, GRAD_Q_PRODUCTS, GRAD_KV_PRODUCTS, DENSE_BACKWARD_PRODUCTS = 2, 3, 4, 5
+
+INTEGER_STAGES = ("scan", "invert", "grad_sum", "grad_gather")
+"""Stages that move data but multiply no matrices; the shares that the last two add up are not worth counting."""
+
+
+class Share(NamedTuple):
+    """FLOPs that one stage spends on the keys of one level (0: the tokens themselves), over all heads."""
+
+    stage: str
+    level: int
+    flops: sympy.Expr
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One pass over all heads: FLOPs, bytes that its kernels move, bytes that it allocates for its own use."""
+
+    flops: sympy.Expr
+    moved: sympy.Expr
+    scratch: sympy.Expr
+
+
+@dataclass(frozen=True)
+class Totals:
+    """A forward and a backward pass, and the bytes that the one leaves to the other beside q, k, v and o."""
+
+    forward: Pass
+    backward: Pass
+    saved: sympy.Expr
+
+    @property
+    def flops(self) -> sympy.Expr:
+        """Of both passes."""
+        return self.forward.flops + self.backward.flops
+
+
+class Cost:
+    """What a plan costs for q, k and v of a dtype.
+
+    `schedule` gives the tile shapes, {stage: {name: value}}, as `llsa_gen.schedule.schedule` does: how large some
+    scratch buffers are, and so what is moved, depends on them; FLOPs do not.
+    """
+
+    def __init__(self, plan: Plan, schedule: Mapping[str, Mapping[str, int]], dtype: str = "bfloat16") -> None:
+        self.plan = plan
+        self.schedule = schedule
+        self.dtype = dtype
+
+    # ---- keys ---------------------------------------------------------------------------------------------------
+
+    def candidates(self, level: int) -> sympy.Expr:
+        """The most keys of a level (0: tokens) that a query token can choose from or attend to: |C_l|, and the fine
+        tokens for level 0."""
+        plan = self.plan
+        if level == plan.top:
+            return plan.tokens(level)
+        # what a long sequence keeps: T_l is never more than the b_(l+1) T_(l+1) that a short one could show
+        kept = plan.width(level + 1).subs(N, sympy.oo)
+        return sympy.Min(plan.tokens(level), kept * plan.block(level + 1))
+
+    @property
+    def keys(self) -> sympy.Expr:
+        """The most keys that a query attends to, over all levels."""
+        return sympy.Add(*map(self.candidates, self.plan.attended))
+
+    def exact(self, n_tokens: int) -> bool:
+        """Whether, for a length, all queries see `keys` keys: whatever they keep, no short last token is in the way."""
+        plan = self.plan
+        return all(
+            evaluate(plan.width(level), n_tokens) == evaluate(plan.tokens(level), n_tokens)
+            or evaluate(plan.tokens(level - 1), n_tokens) % plan.block(level) == 0
+            for level in plan.levels
+        )
+
+    # ---- FLOPs --------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def shares(self) -> tuple[Share, ...]:
+        """All FLOPs, by stage and level."""
+        return tuple(self._shares())
+
+    def _shares(self) -> Iterable[Share]:
+        plan = self.plan
+        row = 2 * HEADS * plan.head_dim  # one product of two rows
+        for level in plan.levels:
+            stage = "pool" if level <= 2 else "pool_sums"
+            yield Share(stage, level, plan.pooled_tensors * HEADS * plan.head_dim * plan.tokens(level - 1))
+            yield Share(f"select_l{level}", level, row * plan.tokens(level) * self.candidates(level))
+        for level in plan.attended:
+            pairs = row * N * self.candidates(level)
+            yield Share("attend", level, FORWARD_PRODUCTS * pairs)
+            yield Share("grad_q", level, GRAD_Q_PRODUCTS * pairs)
+            yield Share(f"grad_kv_l{level}", level, GRAD_KV_PRODUCTS * pairs)
+        for level in plan.listed:
+            above = plan.enriched_above(level)
+            if above:  # pooling backwards: dk and dv of the level above are added to those below it
+                yield Share(f"grad_kv_l{level}", above, 2 * HEADS * plan.head_dim * plan.tokens(level))
+
+    def level_flops(self, level: int) -> sympy.Expr:
+        """FLOPs of both passes that the keys of one level cause (0: the tokens)."""
+        return sympy.Add(*(share.flops for share in self.shares if share.level == level))
+
+    def stage_flops(self, stage: str) -> sympy.Expr:
+        """FLOPs of all kernels of one stage of the plan."""
+        return sympy.Add(*(share.flops for share in self.shares if share.stage == stage))
+
+    def flops(self, kernels: Iterable[Kernel]) -> sympy.Expr:
+        """FLOPs of all stages that some kernels belong to."""
+        return sympy.Add(*map(self.stage_flops, dict.fromkeys(kernel.stage for kernel in kernels)))
+
+    def kernel_flops(self, kernel: Kernel) -> sympy.Expr:
+        """FLOPs of one launch. Parts of popular lists are counted where their lists are: in the kernel that follows."""
+        if self._only_extra(kernel):
+            return sympy.Integer(0)
+        shares = [share for share in self.shares if share.stage == kernel.stage]
+        if kernel.stage == "pool_sums":  # one launch for every two levels
+            shares = [share for share in shares if f"k_l{share.level}" in kernel.writes]
+        pooling = sympy.Add(*(share.flops for share in self.shares if share.stage == "pool"))
+        return sympy.Add(*(share.flops for share in shares), self._late(kernel, pooling / self.plan.pooled_tensors))
+
+    # ---- bytes --------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def _only_extra(kernel: Kernel) -> bool:
+        """Whether a kernel computes nothing but parts of popular lists, of which there are usually none."""
+        return any(name.startswith("extra_grad") for name in kernel.writes)
+
+    def dtype_of(self, buffer: Buffer) -> str:
+        """The dtype of a buffer."""
+        share = "bfloat16" if self.dtype == "bfloat16" else "float32"
+        return {"input": self.dtype, "share": share}.get(buffer.dtype, buffer.dtype)
+
+    def buffer_bytes(self, buffer: Buffer) -> sympy.Expr:
+        """Bytes of a buffer."""
+        plan = self.plan
+        size = buffer.elements * BYTES[self.dtype_of(buffer)]
+        if buffer.name.startswith("extra_grad"):
+            level = int(buffer.name.rpartition("_l")[2])
+            most = plan.extra_parts(level).subs(tile("PART"), self.schedule[f"grad_kv_l{level}"]["PART"])
+            size = size.subs(parts(level), most)
+        if buffer.name.startswith("split_grad"):
+            level = int(buffer.name.rpartition("_l")[2])
+            size = size.subs(splits(level), self._splits(level))
+        return size
+
+    def _splits(self, level: int) -> sympy.Expr:
+        """How many splits the queries of a level come in: what `split_queries` of the host code says."""
+        plan, tiles = self.plan, self.schedule[f"grad_kv_l{level}"]
+        keys = plan.keys_of_keeper(level)
+        queries = N if level == plan.top else sympy.Min(N, plan.span(level + 1))
+        programs = HEADS * plan.keepers(level) * ceil_div(keys, tiles["BLOCK_N"])
+        few_shares = sympy.floor(queries / (plan.share_of_queries * keys))
+        wanted = sympy.Max(1, sympy.Min(sympy.ceiling(FILLING / programs), few_shares))
+        rows = tiles["BLOCK_M"] * sympy.ceiling(sympy.ceiling(queries / wanted) / tiles["BLOCK_M"])
+        return sympy.ceiling(queries / rows)
+
+    def kernel_bytes(self, kernel: Kernel) -> sympy.Expr:
+        """Bytes that one launch moves. Parts of popular lists (`extra_grad`) are left out: usually there are none."""
+        if self._only_extra(kernel):
+            return sympy.Integer(0)
+        waiting = self.plan.waiting if kernel.name == "select_l1_kernel" else ()  # counted where values are pooled
+        names = (*kernel.reads, *kernel.writes)
+        counted = (name for name in names if name not in waiting and not name.startswith("extra_grad"))
+        values = sympy.Add(*map(self._named_bytes, self.plan.waiting))
+        return sympy.Add(*map(self._named_bytes, counted), self._late(kernel, values))
+
+    def _named_bytes(self, name: str) -> sympy.Expr:
+        return self.buffer_bytes(self.plan.buffers[name])
+
+    def _late(self, kernel: Kernel, values: sympy.Expr) -> sympy.Expr:
+        """Work on values that a launch does more or less where they wait, and the selection pools them."""
+        sign = {"pool_l1_kernel": -1, "select_l1_kernel": 1}.get(kernel.name)
+        if sign is None or not self.plan.values_may_wait:
+            return sympy.Integer(0)
+        pooled = sympy.Add(*map(self._named_bytes, ("q", "k", "v")))
+        is_late = sympy.And(pooled > CACHED, HEADS * self.plan.tokens(2) >= FILLING)  # as the host code has it
+        return sign * sympy.Piecewise((1, is_late), (0, True)) * values
+
+    def _bytes_of(self, role: Role, names: Iterable[str]) -> sympy.Expr:
+        chosen = (self.plan.buffers[name] for name in dict.fromkeys(names))
+        return sympy.Add(*(self.buffer_bytes(buffer) for buffer in chosen if buffer.role is role))
+
+    # ---- totals -------------------------------------------------------------------------------------------------
+
+    def _pass(self, kernels: tuple[Kernel, ...]) -> Pass:
+        written = (name for kernel in kernels for name in kernel.writes)
+        return Pass(
+            self.flops(kernels),
+            sympy.Add(*map(self.kernel_bytes, kernels)),
+            self._bytes_of(Role.SCRATCH, written),
+        )
+
+    @cached_property
+    def totals(self) -> Totals:
+        """Both passes over all heads."""
+        saved = self._bytes_of(Role.SAVED, self.plan.saved)
+        return Totals(self._pass(self.plan.forward), self._pass(self.plan.backward), saved)
+
+
+def dense(head_dim: int, element: int = 2) -> Totals:
+    """Dense flash attention: 4 N^2 D FLOPs forward, 10 N^2 D backward, and lse saved.
+
+    Kernels as published (arXiv 2307.08691): one forward; delta, then one for dq, dk and dv.
+    """
+    pairs = 2 * HEADS * N**2 * head_dim
+    tensor, row = HEADS * N * head_dim * element, HEADS * N * BYTES["float32"]
+    # forward: q, k, v, o, lse; delta: o, do, delta; backward: q, k, v, do, lse, delta, dq, dk, dv
+    return Totals(
+        Pass(FORWARD_PRODUCTS * pairs, 4 * tensor + row, sympy.Integer(0)),
+        Pass(DENSE_BACKWARD_PRODUCTS * pairs, (2 * tensor + row) + (7 * tensor + 2 * row), row),
+        row,
+    )
+
+
+def evaluate(expr: sympy.Expr, n_tokens: int, heads: int = 1) -> int:
+    """The value of an expression of this module for a length and a number of heads (B*H): an exact integer."""
+    value = sympy.sympify(expr).subs({N: n_tokens, HEADS: heads})
+    if not value.is_Integer:
+        raise ValueError(f"expected an expression in n_tokens and heads, got {expr}, which is {value}")
+    return int(value)

@@ -1,0 +1,48 @@
+"""Sizes as sympy expressions: the lengths they depend on, and the one division that levels are made of."""
+
+import sympy
+
+N = sympy.Symbol("n_tokens", integer=True, positive=True)
+HEADS = sympy.Symbol("heads", integer=True, positive=True)
+
+MAX_TOKENS = 2**30
+"""Longest sequence. Kernels keep token numbers in 32 bits; a level that spans more than this has exactly one token."""
+
+
+def splits(level: int) -> sympy.Symbol:
+    """How many programs share the queries of one tile of a level's keys: the host code's choice."""
+    return sympy.Symbol(f"splits_l{level}", integer=True, positive=True)
+
+
+def parts(level: int) -> sympy.Symbol:
+    """Room for the extra parts of a level's popular lists: `Plan.extra_parts`, computed by the host code."""
+    return sympy.Symbol(f"parts_l{level}", integer=True, nonnegative=True)
+
+
+LATE = sympy.Symbol("late", integer=True, nonnegative=True)
+"""1 where values are pooled while level 1 is selected, otherwise 0: the host's choice, by CACHED and FILLING."""
+
+FILLING = 1024
+"""Programs that are enough to fill a GPU: where all queries attend to the same few keys, they are split no further."""
+
+CACHED = 2**25
+"""Bytes of q, k and v (of q and k, where nothing else is pooled) of which much may still be in the cache when attention
+reads them again: about half of what recent caches hold. Beyond, they make way as soon as they are pooled."""
+
+
+def tile(name: str) -> sympy.Symbol:
+    """A tile shape that the schedule decides: `BLOCK_M`, `GROUP`, ..."""
+    return sympy.Symbol(name, integer=True, positive=True)
+
+
+def ceil_div(numerator: sympy.Expr, divisor: int | sympy.Expr) -> sympy.Expr:
+    """ceil(numerator / divisor), where nested divisions by integers collapse: ceil(ceil(n/a)/b) = ceil(n/(a b)).
+
+    >>> ceil_div(ceil_div(N, 16), 16)
+    ceiling(n_tokens/256)
+    """
+    if isinstance(numerator, sympy.ceiling) and isinstance(divisor, int):
+        coefficient, rest = numerator.args[0].as_coeff_Mul()
+        if isinstance(coefficient, sympy.Rational) and coefficient.p == 1:
+            return sympy.ceiling(rest / (coefficient.q * divisor))
+    return sympy.ceiling(numerator / divisor)

@@ -1,0 +1,30 @@
+"""The schedule: tile shapes of every kernel, from tables of what was measured (`tables/`) or, failing those, rules."""
+
+from llsa_gen.schedule.rules import (
+    LOOSE_LEVELS,
+    Choice,
+    Entry,
+    Schedule,
+    Schedules,
+    choices,
+    list_length,
+    schedule,
+    schedules,
+)
+from llsa_gen.schedule.table import Target, pad, target, targets
+
+__all__ = [
+    "LOOSE_LEVELS",
+    "Choice",
+    "Entry",
+    "Schedule",
+    "Schedules",
+    "Target",
+    "choices",
+    "list_length",
+    "pad",
+    "schedule",
+    "schedules",
+    "target",
+    "targets",
+]

@@ -1,0 +1,479 @@
+"""On a GPU: every shipped spec and drawn ones, all dtypes, 1 to 262,144 tokens, and how the operator behaves there.
+
+Most of the time goes into Triton's compiler: `pytest -m gpu -n 8` shares that out over the cores.
+"""
+
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from triton import knobs
+
+import llsa_gen
+from examples import BRANCHES, GLUON
+from examples import spec as make_spec
+from llsa_gen import Spec, fuzz, reference
+from llsa_gen.fuzz.case import Layouts
+
+pytestmark = pytest.mark.gpu
+
+SPECS = {path.stem: path for path in sorted((Path(__file__).parents[2] / "spec").glob("*.yaml"))}
+DTYPES: tuple[fuzz.DType, ...] = ("float32", "float16", "bfloat16")
+DEVICE = "cuda"
+
+
+@pytest.fixture(autouse=True)
+def give_memory_back() -> Iterator[None]:
+    yield
+    torch.cuda.empty_cache()  # other workers use the same GPU
+
+
+def shipped(name: str) -> Spec:
+    return llsa_gen.load(SPECS[name])
+
+
+def draw(n: int, head_dim: int, heads: int, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, ...]:
+    """q, k, v that require gradients, and a gradient of o, [1, heads, n, head_dim], made on the GPU."""
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+    made = [torch.randn(1, heads, n, head_dim, generator=generator, device=DEVICE, dtype=dtype) for _ in range(4)]
+    return *(x.requires_grad_() for x in made[:3]), made[3]
+
+
+def results(attention: Callable[..., Any], inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """o, dq, dk, dv for q, k, v and the gradient of o."""
+    *leaves, grad_o = inputs
+    o = attention(*leaves)
+    return o, *torch.autograd.grad(o, leaves, grad_o)
+
+
+def fill_with_one(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have a module take one program for enough to fill the GPU; what it prepared before is forgotten meanwhile."""
+    monkeypatch.setattr(module, "prepared", functools.lru_cache(module.prepared.__wrapped__))
+    monkeypatch.setattr(module, "FILLING", 1)
+
+
+# ---- the numbers ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", SPECS)
+def test_shipped_specs_agree_with_the_reference(name: str, dtype: fuzz.DType) -> None:
+    spec = shipped(name)
+    for n in (1, spec.block(1) + 1, 1021, 4096):
+        fuzz.run(fuzz.Case(spec, n=n, heads=2, dtype=dtype, seed=n, device=DEVICE)).raise_if_failed()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_any_inputs(dtype: fuzz.DType) -> None:
+    spec = shipped("llsa_l2")
+    for std in (0.1, 8.0):
+        fuzz.run(fuzz.Case(spec, n=1500, heads=2, dtype=dtype, std=std, device=DEVICE)).raise_if_failed()
+    for values in ("integers", "constant", "zero_queries"):
+        fuzz.run(fuzz.Case(spec, n=1024, dtype=dtype, values=values, device=DEVICE)).raise_if_failed()
+    for scale in (1.0, 0.0, 1e-46, -0.3):
+        for n in (777, 768):
+            fuzz.run(fuzz.Case(spec, n=n, dtype=dtype, scale=scale, device=DEVICE)).raise_if_failed()
+
+
+@pytest.mark.parametrize("head_dim", [24, 64, 128, 256])
+@pytest.mark.parametrize("topk", [1, 3, 8])
+def test_candidates_by_the_thousand(topk: int, head_dim: int) -> None:
+    # from 1,024 on, runs of them are ranked before they are
+    spec = make_spec("many_candidates", head_dim, (16, topk))
+    for values in ("normal", "integers"):
+        fuzz.run(fuzz.Case(spec, n=16 * 1031 + 5, dtype="bfloat16", values=values, device=DEVICE)).raise_if_failed()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["topk_b128", "llsa_l2"])
+def test_a_peak_that_turns_out_too_low(name: str, dtype: fuzz.DType) -> None:
+    # deviations of 4 leave it to some programs, of 8 and more to nearly all
+    for n, std in itertools.product((2048, 2045), (0.1, 4.0, 8.0, 24.0)):
+        fuzz.run(fuzz.Case(shipped(name), n=n, dtype=dtype, std=std, device=DEVICE)).raise_if_failed()
+
+
+@pytest.mark.parametrize(("dtype", "far"), [("float16", 12.0), ("bfloat16", 30.0)])
+@pytest.mark.parametrize(
+    ("chosen", "n"), [(shipped("llsa_l2"), 2048), (shipped("llsa_l2"), 1999), (GLUON["gaps_l3"][0], 801)]
+)
+def test_sums_that_are_next_to_nothing(
+    chosen: Spec, n: int, dtype: fuzz.DType, far: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # in one channel every query is far from every key: e^lse is tiny, and what does not exist must not weigh beside it
+    attention = llsa_gen.compile(chosen)
+    module = attention.module
+    tiles = module.schedule_for(torch.device(DEVICE), getattr(torch, dtype), n)
+    plain = {stage: {name: size for name, size in entry.items() if name != "HOPPER"} for stage, entry in tiles.items()}
+    found = []
+    for entries in (tiles, plain):
+        monkeypatch.setattr(module, "schedule_for", lambda *_, entries=entries: entries)
+        module.prepared.cache_clear()
+        q, k, v, grad_o = (x.detach() for x in draw(n, 64, 2, getattr(torch, dtype)))
+        q[..., 0], k[..., 0] = far, -far
+        found.append(results(attention, (*(x.requires_grad_() for x in (q, k, v)), grad_o)))
+    module.prepared.cache_clear()
+    for one, other in zip(*found, strict=True):
+        assert one.isfinite().all()
+        one, other = one[..., 1:].float(), other[..., 1:].float()  # that channel is a difference of large numbers
+        assert (one - other).norm() < 1e-2 * other.norm()
+
+
+class Missing:
+    """Stands where a kernel stood, and does nothing."""
+
+    __name__ = "attend_hopper_again_kernel"
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return lambda *args, **kwargs: None
+
+
+def test_sums_that_do_not_fit_are_found_and_left_to_a_second_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = llsa_gen.compile(SPECS["llsa_l2"]).module
+    monkeypatch.setattr(module, "attend_hopper_again_kernel", Missing())
+
+    def totals(n: int, std: float, towards_last: float) -> list[float]:
+        module.prepared.cache_clear()
+        q, k, v, _ = (x.detach() * std for x in draw(n, 64, 2, torch.bfloat16))
+        q[..., 0] += towards_last
+        k[:, :, 2048:, 0] += towards_last
+        _, _, saved = module.attend_kernels(q, k, v, 0.125)
+        _, total, *_ = module.views_of(saved, "saved", module.saved_shapes(2, n), q.dtype)
+        module.prepared.cache_clear()
+        return total.unique().tolist()
+
+    assert totals(2048, 1.0, 0.0) == totals(2052, 1.0, 0.0) == [1.0]
+    assert totals(2048, 24.0, 0.0) == [0.0]
+    # the last of nine tokens of level 2 covers 4 tokens and has the largest logit: sums still fit
+    assert totals(2052, 1.0, 10.0) == [1.0]
+
+
+@pytest.mark.parametrize("n", [1, 17, 1021, 4001])
+@pytest.mark.parametrize(("head_dim", "enrich"), [(40, (2,)), (56, "none"), (48, "all")])
+def test_gradients_of_tokens_in_gluon(head_dim: int, enrich: Any, n: int) -> None:
+    # padded heads, a share from level 2, none, or from level 1; loose ends, and lists that are cut
+    chosen = make_spec("tokens", head_dim, (16, 4), (16, 3), enrich=enrich)
+    for dtype in ("float16", "bfloat16"):
+        for popular in (False, True):
+            case = fuzz.Case(chosen, n=n, heads=2, batch=2, dtype=dtype, popular=popular, device=DEVICE)
+            fuzz.run(case).raise_if_failed()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("name", sorted(GLUON))
+def test_lengths_for_kernels_in_gluon(name: str, dtype: fuzz.DType) -> None:
+    spec, lengths = GLUON[name]
+    for n in lengths:
+        case = fuzz.Case(spec, n=n, heads=2, dtype=dtype, device=DEVICE, scale=-0.2 if name == "l1" else None)
+        fuzz.run(case).raise_if_failed()
+    layouts: Layouts = ("transposed", "sliced", "expanded", "every_second")
+    case = fuzz.Case(spec, n=lengths[0], heads=3, batch=2, layouts=layouts, dtype=dtype, device=DEVICE)
+    fuzz.run(case).raise_if_failed()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["llsa_l2", "llsa_d128", "uneven"])
+def test_values_pooled_by_the_selection(name: str, dtype: fuzz.DType, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = shipped(name)
+    module = llsa_gen.compile(spec).module
+    fill_with_one(module, monkeypatch)
+    monkeypatch.setattr(module, "CACHED", 0)
+    layouts: Layouts = ("transposed", "sliced", "every_second", "contiguous")
+    for n in (1, 1021, 4096):
+        q = torch.empty(2, 2, n, spec.head_dim, dtype=getattr(torch, dtype), device=DEVICE)
+        assert module.prepare((q, q, q))[0].late == 1
+        for seed in range(2):
+            case = fuzz.Case(spec, n=n, heads=2, batch=2, layouts=layouts, dtype=dtype, seed=seed, device=DEVICE)
+            fuzz.run(case).raise_if_failed()
+
+
+@pytest.mark.parametrize("name", ["llsa_l1", "llsa_l2", "topk_b128", "uneven"])
+def test_popular_keys(name: str) -> None:
+    # every list names the same blocks, so that theirs are cut into many parts
+    case = fuzz.Case(shipped(name), n=4001, heads=2, dtype="bfloat16", popular=True, device=DEVICE)
+    fuzz.run(case).raise_if_failed()
+
+
+@pytest.mark.parametrize("name", ["l2_keepers", "l3_keepers"])
+def test_keys_that_every_keeper_keeps(name: str) -> None:
+    # so that a key's shares are many more than are summed at a time
+    chosen = next(spec for spec in BRANCHES if spec.name == name)
+    fuzz.run(fuzz.Case(chosen, n=1999, heads=2, dtype="bfloat16", popular=True, device=DEVICE)).raise_if_failed()
+
+
+@pytest.mark.parametrize(
+    "layouts",
+    [
+        ("transposed", "columns", "sliced", "every_second"),
+        ("sliced", "expanded", "transposed", "expanded"),
+        ("every_second", "sliced", "expanded", "columns"),
+        ("shifted", "contiguous", "shifted", "shifted"),
+    ],
+)
+@pytest.mark.parametrize("head_dim", [80, 72])
+def test_strides(layouts: Layouts, head_dim: int) -> None:
+    spec = shipped("uneven").model_copy(update={"head_dim": head_dim})
+    case = fuzz.Case(spec, n=700, heads=3, batch=2, layouts=layouts, dtype="float16", device=DEVICE)
+    fuzz.run(case).raise_if_failed()
+
+
+def test_a_single_row_that_begins_anywhere() -> None:
+    layouts: Layouts = ("sliced", "sliced", "sliced", "sliced")
+    spec = shipped("llsa_l2").model_copy(update={"head_dim": 24})
+    fuzz.run(fuzz.Case(spec, n=1, layouts=layouts, dtype="bfloat16", device=DEVICE)).raise_if_failed()
+
+
+@pytest.mark.parametrize("head_dim", [40, 72, 88, 12])
+def test_rows_of_an_odd_number_of_vectors(head_dim: int) -> None:
+    spec = shipped("llsa_l2").model_copy(update={"head_dim": head_dim})
+    for n in (1021, 4096):  # heads begin at odd multiples of 16 bytes, or at even ones
+        fuzz.run(fuzz.Case(spec, n=n, heads=3, dtype="bfloat16", device=DEVICE)).raise_if_failed()
+
+
+@pytest.mark.parametrize("spec", BRANCHES, ids=lambda spec: spec.name)
+def test_every_branch_of_the_templates(spec: Spec) -> None:
+    dtype = DTYPES[BRANCHES.index(spec) % 3]
+    for n in (2, 130, 1201):
+        fuzz.run(fuzz.Case(spec, n=n, heads=2, dtype=dtype, seed=n, device=DEVICE)).raise_if_failed()
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_drawn_specs(seed: int) -> None:
+    fuzz.check(examples=1, device=DEVICE, seed=1000 + seed)
+
+
+@pytest.mark.parametrize("name", ["llsa_l2", "topk_l1"])
+def test_drawn_cases_of_a_shipped_spec(name: str) -> None:
+    fuzz.check(SPECS[name], examples=25, device=DEVICE, seed=7)
+
+
+@pytest.mark.parametrize(
+    ("name", "n", "dtype"),
+    [
+        ("llsa_l1", 16385, "float32"),
+        ("llsa_l2", 65537, "float16"),
+        ("llsa_l2", 262_145, "bfloat16"),
+        ("topk_l2", 65536, "bfloat16"),
+        ("uneven", 99991, "float32"),
+        ("llsa_l3", 262144, "bfloat16"),
+        ("llsa_l3", 262143, "float16"),
+    ],
+)
+def test_long_sequences(name: str, n: int, dtype: fuzz.DType) -> None:
+    fuzz.run(fuzz.Case(shipped(name), n=n, dtype=dtype, device=DEVICE)).raise_if_failed()
+
+
+def test_a_sample_of_queries_in_many_heads() -> None:
+    attention = llsa_gen.compile(SPECS["llsa_l3"])
+    q, k, v, _ = (x.detach() for x in draw(200_001, 64, 8, torch.bfloat16))
+    o, lse = attention(q, k, v, return_lse=True)
+    rows = torch.cat([torch.arange(32), torch.randint(200_001, (64,)), torch.arange(199_990, 200_001)])
+    expected = reference.attention_rows(attention.spec, q, k, v, rows, attention.select(q, k))
+    assert reference.relative_error(o[:, :, rows], expected[0]) < reference.tolerance(torch.bfloat16)
+    torch.testing.assert_close(lse[:, :, rows].double(), expected[1], rtol=0, atol=1e-3)
+
+
+def test_more_than_2_to_the_31_elements(monkeypatch: pytest.MonkeyPatch) -> None:
+    # [B, N, H, D] in memory: the rows of one head lie 2^31 elements apart, and the results, [B, H, N, D], as much
+    heads, n = 257, 1 << 17
+    if torch.cuda.mem_get_info()[0] < 45 << 30:
+        pytest.skip("needs 45 GiB of free GPU memory")
+    attention = llsa_gen.compile(SPECS["llsa_l2"])
+    fill_with_one(attention.module, monkeypatch)  # so that values wait for one head, too: sums have one order
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    shape = (1, n, heads, 64)
+    made = [torch.randn(shape, generator=generator, device=DEVICE, dtype=torch.bfloat16) for _ in range(4)]
+    assert made[0].numel() > 2**31
+    inputs = [x.transpose(1, 2).requires_grad_() for x in made]
+    whole = results(attention, inputs)
+    for head in (0, 128, 256):
+        alone = results(attention, [x.detach()[:, head : head + 1].contiguous().requires_grad_() for x in inputs])
+        for name, x, y in zip(("o", "dq", "dk", "dv"), whole, alone, strict=True):
+            x = x[:, head : head + 1]
+            # shares of the top's gradients may be more for more heads, so that their sums differ in order
+            assert torch.equal(x, y) if name in ("o", "dq") else reference.relative_error(x, y) < 4e-3, (name, head)
+
+
+# ---- the operator ---------------------------------------------------------------------------------------------------
+
+
+def test_bits_are_the_same_in_every_run() -> None:
+    attention = llsa_gen.compile(SPECS["llsa_l2"])
+    inputs = draw(50_001, 64, 4, torch.bfloat16)
+    first = results(attention, inputs)
+    for _ in range(4):
+        again = results(attention, inputs)
+        assert all(fuzz.same_bits(x, y) for x, y in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("name", ["llsa_l2", "topk_b128"])
+def test_cuda_graphs_from_the_second_call_on(name: str) -> None:
+    attention = llsa_gen.compile(SPECS[name])
+    inputs = draw(5000, 64, 2, torch.bfloat16)
+    results(attention, inputs)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = results(attention, inputs)
+    with torch.no_grad():
+        for x, new in zip(inputs, draw(5000, 64, 2, torch.bfloat16, seed=1), strict=True):
+            x.copy_(new)
+    graph.replay()
+    torch.cuda.synchronize()
+    for x, y in zip(captured, results(attention, inputs), strict=True):
+        assert fuzz.same_bits(x, y)
+
+
+@pytest.fixture
+def through_triton() -> Iterator[Callable[[], None]]:
+    """From when it is called on, Triton launches every kernel itself, for somebody wants to be told of that."""
+
+    def told(metadata: Any) -> None:
+        pass
+
+    yield lambda: knobs.runtime.launch_enter_hook.add(told)
+    knobs.runtime.launch_enter_hook.remove(told)
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_many_calls_in_flight(name: str, through_triton: Callable[[], None]) -> None:
+    # launched from the third call on as a CUDA graph whose nodes are set before, while those before it still run
+    attention, head_dim = llsa_gen.compile(SPECS[name]), shipped(name).head_dim
+    inputs = [draw(2048, head_dim, 2, torch.bfloat16, seed) for seed in range(40)]
+    for _ in range(2):
+        results(attention, inputs[0])
+    found = [results(attention, one) for one in inputs]
+    tapes = tapes_of(attention.module, inputs[0])
+    stream = torch.cuda.current_stream().cuda_stream
+    assert len(tapes) == 2 and all(tape.graphs[stream].made for tape in tapes)
+    through_triton()
+    for one, played in zip(inputs, found, strict=True):
+        assert all(map(torch.equal, results(attention, one), played))
+
+
+def tapes_of(module: Any, inputs: Sequence[Tensor]) -> list[Any]:
+    """The tapes for inputs like these, of the forward pass and of the backward pass."""
+    q, k, v, grad_o = (x.detach() for x in inputs)
+    return [tape for tensors in ((q, k, v), (q, k, v, grad_o)) for tape in module.prepare(tensors)[0].tapes.values()]
+
+
+def test_threads_and_streams(through_triton: Callable[[], None]) -> None:
+    attention = llsa_gen.compile(SPECS["llsa_l2"])
+    inputs = [draw(1024, 64, 2, torch.bfloat16, seed) for seed in range(64)]
+    torch.cuda.synchronize()
+
+    def work(thread: int) -> list[tuple[Tensor, ...]]:
+        # two threads a stream, so that they set and launch the same graphs
+        with torch.cuda.stream(streams[thread % 4]):
+            return [results(attention, one) for one in inputs[8 * thread : 8 * thread + 8]]
+
+    streams = [torch.cuda.Stream() for _ in range(4)]
+    with ThreadPoolExecutor(8) as pool:
+        found = [one for part in pool.map(work, range(8)) for one in part]
+    torch.cuda.synchronize()
+    through_triton()
+    for one, played in zip(inputs, found, strict=True):
+        assert all(map(torch.equal, results(attention, one), played))
+
+
+@pytest.mark.parametrize("own_stream", [True, False])
+def test_a_thread_that_has_done_nothing_on_the_gpu(own_stream: bool) -> None:
+    attention = llsa_gen.compile(SPECS["llsa_l2"])
+    q, k, v, _ = (x.detach() for x in draw(1024, 64, 2, torch.bfloat16))
+    stream = torch.cuda.Stream() if own_stream else torch.cuda.current_stream()
+    torch.cuda.synchronize()  # what is drawn is there for every stream
+
+    def work() -> Tensor:
+        with torch.cuda.stream(stream):
+            found = attention(q, k, v)
+        assert isinstance(found, Tensor)
+        return found
+
+    wanted, *_ = (work() for _ in range(3))
+    torch.cuda.synchronize()
+    with ThreadPoolExecutor(1) as pool:
+        found = pool.submit(work).result()
+    torch.cuda.synchronize()
+    assert torch.equal(found, wanted)
+
+
+def test_graphs_made_and_destroyed_while_another_thread_captures() -> None:
+    attention = llsa_gen.compile(SPECS["llsa_l2"])
+    module = attention.module
+    q, k, v, _ = (x.detach() for x in draw(2048, 64, 2, torch.bfloat16))
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()  # what is drawn is there for every stream
+
+    def work() -> tuple[Any, ...]:
+        with torch.cuda.stream(stream):
+            found = tuple(attention(q, k, v) for _ in range(3))
+        module.prepared.cache_clear()  # and the graphs
+        return found
+
+    with ThreadPoolExecutor(1) as pool:
+        wanted, *_ = pool.submit(work).result()
+        with torch.cuda.stream(stream):
+            spare = [torch.empty(1 << 19, dtype=torch.uint8, device=DEVICE) for _ in range(64)]
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            captured = q * 2
+            spare.clear()  # torch gets no memory while a stream is captured, and has given back what was free before
+            found = pool.submit(work).result()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(captured, q * 2)
+    assert all(torch.equal(one, wanted) for one in found)
+
+
+def test_torch_compile_of_a_cold_operator() -> None:
+    # a spec that nothing else compiles: its very first call is traced
+    spec = Spec.model_validate({**shipped("llsa_l2").model_dump(), "name": "cold", "head_dim": 48})
+    attention = llsa_gen.compile(spec)
+    inputs = draw(600, 48, 2, torch.bfloat16)
+
+    def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attention(2 * q, k, v, scale=0.2) + 1  # type: ignore[operator]
+
+    found = results(torch.compile(function, fullgraph=True), inputs)
+    for x, y in zip(found, results(function, inputs), strict=True):
+        assert fuzz.same_bits(x, y)
+
+
+def test_nothing_waits_for_the_gpu() -> None:
+    attention = llsa_gen.compile(SPECS["llsa_l2"])
+    inputs = draw(3000, 64, 2, torch.bfloat16)
+    results(attention, inputs)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        results(attention, inputs)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_stream_of_its_own() -> None:
+    attention = llsa_gen.compile(SPECS["llsa_l2"])
+    inputs = draw(3000, 64, 2, torch.bfloat16)
+    expected = results(attention, inputs)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda._sleep(100_000_000)  # the default stream would run ahead
+        found = results(attention, inputs)
+    torch.cuda.synchronize()
+    assert all(fuzz.same_bits(x, y) for x, y in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("values", ["normal", "integers"])
+def test_large_top_k(values: fuzz.Values, dtype: fuzz.DType) -> None:
+    """More is kept than a sorting network holds: the rank of the last one is searched, ties included."""
+    levels = (llsa_gen.Level(block=8, topk=512), llsa_gen.Level(block=32, topk=100))
+    spec = llsa_gen.Spec(name="large_k", head_dim=32, levels=levels)
+    for n in (700, 9000, 33_000):
+        fuzz.run(fuzz.Case(spec, n=n, dtype=dtype, values=values, device="cuda")).raise_if_failed()

@@ -1,0 +1,168 @@
+"""The kernels in Gluon, without a GPU: where they are launched, and that they compile.
+
+Whether they are right can only be seen on an H100: test_gpu.py.
+"""
+
+import hashlib
+from dataclasses import replace
+from types import ModuleType
+
+import pytest
+import torch
+from tables import row, table
+
+from examples import GLUON, spec
+from llsa_gen import Spec, aot, emit
+from llsa_gen.aot.launches import record
+from llsa_gen.plan import lower
+from llsa_gen.schedule import schedule, schedules
+from llsa_gen.schedule.table import stage_kind, target
+from llsa_gen.store.loading import load_text
+
+PIXELS = GLUON["l2"][0]
+ATTENTION = {"attend_hopper_kernel", "attend_hopper_again_kernel", "grad_q_hopper_kernel"}
+
+
+def module_for(chosen: Spec) -> ModuleType:
+    plan = lower(chosen)
+    return load_text(chosen.name, "a" * 64, emit.render(plan, schedules(plan)))
+
+
+def launched(chosen: Spec, n_tokens: int, dtype: str = "bfloat16", where: str = "cuda:90") -> set[str]:
+    """Names of the kernels that have programs in a forward and a backward pass."""
+    made = record(module_for(chosen), n_tokens, dtype, where)
+    return {launch.kernel for launch in made if launch.grid[0]}
+
+
+@pytest.mark.parametrize("name", sorted({*GLUON} - {"l4"}))
+def test_attention_is_in_gluon_at_every_length(name: str) -> None:
+    chosen, lengths = GLUON[name]
+    for n in (*lengths, 1, lengths[0] - 1, 3 * lengths[0] + 1):
+        assert launched(chosen, n) >= ATTENTION, n
+        assert not launched(chosen, n) & {"attend_kernel", "grad_q_kernel"}, n
+
+
+def test_with_four_levels_it_is_where_nothing_needs_a_mask() -> None:
+    chosen, lengths = GLUON["l4"]
+    assert launched(chosen, lengths[0]) >= ATTENTION
+    for n in (1, lengths[0] - 1, lengths[0] + 1, lengths[0] // 17):
+        assert not launched(chosen, n) & ATTENTION, n
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        spec("short_heads", 32, (16, 8), (16, 8)),
+        spec("long_heads", 128, (16, 8), (16, 8)),
+        spec("odd_heads", 60, (16, 8), (16, 8)),  # rows begin at multiples of 8 bytes
+        spec("blocks_of_8", 64, (8, 8), (16, 8)),
+        spec("blocks_of_12", 64, (12, 8), (16, 8)),
+        spec("some_levels", 64, (16, 8), (16, 8), enrich=(2,)),
+        spec("odd_families", 64, (16, 8), (6, 32)),  # groups of four blocks would be of two parents
+        spec("gaps_in_four", 64, (16, 40), (16, 2), (4, 16), (4, 16)),  # lists of up to 40 of 32
+        spec("short_lists_in_four", 64, (16, 8), (16, 3), (4, 16), (4, 16)),  # 48 keys of level 1
+    ],
+    ids=lambda chosen: chosen.name,
+)
+def test_other_specs_keep_attention_in_triton(chosen: Spec) -> None:
+    assert not launched(chosen, 3 * 2**14) & ATTENTION
+
+
+@pytest.mark.parametrize(
+    ("dtype", "where"),
+    [("float32", "cuda:90"), ("bfloat16", "cuda:80"), ("float16", "cuda:100"), ("float16", "hip:gfx942")],
+)
+def test_other_dtypes_and_gpus_have_no_kernels_in_gluon(dtype: str, where: str) -> None:
+    assert not {name for name in launched(PIXELS, 65_536, dtype, where) if "hopper" in name}
+
+
+def test_tensors_that_begin_anywhere_are_left_to_triton() -> None:
+    module = module_for(PIXELS)
+    shape = (1, 2, 4096, 64)
+    strides = [(2 * 4096 * 64, 4096 * 64, 64, 1)] * 3
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "target_of", lambda device: "cuda:90")
+        found = [
+            module.prepared.__wrapped__(torch.device("cuda"), torch.bfloat16, shape, strides, starts, False)
+            for starts in ((0, 0, 0), (0, 2, 0))
+        ]
+    assert [at.grids["attend_kernel"][1].get("HOPPER") for at in found] == [128, None]
+    assert ["attend_hopper_again_kernel" in at.grids for at in found] == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("stage", "tiles"),
+    [
+        ("attend", {"num_warps": 8}),
+        ("grad_q", {"GROUP": 2}),
+        ("grad_kv_top", {"BLOCK_M": 128}),
+        ("grad_kv_keeper", {"BLOCK_N": 32}),
+        ("grad_kv_tokens", {"num_warps": 2}),
+    ],
+)
+def test_rows_with_other_tiles_get_the_kernels_in_triton(stage: str, tiles: dict[str, int]) -> None:
+    plan = lower(PIXELS)
+    text = emit.render(plan, schedules(plan, {"cuda:90": table(row(stage, tiles))}))
+    module = load_text("rows", hashlib.sha256(text.encode()).hexdigest(), text)
+    made = {launch.kernel for launch in record(module, 65_536, "bfloat16", "cuda:90") if launch.grid[0]}
+    (name,) = (name for name in schedule(plan, table(), 2) if stage_kind(plan, name) == stage)
+    assert f"{name}_kernel" in made and f"{name}_hopper_kernel" not in made
+    assert {kernel for kernel in made if "hopper" in kernel}, "the others stay"
+    assert ("attend_hopper_again_kernel" in made) == (stage != "attend")
+
+
+@pytest.mark.parametrize("n", [5, 4096, 4097])
+@pytest.mark.parametrize(
+    ("chosen", "wanted"),
+    [
+        (PIXELS, True),
+        (spec("no_coarse_keys", 64, (16, 8), (16, 8), enrich="none"), True),
+        (spec("outer", 40, (16, 8), (16, 8), enrich=(2,)), True),
+        (spec("wide", 64, (32, 8)), False),
+        (spec("narrow", 64, (12, 8)), False),
+    ],
+    ids=lambda value: value.name if isinstance(value, Spec) else "",
+)
+def test_the_tokens_gradients_are_in_gluon_at_every_length(chosen: Spec, wanted: bool, n: int) -> None:
+    assert ("grad_kv_l0_hopper_kernel" in launched(chosen, n)) == wanted
+
+
+def test_rules_that_have_to_be_cut_get_the_kernels_in_triton() -> None:
+    small = replace(target("cuda:90"), shared_memory=40_000)
+    entry = schedule(lower(PIXELS), small, 2)["grad_q"]
+    assert entry["GROUP"] < 4 and "HOPPER" not in entry
+
+
+def test_a_keeper_with_few_keys_is_left_to_triton() -> None:
+    entries = schedule(lower(spec("few", 64, (32, 2), (8, 4))), target("cuda:90"), 2)
+    assert "HOPPER" not in entries["grad_kv_l1"] and entries["grad_kv_l1"]["BLOCK_N"] == 32
+    assert "HOPPER" in entries["grad_kv_l2"]
+
+
+LENGTHS = (("l1_40", 0), ("l1_40", 1), ("l2_32", 0), ("l2_32", 1), ("l3", 0), ("l3", 1), ("gaps_l3", 0), ("l4", 0))
+CASES = [(name, more, dtype) for name, more in LENGTHS for dtype in ("bfloat16", "float16")]
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "dtype"),
+    [pytest.param(*case, marks=pytest.mark.versions if case == ("l1_40", 1, "bfloat16") else ()) for case in CASES],
+)
+def test_they_compile_and_fit(name: str, more: int, dtype: str) -> None:
+    chosen, lengths = GLUON[name]
+    module = module_for(chosen)
+    in_gluon = {kernel for kernel in launched(chosen, lengths[0] + more, dtype) if "hopper" in kernel}
+    # those in Triton once: of one half precision, at one length; those of three levels stand in four, too
+    whole = dtype == "bfloat16" and not more and name != "l3"
+    reports = aot.compile_kernels(module, "cuda:90", dtype, lengths[0] + more, kernels=None if whole else in_gluon)
+    assert all(report.fits for report in reports)
+    found = [report for report in reports if "hopper" in report.kernel]
+    assert {report.kernel for report in found} > ATTENTION
+    usual = [report for report in found if "again" not in report.kernel]
+    # where keys have weights of their own, three levels spill; little of it is for every tile
+    allowed = {report.kernel: 64 if report.constexprs.get("WHOLE", True) else 128 for report in usual}
+    assert {report.kernel: x for report in usual if (x := report.spilled_bytes) > allowed[report.kernel]} == {}
+    (attend,) = (report for report in found if report.kernel == "attend_hopper_kernel")
+    # four programs on a multiprocessor: of 228 KiB of shared memory, each program takes one for itself
+    assert attend.registers <= 128 and 4 * (attend.shared_memory + 1024) <= 228 * 1024
+    (tokens,) = (report for report in found if report.kernel == "grad_kv_l0_hopper_kernel")
+    assert tokens.registers <= 168 and 12 * (tokens.shared_memory + 1024) <= 228 * 1024  # twelve, of one warp

@@ -1,0 +1,213 @@
+"""The plan: its sizes against integer arithmetic and real tensors, its kernels against each other and the host code."""
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sympy
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from sympy.parsing.sympy_parser import parse_expr
+
+from llsa_gen import Level, Spec, compile
+from llsa_gen.aot.launches import Launch, record
+from llsa_gen.fuzz.case import lengths, specs
+from llsa_gen.plan import Kernel, Plan, Role, lower
+from llsa_gen.plan.sizes import HEADS, MAX_TOKENS, N, ceil_div, tile
+from llsa_gen.plan.sizes import parts as parts_of
+from llsa_gen.plan.sizes import splits as splits_of
+
+ROOT = Path(__file__).resolve().parents[2]
+SHIPPED = sorted(path.stem for path in (ROOT / "spec").glob("*.yaml"))
+
+DEEP = Spec(name="deep", head_dim=8, levels=(Level(block=256, topk=1),) * 6)
+
+
+def value(expr: sympy.Expr, n: int, heads: int = 1, parts: int | None = None, splits: int | None = None) -> int:
+    known = {N: n, HEADS: heads}
+    known |= {parts_of(level): parts for level in range(7)} | {splits_of(level): splits for level in range(7)}
+    result = sympy.sympify(expr).subs([(symbol, size) for symbol, size in known.items() if size is not None])
+    assert result.is_Integer, expr
+    return int(result)
+
+
+def up(numerator: int, divisor: int) -> int:
+    return -(-numerator // divisor)
+
+
+# ---- sizes ------------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=6), st.integers(1, 2**30))
+def test_nested_ceil_divisions_collapse_into_one(divisors: list[int], n: int) -> None:
+    nested, count, product = N, n, 1
+    for divisor in divisors:
+        nested, count, product = ceil_div(nested, divisor), up(count, divisor), product * divisor
+    assert nested == (sympy.ceiling(N / product) if product > 1 else N)
+    assert value(nested, n) == count
+
+
+@given(st.integers(1, 60), st.integers(2, 60), st.integers(2, 60), st.integers(1, 10**6))
+def test_what_does_not_collapse_is_still_right(factor: int, inner: int, outer: int, n: int) -> None:
+    numerators = {
+        factor * ceil_div(N, inner): factor * up(n, inner),
+        ceil_div(factor * N, inner): up(factor * n, inner),
+        sympy.Min(factor, ceil_div(N, inner)): min(factor, up(n, inner)),
+        ceil_div(N, inner) + factor: up(n, inner) + factor,
+    }
+    for numerator, count in numerators.items():
+        assert value(ceil_div(numerator, outer), n) == up(count, outer), numerator
+
+
+@settings(max_examples=30)
+@given(st.data())
+def test_level_sizes_are_those_of_the_semantics(data: st.DataObject) -> None:
+    spec = data.draw(specs(max_levels=6))
+    n, plan = data.draw(lengths(spec, 10**6)), lower(spec)
+    tokens, width = n, None
+    sizes = [tokens := up(tokens, level.block) for level in spec.levels]
+    assert [value(plan.tokens(level), n) for level in plan.levels] == sizes
+    for level in reversed(plan.levels):
+        candidates = sizes[level - 1] if width is None else min(sizes[level - 1], width * spec.block(level + 1))
+        width = min(spec.topk(level), candidates)
+        assert value(plan.width(level), n) == width
+
+
+@given(st.integers(1, MAX_TOKENS))
+@example(1)
+@example(MAX_TOKENS)
+def test_spans_beyond_the_longest_sequence_change_nothing(n: int) -> None:
+    plan = lower(DEEP)
+    assert [value(plan.tokens(level), n) for level in plan.levels] == [up(n, 256**level) for level in plan.levels]
+    assert max(plan.spans) == MAX_TOKENS < DEEP.span(6)
+
+
+@pytest.mark.parametrize("n", [1, 15, 16, 17, 60, 257, 1001])
+@pytest.mark.parametrize("name", SHIPPED)
+def test_tensors_have_the_sizes_of_the_plan(name: str, n: int) -> None:
+    attention = compile(ROOT / "spec" / f"{name}.yaml")
+    plan = lower(attention.spec)
+    q, k, v = torch.randn(3, 2, 3, n, plan.head_dim, dtype=torch.bfloat16).unbind(0)
+    o, lse, memory = getattr(torch.ops.llsa, attention.module.OPERATOR)(q, k, v, 0.1)
+    saved = attention.module.views_of(memory, "saved", attention.module.saved_shapes(6, n), q.dtype)
+    assert o.shape == q.shape
+    dtypes = {"input": q.dtype, "float32": torch.float32, "int32": torch.int32}
+    for buffer_name, tensor in zip(("lse", *plan.saved), (lse.flatten(0, 1), *saved), strict=True):
+        buffer = plan.buffers[buffer_name]
+        assert list(tensor.shape) == [value(size, n, 6) for size in buffer.shape], buffer_name
+        assert tensor.dtype == dtypes[buffer.dtype], buffer_name
+        assert tensor.is_contiguous(), buffer_name
+
+
+# ---- kernels ----------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=30)
+@given(specs(max_levels=6))
+def test_kernels_read_only_what_is_there(spec: Spec) -> None:
+    plan = lower(spec)
+    for given_roles, kernels in (
+        ({Role.INPUT}, plan.forward),
+        ({Role.INPUT, Role.SAVED}, plan.backward),
+    ):
+        there = {name for name, buffer in plan.buffers.items() if buffer.role in given_roles} | {"o"}
+        if kernels is plan.forward:
+            there -= {"o", "grad_o"}
+        for kernel in kernels:
+            assert there.issuperset(kernel.reads), f"{kernel.name} reads what nobody has written"
+            assert not set(kernel.reads) & set(kernel.writes), f"{kernel.name} reads what it writes"
+            assert not {plan.buffers[name].role for name in kernel.writes} & {Role.INPUT}
+            there.update(kernel.writes)
+
+
+@settings(max_examples=30)
+@given(specs(max_levels=6))
+def test_every_buffer_is_made_once_and_used(spec: Spec) -> None:
+    plan = lower(spec)
+    written = Counter(name for kernel in plan.kernels for name in kernel.writes)
+    read = {name for kernel in plan.kernels for name in kernel.reads}
+    inputs = {name for name, buffer in plan.buffers.items() if buffer.role is Role.INPUT}
+    assert inputs == {"q", "k", "v", "grad_o"}
+    zeroed = [f"counts_l{level}" for level in plan.levels]  # by the pooling; the selection adds to them
+    pooled_here_or_there = plan.waiting[1:]
+    assert written == Counter([*(plan.buffers.keys() - inputs), *zeroed, *pooled_here_or_there])
+    outputs = {name for name, buffer in plan.buffers.items() if buffer.role is Role.OUTPUT}
+    # means that nobody attends to or selects with: pooled on the way to a level that is
+    on_the_way = {f"v_l{level}" for level in plan.levels if level not in plan.enriched}
+    assert plan.buffers.keys() - read <= outputs | on_the_way
+    saved_and_read = {name for kernel in plan.backward for name in kernel.reads} & set(plan.saved)
+    assert saved_and_read == set(plan.saved), "what is saved is what the backward pass reads"
+
+
+def tensors_of(launch: Launch) -> Counter[tuple[int, torch.dtype]]:
+    """Elements and dtype of every tensor that a launch is given."""
+    given_ones = {id(x): x for x in launch.arguments.values() if isinstance(x, torch.Tensor)}
+    return Counter((x.numel(), x.dtype) for x in given_ones.values())
+
+
+def planned_tensors(plan: Plan, kernel: Kernel, n: int, heads: int, **more: int) -> Counter[tuple[int, torch.dtype]]:
+    """The same as the plan has it."""
+    dtypes = {"input": torch.float16, "share": torch.float32, "float32": torch.float32, "int32": torch.int32}
+
+    def sizes() -> Iterator[tuple[int, torch.dtype]]:
+        for name in (*kernel.reads, *kernel.writes):
+            buffer = plan.buffers[name]
+            elements = value(buffer.elements, n, heads, **more)
+            yield elements, dtypes[buffer.dtype]
+
+    return Counter(sizes())
+
+
+@pytest.mark.parametrize("n", [1, 300, 20_000])
+@pytest.mark.parametrize("name", SHIPPED)
+def test_the_host_code_hands_each_kernel_what_the_plan_says(name: str, n: int) -> None:
+    attention = compile(ROOT / "spec" / f"{name}.yaml")
+    plan = lower(attention.spec)
+    recorded = record(attention, n, torch.float16, "cuda:90", batch=2, heads=3)
+    launches = [launch for launch in recorded if launch.phase != "select" and launch.step]
+    assert {launch.step for launch in launches} <= {kernel.name for kernel in plan.kernels}
+    steps = iter(plan.kernels)
+    for launch in launches:
+        step = next(step for step in steps if step.name == launch.step)
+        sizes: dict[str, Any] = {key: launch.arguments[key] for key in ("splits", "parts") if key in launch.arguments}
+        assert tensors_of(launch) == planned_tensors(plan, step, n, 6, **sizes), launch.kernel
+
+
+# ---- printing ---------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=25)
+@given(specs(max_levels=6), st.integers(1, 10**6))
+def test_a_plan_survives_json(spec: Spec, n: int) -> None:
+    plan = lower(spec)
+    data = json.loads(json.dumps(plan.to_dict()))
+    assert Spec(**data["spec"]) == spec
+    assert [step["name"] for step in data["forward"] + data["backward"]] == [step.name for step in plan.kernels]
+    for level in plan.levels:
+        text = data["levels"][str(level)]["tokens"]
+        assert parse_expr(text, {"n_tokens": N}).subs(N, n) == value(plan.tokens(level), n)
+    assert data["buffers"].keys() == plan.buffers.keys()
+
+
+@given(specs(max_levels=6))
+@settings(max_examples=20)
+def test_equal_specs_have_equal_plans(spec: Spec) -> None:
+    again = lower(Spec.model_validate_json(spec.model_dump_json()))
+    assert lower(spec) == again
+    assert lower(spec).to_dict() == again.to_dict()
+
+
+@given(tokens=st.integers(1, 60), topk=st.integers(1, 9), part=st.integers(1, 80), data=st.data())
+def test_there_is_room_for_every_part_of_a_popular_list(tokens: int, topk: int, part: int, data: st.DataObject) -> None:
+    plan = lower(Spec(name="s", head_dim=8, levels=(Level(block=2, topk=topk),)))
+    room = int(plan.extra_parts(0).subs({N: 2 * tokens, tile("PART"): part}))
+    width = min(topk, tokens)
+    popular = range(data.draw(st.integers(width, tokens), label="how many key tokens are kept at all"))
+    kept = data.draw(st.lists(st.permutations(popular), min_size=tokens, max_size=tokens))
+    entries = Counter(key for row in kept for key in row[:width])
+    assert sum(-(-count // part) - 1 for count in entries.values()) <= room
+    assert room == 0 or tokens > part, "a list is no longer than there are query tokens"

@@ -1,0 +1,288 @@
+"""Tables of tile shapes: what they may say, which row decides, what does not fit, and one schedule a length bucket."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from tables import row, table
+
+from examples import BRANCHES, spec
+from llsa_gen import Spec, aot, emit, load
+from llsa_gen.aot.launches import record
+from llsa_gen.errors import ScheduleTableError
+from llsa_gen.fuzz.case import specs
+from llsa_gen.plan import lower
+from llsa_gen.schedule import Target, choices, schedule, schedules, target, targets
+from llsa_gen.schedule.fit import misfit
+from llsa_gen.schedule.table import LENGTHS, LIMITS, STAGES, bucket, facts_of, parse, stage_kind
+from llsa_gen.store.loading import load_text
+
+ROOT = Path(__file__).resolve().parents[2]
+L2 = load(ROOT / "spec" / "llsa_l2.yaml")
+WIDE = load(ROOT / "spec" / "topk_b128.yaml")
+BARE = Target("cuda:90", 232448, ())
+
+
+# ---- what a table may say ---------------------------------------------------------------------------------------
+
+GOOD = row("attend", {"BLOCK_N": 64}, element=2)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"stage": "atend"}, "rows[1]: stage: expected one of pool, pool_sums, "),
+        ({"stage": "atend"}, "got 'atend'"),
+        ({"stage": ["attend"]}, "got ['attend']"),
+        ({"when": {"elements": 2}}, "when: expected one of element, pad_dim, length, rows, grouped, got 'elements'"),
+        ({"when": {"element": 3}}, "rows[1]: when.element: expected one of 2, 4, got 3"),
+        ({"when": {"pad_dim": 80}}, "rows[1]: when.pad_dim: expected a power of two up to 1048576, got 80"),
+        ({"when": {"pad_dim": [64, 80]}}, "when.pad_dim: expected a power of two up to 1048576, got 80"),
+        ({"when": {"length": "huge"}}, "when.length: expected one of short, medium, long, got 'huge'"),
+        ({"when": {"grouped": 1}}, "when.grouped: expected one of True, False, got 1"),
+        ({"when": {"keep": 8}}, "when: expected one of"),
+        ({"when": 7}, "rows[1]: when: expected an object of facts, got 7"),
+        ({"set": {"BLOCKN": 32}}, "BLOCK_M, BLOCK_C, BLOCK_N, num_warps, num_stages, maxnreg, HOPPER, got"),
+        ({"set": {"KEEP": 8}}, "got 'KEEP'"),
+        ({"set": {"BLOCK_N": 48}}, "rows[1]: set.BLOCK_N: expected a power of two up to 1048576, got 48"),
+        ({"set": {"BLOCK_N": "64"}}, "got '64'"),
+        ({"set": {"BLOCK_N": True}}, "got True"),
+        ({"set": {"num_warps": 64}}, "set.num_warps: expected a power of two up to 32, got 64"),
+        ({"set": {"num_stages": 0}}, "set.num_stages: expected a number from 1 to 8, got 0"),
+        ({"set": {}}, "set: expected an object of tile shapes, got {}"),
+        ({"why": ""}, "why: expected a sentence, got ''"),
+        ({"why": None}, "rows[1]: expected either why or measured"),
+        ({"measured": {}}, "rows[1]: expected either why or measured"),
+        ({"why": None, "measured": {"gpu": "x", "date": "today", "before_us": 1}}, "measured.after_us: expected mic"),
+        ({"note": "x"}, "rows[1]: keys: expected one of stage, when, set, why, measured, got 'note'"),
+    ],
+)  # fmt: skip
+def test_a_wrong_row_is_one_clear_error(wrong: dict[str, Any], said: str) -> None:
+    bad = {name: value for name, value in {**GOOD, **wrong}.items() if value is not None}
+    with pytest.raises(ScheduleTableError) as caught:
+        table(GOOD, bad)
+    assert str(caught.value).startswith("test.json: rows[1]: ") and "\n" not in str(caught.value)
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        ([], "test.json: expected an object with target, shared_memory and rows, got []"),
+        ({"target": 90}, "test.json: target: expected a name such as 'cuda:90', got 90"),
+        ({"target": "cuda:90"}, "test.json: shared_memory: expected a number of bytes, got None"),
+        ({"target": "x", "shared_memory": 1, "rows": {}}, "test.json: rows: expected a list, got {}"),
+        ({"target": "x", "shared_memory": 1, "row": []}, "got 'row'"),
+        ({"target": "x", "shared_memory": 1, "rows": [1]}, "test.json: rows[0]: expected an object with stage"),
+    ],
+)
+def test_a_wrong_table_is_one_clear_error(data: Any, said: str) -> None:
+    with pytest.raises(ScheduleTableError, match=re.escape(said)):
+        parse(data, "test.json")
+
+
+def test_shipped_rows_say_where_they_come_from_and_are_used() -> None:
+    plans = [lower(load(path)) for path in (ROOT / "spec").glob("*.yaml")]
+    for goal in targets().values():
+        for one in goal.rows:
+            assert one.reason
+            used = [choices(plan, goal, element)[stage] for plan in plans for element in (2, 4)
+                    for stage in choices(plan, goal, element)]  # fmt: skip
+            assert any(choice.origin.startswith(one.place) for choice in used), f"no shipped spec uses {one.place}"
+
+
+@settings(max_examples=30)
+@given(specs(max_levels=6))
+def test_every_stage_has_a_kind_and_facts_and_rules_that_are_legal(chosen: Spec) -> None:
+    plan = lower(chosen)
+    for element in (2, 4):
+        for stage, choice in choices(plan, BARE, element).items():
+            kind = stage_kind(plan, stage)
+            assert set(facts_of(plan, stage, element, "short")) == {"element", "pad_dim", "length", *STAGES[kind].facts}
+            assert {*choice.entry} <= {*STAGES[kind].tiles, *LIMITS, "KEEP", "KEYS", "AHEAD", "DOUBLES"}
+            assert misfit(plan, stage, choice.entry, choice.entry, element, BARE) is None
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "spec").glob("*.yaml")), ids=lambda path: path.stem)
+def test_only_cuda_is_told_how_many_registers_to_use(path: Path) -> None:
+    with pytest.raises(ScheduleTableError, match="num_warps, num_stages, got 'maxnreg'"):
+        table(row("attend", {"maxnreg": 128}), name="hip:gfx942")
+    assert table(row("attend", {"maxnreg": 128})).rows[0].set == {"maxnreg": 128}
+    entries = schedule(lower(load(path)), targets()["hip:gfx942"], 2).values()
+    assert not any("maxnreg" in entry for entry in entries)
+
+
+# ---- which row decides ------------------------------------------------------------------------------------------
+
+
+def test_the_last_row_that_matches_decides_and_the_rules_give_the_rest() -> None:
+    plan = lower(L2)
+    rule = schedule(plan, BARE, 2)["attend"]
+    goal = table(
+        row("attend", {"BLOCK_N": 32, "num_warps": 4}, element=2),
+        row("attend", {"BLOCK_N": 64}, pad_dim=[32, 64], grouped=True),
+        row("attend", {"BLOCK_N": 16}, element=4),
+        row("attend", {"BLOCK_N": 16}, rows=64),
+    )
+    choice = choices(plan, goal, 2)["attend"]
+    assert choice.entry == {**rule, "BLOCK_N": 64} and choice.origin == "test.json: rows[1]: a test"
+    assert choices(plan, goal, 4)["attend"].entry["BLOCK_N"] == 16
+    assert choices(plan, goal, 2)["grad_q"].origin == "rule"
+
+
+@pytest.mark.parametrize(
+    ("chosen", "stage", "tiles", "reason"),
+    [
+        (L2, "attend", {"BLOCK_N": 256, "num_stages": 5, "GROUP": 16}, "bytes of shared memory, and there are 232,448"),
+        (L2, "attend", {"BLOCK_M": 32}, "BLOCK_M 32: a block of 16 grouped tokens is a tile of 16 rows"),
+        (spec("few", 64, (16, 8), (4, 8), (4, 8)), "attend", {"GROUP": 8}, "GROUP 8: only 4 query blocks share"),
+        (WIDE, "attend", {"GROUP": 2}, "the kernel takes no GROUP"),
+        (WIDE, "attend", {"HOPPER": 128}, "the kernel takes no HOPPER"),
+        (L2, "attend", {"HOPPER": 128, "num_warps": 8}, "HOPPER 128: its kernel has other tiles"),
+        (L2, "grad_kv_tokens", {"BLOCK_N": 8}, "BLOCK_N 8: products need 16 rows and columns"),
+        (L2, "select", {"BLOCK_N": 16}, "BLOCK_N 16: four threads take 8 candidates each, at least"),
+        (spec("k", 64, (16, 33)), "select_top", {"BLOCK_N": 32}, "BLOCK_N 32: Top-64 of a tile needs as many"),
+    ],
+)
+def test_what_does_not_fit_falls_back_and_says_why(
+    chosen: Spec, stage: str, tiles: dict[str, int], reason: str
+) -> None:
+    plan, fits = lower(chosen), row(stage, {"num_warps": 8})
+    name = next(name for name in schedule(plan, BARE, 2) if stage_kind(plan, name) == stage)
+    rule = schedule(plan, BARE, 2)[name]
+    choice = choices(plan, table(row(stage, tiles)), 2)[name]
+    assert choice.entry == rule and choice.origin == "rule"
+    assert (
+        len(choice.pruned) == 1 and choice.pruned[0].startswith("test.json: rows[0]: ") and reason in choice.pruned[0]
+    )
+    choice = choices(plan, table(fits, row(stage, tiles)), 2)[name]
+    rule.pop("HOPPER", None)  # the kernel in Gluon has four warps
+    assert choice.entry == {**rule, "num_warps": 8}, "a row before it is asked next"
+
+
+def test_a_rule_that_is_cut_to_fit_says_so() -> None:
+    plan = lower(spec("fat", 256, (16, 8), (16, 8)))
+    (said,) = choices(plan, target("hip:gfx942"), 2)["attend"].pruned
+    wanted = r"rule: its tiles take [\d,]+ bytes of shared memory, and there are 65,536: BLOCK_C \d+ to \d+"
+    assert re.fullmatch(wanted, said)
+
+
+# ---- one schedule a bucket --------------------------------------------------------------------------------------
+
+
+def test_buckets_have_one_home() -> None:
+    assert [bucket(n) for n in (1, 8192, 8193, 65536, 65537, 2**30)] == ["short"] * 2 + ["medium"] * 2 + ["long"] * 2
+
+
+def by_length(*buckets: str) -> dict[str, Target]:
+    """The shipped tables, with another attend for some lengths on one target."""
+    extra = table(*(row("attend", {"num_stages": 4 + at}, length=name) for at, name in enumerate(buckets))).rows
+    return {**targets(), "cuda:90": replace(targets()["cuda:90"], rows=extra)}
+
+
+def test_buckets_that_do_not_differ_leave_no_trace() -> None:
+    plan = lower(WIDE)
+    text = emit.render(plan, schedules(plan))
+    assert '"cuda:90": {2: {MAX_TOKENS: TILES_3}, 4: {MAX_TOKENS: TILES_2}}' in text
+    assert text == (ROOT / "generated" / "topk_b128.py").read_text()
+    same = by_length(*LENGTHS)
+    same["cuda:90"] = replace(same["cuda:90"], rows=table(row("attend", {"num_stages": 4}, length=[*LENGTHS])).rows)
+    assert "65536: TILES" not in emit.render(plan, schedules(plan, same))
+
+
+@pytest.mark.parametrize(
+    ("buckets", "told"),
+    [
+        (("long",), '"cuda:90": {2: {65536: TILES_3, MAX_TOKENS: TILES_4}, 4: {65536: TILES_2, MAX_TOKENS: TILES_5}}'),
+        (("short",), '"cuda:90": {2: {8192: TILES_3, MAX_TOKENS: TILES_4}, 4: {8192: TILES_5, MAX_TOKENS: TILES_2}}'),
+    ],
+)
+def test_buckets_that_differ_are_written_once(buckets: tuple[str, ...], told: str) -> None:
+    text = emit.render(lower(WIDE), schedules(lower(WIDE), by_length(*buckets)))
+    assert told in text
+    assert '"cuda:80": {2: {MAX_TOKENS: TILES_1}, 4: {MAX_TOKENS: TILES_2}}' in text
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("buckets", [(), ("long",), ("short", "medium"), ("short", "medium", "long")])
+def test_a_module_is_compiled_once_a_bucket_at_the_most(buckets: tuple[str, ...], dtype: str) -> None:
+    """When only N changes: the constexprs and options of each kernel, which Triton compiles for, over many lengths.
+
+    WHOLE, RUNS and STREAM are not counted: for what is compiled, so is the other, at once (test_host.py).
+    """
+    plan = lower(L2)
+    tables = schedules(plan, by_length(*buckets))
+    text = emit.render(plan, tables)
+    module = load_text("lengths", str(len(buckets)) * 64, text)
+    lengths = [1, 17, 300, 4096, 8191, 8192, 8193, 10_000, 65_536, 65_537, 100_001, 2**20]
+    variants: dict[str, set[tuple[object, ...]]] = {}
+    for n in lengths:
+        for launch in record(module, n, dtype, "cuda:90"):
+            shapes = {name: value for name, value in launch.arguments.items() if name.isupper()}
+            shapes = {name: value for name, value in shapes.items() if name not in ("WHOLE", "RUNS", "STREAM")}
+            variants.setdefault(launch.kernel, set()).add((*shapes.items(), *launch.options.items()))
+            if launch.kernel == "attend_kernel":
+                most = next(most for most in LENGTHS.values() if n <= most)
+                assert {**shapes, **launch.options} == tables["cuda:90"][4][most]["attend"] | module.OPTIONS
+    # in Gluon, as in half precision, rows of `num_stages` change nothing
+    distinct = len({*buckets, *({"rest"} if len(buckets) < 3 else ())})
+    wanted = {"attend_kernel": distinct} if dtype == "float32" else {"attend_hopper_kernel": 1}
+    assert {name: len(found) for name, found in variants.items()} == {name: 1 for name in variants} | wanted
+
+
+def test_a_module_by_length_is_compiled_for_its_lengths() -> None:
+    plan = lower(L2)
+    module = load_text("lengths", "f" * 64, emit.render(plan, schedules(plan, by_length("long"))))
+    for n, stages in ((8191, 2), (65537, 4)):
+        (report,) = aot.compile_kernels(module, "cuda:90", "float32", n, kernels=["attend_kernel"])
+        assert report.num_stages == stages
+    reports = aot.compile_kernels(module, "cuda:90", "float32", kernels=["attend_kernel"])
+    assert {report.constexprs["WHOLE"] for report in reports} == {True, False}, "without a length, for all there are"
+    assert {report.num_stages for report in reports} == {2, 4}, "and for every bucket"
+    reports = aot.compile_kernels(module, "cuda:90", "bfloat16", kernels=["attend_hopper_kernel"])
+    assert sorted(report.constexprs["WHOLE"] for report in reports) == [False, True]
+
+
+@pytest.mark.parametrize("chosen", BRANCHES[::4], ids=lambda chosen: chosen.name)
+def test_modules_by_length_pass_ruff(chosen: Spec, tmp_path: Path) -> None:
+    text = emit.render(lower(chosen), schedules(lower(chosen), by_length("long")))
+    compile(text, "by_length.py", "exec")
+
+
+@pytest.mark.parametrize("topk", [8, 3])
+def test_four_warps_where_they_take_64_rows_at_once(topk: int) -> None:
+    plan = lower(spec("pixels", 64, (16, topk), (16, 8)))
+    made = {name: schedule(plan, goal, 2) for name, goal in targets().items()}
+    # 16 rows of v a warp would meet in the same banks, but tiles of two blocks have to fill lists (test_banks.py)
+    assert made["cuda:90"]["attend"]["BLOCK_N"] == (32 if topk % 2 == 0 else 16)
+    for stage in ("attend", "grad_q"):
+        entries = {name: one[stage] for name, one in made.items()}
+        assert {name for name, one in entries.items() if one["AHEAD"]} == {"cuda:90"}
+        assert {name: one["num_warps"] for name, one in entries.items()} == {name: 2 for name in made} | {"cuda:90": 4}
+
+
+def test_head_dims_that_share_the_rules_of_64_and_those_that_do_not() -> None:
+    made = {
+        dim: schedule(lower(spec("dims", dim, (16, 8), (16, 8))), targets()["cuda:90"], 2) for dim in (32, 64, 128, 256)
+    }
+    assert {dim: (one["attend"]["GROUP"], one["attend"]["num_warps"]) for dim, one in made.items()} == {
+        32: (4, 4), 64: (4, 4), 128: (4, 4), 256: (4, 4),
+    }  # fmt: skip
+    assert [one["attend"].get("maxnreg") for one in made.values()] == [96, 128, None, None]
+    # beside gradients, registers do not hold 64 rows of 256
+    assert [one["grad_q"]["GROUP"] for one in made.values()] == [4, 4, 4, 2]
+    for one in made.values():  # a warp for 16 rows
+        for stage in ("attend", "grad_q"):
+            assert one[stage]["num_warps"] * 16 == one[stage]["GROUP"] * one[stage]["BLOCK_M"]
+
+
+@pytest.mark.parametrize("topk", [1, 8, 32, 64])
+def test_a_sorting_network_lives_in_one_warp(topk: int) -> None:
+    for goal in targets().values():
+        for element in (2, 4):
+            entry = schedule(lower(spec("sort", 64, (16, topk), (16, 8))), goal, element)["select_l1"]
+            assert entry["num_warps"] == 1
+            assert entry["DOUBLES"] == (element == 2 and goal.name == "cuda:90")
