@@ -24,7 +24,8 @@ import struct
 import threading
 import warnings
 import weakref
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -42,7 +43,7 @@ SPEC = {
     "name": "llsa_l2",
     "reweight": True,
 }
-OPERATOR = "llsa_l2_d5b0ce561656a5ec"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
+OPERATOR = "llsa_l2_b5557928cb91e06f"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -2339,11 +2340,6 @@ def grad_kv_l0_hopper_kernel(
 # ---- launches --------------------------------------------------------------------------------------------------------
 
 
-def ceil_div(a, b):
-    """ceil(a / b)."""
-    return -(-a // b)
-
-
 def level_tokens(n_tokens):
     """T_l, the tokens of every level l = 0..L."""
     return n_tokens, ceil_div(n_tokens, 16), ceil_div(n_tokens, 256)
@@ -2404,31 +2400,6 @@ LAYOUTS = {
 }
 
 
-def own_dtypes(layout, dtype):
-    """The buffers of a layout and their dtypes: shares of a sum may be rounded as it will be, but float16 has not the range."""
-    own = {"input": dtype, "share": dtype if dtype == torch.bfloat16 else torch.float32}
-    return {name: own.get(known, known) for name, known in LAYOUTS[layout].items()}
-
-
-def lay_out(layout, shapes, dtype):
-    """Where each buffer of a layout begins, at a multiple of 256, and ends in its memory, and how long that is: bytes."""
-    places, size = [], 0
-    for name, own in own_dtypes(layout, dtype).items():
-        length = math.prod(shapes[name]) * own.itemsize
-        places.append((size, size + length))
-        size += ceil_div(length, 256) * 256
-    return places, size
-
-
-def views_of(memory, layout, shapes, dtype):
-    """The buffers of a layout as tensors in its memory."""
-    places, _ = lay_out(layout, shapes, dtype)
-    return [
-        memory[begin:end].view(own).view(shapes[name])
-        for (begin, end), (name, own) in zip(places, own_dtypes(layout, dtype).items(), strict=True)
-    ]
-
-
 def saved_shapes(heads, n_tokens):
     """What the forward pass leaves to the backward pass: the shapes of the layout `saved`, symbols as in torch.compile or not."""
     tokens = level_tokens(n_tokens)
@@ -2446,150 +2417,89 @@ def saved_shapes(heads, n_tokens):
     }
 
 
-class Prepared:
-    """What depends on shapes, strides, dtype and device alone, worked out at the first call with them.
+def work_out(at, tiles):
+    """Fill in a `Prepared`: shapes of buffers, programs and tile shapes of launches; `tiles` are those of every stage."""
+    heads, n_tokens, dtype = at.heads, at.n_tokens, at.dtype
+    tokens = level_tokens(n_tokens)
+    at.rows_l2, splits_l2 = split_queries(
+        heads, n_tokens, tokens[2], tiles["grad_kv_l2"],
+    )
+    at.splits_l2 = splits_l2
+    at.rows_l1, splits_l1 = split_queries(
+        heads * tokens[2], min(n_tokens, 256), 16 * min(8, tokens[2]), tiles["grad_kv_l1"],
+    )
+    at.splits_l1 = splits_l1
+    tile = tiles["grad_kv_l0"]
+    parts_l0 = at.parts_l0 = min(((tokens[1] * min(8, tokens[1])) // tile["PART"]), tokens[1] * ((tokens[1] - 1) // tile["PART"]))
+    at.part_lengths = {0: tiles["grad_kv_l0"]["PART"]}
+    at.shapes = saved_shapes(heads, n_tokens) | {
+        "o": (heads, n_tokens, 64),
+        "lse": (heads, n_tokens),
+        "q_l1": (heads, tokens[1], 64),
+        "q_l2": (heads, tokens[2], 64),
+        "grad_q": (heads, n_tokens, 64),
+        "grad_k": (heads, n_tokens, 64),
+        "grad_v": (heads, n_tokens, 64),
+        "delta": (heads, n_tokens),
+        "offsets_l1": (heads, tokens[1] + 1),
+        "keepers_l1": (heads, tokens[1] * min(8, tokens[1])),
+        "extra_l1": (heads, tokens[1] + 1),
+        "offsets_l2": (heads, tokens[2] + 1),
+        "keepers_l2": (heads, tokens[2] * min(8, tokens[2])),
+        "extra_grad_k_l0": (heads, parts_l0, 16, 64),
+        "extra_grad_v_l0": (heads, parts_l0, 16, 64),
+        "split_grad_k_l1": (heads, tokens[2], splits_l1, 16 * min(8, tokens[2]), 64),
+        "split_grad_v_l1": (heads, tokens[2], splits_l1, 16 * min(8, tokens[2]), 64),
+        "split_grad_k_l2": (heads, 1, splits_l2, tokens[2], 64),
+        "split_grad_v_l2": (heads, 1, splits_l2, tokens[2], 64),
+        "grad_k_l1": (heads, tokens[1], 64),
+        "grad_v_l1": (heads, tokens[1], 64),
+        "grad_k_l2": (heads, tokens[2], 64),
+        "grad_v_l2": (heads, tokens[2], 64),
+    }
+    is_long = 3 * heads * n_tokens * HEAD_DIM.value * dtype.itemsize > CACHED
+    late = at.late = int(is_long and heads * tokens[2] >= FILLING)  # whether values wait until level 1 is selected
+    at.widths = {1: at.shapes["kept_l1"][2], 2: at.shapes["kept_l2"][2]}
+    at.grids = {}
+    tile = tiles["pool"] | {"STREAM": is_long}
+    at.grids["pool_l1_kernel"] = heads * tokens[2] * (3 - late), tile
+    tile = tiles["select_l2"] | {"RUNS": has_runs(tokens[2], tiles["select_l2"])}
+    at.grids["select_l2_kernel"] = heads * ceil_div(tokens[2], tile["BLOCK_M"]), tile
+    tile = tiles["select_l1"]
+    at.grids["select_l1_kernel"] = heads * tokens[2] * ceil_div(min(16, tokens[1]), tile["BLOCK_M"]), tile
+    tile = tiles["attend"] | {"WHOLE": is_whole(tokens, tiles["attend"])}
+    at.grids["attend_kernel"] = heads * tokens[2] * ceil_div(min(16, tokens[1]), tile["GROUP"]), tile
+    if "HOPPER" in tile and not INTERPRETED:  # the kernel in Gluon: its tiles, and four query blocks a program
+        tile["WHOLE"] = is_whole(tokens, {"BLOCK_C": 64, "BLOCK_N": 16})
+        at.grids["attend_kernel"] = heads * ceil_div(tokens[1], 4), tile
+        programs = heads * ceil_div(ceil_div(tokens[1], 4), 16)
+        at.grids["attend_hopper_again_kernel"] = programs, {"num_warps": 4, "maxnreg": 168}
+    tile = tiles["scan"]
+    at.grids["scan_kernel"] = 3 * heads, tile
+    tile = tiles["invert_l2"]
+    at.grids["invert_l2_kernel"] = heads * ceil_div(tokens[2], tile["KEYS"]), tile
+    tile = tiles["invert_l1"]
+    at.grids["invert_l1_kernel"] = heads * tokens[2], tile
+    tile = tiles["grad_q"] | {"WHOLE": is_whole(tokens, tiles["grad_q"])}
+    at.grids["grad_q_kernel"] = heads * tokens[2] * ceil_div(min(16, tokens[1]), tile["GROUP"]), tile
+    if "HOPPER" in tile and not INTERPRETED:  # the kernel in Gluon: its tiles, and four query blocks a program
+        tile["WHOLE"] = is_whole(tokens, {"BLOCK_C": 64, "BLOCK_N": 16})
+        at.grids["grad_q_kernel"] = heads * ceil_div(tokens[1], 4), tile
+    tile = tiles["grad_kv_l2"]
+    at.grids["grad_kv_l2_kernel"] = heads * splits_l2 * ceil_div(tokens[2], tile["BLOCK_N"]), tile
+    tile = tiles["grad_sum"]
+    at.grids["grad_kv_l2_sum_kernel"] = heads * ceil_div(tokens[2], tile["BLOCK"]), tile
+    tile = tiles["grad_kv_l1"]
+    at.grids["grad_kv_l1_kernel"] = heads * splits_l1 * tokens[2] * ceil_div(16 * min(8, tokens[2]), tile["BLOCK_N"]), tile
+    tile = tiles["grad_gather_l1"]
+    at.grids["grad_kv_l1_sum_kernel"] = heads * tokens[2] * ceil_div(16, tile["BLOCK"]), tile
+    tile = tiles["grad_kv_l0"]
+    at.grids["grad_kv_l0_extra_kernel"] = heads * parts_l0 * ceil_div(16, tile["BLOCK_N"]), tile
+    at.grids["grad_kv_l0_kernel"] = heads * tokens[1] * ceil_div(16, tile["BLOCK_N"]), tile
 
-    steps: between batches, heads and rows of each tensor. shapes: of every buffer. places, sizes: of buffers in the
-    memory of each layout and of that memory, see `lay_out`. grids: programs and tile shapes of every launch.
-    ready: what Triton made of each launch, so that it need not look for it again. tapes: the launches of each pass, from
-    its first call on, or None where that cannot be played.
-    """
 
-    def __init__(self, device, dtype, shape, strides, tiles):
-        self.device = device
-        batch, self.heads_per_batch, self.n_tokens, _ = shape
-        self.heads = heads = batch * self.heads_per_batch
-        n_tokens = self.n_tokens
-        self.dtype = dtype
-        self.steps = [stride[:3] for stride in strides]
-        tokens = level_tokens(n_tokens)
-        self.rows_l2, splits_l2 = split_queries(
-            heads, n_tokens, tokens[2], tiles["grad_kv_l2"],
-        )
-        self.splits_l2 = splits_l2
-        self.rows_l1, splits_l1 = split_queries(
-            heads * tokens[2], min(n_tokens, 256), 16 * min(8, tokens[2]), tiles["grad_kv_l1"],
-        )
-        self.splits_l1 = splits_l1
-        tile = tiles["grad_kv_l0"]
-        parts_l0 = self.parts_l0 = min(((tokens[1] * min(8, tokens[1])) // tile["PART"]), tokens[1] * ((tokens[1] - 1) // tile["PART"]))
-        self.part_lengths = {0: tiles["grad_kv_l0"]["PART"]}
-        self.shapes = saved_shapes(heads, n_tokens) | {
-            "o": (heads, n_tokens, 64),
-            "lse": (heads, n_tokens),
-            "q_l1": (heads, tokens[1], 64),
-            "q_l2": (heads, tokens[2], 64),
-            "grad_q": (heads, n_tokens, 64),
-            "grad_k": (heads, n_tokens, 64),
-            "grad_v": (heads, n_tokens, 64),
-            "delta": (heads, n_tokens),
-            "offsets_l1": (heads, tokens[1] + 1),
-            "keepers_l1": (heads, tokens[1] * min(8, tokens[1])),
-            "extra_l1": (heads, tokens[1] + 1),
-            "offsets_l2": (heads, tokens[2] + 1),
-            "keepers_l2": (heads, tokens[2] * min(8, tokens[2])),
-            "extra_grad_k_l0": (heads, parts_l0, 16, 64),
-            "extra_grad_v_l0": (heads, parts_l0, 16, 64),
-            "split_grad_k_l1": (heads, tokens[2], splits_l1, 16 * min(8, tokens[2]), 64),
-            "split_grad_v_l1": (heads, tokens[2], splits_l1, 16 * min(8, tokens[2]), 64),
-            "split_grad_k_l2": (heads, 1, splits_l2, tokens[2], 64),
-            "split_grad_v_l2": (heads, 1, splits_l2, tokens[2], 64),
-            "grad_k_l1": (heads, tokens[1], 64),
-            "grad_v_l1": (heads, tokens[1], 64),
-            "grad_k_l2": (heads, tokens[2], 64),
-            "grad_v_l2": (heads, tokens[2], 64),
-        }
-        is_long = 3 * heads * n_tokens * HEAD_DIM.value * dtype.itemsize > CACHED
-        late = self.late = int(is_long and heads * tokens[2] >= FILLING)  # whether values wait until level 1 is selected
-        self.widths = {1: self.shapes["kept_l1"][2], 2: self.shapes["kept_l2"][2]}
-        self.places, self.sizes = {}, {}
-        for layout in LAYOUTS:
-            self.places[layout], self.sizes[layout] = lay_out(layout, self.shapes, dtype)
-
-        self.grids = {}
-        tile = tiles["pool"] | {"STREAM": is_long}
-        self.grids["pool_l1_kernel"] = heads * tokens[2] * (3 - late), tile
-        tile = tiles["select_l2"] | {"RUNS": has_runs(tokens[2], tiles["select_l2"])}
-        self.grids["select_l2_kernel"] = heads * ceil_div(tokens[2], tile["BLOCK_M"]), tile
-        tile = tiles["select_l1"]
-        self.grids["select_l1_kernel"] = heads * tokens[2] * ceil_div(min(16, tokens[1]), tile["BLOCK_M"]), tile
-        tile = tiles["attend"] | {"WHOLE": is_whole(tokens, tiles["attend"])}
-        self.grids["attend_kernel"] = heads * tokens[2] * ceil_div(min(16, tokens[1]), tile["GROUP"]), tile
-        if "HOPPER" in tile and not INTERPRETED:  # the kernel in Gluon: its tiles, and four query blocks a program
-            tile["WHOLE"] = is_whole(tokens, {"BLOCK_C": 64, "BLOCK_N": 16})
-            self.grids["attend_kernel"] = heads * ceil_div(tokens[1], 4), tile
-            programs = heads * ceil_div(ceil_div(tokens[1], 4), 16)
-            self.grids["attend_hopper_again_kernel"] = programs, {"num_warps": 4, "maxnreg": 168}
-        tile = tiles["scan"]
-        self.grids["scan_kernel"] = 3 * heads, tile
-        tile = tiles["invert_l2"]
-        self.grids["invert_l2_kernel"] = heads * ceil_div(tokens[2], tile["KEYS"]), tile
-        tile = tiles["invert_l1"]
-        self.grids["invert_l1_kernel"] = heads * tokens[2], tile
-        tile = tiles["grad_q"] | {"WHOLE": is_whole(tokens, tiles["grad_q"])}
-        self.grids["grad_q_kernel"] = heads * tokens[2] * ceil_div(min(16, tokens[1]), tile["GROUP"]), tile
-        if "HOPPER" in tile and not INTERPRETED:  # the kernel in Gluon: its tiles, and four query blocks a program
-            tile["WHOLE"] = is_whole(tokens, {"BLOCK_C": 64, "BLOCK_N": 16})
-            self.grids["grad_q_kernel"] = heads * ceil_div(tokens[1], 4), tile
-        tile = tiles["grad_kv_l2"]
-        self.grids["grad_kv_l2_kernel"] = heads * splits_l2 * ceil_div(tokens[2], tile["BLOCK_N"]), tile
-        tile = tiles["grad_sum"]
-        self.grids["grad_kv_l2_sum_kernel"] = heads * ceil_div(tokens[2], tile["BLOCK"]), tile
-        tile = tiles["grad_kv_l1"]
-        self.grids["grad_kv_l1_kernel"] = heads * splits_l1 * tokens[2] * ceil_div(16 * min(8, tokens[2]), tile["BLOCK_N"]), tile
-        tile = tiles["grad_gather_l1"]
-        self.grids["grad_kv_l1_sum_kernel"] = heads * tokens[2] * ceil_div(16, tile["BLOCK"]), tile
-        tile = tiles["grad_kv_l0"]
-        self.grids["grad_kv_l0_extra_kernel"] = heads * parts_l0 * ceil_div(16, tile["BLOCK_N"]), tile
-        self.grids["grad_kv_l0_kernel"] = heads * tokens[1] * ceil_div(16, tile["BLOCK_N"]), tile
-        self.ready, self.tapes = {}, {}
-
-    def memory(self, layout):
-        """One piece of memory for all buffers of a layout."""
-        return torch.empty(self.sizes[layout], dtype=torch.uint8, device=self.device)
-
-    def buffers(self, memory, layout):
-        """The buffers of a layout in its memory, an `Argument`: an `Argument` each."""
-        views = views_of(memory.value, layout, self.shapes, self.dtype)
-        return [Argument(view, memory.base, begin) for view, (begin, _) in zip(views, self.places[layout], strict=True)]
-
-    def run(self, launches, tensors, scale=0.0):
-        """Launch a pass, whose function `launches` names its kernels in order, over tensors that are alike at every call.
-
-        The kernels read and write only these and, at `Argument.offset`, what lies in them; lengths and strides stay what they are.
-        """
-        error = 0
-        if PLAIN:
-            self.launch(launches, functools.partial(by_triton, self), tensors, scale)
-        elif launches in self.tapes:
-            try:
-                error = self.again(launches, tensors, scale)
-            except Exception as reason:
-                # Some kernels may be launched already. All are again, from those on that clear what others count in. What is
-                # wrong with more than the way of launching, Triton says.
-                self.launch(launches, functools.partial(by_triton, self), tensors, scale)
-                give_up(reason)
-        else:
-            recorder = Recorder(self)
-            self.launch(launches, recorder, tensors, scale)
-            if not recorder.unknown:
-                self.tapes[launches] = recorder.tape()
-                if recorder.why is not None:
-                    tell(recorder.why)
-        if error:
-            raise RuntimeError(f"{OPERATOR}: CUDA error {error} at a launch: {words_of(error)}")
-
-    def again(self, launches, tensors, scale):
-        """Launch a pass from its second call on; what the driver says of the launch that fails, or 0."""
-        tape = self.tapes[launches]
-        if tape is not None and not is_watched():
-            return tape.play(triton.runtime.driver.active.get_current_stream(self.device.index), scale, tensors)
-        self.launch(launches, functools.partial(by_what_is_ready, self), tensors, scale)
-        return 0
-
-    def launch(self, launches, launch, tensors, scale):
-        """Launch a pass, each of its kernels by `launch`."""
-        launches(self, launch, Argument(scale, 1), *[Argument(x, 2 + i) for i, x in enumerate(tensors)])
+LISTS_FILL = True  # whether lists can be without gaps
+LOOSE_IN_GLUON = True  # whether kernels in Gluon also take what leaves loose ends
 
 
 def is_whole(tokens, tile):
@@ -2602,42 +2512,201 @@ def is_whole(tokens, tile):
     )
 
 
-MANY_CANDIDATES = 1024  # of the coarsest level: from so many on, `best_by_runs` is the faster
+def pool_and_select(at, launch, q, k, v, k_l1, v_l1, k_l2, v_l2, counts_l1, counts_l2, kept_l1, kept_l2, memory):
+    """Fill in the pyramid and, from the coarsest level down, the tokens that are kept.
 
-
-def has_runs(n_candidates, tile):
-    """Whether runs of candidates are ranked first: there are many, dealt to several warps, and at least two to a run."""
-    return tile["SPLIT"] > 1 and tile["BLOCK_N"] >= 8 * tile["KEEP"] and n_candidates >= MANY_CANDIDATES
-
-
-def variant(kernel, tile):
-    """Which kernel a launch is, and what it takes of its tile shapes.
-
-    Of a pair, the one in Gluon where the schedule says HOPPER, the most registers that a thread of it may have; not in
-    the interpreter, which knows no Gluon.
+    Out: means of k and of v, [B*H, T_l, D]; how many queries keep each token, [B*H, T_l]; lists of kept tokens, [B*H, T_l, width], int32.
     """
-    if not isinstance(kernel, tuple):
-        return kernel, {name: value for name, value in tile.items() if name != "HOPPER"}
-    tile = dict(tile)
-    registers = tile.pop("HOPPER", 0)
-    if INTERPRETED or not registers:
-        return kernel[0], tile
-    taken = {name: size for name, size in tile.items() if name == "num_warps" or name in kernel[1].arg_names}
-    return kernel[1], taken | {"maxnreg": registers}
+    [q_l1, q_l2] = at.buffers(memory, "selection")
+    q_steps, k_steps, v_steps = at.steps
+    launch(
+        pool_l1_kernel,
+        q, *q_steps, k, *k_steps, v, *v_steps,
+        q_l1, k_l1, v_l1,
+        q_l2, k_l2, v_l2,
+        counts_l1, counts_l2,
+        at.heads_per_batch, at.heads, at.n_tokens,
+    )
+    launch(
+        select_l2_kernel,
+        q_l2, k_l2,
+        kept_l2, at.widths[2], counts_l2, at.n_tokens,
+    )
+    launch(
+        select_l1_kernel,
+        q_l1, k_l1, kept_l2, at.widths[2],
+        kept_l1, at.widths[1], counts_l1, v, *v_steps, v_l1, v_l2, at.late, at.heads_per_batch, at.n_tokens,
+    )
 
 
-def is_watched():
-    """Whether Triton tells somebody of launches, a profiler say: one in a chain of its own, or what was put in its place."""
-    runtime, chain = triton.knobs.runtime, triton.knobs.HookChain
-    for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook):
-        if hook.calls if isinstance(hook, chain) else hook is not None:
-            return True
-    return False
+def select_launches(at, launch, scale, q, k, v, saved, memory):
+    """The launches of `select_kernels`."""
+    _, _, *pyramid = at.buffers(saved, "saved")
+    pool_and_select(at, launch, q, k, v, *pyramid, memory)
 
 
-# What launches a whole pass, for the CUDA driver. A tape is the context of the GPU and the launches. A parameter of a kernel is
-# a base and an offset from it: base 0 is 0, base 1 the bits of the scale, the others are the addresses of the pass's tensors.
+def select_kernels(q, k):
+    """The kept tokens of each level, finest first, [B, H, T_l, width] each, by the Triton kernels."""
+    at, *tensors = prepare((q, k, k))  # k in place of v, whose means nobody will look at
+    saved = at.memory("saved")
+    at.run(select_launches, (*tensors, saved, at.memory("selection")))
+    lists = views_of(saved, "saved", at.shapes, q.dtype)[-2:]
+    return [kept.clone().view(*q.shape[:2], *kept.shape[1:]) for kept in lists]
+
+
+def attend_launches(at, launch, scale, q, k, v, o, lse, saved, memory):
+    """The launches of `attend_kernels`."""
+    [
+        peak, total, k_l1, v_l1, k_l2, v_l2,
+        counts_l1, counts_l2, kept_l1, kept_l2,
+    ] = at.buffers(saved, "saved")
+    pool_and_select(at, launch, q, k, v, k_l1, v_l1, k_l2, v_l2, counts_l1, counts_l2, kept_l1, kept_l2, memory)
+    q_steps, k_steps, v_steps = at.steps
+    arguments = (
+        q, *q_steps, k, *k_steps, v, *v_steps,
+        k_l1, v_l1,
+        k_l2, v_l2,
+        kept_l1, at.widths[1],
+        kept_l2, at.widths[2],
+        o, lse, peak, total, scale, at.heads_per_batch, at.n_tokens,
+    )
+    launch((attend_kernel, attend_hopper_kernel), *arguments)
+    if "attend_hopper_again_kernel" in at.grids:
+        launch(attend_hopper_again_kernel, *arguments)
+
+
+def attend_kernels(q, k, v, scale):
+    """o, lse and what the backward pass needs, memory of the layout `saved`, by the Triton kernels."""
+    at, q, k, v = prepare((q, k, v))
+    o, lse, saved = empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32), at.memory("saved")
+    at.run(attend_launches, (q, k, v, o, lse, saved, at.memory("selection")), scale)
+    return o, lse, saved
+
+
+def grad_launches(at, launch, scale, q, k, v, grad_o, o, saved, grad_q, grad_k, grad_v, memory, grad_lse=None):
+    """The launches of `grad_kernels`."""
+    [
+        peak, total, k_l1, v_l1, k_l2, v_l2,
+        counts_l1, counts_l2, kept_l1, kept_l2,
+    ] = at.buffers(saved, "saved")
+    [
+        delta, offsets_l1, keepers_l1, extra_l1, offsets_l2, keepers_l2,
+        extra_grad_k_l0, extra_grad_v_l0, split_grad_k_l1, split_grad_v_l1, split_grad_k_l2, split_grad_v_l2,
+        grad_k_l1, grad_v_l1, grad_k_l2, grad_v_l2,
+    ] = at.buffers(memory, "gradients")
+    q_steps, k_steps, v_steps, grad_o_steps = at.steps
+    q_rows, k_rows, v_rows, grad_o_rows = (q, *q_steps), (k, *k_steps), (v, *v_steps), (grad_o, *grad_o_steps)
+    heads_per_batch, n_tokens = at.heads_per_batch, at.n_tokens
+
+    launch(
+        scan_kernel,
+        counts_l1, counts_l2,
+        offsets_l1, extra_l1, at.part_lengths[0],
+        offsets_l2,
+        at.heads, n_tokens,
+    )
+    launch(
+        invert_l2_kernel,
+        kept_l2, at.widths[2], offsets_l2, keepers_l2, n_tokens,
+    )
+    launch(
+        invert_l1_kernel,
+        kept_l1, at.widths[1], offsets_l1, offsets_l2, keepers_l2, at.widths[2], keepers_l1, n_tokens,
+    )
+    launch(
+        (grad_q_kernel, grad_q_hopper_kernel),
+        *q_rows, *k_rows, *v_rows,
+        k_l1, v_l1,
+        k_l2, v_l2,
+        kept_l1, at.widths[1],
+        kept_l2, at.widths[2],
+        o, *grad_o_rows, grad_lse, peak, total, grad_q, delta, scale, heads_per_batch, n_tokens,
+    )
+    launch(
+        (grad_kv_l2_kernel, grad_kv_l2_hopper_kernel),
+        *q_rows, *grad_o_rows, peak, total, delta, k_l2, v_l2, split_grad_k_l2, split_grad_v_l2,
+        at.rows_l2, at.splits_l2, scale, heads_per_batch, n_tokens,
+    )
+    launch(
+        grad_kv_l2_sum_kernel,
+        split_grad_k_l2, split_grad_v_l2, grad_k_l2, grad_v_l2,
+        at.splits_l2, n_tokens,
+    )
+    launch(
+        (grad_kv_l1_kernel, grad_kv_l1_hopper_kernel),
+        *q_rows, *grad_o_rows, peak, total, delta, k_l1, v_l1, kept_l2, at.widths[2], split_grad_k_l1, split_grad_v_l1,
+        at.rows_l1, at.splits_l1, scale, heads_per_batch, n_tokens,
+    )
+    launch(
+        grad_kv_l1_sum_kernel,
+        split_grad_k_l1, split_grad_v_l1, kept_l2, at.widths[2], keepers_l2, offsets_l2, grad_k_l2, grad_v_l2, grad_k_l1, grad_v_l1,
+        at.splits_l1, n_tokens,
+    )
+    launch(
+        grad_kv_l0_extra_kernel,
+        *q_rows, *grad_o_rows, peak, total, delta, *k_rows, *v_rows,
+        keepers_l1, at.widths[1], offsets_l1, extra_l1, extra_grad_k_l0, extra_grad_v_l0, at.parts_l0, scale, heads_per_batch, n_tokens,
+    )
+    launch(
+        (grad_kv_l0_kernel, grad_kv_l0_hopper_kernel),
+        *q_rows, *grad_o_rows, peak, total, delta, *k_rows, *v_rows,
+        keepers_l1, at.widths[1], offsets_l1, extra_l1, extra_grad_k_l0, extra_grad_v_l0,
+        grad_k_l1, grad_v_l1, grad_k, grad_v, at.parts_l0, scale, heads_per_batch, n_tokens,
+    )
+
+
+def grad_kernels(grad_o, grad_lse, q, k, v, o, saved, scale):
+    """dq, dk, dv by the Triton kernels, from what `attend_kernels` returned; grad_lse may be None."""
+    at, q, k, v, grad_o = prepare((q, k, v, grad_o), grad_lse is not None)
+    grads = empty_like(q), empty_like(q), empty_like(q)
+    tensors = q, k, v, grad_o, o, saved, *grads, at.memory("gradients")
+    at.run(grad_launches, tensors if grad_lse is None else (*tensors, grad_lse), scale)
+    return grads
+
+
+def flops(heads, n_tokens):
+    """FLOPs of the forward pass, of the backward pass and of the selection alone, as llsa_gen's cost model counts them."""
+    tokens = level_tokens(n_tokens)
+    of_forward = (
+        256 * heads * n_tokens * tokens[2]
+        + 256 * heads * n_tokens * min(128, n_tokens)
+        + 256 * heads * n_tokens * min(128, tokens[1])
+        + 192 * heads * n_tokens
+        + 128 * heads * tokens[1] * min(128, tokens[1])
+        + 192 * heads * tokens[1]
+        + 128 * heads * tokens[2] ** 2
+    )
+    of_backward = (
+        896 * heads * n_tokens * tokens[2]
+        + 896 * heads * n_tokens * min(128, n_tokens)
+        + 896 * heads * n_tokens * min(128, tokens[1])
+        + 128 * heads * n_tokens
+        + 128 * heads * tokens[1]
+    )
+    of_selection = (
+        192 * heads * n_tokens
+        + 128 * heads * tokens[1] * min(128, tokens[1])
+        + 192 * heads * tokens[1]
+        + 128 * heads * tokens[2] ** 2
+    )
+    return of_forward, of_backward, of_selection
+
+
+LEVELS = 2
+BLOCKS = (16, 16)  # b_1, b_2, ...
+SPANS = (1, 16, 256)  # P_0, P_1, ...
+LISTED = (0, 1)  # levels whose attended keys are the children of kept tokens
+ENRICHED = (1, 2)  # coarse levels that are attended
+WEIGHTED = True  # whether a key weighs as many tokens as it covers
+
+# ---- the same in every module from here on ---------------------------------------------------------------------------
+
+# What launches a whole pass, for the CUDA driver.
 PLAYER = r"""
+/* One call of C that launches a whole pass. The text is compiled by `player()` in player.py, which defines BASES and PARAMETERS.
+
+   A tape is the context of the GPU and the launches. A parameter of a kernel is a base and an offset from it: base 0 is 0,
+   base 1 the bits of the scale, the others are the addresses of the pass's tensors. */
 #include <Python.h>
 #include <stdatomic.h>
 #include <stdint.h>
@@ -2806,30 +2875,30 @@ DRIVER = (
     "cuLaunchKernel", "cuStreamIsCapturing", "cuThreadExchangeStreamCaptureMode", "cuGraphCreate", "cuGraphDestroy",
     "cuGraphAddKernelNode_v2", "cuGraphInstantiateWithFlags", "cuGraphExecDestroy", "cuGraphExecKernelNodeSetParams_v2",
     "cuGraphLaunch", "cuCtxGetCurrent", "cuCtxSetCurrent",
-)
+)  # fmt: skip
 
 
 @functools.cache
-def libcuda():
+def libcuda() -> ctypes.CDLL:
     """The CUDA driver, for ctypes."""
     return ctypes.CDLL("libcuda.so.1")
 
 
-def words_of(error):
+def words_of(error: int) -> str:
     """What the driver calls an error."""
     text = ctypes.c_char_p()
     libcuda().cuGetErrorString(error, ctypes.byref(text))
     return (text.value or b"unknown").decode()
 
 
-def said(error):
+def said(error: Exception) -> str:
     """An exception in words: kept itself, it would keep the tensors of its frames."""
     return f"{type(error).__name__}: {error}"
 
 
 @functools.cache
-def player():
-    """`play` and `graph` of PLAYER, compiled as Triton compiles its own driver and kept where Triton keeps that, and DRIVER.
+def player() -> Any:
+    """`play` and `graph` of PLAYER, compiled and kept as Triton does with its own driver, and the functions of DRIVER.
 
     What is wrong, in words, where that fails: it is tried once.
     """
@@ -2843,7 +2912,7 @@ def player():
         return said(error)
 
 
-def parameter_sizes(function):
+def parameter_sizes(function: int) -> list[int]:
     """The sizes in bytes of a kernel's parameters, as the driver knows them."""
     offset, size, found = ctypes.c_size_t(), ctypes.c_size_t(), []
     while True:
@@ -2855,7 +2924,9 @@ def parameter_sizes(function):
 
 MANY_GRAPHS = 512  # are kept: each takes some 100 KB of the GPU, and half a millisecond to make
 SOON = 32  # plays of tapes: what comes back within so many takes the place of another's graph
-ONE_BY_ONE = os.environ.get("CUDA_LAUNCH_BLOCKING") == "1"  # whoever asks which launch it was will not be told of a graph
+ONE_BY_ONE = (
+    os.environ.get("CUDA_LAUNCH_BLOCKING") == "1"
+)  # whoever asks which launch it was will not be told of a graph
 SIZES = {"i32": 4, "i64": 8, "fp32": 4}  # of a parameter, bytes, by Triton's name of its type; addresses take 8
 LAUNCH = os.environ.get("LLSA_GEN_LAUNCH") or "auto"
 if LAUNCH not in ("auto", "triton"):
@@ -2868,21 +2939,21 @@ MAKING = threading.Lock()  # a graph; nobody waits for it, for who has it may be
 
 
 class Argument(NamedTuple):
-    """What differs from call to call in the arguments of a launch, as `play` puts it together, and its value in this call."""
+    """What differs from call to call in the arguments of a launch, as `play` puts it together; its value now."""
 
     value: torch.Tensor | float
     base: int
     offset: int = 0
 
 
-def tell(why):
+def tell(why: str) -> None:
     """One warning, whatever else goes wrong later."""
     if not TOLD:
         TOLD.append(why)
         warnings.warn(f"{OPERATOR}: launching its kernels takes longer: {why}", RuntimeWarning, stacklevel=3)
 
 
-def give_up(error):
+def give_up(error: Exception) -> None:
     """From now on every launch is Triton's, as after LLSA_GEN_LAUNCH=triton."""
     global PLAIN
     PLAIN = True
@@ -2890,7 +2961,7 @@ def give_up(error):
 
 
 @functools.lru_cache(maxsize=256)
-def parameters_of(compiled):
+def parameters_of(compiled: Any) -> list[bool]:
     """Which arguments of a kernel are its parameters, one bool each; a RuntimeError where it takes more than these."""
     known = compiled.metadata
     kinds = list(compiled.src.signature.values())
@@ -2903,7 +2974,7 @@ def parameters_of(compiled):
     return taken
 
 
-def recorded(compiled, programs, arguments):
+def recorded(compiled: Any, programs: int, arguments: Sequence[Any]) -> bytes:
     """A launch as PLAYER reads it; a RuntimeError where that cannot play it."""
     parameters = []
     for argument in itertools.compress(arguments, parameters_of(compiled)):
@@ -2915,19 +2986,19 @@ def recorded(compiled, programs, arguments):
 
 
 class Graph:
-    """A pass as a CUDA graph, `made` until another takes its place, and the tick of CLOCK at which it was played last."""
+    """A pass as a CUDA graph, `made` until another takes its place, and the tick of CLOCK when it was played last."""
 
-    def __init__(self, made, played):
+    def __init__(self, made: Any, played: int) -> None:
         self.made, self.played = made, played
 
 
 class Tape:
-    """The launches of a pass, `parts`, on the GPU whose context is current; `kernels` are theirs, which have to stay loaded.
+    """The launches of a pass, `parts`, on the GPU whose context is current; `kernels` are theirs and stay loaded.
 
     graphs: by stream, for launches of one graph wait for each other. played: the tick of CLOCK of the last play, or 0.
     """
 
-    def __init__(self, kernels, parts):
+    def __init__(self, kernels: list[Any], parts: list[bytes]) -> None:
         context = ctypes.c_void_p()
         libcuda().cuCtxGetCurrent(ctypes.byref(context))
         self.graphs, self.played, self.refused = {}, 0, ONE_BY_ONE
@@ -2935,12 +3006,12 @@ class Tape:
         self.text, self.count = b"".join([struct.pack("P", context.value or 0), *parts]), len(parts)
         self.kernels = kernels  # the last to go, after graphs of them
 
-    def play(self, stream, scale, tensors):
+    def play(self, stream: int, scale: float, tensors: Sequence[torch.Tensor]) -> int:
         """Launch them all for these tensors; what the driver says of the launch that fails, or 0."""
         before, self.played = self.played, next(CLOCK)
         graph = self.graphs.get(stream)
         made = graph and graph.made
-        if made:
+        if graph and made:
             graph.played = self.played
         elif before and not self.refused:
             made = self.graph(stream, before)
@@ -2950,11 +3021,11 @@ class Tape:
             return 0
         return error
 
-    def graph(self, stream, before):
+    def graph(self, stream: int, before: int) -> Any:
         """The pass as a graph; None where there will be none now. `before` is the tick of the play before this one.
 
-        If there are as many as there may be, the least recently used one has to go, but only for a pass that comes back soon:
-        who goes round and round more shapes than that would make all of them in vain.
+        If there are as many as there may be, the least recently used one has to go, but only for a pass that comes back
+        soon: who goes round and round more shapes than that would make all of them in vain.
         """
         if (len(GRAPHS) >= MANY_GRAPHS and self.played - before > SOON) or not MAKING.acquire(blocking=False):
             return None
@@ -2975,31 +3046,31 @@ class Tape:
         finally:
             MAKING.release()
 
-    def refuse(self):
+    def refuse(self) -> None:
         """No graph any more: the driver takes none of this pass."""
         self.refused, self.graphs = True, {}
         tell("CUDA refuses a graph of them")
 
 
-def tile_of(at, kernel):
+def tile_of(at: Any, kernel: Any) -> tuple[str, int, dict[str, int]]:
     """The name of a kernel, its programs and its tile shapes."""
     name = (kernel[0] if isinstance(kernel, tuple) else kernel).__name__
     return name, *at.grids[name]
 
 
-def values_of(arguments):
+def values_of(arguments: Sequence[Any]) -> list[Any]:
     """What Triton takes."""
     return [x.value if isinstance(x, Argument) else x for x in arguments]
 
 
-def by_triton(at, kernel, *arguments):
+def by_triton(at: Any, kernel: Any, *arguments: Any) -> None:
     """Launch a kernel with its grid and tile shapes, or the one of a pair that fits, as Triton does it."""
     _, programs, tile = tile_of(at, kernel)
     kernel, tile = variant(kernel, tile)
     kernel[(programs,)](*values_of(arguments), **tile, **OPTIONS)
 
 
-def by_what_is_ready(at, kernel, *arguments):
+def by_what_is_ready(at: Any, kernel: Any, *arguments: Any) -> None:
     """Launch what Triton made of a kernel at the first call, so that it need not look for it again."""
     name, programs, _ = tile_of(at, kernel)
     compiled, shapes = at.ready[name]
@@ -3010,22 +3081,22 @@ def by_what_is_ready(at, kernel, *arguments):
 class Recorder:
     """Launches the kernels of a pass through Triton at the first call, and notes how: Triton needs to see no other.
 
-    Others are those that Triton does not tell apart, the calls of one `Prepared`. `why` says, in words, what went wrong in
-    noting, which is no reason to stop.
+    Others are those that Triton does not tell apart, the calls of one `Prepared`. `why` says, in words, what went wrong
+    in noting, which is no reason to stop.
     """
 
-    def __init__(self, at):
+    def __init__(self, at: Any) -> None:
         self.at, self.kernels, self.parts, self.why, self.unknown = at, [], [], None, False
 
     @contextlib.contextmanager
-    def noting(self):
+    def noting(self) -> Iterator[None]:
         try:
             yield
         except Exception as error:
             self.why = self.why or said(error)
 
-    def __call__(self, kernel, *arguments):
-        """Launch a kernel with its grid and tile shapes, or the one of a pair that fits; without programs, only compile it."""
+    def __call__(self, kernel: Any, *arguments: Any) -> None:
+        """Launch a kernel with its grid and tile shapes, or one of a pair; without programs, only compile it."""
         values = values_of(arguments)
         name, programs, tile = tile_of(self.at, kernel)
         chosen, taken = variant(kernel, tile)
@@ -3042,7 +3113,7 @@ class Recorder:
                 self.kernels.append(compiled)
                 self.parts.append(recorded(compiled, programs, arguments))
 
-    def tape(self):
+    def tape(self) -> Tape | None:
         """What was launched; None where that cannot be played."""
         if len(self.parts) < len(self.kernels):
             return None
@@ -3053,34 +3124,118 @@ class Recorder:
             return Tape(self.kernels, self.parts)
 
 
-def warm_others(kernel, tile, programs, values):
+def warm_others(kernel: Any, tile: dict[str, Any], programs: int, values: list[Any]) -> None:
     """Compile the variants of a kernel that another length may need: nothing is compiled then."""
     if "STREAM" in tile:
         warm(kernel, tile | {"STREAM": not tile["STREAM"]}, programs, values)
-    if "WHOLE" in tile:
+    if "WHOLE" in tile and LISTS_FILL:
         warm(kernel, tile | {"WHOLE": not tile["WHOLE"]}, programs, values)
     if "RUNS" in tile and has_runs(MANY_CANDIDATES, tile):
         warm(kernel, tile | {"RUNS": not tile["RUNS"]}, programs, values)
 
 
-def warm(kernel, tile, programs, values):
+def warm(kernel: Any, tile: dict[str, Any], programs: int, values: list[Any]) -> None:
     """Compile a kernel, or the one of a pair that fits, and do not launch it."""
     kernel, tile = variant(kernel, tile)
     kernel.warmup(*values, **tile, **OPTIONS, grid=(programs,))
 
 
-def empty_like(x):
+MANY_CANDIDATES = 1024  # of the coarsest level: from so many on, `best_by_runs` is the faster
+
+
+def has_runs(n_candidates: int, tile: dict[str, int]) -> bool:
+    """Whether runs of candidates are ranked first: many, dealt to several warps, and at least two to a run."""
+    return tile["SPLIT"] > 1 and tile["BLOCK_N"] >= 8 * tile["KEEP"] and n_candidates >= MANY_CANDIDATES
+
+
+def variant(kernel: Any, tile: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Which kernel a launch is, and what it takes of its tile shapes.
+
+    Of a pair, the one in Gluon where the schedule says HOPPER, the most registers that a thread of it may have, and
+    where it takes loose ends, or there are none; not in the interpreter, which knows no Gluon.
+    """
+    if not isinstance(kernel, tuple):
+        return kernel, {name: value for name, value in tile.items() if name != "HOPPER"}
+    tile = dict(tile)
+    registers = tile.pop("HOPPER", 0)
+    if INTERPRETED or not registers or not (LOOSE_IN_GLUON or tile.get("WHOLE", True)):
+        return kernel[0], tile
+    taken = {name: size for name, size in tile.items() if name == "num_warps" or name in kernel[1].arg_names}
+    return kernel[1], taken | {"maxnreg": registers}
+
+
+def is_watched() -> bool:
+    """Whether Triton tells somebody of launches, a profiler say: by a chain of its own, or what was put there."""
+    runtime, chain = triton.knobs.runtime, triton.knobs.HookChain
+    for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook):
+        if hook.calls if isinstance(hook, chain) else hook is not None:
+            return True
+    return False
+
+
+def ceil_div(a: int, b: int) -> int:
+    """ceil(a / b)."""
+    return -(-a // b)
+
+
+def own_dtypes(layout: str, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """The buffers of a layout and their dtypes; shares are rounded as their sum will be, where the range suffices."""
+    own: dict[Any, Any] = {"input": dtype, "share": dtype if dtype == torch.bfloat16 else torch.float32}
+    return {name: own.get(known, known) for name, known in LAYOUTS[layout].items()}
+
+
+def lay_out(layout: str, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> tuple[list[tuple[int, int]], int]:
+    """Where each buffer of a layout begins, at a multiple of 256, and ends in its memory; its length. In bytes."""
+    places, size = [], 0
+    for name, own in own_dtypes(layout, dtype).items():
+        length = math.prod(shapes[name]) * own.itemsize
+        places.append((size, size + length))
+        size += ceil_div(length, 256) * 256
+    return places, size
+
+
+def views_of(
+    memory: torch.Tensor, layout: str, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype
+) -> list[torch.Tensor]:
+    """The buffers of a layout as tensors in its memory."""
+    places, _ = lay_out(layout, shapes, dtype)
+    return [
+        memory[begin:end].view(own).view(shapes[name])
+        for (begin, end), (name, own) in zip(places, own_dtypes(layout, dtype).items(), strict=True)
+    ]
+
+
+def empty_like(x: torch.Tensor) -> torch.Tensor:
     """A contiguous tensor of the shape, the dtype and the device of `x`; `new_empty` takes torch twice as long."""
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def is_aligned(stride):
+def empty_saved(q: torch.Tensor) -> torch.Tensor:
+    """Memory for what the forward pass over `q` leaves to the backward pass."""
+    _, size = lay_out("saved", saved_shapes(q.shape[0] * q.shape[1], q.shape[2]), q.dtype)
+    return q.new_empty(size, dtype=torch.uint8)
+
+
+def empty_outputs(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The operator's outputs for inputs like `q`, not filled in: o, lse and what is saved."""
+    return empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32), empty_saved(q)
+
+
+def empty_selection(q: torch.Tensor, k: torch.Tensor) -> list[torch.Tensor]:
+    """The kept tokens of each level, finest first, not filled in."""
+    shapes = saved_shapes(q.shape[0] * q.shape[1], q.shape[2])
+    return [
+        q.new_empty((*q.shape[:2], *shapes[f"kept_l{level}"][1:]), dtype=torch.int32) for level in range(1, LEVELS + 1)
+    ]
+
+
+def is_aligned(stride: Sequence[int]) -> bool:
     """Whether a row's elements lie side by side, and rows begin at multiples of ROW_UNIT elements."""
     batches, heads, rows, step = stride
     return step == 1 and (batches | heads | rows) % ROW_UNIT.value == 0
 
 
-def aligned(x):
+def aligned(x: torch.Tensor) -> torch.Tensor:
     """`x`, copied only if its rows do not lie as kernels need them: see `is_aligned`.
 
     Not by `contiguous`, which leaves the stride of a single row as it is: kernels make addresses of rows beyond it too.
@@ -3089,8 +3244,8 @@ def aligned(x):
 
 
 @functools.cache
-def target_of(device):
-    """A GPU as the schedules name it, `cuda:90` or `hip:gfx942`; for one that they do not know, the nearest older one, or the oldest."""
+def target_of(device: torch.device) -> str:
+    """A GPU as the schedules name it; for one that they do not know, the nearest older one, or the oldest."""
     if device.type != "cuda":
         return "cuda:80"  # the interpreter, for which any schedule will do
     if torch.version.hip:
@@ -3100,16 +3255,16 @@ def target_of(device):
     return f"cuda:{max((arch for arch in known if arch <= 10 * major + minor), default=min(known))}"
 
 
-def schedule_for(device, dtype, n_tokens):
+def schedule_for(device: torch.device, dtype: torch.dtype, n_tokens: int) -> dict[str, dict[str, int]]:
     """Tile shapes of every kernel for a device, a dtype and a length."""
     by_length = SCHEDULES[target_of(device)][dtype.itemsize]
     return next(tiles for longest, tiles in by_length.items() if n_tokens <= longest)
 
 
-def prepare(tensors, has_grad_lse=False):
+def prepare(tensors: Sequence[torch.Tensor], has_grad_lse: bool = False) -> tuple[Any, ...]:
     """The `Prepared` for q, k, ... [B, H, N, D]; q, k, ..., `aligned`.
 
-    Triton also tells apart where a row begins, at a multiple of 16 bytes or not, and whether there is a gradient of lse.
+    Triton also tells apart where a row begins, at a multiple of 16 bytes or not, and whether lse has a gradient.
     """
     q = tensors[0]
     strides = tuple([x.stride() for x in tensors])
@@ -3119,191 +3274,116 @@ def prepare(tensors, has_grad_lse=False):
 
 
 @functools.lru_cache(maxsize=2048)
-def prepared(device, dtype, shape, strides, starts, has_grad_lse):
+def prepared(
+    device: torch.device, dtype: torch.dtype, shape: torch.Size, strides: tuple[tuple[int, ...], ...],
+    starts: tuple[int, ...], has_grad_lse: bool,
+) -> "Prepared | None":  # fmt: skip
     """One `Prepared` for all calls that Triton does not tell apart; None where tensors have to be copied first."""
     if not all(map(is_aligned, strides)):
         return None
     tiles = schedule_for(device, dtype, shape[2])
     # the kernels in Gluon copy 16 bytes at a time, and multiply a stride in 32 bits
     if any(starts) or any(stride[2] >= 2**30 for stride in strides):
-        tiles = {stage: {name: size for name, size in entry.items() if name != "HOPPER"} for stage, entry in tiles.items()}
+        tiles = {stage: {name: x for name, x in entry.items() if name != "HOPPER"} for stage, entry in tiles.items()}
     return Prepared(device, dtype, shape, strides, tiles)
 
 
-def pool_and_select(at, launch, q, k, v, k_l1, v_l1, k_l2, v_l2, counts_l1, counts_l2, kept_l1, kept_l2, memory):
-    """Fill in the pyramid and, from the coarsest level down, the tokens that are kept.
+class Prepared:
+    """What depends on shapes, strides, dtype and device alone, worked out at the first call with them.
 
-    Out: means of k and of v, [B*H, T_l, D]; how many queries keep each token, [B*H, T_l]; lists of kept tokens, [B*H, T_l, width], int32.
+    steps: between batches, heads and rows of each tensor. shapes: of every buffer. places, sizes: of buffers in the
+    memory of each layout and of that memory, see `lay_out`. grids: programs and tile shapes of every launch.
+    ready: what Triton made of each launch, so that it need not look for it again. tapes: the launches of each pass,
+    from its first call on, or None where that cannot be played. What else there is, `work_out` says.
     """
-    [q_l1, q_l2] = at.buffers(memory, "selection")
-    q_steps, k_steps, v_steps = at.steps
-    launch(
-        pool_l1_kernel,
-        q, *q_steps, k, *k_steps, v, *v_steps,
-        q_l1, k_l1, v_l1,
-        q_l2, k_l2, v_l2,
-        counts_l1, counts_l2,
-        at.heads_per_batch, at.heads, at.n_tokens,
-    )
-    launch(
-        select_l2_kernel,
-        q_l2, k_l2,
-        kept_l2, at.widths[2], counts_l2, at.n_tokens,
-    )
-    launch(
-        select_l1_kernel,
-        q_l1, k_l1, kept_l2, at.widths[2],
-        kept_l1, at.widths[1], counts_l1, v, *v_steps, v_l1, v_l2, at.late, at.heads_per_batch, at.n_tokens,
-    )
 
+    shapes: dict[str, tuple[int, ...]]
+    grids: dict[str, tuple[int, dict[str, int]]]
 
-def select_launches(at, launch, scale, q, k, v, saved, memory):
-    """The launches of `select_kernels`."""
-    _, _, *pyramid = at.buffers(saved, "saved")
-    pool_and_select(at, launch, q, k, v, *pyramid, memory)
+    def __init__(
+        self, device: torch.device, dtype: torch.dtype, shape: torch.Size, strides: tuple[tuple[int, ...], ...],
+        tiles: dict[str, dict[str, int]],
+    ) -> None:  # fmt: skip
+        self.device, self.dtype = device, dtype
+        batch, self.heads_per_batch, self.n_tokens, _ = shape
+        self.heads = batch * self.heads_per_batch
+        self.steps = [stride[:3] for stride in strides]
+        work_out(self, tiles)
+        self.places, self.sizes = {}, {}
+        for layout in LAYOUTS:
+            self.places[layout], self.sizes[layout] = lay_out(layout, self.shapes, dtype)
+        self.ready: dict[str, Any] = {}
+        self.tapes: dict[Callable[..., None], Any] = {}
 
+    def memory(self, layout: str) -> torch.Tensor:
+        """One piece of memory for all buffers of a layout."""
+        return torch.empty(self.sizes[layout], dtype=torch.uint8, device=self.device)
 
-def select_kernels(q, k):
-    """The kept tokens of each level, finest first, [B, H, T_l, width] each, by the Triton kernels."""
-    at, *tensors = prepare((q, k, k))  # k in place of v, whose means nobody will look at
-    saved = at.memory("saved")
-    at.run(select_launches, (*tensors, saved, at.memory("selection")))
-    lists = views_of(saved, "saved", at.shapes, q.dtype)[-2:]
-    return [kept.clone().view(*q.shape[:2], *kept.shape[1:]) for kept in lists]
+    def buffers(self, memory: Any, layout: str) -> list["Argument"]:
+        """The buffers of a layout in its memory, an `Argument`: an `Argument` each."""
+        views = views_of(memory.value, layout, self.shapes, self.dtype)
+        return [Argument(view, memory.base, begin) for view, (begin, _) in zip(views, self.places[layout], strict=True)]
 
+    def run(self, launches: Callable[..., None], tensors: Sequence[torch.Tensor], scale: float = 0.0) -> None:
+        """Launch a pass, whose function `launches` names its kernels in order, over tensors alike at every call.
 
-def attend_launches(at, launch, scale, q, k, v, o, lse, saved, memory):
-    """The launches of `attend_kernels`."""
-    [
-        peak, total, k_l1, v_l1, k_l2, v_l2,
-        counts_l1, counts_l2, kept_l1, kept_l2,
-    ] = at.buffers(saved, "saved")
-    pool_and_select(at, launch, q, k, v, k_l1, v_l1, k_l2, v_l2, counts_l1, counts_l2, kept_l1, kept_l2, memory)
-    q_steps, k_steps, v_steps = at.steps
-    arguments = (
-        q, *q_steps, k, *k_steps, v, *v_steps,
-        k_l1, v_l1,
-        k_l2, v_l2,
-        kept_l1, at.widths[1],
-        kept_l2, at.widths[2],
-        o, lse, peak, total, scale, at.heads_per_batch, at.n_tokens,
-    )
-    launch((attend_kernel, attend_hopper_kernel), *arguments)
-    if "attend_hopper_again_kernel" in at.grids:
-        launch(attend_hopper_again_kernel, *arguments)
+        The kernels read and write only these and, at `Argument.offset`, what lies in them; lengths and strides stay.
+        """
+        error = 0
+        if PLAIN:
+            self.launch(launches, functools.partial(by_triton, self), tensors, scale)
+        elif launches in self.tapes:
+            try:
+                error = self.again(launches, tensors, scale)
+            except Exception as reason:
+                # Some kernels may be launched already. All are again, from those on that clear what others count in.
+                # What is wrong with more than the way of launching, Triton says.
+                self.launch(launches, functools.partial(by_triton, self), tensors, scale)
+                give_up(reason)
+        else:
+            recorder = Recorder(self)
+            self.launch(launches, recorder, tensors, scale)
+            if not recorder.unknown:
+                self.tapes[launches] = recorder.tape()
+                if recorder.why is not None:
+                    tell(recorder.why)
+        if error:
+            raise RuntimeError(f"{OPERATOR}: CUDA error {error} at a launch: {words_of(error)}")
 
+    def again(self, launches: Callable[..., None], tensors: Sequence[torch.Tensor], scale: float) -> int:
+        """Launch a pass from its second call on; what the driver says of the launch that fails, or 0."""
+        tape = self.tapes[launches]
+        if tape is not None and not is_watched():
+            stream: int = triton.runtime.driver.active.get_current_stream(self.device.index)  # type: ignore[attr-defined]
+            return tape.play(stream, scale, tensors)
+        self.launch(launches, functools.partial(by_what_is_ready, self), tensors, scale)
+        return 0
 
-def attend_kernels(q, k, v, scale):
-    """o, lse and what the backward pass needs, memory of the layout `saved`, by the Triton kernels."""
-    at, q, k, v = prepare((q, k, v))
-    o, lse, saved = empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32), at.memory("saved")
-    at.run(attend_launches, (q, k, v, o, lse, saved, at.memory("selection")), scale)
-    return o, lse, saved
-
-
-def grad_launches(at, launch, scale, q, k, v, grad_o, o, saved, grad_q, grad_k, grad_v, memory, grad_lse=None):
-    """The launches of `grad_kernels`."""
-    [
-        peak, total, k_l1, v_l1, k_l2, v_l2,
-        counts_l1, counts_l2, kept_l1, kept_l2,
-    ] = at.buffers(saved, "saved")
-    [
-        delta, offsets_l1, keepers_l1, extra_l1, offsets_l2, keepers_l2,
-        extra_grad_k_l0, extra_grad_v_l0, split_grad_k_l1, split_grad_v_l1, split_grad_k_l2, split_grad_v_l2,
-        grad_k_l1, grad_v_l1, grad_k_l2, grad_v_l2,
-    ] = at.buffers(memory, "gradients")
-    q_steps, k_steps, v_steps, grad_o_steps = at.steps
-    q_rows, k_rows, v_rows, grad_o_rows = (q, *q_steps), (k, *k_steps), (v, *v_steps), (grad_o, *grad_o_steps)
-    heads_per_batch, n_tokens = at.heads_per_batch, at.n_tokens
-
-    launch(
-        scan_kernel,
-        counts_l1, counts_l2,
-        offsets_l1, extra_l1, at.part_lengths[0],
-        offsets_l2,
-        at.heads, n_tokens,
-    )
-    launch(
-        invert_l2_kernel,
-        kept_l2, at.widths[2], offsets_l2, keepers_l2, n_tokens,
-    )
-    launch(
-        invert_l1_kernel,
-        kept_l1, at.widths[1], offsets_l1, offsets_l2, keepers_l2, at.widths[2], keepers_l1, n_tokens,
-    )
-    launch(
-        (grad_q_kernel, grad_q_hopper_kernel),
-        *q_rows, *k_rows, *v_rows,
-        k_l1, v_l1,
-        k_l2, v_l2,
-        kept_l1, at.widths[1],
-        kept_l2, at.widths[2],
-        o, *grad_o_rows, grad_lse, peak, total, grad_q, delta, scale, heads_per_batch, n_tokens,
-    )
-    launch(
-        (grad_kv_l2_kernel, grad_kv_l2_hopper_kernel),
-        *q_rows, *grad_o_rows, peak, total, delta, k_l2, v_l2, split_grad_k_l2, split_grad_v_l2,
-        at.rows_l2, at.splits_l2, scale, heads_per_batch, n_tokens,
-    )
-    launch(
-        grad_kv_l2_sum_kernel,
-        split_grad_k_l2, split_grad_v_l2, grad_k_l2, grad_v_l2,
-        at.splits_l2, n_tokens,
-    )
-    launch(
-        (grad_kv_l1_kernel, grad_kv_l1_hopper_kernel),
-        *q_rows, *grad_o_rows, peak, total, delta, k_l1, v_l1, kept_l2, at.widths[2], split_grad_k_l1, split_grad_v_l1,
-        at.rows_l1, at.splits_l1, scale, heads_per_batch, n_tokens,
-    )
-    launch(
-        grad_kv_l1_sum_kernel,
-        split_grad_k_l1, split_grad_v_l1, kept_l2, at.widths[2], keepers_l2, offsets_l2, grad_k_l2, grad_v_l2, grad_k_l1, grad_v_l1,
-        at.splits_l1, n_tokens,
-    )
-    launch(
-        grad_kv_l0_extra_kernel,
-        *q_rows, *grad_o_rows, peak, total, delta, *k_rows, *v_rows,
-        keepers_l1, at.widths[1], offsets_l1, extra_l1, extra_grad_k_l0, extra_grad_v_l0, at.parts_l0, scale, heads_per_batch, n_tokens,
-    )
-    launch(
-        (grad_kv_l0_kernel, grad_kv_l0_hopper_kernel),
-        *q_rows, *grad_o_rows, peak, total, delta, *k_rows, *v_rows,
-        keepers_l1, at.widths[1], offsets_l1, extra_l1, extra_grad_k_l0, extra_grad_v_l0,
-        grad_k_l1, grad_v_l1, grad_k, grad_v, at.parts_l0, scale, heads_per_batch, n_tokens,
-    )
-
-
-def grad_kernels(grad_o, grad_lse, q, k, v, o, saved, scale):
-    """dq, dk, dv by the Triton kernels, from what `attend_kernels` returned; grad_lse may be None."""
-    at, q, k, v, grad_o = prepare((q, k, v, grad_o), grad_lse is not None)
-    grads = empty_like(q), empty_like(q), empty_like(q)
-    tensors = q, k, v, grad_o, o, saved, *grads, at.memory("gradients")
-    at.run(grad_launches, tensors if grad_lse is None else (*tensors, grad_lse), scale)
-    return grads
+    def launch(
+        self, launches: Callable[..., None], launch: Callable[..., None], tensors: Sequence[torch.Tensor], scale: float
+    ) -> None:
+        """Launch a pass, each of its kernels by `launch`."""
+        launches(self, launch, Argument(scale, 1), *[Argument(x, 2 + i) for i, x in enumerate(tensors)])
 
 
 # ---- the CPU path ----------------------------------------------------------------------------------------------------
 
-LEVELS = 2
-BLOCKS = (16, 16)  # b_1, b_2, ...
-SPANS = (1, 16, 256)  # P_0, P_1, ...
-TOPK = (8, 8)  # K_1, K_2, ...
-LISTED = (0, 1)  # levels whose attended keys are the children of kept tokens
 CHUNK = 2**24  # elements of the largest intermediate
+Tensors = Sequence[torch.Tensor]
 
 
-def slices(length, step):
+def slices(length: int, step: int) -> list[slice]:
     """Slices of `step`, at least 1, that cover range(length) in order; the last one may be shorter."""
     step = max(1, step)
     return [slice(first, min(first + step, length)) for first in range(0, length, step)]
 
 
-def block_sizes(n_tokens):
+def block_sizes(n_tokens: int) -> Sequence[int]:
     """b_1, b_2, ...; of a sequence shorter than a block N, 1, 1, ...: nothing is filled up to what it has none of."""
     return BLOCKS if n_tokens >= BLOCKS[0] else (n_tokens, *(1 for _ in BLOCKS[1:]))
 
 
-def blocks_of(x, block, run=None):
+def blocks_of(x: torch.Tensor, block: int, run: slice | None = None) -> torch.Tensor:
     """Rows in blocks, those of a run or all, the last one filled up with zeros: [H, T, D] to [H, R, block, D]."""
     if run is not None:
         x = x[:, run.start * block : run.stop * block]
@@ -3311,14 +3391,14 @@ def blocks_of(x, block, run=None):
     return (torch.nn.functional.pad(x, (0, 0, 0, missing)) if missing else x).unflatten(1, (-1, block))
 
 
-def put_blocks(to, run, blocks):
+def put_blocks(to: torch.Tensor, run: slice, blocks: torch.Tensor) -> None:
     """Write the blocks [H, R, b, ...] of a run to where `blocks_of` takes them from, in `to` [H, T, ...]."""
     first, rows = run.start * blocks.shape[2], blocks.flatten(1, 2)
     to = to[:, first : first + rows.shape[1]]
     to.copy_(rows[:, : to.shape[1]])
 
 
-def block_sums(x, block):
+def block_sums(x: torch.Tensor, block: int) -> torch.Tensor:
     """Sums over the blocks of x in float32: [H, T, D] to [H, ceil(T / block), D]."""
     heads, rows, dim = x.shape
     sums = x.new_empty((heads, ceil_div(rows, block), dim), dtype=torch.float32)
@@ -3327,13 +3407,13 @@ def block_sums(x, block):
     return sums
 
 
-def covered_tokens(level, n_tokens, device):
+def covered_tokens(level: int, n_tokens: int, device: torch.device) -> torch.Tensor:
     """c_l(j) of every token of a level, [T_l] float32."""
     first = torch.arange(0, n_tokens, SPANS[level], device=device)
     return (n_tokens - first).clamp(max=SPANS[level]).float()
 
 
-def token_means(x):
+def token_means(x: torch.Tensor) -> list[torch.Tensor]:
     """The pyramid of x [H, N, D]: L tensors [H, T_l, D], finest first, rounded to x's dtype once and float32 again."""
     means, sums, n_tokens = [], x, x.shape[1]
     for level, block in enumerate(block_sizes(n_tokens), start=1):
@@ -3343,30 +3423,36 @@ def token_means(x):
     return means
 
 
-def block_rows(blocks, kept):
+def enriched_by(x: torch.Tensor) -> list[torch.Tensor]:
+    """x [H, N, D] and its pyramid, if any level of it is attended."""
+    return [x, *token_means(x)] if ENRICHED else [x]
+
+
+def block_rows(blocks: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
     """Where the blocks of a list are in `blocks` [H, T, block, D] seen as [H * T, block, D]; block 0 for -1."""
     first = torch.arange(blocks.shape[0], device=kept.device)[:, None, None] * blocks.shape[1]
     return (kept.clamp(min=0) + first).flatten()
 
 
-def gather_blocks(blocks, kept):
+def gather_blocks(blocks: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
     """The blocks that a list names, side by side: [H, T, block, D] and [H, R, W] to [H, R, W * block, D]."""
-    return blocks.flatten(0, 1).index_select(0, block_rows(blocks, kept)).view(*kept.shape, *blocks.shape[2:]).flatten(2, 3)
+    found = blocks.flatten(0, 1).index_select(0, block_rows(blocks, kept))
+    return found.view(*kept.shape, *blocks.shape[2:]).flatten(2, 3)
 
 
-def scatter_add_blocks(total, kept, parts):
+def scatter_add_blocks(total: torch.Tensor, kept: torch.Tensor, parts: torch.Tensor) -> None:
     """Add what `gather_blocks` took from [H, T, block, D] back to where it came from, in place."""
     rows = parts.unflatten(2, (-1, total.shape[2])).flatten(0, 2)
     total.view(-1, *total.shape[2:]).index_add_(0, block_rows(total, kept), rows)
 
 
-def children_of(kept, block, n_tokens):
+def children_of(kept: torch.Tensor, block: int, n_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Children of the tokens in a list, and which of them exist: [H, R, W] to twice [H, R, W * block]."""
     child = (kept.long()[..., None] * block + torch.arange(block, device=kept.device)).flatten(2)
     return child, (child >= 0) & (child < n_tokens)
 
 
-def best_tokens(scores, token, exists, width):
+def best_tokens(scores: torch.Tensor, token: torch.Tensor, exists: torch.Tensor, width: int) -> torch.Tensor:
     """The `width` best tokens of each row, best first, of equal scores the lower token; -1 where fewer exist.
 
     scores [H, R, M, C] float32, overwritten; token and exists [H, R, C]; returns [H, R, M, width] int32.
@@ -3382,7 +3468,7 @@ def best_tokens(scores, token, exists, width):
     return torch.where(best == EMPTY.value, -1, 0x7FFFFFFF - (best & 0x7FFFFFFF)).int()
 
 
-def select_means(kept, q_means, k_means, n_tokens):
+def select_means(kept: Tensors, q_means: Tensors, k_means: Tensors, n_tokens: int) -> None:
     """Fill in the kept tokens [H, T_l, width] of each level, finest first, from the means [H, T_l, D] of each level."""
     heads, n_top, _ = k_means[-1].shape
     token = torch.arange(n_top, device=k_means[-1].device).expand(heads, 1, n_top)
@@ -3399,15 +3485,15 @@ def select_means(kept, q_means, k_means, n_tokens):
             put_blocks(kept[level - 1], run, best_tokens(scores, child, exists, kept[level - 1].shape[2]))
 
 
-def elements_seen(kept, n_tokens):
+def elements_seen(kept: Tensors, n_tokens: int) -> int:
     """Elements of the keys, values and logits of a block of queries of one head, the logits twice."""
     blocks = block_sizes(n_tokens)
     listed = sum(kept[level].shape[2] * blocks[level] for level in LISTED)
-    seen = listed + level_tokens(n_tokens)[LEVELS]
+    seen = listed + level_tokens(n_tokens)[LEVELS] if LEVELS in ENRICHED else listed
     return 2 * (listed * HEAD_DIM.value + seen * blocks[0])
 
 
-def slices_of_heads(kept, n_tokens):
+def slices_of_heads(kept: Tensors, n_tokens: int) -> list[slice]:
     """Slices of the heads: of so many that a block of queries of each, of any level, fits into CHUNK elements."""
     most = max(elements_seen(kept, n_tokens), level_tokens(n_tokens)[LEVELS])
     for lists, block in zip(kept[1:], block_sizes(n_tokens)[1:], strict=True):
@@ -3415,7 +3501,7 @@ def slices_of_heads(kept, n_tokens):
     return slices(kept[0].shape[0], CHUNK // most)
 
 
-def select_torch(q, k):
+def select_torch(q: torch.Tensor, k: torch.Tensor) -> list[torch.Tensor]:
     """The kept tokens of each level, finest first, in torch."""
     selection = empty_selection(q, k)
     q, k, *kept = (x.flatten(0, 1) for x in (q, k, *selection))
@@ -3424,18 +3510,20 @@ def select_torch(q, k):
     return selection
 
 
-def log_weights(level, token, exists, n_tokens):
-    """Logarithms of the weights c_l(j) of key tokens of a level; -inf for those that do not exist."""
-    return torch.where(exists, (n_tokens - token * SPANS[level]).clamp(max=SPANS[level]).float().log(), float("-inf"))
+def log_weights(level: int, token: torch.Tensor, exists: torch.Tensor, n_tokens: int) -> torch.Tensor:
+    """Logarithms of the weights c_l(j) of key tokens of a level, or 0; -inf for tokens that do not exist."""
+    weights = (n_tokens - token * SPANS[level]).clamp(max=SPANS[level]).float().log() if WEIGHTED else 0.0
+    return torch.where(exists, weights, float("-inf"))
 
 
 class Pyramid:
     """Keys and values of some heads as queries see them: every level in float32 and in blocks, and the kept tokens.
 
-    k_levels and v_levels: [H, T_l, D] of the levels, finest first; kept: [H, T_l, width] of every coarse level.
+    k_levels and v_levels: [H, T_l, D] of the levels, finest first; kept: [H, T_l, width] of every coarse level. top:
+    keys and values [H, T_L, D] and log weights [T_L] of the coarsest level, if all queries see it, or else None.
     """
 
-    def __init__(self, k_levels, v_levels, kept):
+    def __init__(self, k_levels: Tensors, v_levels: Tensors, kept: Tensors) -> None:
         self.kept = kept
         self.heads, self.n_tokens, _ = k_levels[0].shape
         self.blocks = block_sizes(self.n_tokens)
@@ -3443,20 +3531,21 @@ class Pyramid:
             [blocks_of(levels[level], self.blocks[level]).float().contiguous() for level in LISTED]
             for levels in (k_levels, v_levels)
         )
-        token = torch.arange(k_levels[-1].shape[1], device=k_levels[-1].device)
-        weights = log_weights(LEVELS, token, token >= 0, self.n_tokens)
-        self.top = k_levels[-1], v_levels[-1], weights  # [H, T_2, D] and [T_2]: all queries see level 2
+        self.top = None
+        if LEVELS in ENRICHED:
+            token = torch.arange(k_levels[-1].shape[1], device=k_levels[-1].device)
+            self.top = k_levels[-1], v_levels[-1], log_weights(LEVELS, token, token >= 0, self.n_tokens)
 
-    def runs(self):
+    def runs(self) -> list[slice]:
         """Slices of query blocks such that the keys, values and logits of each fit into CHUNK elements."""
         return slices(self.kept[0].shape[1], CHUNK // (self.heads * elements_seen(self.kept, self.n_tokens)))
 
-    def lists(self, run):
+    def lists(self, run: slice) -> list[torch.Tensor]:
         """What the query blocks of a run keep one level above each listed level: a list of [H, R, width]."""
         block = torch.arange(run.start, run.stop, device=self.kept[0].device)
         return [self.kept[level].index_select(1, block * SPANS[1] // SPANS[level + 1]) for level in LISTED]
 
-    def gather(self, lists):
+    def gather(self, lists: Tensors) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
         """Keys and values, lists of [H, R, C, D], and log weights, of [H, R, C], of the children of each list."""
         keys = [gather_blocks(blocks, kept) for blocks, kept in zip(self.k_blocks, lists, strict=True)]
         values = [gather_blocks(blocks, kept) for blocks, kept in zip(self.v_blocks, lists, strict=True)]
@@ -3467,12 +3556,15 @@ class Pyramid:
         return keys, values, weights
 
 
-def softmax_blocks(queries, keys, weights, top, scale):
+def softmax_blocks(
+    queries: torch.Tensor, keys: Tensors, weights: Tensors, top: Tensors | None, scale: float
+) -> tuple[Tensors, torch.Tensor]:
     """Softmax weights over all keys, a list of [H, R, b_1, C], and lse [H, R, b_1], of query blocks [H, R, b_1, D]."""
     logits = [(queries @ k.mT).mul_(scale).add_(weight[:, :, None]) for k, weight in zip(keys, weights, strict=True)]
-    k_top, _, weights_top = top
-    of_top = (queries.flatten(1, 2) @ k_top.mT).mul_(scale).add_(weights_top)
-    logits.append(of_top.unflatten(1, queries.shape[1:3]))
+    if top is not None:
+        k_top, _, weights_top = top
+        of_top = (queries.flatten(1, 2) @ k_top.mT).mul_(scale).add_(weights_top)
+        logits.append(of_top.unflatten(1, queries.shape[1:3]))
     sizes = [part.shape[-1] for part in logits]
     logits = torch.cat(logits, dim=-1)
     p = logits.softmax(-1)
@@ -3480,33 +3572,44 @@ def softmax_blocks(queries, keys, weights, top, scale):
     return p.split(sizes, dim=-1), lse
 
 
-def attend_blocks(queries, keys, values, weights, top, scale):
+def attend_blocks(
+    queries: torch.Tensor, keys: Tensors, values: Tensors, weights: Tensors, top: Tensors | None, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     """o [H, R, b_1, D] and lse [H, R, b_1] of query blocks [H, R, b_1, D]: one softmax over all their keys."""
     p, lse = softmax_blocks(queries, keys, weights, top, scale)
-    o = sum(part @ v for part, v in zip(p, values, strict=False))
-    _, v_top, _ = top
-    o = o + (p[-1].flatten(1, 2) @ v_top).unflatten(1, queries.shape[1:3])
+    o: Any = sum(part @ v for part, v in zip(p, values, strict=False))
+    if top is not None:
+        o = o + (p[-1].flatten(1, 2) @ top[1]).unflatten(1, queries.shape[1:3])
     return o, lse
 
 
-def grad_attend_blocks(grad_o, grad_lse, queries, keys, values, weights, top, scale):
-    """dq, then dk and dv as lists like keys and values; those of the top level last, from the gradients of o [H, R, b_1, D] and lse [H, R, b_1, 1], or 0."""
+def grad_attend_blocks(
+    grad_o: torch.Tensor, grad_lse: torch.Tensor | float, queries: torch.Tensor, keys: Tensors, values: Tensors,
+    weights: Tensors, top: Tensors | None, scale: float,
+) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:  # fmt: skip
+    """dq, then dk and dv as lists like keys and values, and at their end those of `top`.
+
+    From the gradients of o [H, R, b_1, D] and lse [H, R, b_1, 1], or 0.
+    """
     p, _ = softmax_blocks(queries, keys, weights, top, scale)
     dp = [grad_o @ v.mT for v in values]
-    k_top, v_top, _ = top
-    dp.append((grad_o.flatten(1, 2) @ v_top.mT).unflatten(1, queries.shape[1:3]))
+    if top is not None:
+        dp.append((grad_o.flatten(1, 2) @ top[1].mT).unflatten(1, queries.shape[1:3]))
     delta = sum((part * grad).sum(-1, keepdim=True) for part, grad in zip(p, dp, strict=True)) - grad_lse
     ds = [grad.sub_(delta).mul_(part).mul_(scale) for part, grad in zip(p, dp, strict=True)]
-    dq = sum(part @ k for part, k in zip(ds, keys, strict=False))
+    dq: Any = sum(part @ k for part, k in zip(ds, keys, strict=False))
     dk = [part.mT @ queries for part in ds[: len(keys)]]
     dv = [part.mT @ grad_o for part in p[: len(keys)]]
-    dq = dq + (ds[-1].flatten(1, 2) @ k_top).unflatten(1, queries.shape[1:3])
-    dk.append(ds[-1].flatten(1, 2).mT @ queries.flatten(1, 2))
-    dv.append(p[-1].flatten(1, 2).mT @ grad_o.flatten(1, 2))
+    if top is not None:
+        dq = dq + (ds[-1].flatten(1, 2) @ top[0]).unflatten(1, queries.shape[1:3])
+        dk.append(ds[-1].flatten(1, 2).mT @ queries.flatten(1, 2))
+        dv.append(p[-1].flatten(1, 2).mT @ grad_o.flatten(1, 2))
     return dq, dk, dv
 
 
-def attend_torch(q, k, v, scale):
+def attend_torch(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """o, lse and what the backward pass needs, in torch: of the layout `saved`, the kept tokens alone."""
     o, lse, saved = empty_outputs(q)
     kept = saved_lists(saved.zero_(), q)
@@ -3517,11 +3620,13 @@ def attend_torch(q, k, v, scale):
     return o, lse, saved
 
 
-def attend_heads(o, lse, kept, q, k, v, scale):
+def attend_heads(
+    o: torch.Tensor, lse: torch.Tensor, kept: Tensors, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+) -> None:
     """Fill in o [H, N, D], lse [H, N] and the kept tokens of every level, finest first, of some heads."""
     k_levels = [k, *token_means(k)]
     select_means(kept, token_means(q), k_levels[1:], q.shape[1])
-    pyramid = Pyramid(k_levels, [v, *token_means(v)], kept)
+    pyramid = Pyramid(k_levels, enriched_by(v), kept)
     for run in pyramid.runs():
         queries = blocks_of(q, pyramid.blocks[0], run).float().contiguous()
         part_o, part_lse = attend_blocks(queries, *pyramid.gather(pyramid.lists(run)), pyramid.top, scale)
@@ -3529,13 +3634,16 @@ def attend_heads(o, lse, kept, q, k, v, scale):
         put_blocks(lse, run, part_lse)
 
 
-def saved_lists(saved, q):
+def saved_lists(saved: torch.Tensor, q: torch.Tensor) -> list[torch.Tensor]:
     """The kept tokens of each level, finest first, in what the forward pass over q left to the backward pass."""
     heads, n_tokens = q.shape[0] * q.shape[1], q.shape[2]
     return views_of(saved, "saved", saved_shapes(heads, n_tokens), q.dtype)[-LEVELS:]
 
 
-def grad_torch(grad_o, grad_lse, q, k, v, saved, scale):
+def grad_torch(
+    grad_o: torch.Tensor, grad_lse: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+    saved: torch.Tensor, scale: float,
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
     """dq, dk, dv in torch: the softmax of every run of query blocks once more, then the pooling backwards."""
     kept = saved_lists(saved, q)
     grads = tuple(empty_like(q) for _ in range(3))
@@ -3549,38 +3657,41 @@ def grad_torch(grad_o, grad_lse, q, k, v, saved, scale):
     return grads
 
 
-def grad_heads(dq, dk, dv, kept, grad_o, grad_lse, q, k, v, scale):
+def grad_heads(
+    dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor, kept: Tensors, grad_o: torch.Tensor,
+    grad_lse: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float,
+) -> None:  # fmt: skip
     """Fill in dq, dk, dv [H, N, D] of some heads."""
-    pyramid = Pyramid([k, *token_means(k)], [v, *token_means(v)], kept)
+    pyramid = Pyramid(enriched_by(k), enriched_by(v), kept)
     grad_k = [torch.zeros_like(blocks) for blocks in pyramid.k_blocks]
     grad_v = [torch.zeros_like(blocks) for blocks in pyramid.v_blocks]
-    grad_k_top, grad_v_top = torch.zeros_like(pyramid.top[0]), torch.zeros_like(pyramid.top[1])
+    of_top = [] if pyramid.top is None else [torch.zeros_like(x) for x in pyramid.top[:2]]
     for run in pyramid.runs():
         lists = pyramid.lists(run)
         queries, grads = (blocks_of(x, pyramid.blocks[0], run).float().contiguous() for x in (q, grad_o))
         of_lse = 0.0 if grad_lse is None else blocks_of(grad_lse, pyramid.blocks[0], run)
-        part_q, parts_k, parts_v = grad_attend_blocks(grads, of_lse, queries, *pyramid.gather(lists), pyramid.top, scale)
+        gathered = pyramid.gather(lists)
+        part_q, parts_k, parts_v = grad_attend_blocks(grads, of_lse, queries, *gathered, pyramid.top, scale)
         put_blocks(dq, run, part_q)
         for total_k, total_v, above, part_k, part_v in zip(grad_k, grad_v, lists, parts_k, parts_v, strict=False):
             scatter_add_blocks(total_k, above, part_k)
             scatter_add_blocks(total_v, above, part_v)
-        grad_k_top += parts_k[-1]
-        grad_v_top += parts_v[-1]
+        for total, parts in zip(of_top, (parts_k, parts_v), strict=False):
+            total += parts[-1]
 
-    grad_k = [blocks.flatten(1, 2) for blocks in grad_k]
-    grad_v = [blocks.flatten(1, 2) for blocks in grad_v]
-    grad_k.append(grad_k_top)
-    grad_v.append(grad_v_top)
-    put_sums(dk, grad_k)
-    put_sums(dv, grad_v)
+    put_sums(dk, [*(blocks.flatten(1, 2) for blocks in grad_k), *of_top[:1]])
+    put_sums(dv, [*(blocks.flatten(1, 2) for blocks in grad_v), *of_top[1:]])
 
 
-def put_sums(to, sums):
+def put_sums(to: torch.Tensor, sums: Tensors) -> None:
     """Write to `to` [H, N, D] the sums of each token, and its share of the sums of the means that it is part of."""
+    if not ENRICHED:
+        to.copy_(sums[0][:, : to.shape[1]])
+        return
     heads, n_tokens, dim = to.shape
     for run in slices(n_tokens, CHUNK // (heads * dim)):
         token, rows = torch.arange(run.start, run.stop, device=to.device), sums[0][:, run]
-        for level, coarse in zip((1, 2), sums[1:], strict=True):
+        for level, coarse in zip(ENRICHED, sums[1:], strict=True):
             above = token // SPANS[level]
             share = 1.0 / covered_tokens(level, n_tokens, to.device)[above][:, None]
             rows += coarse.index_select(1, above).mul_(share)
@@ -3589,7 +3700,6 @@ def put_sums(to, sums):
 
 # ---- the operator ----------------------------------------------------------------------------------------------------
 
-
 try:
     from torch._C import _len_torch_dispatch_stack, _len_torch_function_stack
     from torch._C._functorch import is_functorch_wrapped_tensor, is_legacy_batchedtensor, peek_interpreter_stack
@@ -3597,14 +3707,14 @@ try:
 except ImportError:  # torch's own names: where they are gone, every call is taken for a watched one
     _len_torch_dispatch_stack = None
 
-    def is_legacy_batchedtensor(x):
+    def is_legacy_batchedtensor(tensor: torch.Tensor) -> bool:
         return False
 
 
 USUAL = {torch.Tensor, torch.nn.Parameter}
 
 
-def is_plain(*tensors):
+def is_plain(*tensors: torch.Tensor) -> bool:
     """Whether nothing watches what happens to these tensors: no compiler, mode, transform, profiler, no subclass.
 
     Torch's dispatcher then has nothing to add, and takes longer than the kernels up to some 16,000 tokens.
@@ -3623,7 +3733,7 @@ def is_plain(*tensors):
     )
 
 
-def is_transformed():
+def is_transformed() -> bool:
     """Whether a transform of torch.func is at work, which knows `Attend` but not how torch differentiates operators."""
     return torch._C._are_functorch_transforms_active()
 
@@ -3631,42 +3741,26 @@ def is_transformed():
 ON_CURRENT_DEVICE = contextlib.nullcontext()
 
 
-def on_device_of(x):
+def on_device_of(x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
     """Kernels are launched on the current GPU: make it that of `x`."""
     if x.is_cuda and x.get_device() != torch.cuda.current_device():
         return torch.cuda.device(x.device)
     return ON_CURRENT_DEVICE
 
 
-def without_autocast():
+def without_autocast() -> contextlib.AbstractContextManager[Any]:
     """What the CPU path multiplies is float32 on purpose, and autocast would round it."""
     return torch.autocast("cpu", enabled=False)
 
 
-def runs_kernels(x):
+def runs_kernels(x: torch.Tensor) -> bool:
     """Whether the Triton kernels take `x`: on a GPU, or anywhere in Triton's interpreter."""
     return x.is_cuda or INTERPRETED
 
 
-def empty_saved(q):
-    """Memory for what the forward pass over `q` leaves to the backward pass."""
-    _, size = lay_out("saved", saved_shapes(q.shape[0] * q.shape[1], q.shape[2]), q.dtype)
-    return q.new_empty(size, dtype=torch.uint8)
-
-
-def empty_outputs(q):
-    """The operator's outputs for inputs like `q`, not filled in: o, lse and what is saved."""
-    return empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32), empty_saved(q)
-
-
-def empty_selection(q, k):
-    """The kept tokens of each level, finest first, not filled in."""
-    shapes = saved_shapes(q.shape[0] * q.shape[1], q.shape[2])
-    lists = [shapes[name] for name in ("kept_l1", "kept_l2",)]
-    return [q.new_empty((*q.shape[:2], *shape[1:]), dtype=torch.int32) for shape in lists]
-
-
-def forward(q, k, v, scale):
+def forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """o, lse and what the backward pass needs, memory of the layout `saved`."""
     if q.numel() == 0:
         return empty_outputs(q)
@@ -3677,14 +3771,17 @@ def forward(q, k, v, scale):
         return attend_kernels(q, k, v, scale)
 
 
-def in_one_piece(x):
-    """What was saved, copied only if it lies apart by now or begins at no multiple of 16 bytes: hooks may keep it anywhere."""
+def in_one_piece(x: torch.Tensor) -> torch.Tensor:
+    """What was saved, copied only if it lies apart or begins at no multiple of 16 bytes: hooks may keep it anywhere."""
     if x.is_contiguous() and x.data_ptr() % 16 == 0:
         return x
     return x.clone(memory_format=torch.contiguous_format)
 
 
-def backward(grad_o, grad_lse, q, k, v, o, saved, scale):
+def backward(
+    grad_o: torch.Tensor, grad_lse: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+    o: torch.Tensor, saved: torch.Tensor, scale: float,
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
     """dq, dk, dv, [B, H, N, D] each, from the gradient of o and, if it has one, that of lse."""
     if q.numel() == 0:
         return tuple(empty_like(q) for _ in range(3))
@@ -3698,7 +3795,7 @@ def backward(grad_o, grad_lse, q, k, v, o, saved, scale):
         return grad_kernels(grad_o, grad_lse, q, k, v, in_one_piece(o), saved, scale)
 
 
-def select_forward(q, k):
+def select_forward(q: torch.Tensor, k: torch.Tensor) -> list[torch.Tensor]:
     """The kept tokens of each level, finest first, [B, H, T_l, width] each."""
     if q.numel() == 0:
         return empty_selection(q, k)
@@ -3709,12 +3806,12 @@ def select_forward(q, k):
         return select_kernels(q, k)
 
 
-def operator(suffix, function, *tensors):
+def operator(suffix: str, function: Callable[..., Any], *tensors: torch.Tensor) -> Callable[..., Any]:
     """What computes over these tensors: the function itself or, if anything watches, torch's operator of that name."""
     return function if is_plain(*tensors) else getattr(torch.ops.llsa, OPERATOR + suffix)
 
 
-def save_for_backward(ctx, inputs, output):
+def save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     """Keep what `differentiate` reads."""
     q, k, v, ctx.scale = inputs
     o, _, saved = output
@@ -3723,7 +3820,9 @@ def save_for_backward(ctx, inputs, output):
     ctx.save_for_backward(q, k, v, o, saved)
 
 
-def differentiate(ctx, grad_o, grad_lse, *_):
+def differentiate(
+    ctx: Any, grad_o: torch.Tensor | None, grad_lse: torch.Tensor | None, *_: object
+) -> tuple[torch.Tensor | None, ...]:
     """Gradients of the operator's inputs from those of o and lse; the selection is held fixed."""
     if grad_o is None and grad_lse is None:
         return None, None, None, None
@@ -3749,28 +3848,28 @@ class Attend(torch.autograd.Function):
 
 
 # Without transforms: torch's own `apply` looks up the signature of `forward` at every call.
-attend_eagerly = super(torch.autograd.Function, Attend).apply
+attend_eagerly = super(torch.autograd.Function, Attend).apply  # type: ignore[attr-defined]
 
 
-def folded(size, dims, tensors):
-    """Tensors that torch.func.vmap has batched, `size` times: that dimension, at `dims` or missing, as part of the batch."""
+def folded(size: int, dims: Sequence[int | None], tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Tensors that vmap has batched, `size` times: that dimension, at `dims` or missing, as part of the batch."""
     batched = [x if at is None else x.movedim(at, 0) for x, at in zip(tensors, dims, strict=True)]
     return [(x.expand(size, *x.shape) if at is None else x).flatten(0, 1) for x, at in zip(batched, dims, strict=True)]
 
 
-def unfolded(size, *tensors):
+def unfolded(size: int, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """The batch of each in `size` parts, which become the first dimension, as vmap wants it."""
     return tuple(x.unflatten(0, (size, x.shape[0] // size)) for x in tensors)
 
 
-def places_of_saved(size, shape, dtype):
-    """Where each buffer that is saved lies: of tensors of a shape, and of `size` of them in one batch; both with the length."""
+def places_of_saved(size: int, shape: Sequence[int], dtype: torch.dtype) -> list[tuple[list[tuple[int, int]], int]]:
+    """Where each buffer that is saved lies, and their length: for tensors of a shape, and for `size` in one batch."""
     heads, n_tokens = shape[0] * shape[1], shape[2]
     return [lay_out("saved", saved_shapes(many * heads, n_tokens), dtype) for many in (1, size)]
 
 
-def saved_apart(size, saved, shape, dtype):
-    """What a pass over `size` tensors of a shape at once has saved, as [size, bytes]: a row is what each would have saved."""
+def saved_apart(size: int, saved: torch.Tensor, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """What a pass over `size` tensors of a shape at once has saved, [size, bytes]: a row is what each would have."""
     (apart_at, length), (together_at, _) = places_of_saved(size, shape, dtype)
     apart = saved.new_zeros((size, length))
     for (begin, end), (start, stop) in zip(apart_at, together_at, strict=True):
@@ -3778,7 +3877,7 @@ def saved_apart(size, saved, shape, dtype):
     return apart
 
 
-def saved_together(apart, shape, dtype):
+def saved_together(apart: torch.Tensor, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     """The inverse: from [size, bytes] what one pass over all would have saved."""
     (apart_at, _), (together_at, length) = places_of_saved(apart.shape[0], shape, dtype)
     together = apart.new_zeros(length)
@@ -3791,15 +3890,17 @@ class AttendTransformed(Attend):
     """The same under the transforms of torch.func."""
 
     @staticmethod
-    def forward(q, k, v, scale):
+    def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> Any:
         return operator("", forward, q, k, v)(q, k, v, scale)
 
     @staticmethod
-    def jvp(ctx, *_):
+    def jvp(ctx: Any, *_: object) -> Any:
         raise NotImplementedError(f"{OPERATOR}: forward-mode derivatives are not available")
 
     @staticmethod
-    def vmap(info, dims, q, k, v, scale):
+    def vmap(
+        info: Any, dims: tuple[int | None, ...], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+    ) -> Any:
         size = info.batch_size
         q, k, v = folded(size, dims[:3], (q, k, v))
         o, lse, saved = AttendTransformed.apply(q, k, v, scale)
@@ -3811,22 +3912,28 @@ class Differentiate(torch.autograd.Function):
     """The backward pass where torch may differentiate it: that raises, better than terms that are missing."""
 
     @staticmethod
-    def forward(grad_o, grad_lse, q, k, v, o, saved, scale):
+    def forward(
+        grad_o: torch.Tensor, grad_lse: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+        o: torch.Tensor, saved: torch.Tensor, scale: float,
+    ) -> tuple[torch.Tensor, ...]:  # fmt: skip
         run = operator("_backward", backward, grad_o, q, k, v)
         return tuple(run(grad_o, grad_lse, q, k, v, o, saved, scale))
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         pass
 
     @staticmethod
-    def backward(ctx, *_):
+    def backward(ctx: Any, *_: object) -> Any:
         raise NotImplementedError(f"{OPERATOR}: gradients of gradients are not available")
 
     jvp = backward
 
     @staticmethod
-    def vmap(info, dims, grad_o, grad_lse, q, k, v, o, saved, scale):
+    def vmap(
+        info: Any, dims: tuple[int | None, ...], grad_o: torch.Tensor, grad_lse: torch.Tensor | None, q: torch.Tensor,
+        k: torch.Tensor, v: torch.Tensor, o: torch.Tensor, saved: torch.Tensor, scale: float,
+    ) -> Any:  # fmt: skip
         size, (at_o, at_lse, *at, at_saved, _) = info.batch_size, dims
         grad_o, q, k, v, o = folded(size, (at_o, *at), (grad_o, q, k, v, o))
         if grad_lse is not None:
@@ -3837,44 +3944,16 @@ class Differentiate(torch.autograd.Function):
         return unfolded(size, *grads), (0, 0, 0)
 
 
-def select_batched(info, dims, q, k):
+def select_batched(info: Any, dims: tuple[int | None, ...], q: torch.Tensor, k: torch.Tensor) -> Any:
     """torch.func.vmap of the selection."""
     kept = getattr(torch.ops.llsa, OPERATOR + "_select")(*folded(info.batch_size, dims, (q, k)))
     return list(unfolded(info.batch_size, *kept)), [0] * len(kept)
 
 
-def flops(heads, n_tokens):
-    """FLOPs of the forward pass, of the backward pass and of the selection alone, as llsa_gen's cost model counts them."""
-    tokens = level_tokens(n_tokens)
-    of_forward = (
-        256 * heads * n_tokens * tokens[2]
-        + 256 * heads * n_tokens * min(128, n_tokens)
-        + 256 * heads * n_tokens * min(128, tokens[1])
-        + 192 * heads * n_tokens
-        + 128 * heads * tokens[1] * min(128, tokens[1])
-        + 192 * heads * tokens[1]
-        + 128 * heads * tokens[2] ** 2
-    )
-    of_backward = (
-        896 * heads * n_tokens * tokens[2]
-        + 896 * heads * n_tokens * min(128, n_tokens)
-        + 896 * heads * n_tokens * min(128, tokens[1])
-        + 128 * heads * n_tokens
-        + 128 * heads * tokens[1]
-    )
-    of_selection = (
-        192 * heads * n_tokens
-        + 128 * heads * tokens[1] * min(128, tokens[1])
-        + 192 * heads * tokens[1]
-        + 128 * heads * tokens[2] ** 2
-    )
-    return of_forward, of_backward, of_selection
+def register() -> torch.library.Library | None:
+    """Make the operators known to torch, once a process: their name carries the hash of this text.
 
-
-def register():
-    """Make the operators known to torch, once a process: their name carries the hash of this text but for header and comments.
-
-    Raises RuntimeError if another text has taken it: one of the two was edited, but for header and comments.
+    Raises RuntimeError if another text has taken it: one of the two was edited, and not only in header and comments.
     """
     source = "".join(linecache.getlines(__file__, globals()))
     if hasattr(torch.ops.llsa, OPERATOR):
@@ -3896,7 +3975,9 @@ def register():
         library.impl(OPERATOR + suffix, function, "CPU")
         library.impl(OPERATOR + suffix, function, "CUDA")
 
-    def fake_backward(grad_o, grad_lse, q, k, v, o, saved, scale):
+    def fake_backward(
+        grad_o: torch.Tensor, grad_lse: torch.Tensor | None, q: torch.Tensor, *_: object
+    ) -> tuple[torch.Tensor, ...]:
         return tuple(empty_like(q) for _ in range(3))
 
     name = f"llsa::{OPERATOR}"
@@ -3906,7 +3987,7 @@ def register():
     torch.library.register_autograd(name, differentiate, setup_context=save_for_backward, lib=library)
     torch.library.register_vmap(name + "_select", select_batched, lib=library)
 
-    def count(which, q_shape):
+    def count(which: int, q_shape: Sequence[int]) -> int:
         batch, heads, n_tokens, _ = q_shape
         return flops(batch * heads, n_tokens)[which]
 
@@ -3918,7 +3999,7 @@ def register():
     return library
 
 
-def meaning(source):
+def meaning(source: str) -> str:
     """What a module's text means to Python: all but comments, the header, and the description in SPEC."""
     _, *body = ast.parse(source).body
     for statement in body:
@@ -3927,18 +4008,16 @@ def meaning(source):
     return ast.dump(ast.Module(body, []))
 
 
-LIBRARY = register() or globals().get("LIBRARY")  # which a reload of this module must not drop
-
-
-def may_be_dual():
-    """Whether tensors may carry forward-mode tangents: not outside all levels of those, whose number is torch's own name."""
+def may_be_dual() -> bool:
+    """Whether tensors may carry forward-mode tangents: not outside all of torch's levels of those."""
     return getattr(torch.autograd.forward_ad, "_current_level", 0) >= 0
 
 
-def check(tensors):
+def check(tensors: dict[str, torch.Tensor]) -> None:
     """One clear error for tensors that the operator does not take."""
     first, q = next(iter(tensors.items()))
     dual = may_be_dual() and not torch.compiler.is_compiling()
+    like: Any = None
     for name, x in tensors.items():
         if not isinstance(x, torch.Tensor):
             raise TypeError(f"{name}: expected a tensor [B, H, N, {HEAD_DIM.value}], got {type(x).__name__}")
@@ -3964,29 +4043,34 @@ def check(tensors):
     if q.device.type not in ("cpu", "cuda", "meta"):
         raise ValueError(f"{first}: expected a tensor on the CPU, a GPU (cuda) or meta, got device {q.device}")
     if not torch.compiler.is_compiling() and q.shape[2] > MAX_TOKENS:  # a bound of dynamic lengths would be a guard
-        raise ValueError(f"{first}: expected at most {MAX_TOKENS} tokens, got N = {q.shape[2]} in shape {list(q.shape)}")
+        raise ValueError(
+            f"{first}: expected at most {MAX_TOKENS} tokens, got N = {q.shape[2]} in shape {list(q.shape)}"
+        )
 
 
-def autocast(*tensors):
+def autocast(*tensors: torch.Tensor) -> Sequence[torch.Tensor]:
     """The tensors in the dtype of torch.autocast where that is on, as torch's own attention takes them."""
     if not (torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu")):
         return tensors
     return [autocast_one(x) for x in tensors]
 
 
-def autocast_one(x):
+def autocast_one(x: torch.Tensor) -> torch.Tensor:
     """`x` in the dtype of torch.autocast on its device."""
-    if isinstance(x, torch.Tensor) and x.dtype in DTYPES and x.device.type in ("cpu", "cuda"):
-        if torch.is_autocast_enabled(x.device.type):
-            return x.to(torch.get_autocast_dtype(x.device.type))
+    takes_part = isinstance(x, torch.Tensor) and x.dtype in DTYPES and x.device.type in ("cpu", "cuda")
+    if takes_part and torch.is_autocast_enabled(x.device.type):
+        return x.to(torch.get_autocast_dtype(x.device.type))
     return x
 
 
-def attention(q, k, v, *, scale=None, return_lse=False):
-    """Log-linear sparse attention over q, k, v [B, H, N, 64]: o [B, H, N, 64], differentiable.
+def attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float | None = None, return_lse: bool = False
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Log-linear sparse attention over q, k, v [B, H, N, D]: o [B, H, N, D], differentiable.
 
-    Any strides; float32, float16 or bfloat16, on a GPU or the CPU; under torch.autocast in its dtype. The logits are `scale` * q.k, 1/sqrt(64) unless
-    given. With return_lse also the natural logarithm of the sum of weights, [B, H, N] float32, differentiable too.
+    Any strides; float32, float16 or bfloat16, on a GPU or the CPU; under torch.autocast in its dtype. The logits are
+    `scale` * q.k, 1/sqrt(D) unless given. With return_lse also the natural logarithm of the sum of weights, [B, H, N]
+    float32, differentiable too.
     """
     q, k, v = autocast(q, k, v)
     check({"q": q, "k": k, "v": v})
@@ -4002,12 +4086,15 @@ def attention(q, k, v, *, scale=None, return_lse=False):
         run = attend_eagerly if needs_grad else forward
     else:
         run = AttendTransformed.apply if is_transformed() else getattr(torch.ops.llsa, OPERATOR)
-    o, lse, _ = run(q, k, v, float(scale))
+    o, lse, _ = run(q, k, v, float(scale))  # type: ignore[arg-type]
     return (o, lse) if return_lse else o
 
 
-def select(q, k):
+def select(q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """What `attention` selects: per level, finest first, [B, H, T_l, width] int32 kept key tokens, -1 where fewer."""
     q, k = autocast(q, k)
     check({"q": q, "k": k})
     return tuple(operator("_select", select_forward, q, k)(q, k))
+
+
+LIBRARY = register() or globals().get("LIBRARY")  # which a reload of this module must not drop

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from llsa_gen import emit, forks, schedule
+from llsa_gen import emit, forks, runtime, schedule
 from llsa_gen.errors import KernelCompileError, SettingError
 from llsa_gen.plan import Plan, lower
 from llsa_gen.spec import Spec, load
@@ -113,6 +113,7 @@ def cache_key(plan: Plan, schedules: schedule.Schedules) -> Key:
     package = Path(__file__).parent
     parts = {"spec": plan.spec.digest, "schedule": _digest(repr(schedules).encode())}
     parts |= {f"template:{name}": digest for name, digest in emit.template_digests().items()}
+    parts |= {f"runtime:{name}": digest for name, digest in runtime.digests().items()}
     parts |= {f"generator:{name}": _digest((package / name).read_bytes()) for name in GENERATORS}
     parts |= {name: version(name) for name in ("torch", "triton")}
     parts["llsa_gen"] = emit.generator_version()

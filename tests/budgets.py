@@ -1,6 +1,6 @@
 """The stored cost of every kernel, tests/budgets.json: how it is measured, and the command that measures it again.
 
-    .venv/bin/python tests/budgets.py                  # everything: a few minutes
+    .venv/bin/python tests/budgets.py                  # everything: a quarter of an hour; tests/compiled.json too
     .venv/bin/python tests/budgets.py llsa_l2 cuda:90  # only the cells of these specs, targets or dtypes
 
 A cell is a spec, a target and a dtype. Shipped specs share many kernels, so a cell holds only the kernels that no
@@ -18,10 +18,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import compiled
 import triton
-from triton import JITFunction
 
+from examples import EXTREMES, GLUON, GLUON_COMPILED
 from llsa_gen import aot, compile
+from llsa_gen.compiler import Attention
 
 ROOT = Path(__file__).resolve().parents[1]
 FILE = ROOT / "tests" / "budgets.json"
@@ -56,13 +58,40 @@ CELLS = [Cell(target, "bfloat16", spec) for target in TARGETS for spec in SPECS]
 CELLS += [Cell("cuda:90", "float32", spec) for spec in SPECS[:2]] + [Cell("cuda:90", "float16", SPECS[0])]
 
 
-def measure(cell: Cell, kernels: set[str] | None = None) -> list[aot.Report]:
-    """Compile the kernels that are this cell's own, or `kernels` of it."""
-    attention = compile(ROOT / "spec" / f"{cell.spec}.yaml")
-    kernels = own_kernels(cell) if kernels is None else kernels
+def measure(cell: Cell) -> list[aot.Report]:
+    """What the kernels that are this cell's own take: remembered, or compiled where they have changed."""
+    return compiled.compile_kernels(*_arguments(cell), kernels=own) if (own := own_kernels(cell)) else []
+
+
+def measured(cell: Cell, kernels: set[str]) -> list[tuple[str, aot.Report]]:
+    """The same of `kernels`, compiled now, by the keys of tests/compiled.json."""
+    return compiled.measured(*_arguments(cell), kernels) if kernels else []
+
+
+def _arguments(cell: Cell) -> tuple[Attention, str, str, int | None]:
     # variants for other lengths differ by their masks and not by target: they are compiled for one
     n_tokens = None if cell.target == "cuda:90" else aot.USUAL_TOKENS
-    return aot.compile_kernels(attention, cell.target, cell.dtype, n_tokens, kernels=kernels) if kernels else []
+    return compile(ROOT / "spec" / f"{cell.spec}.yaml"), cell.target, cell.dtype, n_tokens
+
+
+Other = tuple[dict[str, Any], str, int | None, bool]
+"""What other tests compile for cuda:90: spec, dtype, tokens, and whether of its kernels only those in Gluon."""
+
+OTHERS: list[Other] = []
+for _name, _more, _dtype in GLUON_COMPILED:
+    _spec, _lengths = GLUON[_name]
+    _whole = _dtype == "bfloat16" and not _more and _name != "l3"  # as tests/kernels/test_hopper.py compiles them
+    OTHERS.append((_spec.model_dump(mode="json"), _dtype, _lengths[0] + _more, not _whole))
+OTHERS += [({"name": name, **chosen}, "float32", None, False) for name, chosen in EXTREMES.items()]
+
+
+def _other(one: Other) -> list[tuple[str, aot.Report]]:
+    chosen, dtype, n_tokens, gluon_alone = one
+    attention, kernels = compile(chosen), None
+    if gluon_alone:
+        made = aot.distinct(attention, "cuda:90", dtype, n_tokens)
+        kernels = {one.launch.kernel for one in made if one.launch.function.is_gluon()}
+    return compiled.measured(attention, "cuda:90", dtype, n_tokens, kernels)
 
 
 def own_kernels(cell: Cell) -> set[str]:
@@ -80,25 +109,8 @@ def own_kernels(cell: Cell) -> set[str]:
 def _launched(cell: Cell) -> dict[str, str]:
     """What a cell launches: everything that Triton would compile, as text, and the name of the kernel."""
     attention = compile(ROOT / "spec" / f"{cell.spec}.yaml")
-    gpu = aot.gpu_target(cell.target)
-    found: dict[str, str] = {}
-    for launch in aot.record(attention, aot.USUAL_TOKENS, cell.dtype, cell.target):
-        source, options = aot.specialise(launch, gpu)
-        parts = (_text(launch.function), source.signature, source.constants, source.attrs, options)
-        found[repr(parts)] = launch.kernel
-    return found
-
-
-def _text(function: JITFunction[Any], callers: tuple[JITFunction[Any], ...] = ()) -> str:
-    """The source of a kernel with that of the functions it calls and the constants it reads, wherever they stand."""
-    callers = (*callers, function)
-    used = {name: function.__globals__.get(name) for name in function.fn.__code__.co_names}
-    parts = [
-        _text(value, callers) if isinstance(value, JITFunction) else f"{name} = {value!r}"
-        for name, value in used.items()
-        if value not in callers  # a function may call itself
-    ]
-    return "\n".join([function.src, *parts])
+    made = aot.distinct(attention, cell.target, cell.dtype, aot.USUAL_TOKENS)
+    return {compiled.identity(one): one.launch.kernel for one in made}
 
 
 def rows(reports: list[aot.Report]) -> dict[str, Row]:
@@ -156,8 +168,11 @@ def main() -> int:
         _launched(cell)
     content = stored()
     budgets: dict[str, dict[str, Row]] = content["budgets"]
+    remembered: list[tuple[str, aot.Report]] = []
     with ProcessPoolExecutor(options.jobs) as pool:
-        for cell, reports in zip(chosen, pool.map(measure, chosen), strict=True):
+        for cell, found in zip(chosen, pool.map(measured, chosen, map(own_kernels, chosen)), strict=True):
+            remembered += found
+            reports = [report for _, report in found]
             budgets[str(cell)] = rows(reports)
             seconds = sum(report.seconds for report in reports)
             print(f"{cell}: {len(reports)} kernels in {seconds:.0f} s", flush=True)
@@ -170,6 +185,9 @@ def main() -> int:
                         f"  {report.kernel}: spills {report.spilled_bytes} bytes"
                         + ("" if known else ", no reason given")
                     )
+        if not only:
+            remembered += [entry for found in pool.map(_other, OTHERS) for entry in found]
+    compiled.remember(remembered, all_there_are=not only)
     content["triton"] = triton.__version__
     content["budgets"] = {str(cell): budgets[str(cell)] for cell in CELLS if str(cell) in budgets}
     store(content)

@@ -79,3 +79,14 @@ GLUON: dict[str, tuple[Spec, tuple[int, ...]]] = {
     "odd_children": (spec("gluon_odd", 64, (16, 7), (12, 7), (5, 3)), (960 * 4, 3823)),
 }
 """Specs whose attention is in Gluon on an H100, and lengths; where lists can fill tiles, the first needs no mask."""
+
+_LENGTHS = (("l1_40", 0), ("l1_40", 1), ("l2_32", 0), ("l2_32", 1), ("l3", 0), ("l3", 1), ("gaps_l3", 0), ("l4", 0))
+GLUON_COMPILED = [(name, more, dtype) for name, more in _LENGTHS for dtype in ("bfloat16", "float16")]
+"""Which of them are compiled: tokens beyond the first of their lengths, and dtype."""
+
+EXTREMES = {
+    "widest": {"head_dim": 256, "levels": [{"block": 256, "topk": 4}, {"block": 2, "topk": 1}]},
+    "deepest": {"head_dim": 8, "levels": [{"block": 2, "topk": 1}] * 6},
+    "most_kept": {"head_dim": 16, "levels": [{"block": 2, "topk": 512}, {"block": 256, "topk": 512}]},
+}
+"""The corners of what a spec may say."""

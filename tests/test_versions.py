@@ -118,7 +118,7 @@ def test_what_no_longer_compiles_is_flagged_and_counted() -> None:
 
 
 def test_the_table_is_written_as_it_is_read(tmp_path: Path) -> None:
-    content = {"modules": "0" * 64, "versions": versions(row(), row(instructions=2000))}
+    content = {"kernels": "0" * 64, "versions": versions(row(), row(instructions=2000))}
     write(tmp_path / "table.json", content)
     assert json.loads((tmp_path / "table.json").read_text()) == content
     told = (tmp_path / "table.md").read_text()

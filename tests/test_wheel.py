@@ -85,6 +85,7 @@ def test_wheel_is_pure_and_complete(wheel: Path) -> None:
     expected = {"llsa_gen/py.typed"}
     expected |= {str(path.relative_to(ROOT)) for path in package.rglob("*.py")}
     expected |= {str(path.relative_to(ROOT)) for path in (package / "schedule" / "tables").glob("*.json")}
+    expected |= {str(path.relative_to(ROOT)) for path in (package / "runtime").glob("*.c")}
     expected |= {f"llsa_gen/{path.relative_to(ROOT)}" for path in (ROOT / "templates").rglob("*.j2")}
     assert any(name.endswith(".json") for name in expected)
     assert any(name.endswith(".j2") for name in expected)

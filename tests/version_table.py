@@ -118,6 +118,6 @@ def write(file: Path, content: Mapping[str, Any]) -> None:
             cells.append(f"   {json.dumps(cell)}: {{\n{body}\n   }}" if body else f"   {json.dumps(cell)}: {{}}")
         head = ", ".join(f"{json.dumps(key)}: {json.dumps(one[key])}" for key in ("interpreter", "passed"))
         made.append(f' {json.dumps(name)}: {{{head}, "kernels": {{\n' + ",\n".join(cells) + "\n }}")
-    modules = json.dumps(content["modules"])
-    file.write_text(f'{{"modules": {modules}, "versions": {{\n' + ",\n".join(made) + "\n}}\n")
+    kernels = json.dumps(content["kernels"])
+    file.write_text(f'{{"kernels": {kernels}, "versions": {{\n' + ",\n".join(made) + "\n}}\n")
     file.with_suffix(".md").write_text(markdown(content["versions"]))

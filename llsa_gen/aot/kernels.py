@@ -103,15 +103,26 @@ def compile_kernels(
     return [compiled.report for compiled in _compile(attention, target, dtype, n_tokens, batch, heads, kernels)]
 
 
-def _compile(
+@dataclass(frozen=True)
+class Specialised:
+    """A launch as Triton would compile it."""
+
+    launch: Launch
+    source: ASTSource
+    options: Mapping[str, Any]
+
+
+def distinct(
     attention: Attention | ModuleType,
     target: str,
     dtype: torch.dtype | str,
-    n_tokens: int | None,
-    batch: int,
-    heads: int,
-    kernels: Collection[str] | None,
-) -> list[_Compiled]:
+    n_tokens: int | None = None,
+    *,
+    batch: int = 2,
+    heads: int = 4,
+    kernels: Collection[str] | None = None,
+) -> list[Specialised]:
+    """What `compile_kernels` compiles, with the same arguments: one launch of every distinct kernel."""
     module = module_of(attention)
     launches = record(module, USUAL_TOKENS if n_tokens is None else n_tokens, dtype, target, batch=batch, heads=heads)
     if n_tokens is None:
@@ -125,22 +136,36 @@ def _compile(
     if missing:
         raise ValueError(f"kernels: {module.SPEC['name']} launches no {', '.join(missing)}")
     gpu = gpu_target(target)
-    done: dict[object, _Compiled] = {}
+    found: dict[object, Specialised] = {}
     for launch in launches:
-        if kernels is not None and launch.kernel not in kernels:
-            continue
-        source, options = specialise(launch, gpu)
-        variant = (launch.kernel, str((source.signature, source.constants, source.attrs, sorted(options.items()))))
-        if variant in done:
-            continue
+        if kernels is None or launch.kernel in kernels:
+            source, options = specialise(launch, gpu)
+            variant = (launch.kernel, str((source.signature, source.constants, source.attrs, sorted(options.items()))))
+            found.setdefault(variant, Specialised(launch, source, options))
+    return list(found.values())
+
+
+def _compile(
+    attention: Attention | ModuleType,
+    target: str,
+    dtype: torch.dtype | str,
+    n_tokens: int | None,
+    batch: int,
+    heads: int,
+    kernels: Collection[str] | None,
+) -> list[_Compiled]:
+    module, gpu = module_of(attention), gpu_target(target)
+    done: list[_Compiled] = []
+    for one in distinct(module, target, dtype, n_tokens, batch=batch, heads=heads, kernels=kernels):
         begin = time.perf_counter()
         try:
-            result = triton.compile(source, target=gpu, options=options)
+            result = triton.compile(one.source, target=gpu, options=dict(one.options))
         except Exception as error:
-            raise _failure(error, launch, module, target, dtype, n_tokens) from error
+            raise _failure(error, one.launch, module, target, dtype, n_tokens) from error
         seconds = time.perf_counter() - begin
-        done[variant] = _Compiled(launch, source, result, _report(launch, source, result, target, dtype, seconds))
-    return list(done.values())
+        report = _report(one.launch, one.source, result, target, dtype, seconds)
+        done.append(_Compiled(one.launch, one.source, result, report))
+    return done
 
 
 def _variant(launch: Launch) -> tuple[object, ...]:
@@ -185,7 +210,7 @@ def _report(
         kernel=launch.kernel,
         target=target,
         dtype=dtype_name(dtype),
-        constexprs=_constexprs(source),
+        constexprs=constexprs(source),
         num_warps=result.metadata.num_warps,
         num_stages=result.metadata.num_stages,
         registers=used.registers,
@@ -198,7 +223,7 @@ def _report(
     )
 
 
-def _constexprs(source: ASTSource) -> dict[str, int]:
+def constexprs(source: ASTSource) -> dict[str, int]:
     """Arguments that are fixed in the binary: the tile shapes, and lengths that happen to be 1."""
     return {source.fn.arg_names[at]: value for (at, *_), value in source.constants.items()}
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import jinja2
 
+from llsa_gen import runtime
 from llsa_gen.emit import networks
 from llsa_gen.emit.literals import schedules_literal, spec_literal
 from llsa_gen.emit.printers import python, symbolic
@@ -53,8 +54,9 @@ def environment() -> jinja2.Environment:
     )
     env.filters["py"] = python
     env.filters["sym"] = symbolic
+    env.filters["bool"] = bool
     env.filters["pad"] = lambda number: pad(number, 1)  # up to a power of two
-    env.globals |= {"sorting": networks.sorting, "merging": networks.merging}
+    env.globals |= {"sorting": networks.sorting, "merging": networks.merging, "runtime": runtime.text}
     env.filters["each"] = lambda items, form: ", ".join(form.format(item) for item in items)
     return env
 

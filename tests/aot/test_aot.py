@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 import budgets
+import compiled
 import pytest
 import torch
 import triton
@@ -23,6 +24,7 @@ from hypothesis import strategies as st
 from triton import JITFunction, knobs
 from triton.backends.compiler import GPUTarget
 
+from examples import EXTREMES
 from llsa_gen import aot, compile, schedule
 from llsa_gen.aot.binary import ASSEMBLY, resources
 from llsa_gen.aot.launches import planned
@@ -68,6 +70,77 @@ def test_every_kernel_compiles_and_fits(cell: Cell) -> None:
     assert not problems, "\n".join([f"{cell}: (if it has to be: make budgets)", *problems])
 
 
+# ---- what is remembered of compiles ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def compiles(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The kernels that are compiled, and not remembered; none has its turn."""
+    seen: list[str] = []
+    genuine = aot.compile_launch
+
+    def compile_launch(launch: aot.Launch, *rest: Any) -> aot.Report:
+        seen.append(launch.kernel)
+        return genuine(launch, *rest)
+
+    monkeypatch.setattr(aot, "compile_launch", compile_launch)
+    monkeypatch.setattr(compiled, "has_its_turn", lambda name: False)
+    return seen
+
+
+def edited(old: str, new: str) -> ModuleType:
+    """`topk_b128` with another text."""
+    text = shipped("topk_b128").source
+    assert old in text
+    return load_text("topk_b128", hashlib.sha256(new.encode()).hexdigest(), text.replace(old, new).replace(
+        shipped("topk_b128").module.OPERATOR, f"edited_{len(new)}"))  # fmt: skip
+
+
+PINNED = pytest.mark.skipif(not compiled.stored(), reason="what is remembered is of another Triton: make budgets")
+
+
+@PINNED
+def test_what_did_not_change_is_remembered(compiles: list[str]) -> None:
+    module = edited("# ---- tiles", "# another line\n\n\n# ---- tiles")  # which moves every kernel
+    reports = compiled.compile_kernels(module, "cuda:80", "bfloat16", aot.USUAL_TOKENS)
+    assert compiles == [] and len(reports) >= 7
+    assert all(report.fits and report.registers > 0 for report in reports)
+
+
+@PINNED
+def test_a_kernel_that_changed_is_compiled_and_no_other(compiles: list[str]) -> None:
+    module = edited("total = sums[0]", "total = sums[0] + 0.5")  # in a function that pooling calls
+    compiled.compile_kernels(module, "cuda:80", "bfloat16", aot.USUAL_TOKENS)
+    assert compiles == ["pool_l1_kernel"]
+
+
+@pytest.mark.parametrize(("target", "dtype"), [("cuda:86", "bfloat16"), ("cuda:80", "float16")])
+def test_another_target_or_dtype_is_another_compile(target: str, dtype: str) -> None:
+    def keys(target: str, dtype: str) -> set[str]:
+        made = aot.distinct(shipped("topk_b128"), target, dtype, 4096)
+        return {compiled.key(one, target) for one in made if one.launch.kernel.startswith(("pool", "attend"))}
+
+    assert len(keys(target, dtype)) == 2 and not keys(target, dtype) & keys("cuda:80", "bfloat16")
+
+
+@PINNED
+def test_what_has_its_turn_has_to_take_what_is_stored(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "has_its_turn", lambda name: True)
+    arguments = (shipped("topk_b128"), "cuda:80", "bfloat16", aot.USUAL_TOKENS)
+    (report,) = compiled.compile_kernels(*arguments, kernels={"scan_kernel"})
+    assert report.raw, "it was compiled"
+    wrong = {name: [figure + 1 for figure in figures] for name, figures in compiled.stored().items()}
+    monkeypatch.setattr(compiled, "stored", lambda: wrong)
+    with pytest.raises(AssertionError, match=r"scan_kernel took .* as compiled\.json says, and takes"):
+        compiled.compile_kernels(*arguments, kernels={"scan_kernel"})
+
+
+@PINNED
+def test_every_entry_has_its_turn_one_day() -> None:
+    turns = {int(name, 16) % compiled.ONE_IN for name in compiled.stored()}
+    assert turns == set(range(compiled.ONE_IN))
+
+
 def test_a_budget_is_overrun_by_one_register_or_a_tenth_of_the_instructions() -> None:
     row = {"registers": 100, "spilled_bytes": 0, "shared_memory": 1024, "instructions": 1000}
     assert budgets.overruns({"kernel": row}, {"kernel": {**row, "registers": 80, "instructions": 1100}}) == []
@@ -92,18 +165,12 @@ def test_every_spill_has_a_reason_and_every_reason_a_spill() -> None:
 
 # ---- the corners of what a spec may say ---------------------------------------------------------------------------
 
-EXTREMES = {
-    "widest": {"head_dim": 256, "levels": [{"block": 256, "topk": 4}, {"block": 2, "topk": 1}]},
-    "deepest": {"head_dim": 8, "levels": [{"block": 2, "topk": 1}] * 6},
-    "most_kept": {"head_dim": 16, "levels": [{"block": 2, "topk": 512}, {"block": 256, "topk": 512}]},
-}
-
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", EXTREMES)
 def test_extreme_specs_compile_and_fit(name: str) -> None:
     # in float32, whose tiles take the most memory
-    reports = aot.compile_kernels(compile({"name": name, **EXTREMES[name]}), "cuda:90", "float32")
+    reports = compiled.compile_kernels(compile({"name": name, **EXTREMES[name]}), "cuda:90", "float32")
     too_large = {report.kernel: report.shared_memory for report in reports if not report.fits}
     assert not too_large
 

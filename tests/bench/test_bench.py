@@ -253,6 +253,14 @@ def hang_up() -> None:
     threading.Event().wait(60)
 
 
+@pytest.fixture
+def hangups() -> Iterator[None]:
+    """SIGHUP ends a process, also where the tests run under nohup, which lets all that it starts ignore it."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 def no_python_memory() -> None:
     raise MemoryError
 
@@ -266,6 +274,7 @@ ENDS = [
 
 @pytest.mark.parametrize(("end", "code", "said"), [*ENDS, (broken, 1, "tiny")])
 @pytest.mark.parametrize("whose", ["llsa_gen", "sdpa"])
+@pytest.mark.usefixtures("hangups")
 def test_what_ends_a_bench_leaves_what_was_measured(
     end: Callable[[], None],
     code: int,

@@ -7,12 +7,13 @@ import hashlib
 from dataclasses import replace
 from types import ModuleType
 
+import compiled
 import pytest
 import torch
 from tables import row, table
 
-from examples import GLUON, spec
-from llsa_gen import Spec, aot, emit
+from examples import GLUON, GLUON_COMPILED, spec
+from llsa_gen import Spec, emit
 from llsa_gen.aot.launches import record
 from llsa_gen.plan import lower
 from llsa_gen.schedule import schedule, schedules
@@ -139,13 +140,12 @@ def test_a_keeper_with_few_keys_is_left_to_triton() -> None:
     assert "HOPPER" in entries["grad_kv_l2"]
 
 
-LENGTHS = (("l1_40", 0), ("l1_40", 1), ("l2_32", 0), ("l2_32", 1), ("l3", 0), ("l3", 1), ("gaps_l3", 0), ("l4", 0))
-CASES = [(name, more, dtype) for name, more in LENGTHS for dtype in ("bfloat16", "float16")]
-
-
 @pytest.mark.parametrize(
     ("name", "more", "dtype"),
-    [pytest.param(*case, marks=pytest.mark.versions if case == ("l1_40", 1, "bfloat16") else ()) for case in CASES],
+    [
+        pytest.param(*case, marks=pytest.mark.versions if case == ("l1_40", 1, "bfloat16") else ())
+        for case in GLUON_COMPILED
+    ],
 )
 def test_they_compile_and_fit(name: str, more: int, dtype: str) -> None:
     chosen, lengths = GLUON[name]
@@ -153,7 +153,8 @@ def test_they_compile_and_fit(name: str, more: int, dtype: str) -> None:
     in_gluon = {kernel for kernel in launched(chosen, lengths[0] + more, dtype) if "hopper" in kernel}
     # those in Triton once: of one half precision, at one length; those of three levels stand in four, too
     whole = dtype == "bfloat16" and not more and name != "l3"
-    reports = aot.compile_kernels(module, "cuda:90", dtype, lengths[0] + more, kernels=None if whole else in_gluon)
+    kernels = None if whole else in_gluon
+    reports = compiled.compile_kernels(module, "cuda:90", dtype, lengths[0] + more, kernels=kernels)
     assert all(report.fits for report in reports)
     found = [report for report in reports if "hopper" in report.kernel]
     assert {report.kernel for report in found} > ATTENTION

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from examples import spec
-from llsa_gen import emit, fuzz
+from llsa_gen import emit, fuzz, runtime
 from llsa_gen.emit import module as emission
 from llsa_gen.errors import CheckFailed
 from llsa_gen.fuzz import search
@@ -61,8 +61,8 @@ LSE = fuzz.Case(TAILS.spec, n=27, heads=2, grad_lse=True)
 STRIDES = fuzz.Case(TAILS.spec, n=13, heads=2, layouts=("contiguous", "transposed", "contiguous", "contiguous"))
 
 
-FOLDERS = ("shared", "triton", "host")
-"""Of templates; the interpreter runs nothing in Gluon."""
+FOLDERS = ("shared", "triton", "host", "runtime")
+"""Of templates, and of what is spliced; the interpreter runs nothing in Gluon."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Mutation:
 
 
 def mutation(name: str, template: str, old: str, new: str, case: fuzz.Case = TAILS) -> Mutation:
-    return Mutation(name, f"{template}.j2", ((old, new),), case)
+    return Mutation(name, template if template in runtime.FILES else f"{template}.j2", ((old, new),), case)
 
 
 KERNELS = (
@@ -257,7 +257,7 @@ KERNELS = (
         "in range(first_extra, first_extra)",
         POPULAR,
     ),
-    mutation("strides of another tensor", "host.py", "v, *v_steps", "v, *k_steps", STRIDES),
+    mutation("strides of another tensor", "launches.py", "v, *v_steps", "v, *k_steps", STRIDES),
 )
 
 TORCH = (
@@ -284,7 +284,7 @@ TORCH = (
     mutation("shared keys counted once", "cpu.py", ".index_add_(0,", ".index_copy_(0,"),
     Mutation(
         "ties to the higher index",
-        "cpu.py.j2",
+        "cpu.py",
         (
             ("0x7FFFFFFF - token[:, :, None]", "token[:, :, None]"),
             ("0x7FFFFFFF - (best & 0x7FFFFFFF)", "best & 0x7FFFFFFF"),
@@ -299,6 +299,7 @@ def templates(folder: Path) -> Iterator[None]:
     """Emit from the templates in `folder`."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(emission, "TEMPLATES", folder)
+        patch.setattr(runtime, "FOLDER", folder / "runtime")
         emit.environment.cache_clear()
         yield
     emit.environment.cache_clear()
@@ -308,6 +309,7 @@ def templates(folder: Path) -> Iterator[None]:
 def broken(fault: Mutation, folder: Path) -> Iterator[None]:
     """Emit from a copy of the templates, in `folder`, with a fault in it."""
     shutil.copytree(emit.TEMPLATES, folder)
+    shutil.copytree(runtime.FOLDER, folder / "runtime")
     (file,) = (path for path in folder.rglob(fault.template) if path.parent.name in FOLDERS)
     text = file.read_text()
     for old, new in fault.changes:

@@ -1,7 +1,33 @@
-{#- host/tape.py.j2 -- the launches of a pass: by Triton and recorded at the first call, one call of C from the second on -#}
+"""The launches of a pass: by Triton and recorded at the first call, one call of C from the second on."""
+
+import contextlib
+import ctypes
+import functools
+import itertools
+import os
+import struct
+import threading
+import warnings
+import weakref
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import triton.knobs
+
+if TYPE_CHECKING:
+    from llsa_gen.runtime.module import LISTS_FILL, LOOSE_IN_GLUON, OPERATOR, OPTIONS
+    from llsa_gen.runtime.player import PARAMETERS, libcuda, parameter_sizes, player, said
+
+INTERPRETED = triton.knobs.runtime.interpret
+
+# ---- spliced into every module from here on
+
 MANY_GRAPHS = 512  # are kept: each takes some 100 KB of the GPU, and half a millisecond to make
 SOON = 32  # plays of tapes: what comes back within so many takes the place of another's graph
-ONE_BY_ONE = os.environ.get("CUDA_LAUNCH_BLOCKING") == "1"  # whoever asks which launch it was will not be told of a graph
+ONE_BY_ONE = (
+    os.environ.get("CUDA_LAUNCH_BLOCKING") == "1"
+)  # whoever asks which launch it was will not be told of a graph
 SIZES = {"i32": 4, "i64": 8, "fp32": 4}  # of a parameter, bytes, by Triton's name of its type; addresses take 8
 LAUNCH = os.environ.get("LLSA_GEN_LAUNCH") or "auto"
 if LAUNCH not in ("auto", "triton"):
@@ -14,21 +40,21 @@ MAKING = threading.Lock()  # a graph; nobody waits for it, for who has it may be
 
 
 class Argument(NamedTuple):
-    """What differs from call to call in the arguments of a launch, as `play` puts it together, and its value in this call."""
+    """What differs from call to call in the arguments of a launch, as `play` puts it together; its value now."""
 
     value: torch.Tensor | float
     base: int
     offset: int = 0
 
 
-def tell(why):
+def tell(why: str) -> None:
     """One warning, whatever else goes wrong later."""
     if not TOLD:
         TOLD.append(why)
         warnings.warn(f"{OPERATOR}: launching its kernels takes longer: {why}", RuntimeWarning, stacklevel=3)
 
 
-def give_up(error):
+def give_up(error: Exception) -> None:
     """From now on every launch is Triton's, as after LLSA_GEN_LAUNCH=triton."""
     global PLAIN
     PLAIN = True
@@ -36,7 +62,7 @@ def give_up(error):
 
 
 @functools.lru_cache(maxsize=256)
-def parameters_of(compiled):
+def parameters_of(compiled: Any) -> list[bool]:
     """Which arguments of a kernel are its parameters, one bool each; a RuntimeError where it takes more than these."""
     known = compiled.metadata
     kinds = list(compiled.src.signature.values())
@@ -49,7 +75,7 @@ def parameters_of(compiled):
     return taken
 
 
-def recorded(compiled, programs, arguments):
+def recorded(compiled: Any, programs: int, arguments: Sequence[Any]) -> bytes:
     """A launch as PLAYER reads it; a RuntimeError where that cannot play it."""
     parameters = []
     for argument in itertools.compress(arguments, parameters_of(compiled)):
@@ -61,19 +87,19 @@ def recorded(compiled, programs, arguments):
 
 
 class Graph:
-    """A pass as a CUDA graph, `made` until another takes its place, and the tick of CLOCK at which it was played last."""
+    """A pass as a CUDA graph, `made` until another takes its place, and the tick of CLOCK when it was played last."""
 
-    def __init__(self, made, played):
+    def __init__(self, made: Any, played: int) -> None:
         self.made, self.played = made, played
 
 
 class Tape:
-    """The launches of a pass, `parts`, on the GPU whose context is current; `kernels` are theirs, which have to stay loaded.
+    """The launches of a pass, `parts`, on the GPU whose context is current; `kernels` are theirs and stay loaded.
 
     graphs: by stream, for launches of one graph wait for each other. played: the tick of CLOCK of the last play, or 0.
     """
 
-    def __init__(self, kernels, parts):
+    def __init__(self, kernels: list[Any], parts: list[bytes]) -> None:
         context = ctypes.c_void_p()
         libcuda().cuCtxGetCurrent(ctypes.byref(context))
         self.graphs, self.played, self.refused = {}, 0, ONE_BY_ONE
@@ -81,12 +107,12 @@ class Tape:
         self.text, self.count = b"".join([struct.pack("P", context.value or 0), *parts]), len(parts)
         self.kernels = kernels  # the last to go, after graphs of them
 
-    def play(self, stream, scale, tensors):
+    def play(self, stream: int, scale: float, tensors: Sequence[torch.Tensor]) -> int:
         """Launch them all for these tensors; what the driver says of the launch that fails, or 0."""
         before, self.played = self.played, next(CLOCK)
         graph = self.graphs.get(stream)
         made = graph and graph.made
-        if made:
+        if graph and made:
             graph.played = self.played
         elif before and not self.refused:
             made = self.graph(stream, before)
@@ -96,11 +122,11 @@ class Tape:
             return 0
         return error
 
-    def graph(self, stream, before):
+    def graph(self, stream: int, before: int) -> Any:
         """The pass as a graph; None where there will be none now. `before` is the tick of the play before this one.
 
-        If there are as many as there may be, the least recently used one has to go, but only for a pass that comes back soon:
-        who goes round and round more shapes than that would make all of them in vain.
+        If there are as many as there may be, the least recently used one has to go, but only for a pass that comes back
+        soon: who goes round and round more shapes than that would make all of them in vain.
         """
         if (len(GRAPHS) >= MANY_GRAPHS and self.played - before > SOON) or not MAKING.acquire(blocking=False):
             return None
@@ -121,37 +147,31 @@ class Tape:
         finally:
             MAKING.release()
 
-    def refuse(self):
+    def refuse(self) -> None:
         """No graph any more: the driver takes none of this pass."""
         self.refused, self.graphs = True, {}
         tell("CUDA refuses a graph of them")
 
 
-def tile_of(at, kernel):
+def tile_of(at: Any, kernel: Any) -> tuple[str, int, dict[str, int]]:
     """The name of a kernel, its programs and its tile shapes."""
-{% if hopper %}
     name = (kernel[0] if isinstance(kernel, tuple) else kernel).__name__
-{% else %}
-    name = kernel.__name__
-{% endif %}
     return name, *at.grids[name]
 
 
-def values_of(arguments):
+def values_of(arguments: Sequence[Any]) -> list[Any]:
     """What Triton takes."""
     return [x.value if isinstance(x, Argument) else x for x in arguments]
 
 
-def by_triton(at, kernel, *arguments):
+def by_triton(at: Any, kernel: Any, *arguments: Any) -> None:
     """Launch a kernel with its grid and tile shapes, or the one of a pair that fits, as Triton does it."""
     _, programs, tile = tile_of(at, kernel)
-{% if hopper %}
     kernel, tile = variant(kernel, tile)
-{% endif %}
     kernel[(programs,)](*values_of(arguments), **tile, **OPTIONS)
 
 
-def by_what_is_ready(at, kernel, *arguments):
+def by_what_is_ready(at: Any, kernel: Any, *arguments: Any) -> None:
     """Launch what Triton made of a kernel at the first call, so that it need not look for it again."""
     name, programs, _ = tile_of(at, kernel)
     compiled, shapes = at.ready[name]
@@ -162,29 +182,25 @@ def by_what_is_ready(at, kernel, *arguments):
 class Recorder:
     """Launches the kernels of a pass through Triton at the first call, and notes how: Triton needs to see no other.
 
-    Others are those that Triton does not tell apart, the calls of one `Prepared`. `why` says, in words, what went wrong in
-    noting, which is no reason to stop.
+    Others are those that Triton does not tell apart, the calls of one `Prepared`. `why` says, in words, what went wrong
+    in noting, which is no reason to stop.
     """
 
-    def __init__(self, at):
+    def __init__(self, at: Any) -> None:
         self.at, self.kernels, self.parts, self.why, self.unknown = at, [], [], None, False
 
     @contextlib.contextmanager
-    def noting(self):
+    def noting(self) -> Iterator[None]:
         try:
             yield
         except Exception as error:
             self.why = self.why or said(error)
 
-    def __call__(self, kernel, *arguments):
-        """Launch a kernel with its grid and tile shapes, or the one of a pair that fits; without programs, only compile it."""
+    def __call__(self, kernel: Any, *arguments: Any) -> None:
+        """Launch a kernel with its grid and tile shapes, or one of a pair; without programs, only compile it."""
         values = values_of(arguments)
         name, programs, tile = tile_of(self.at, kernel)
-{% if hopper %}
         chosen, taken = variant(kernel, tile)
-{% else %}
-        chosen, taken = kernel, tile
-{% endif %}
         compiled = chosen[(programs,)](*values, **taken, **OPTIONS)
         if compiled is None:  # a stand-in, or somebody has told Triton not to compile
             self.unknown = True
@@ -198,7 +214,7 @@ class Recorder:
                 self.kernels.append(compiled)
                 self.parts.append(recorded(compiled, programs, arguments))
 
-    def tape(self):
+    def tape(self) -> Tape | None:
         """What was launched; None where that cannot be played."""
         if len(self.parts) < len(self.kernels):
             return None
@@ -209,23 +225,50 @@ class Recorder:
             return Tape(self.kernels, self.parts)
 
 
-def warm_others(kernel, tile, programs, values):
+def warm_others(kernel: Any, tile: dict[str, Any], programs: int, values: list[Any]) -> None:
     """Compile the variants of a kernel that another length may need: nothing is compiled then."""
     if "STREAM" in tile:
         warm(kernel, tile | {"STREAM": not tile["STREAM"]}, programs, values)
-{% if plan.lists_fill %}
-    if "WHOLE" in tile:
+    if "WHOLE" in tile and LISTS_FILL:
         warm(kernel, tile | {"WHOLE": not tile["WHOLE"]}, programs, values)
-{% endif %}
-{% if plan.top in plan.sorted_levels %}
     if "RUNS" in tile and has_runs(MANY_CANDIDATES, tile):
         warm(kernel, tile | {"RUNS": not tile["RUNS"]}, programs, values)
-{% endif %}
 
 
-def warm(kernel, tile, programs, values):
+def warm(kernel: Any, tile: dict[str, Any], programs: int, values: list[Any]) -> None:
     """Compile a kernel, or the one of a pair that fits, and do not launch it."""
-{% if hopper %}
     kernel, tile = variant(kernel, tile)
-{% endif %}
     kernel.warmup(*values, **tile, **OPTIONS, grid=(programs,))
+
+
+MANY_CANDIDATES = 1024  # of the coarsest level: from so many on, `best_by_runs` is the faster
+
+
+def has_runs(n_candidates: int, tile: dict[str, int]) -> bool:
+    """Whether runs of candidates are ranked first: many, dealt to several warps, and at least two to a run."""
+    return tile["SPLIT"] > 1 and tile["BLOCK_N"] >= 8 * tile["KEEP"] and n_candidates >= MANY_CANDIDATES
+
+
+def variant(kernel: Any, tile: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Which kernel a launch is, and what it takes of its tile shapes.
+
+    Of a pair, the one in Gluon where the schedule says HOPPER, the most registers that a thread of it may have, and
+    where it takes loose ends, or there are none; not in the interpreter, which knows no Gluon.
+    """
+    if not isinstance(kernel, tuple):
+        return kernel, {name: value for name, value in tile.items() if name != "HOPPER"}
+    tile = dict(tile)
+    registers = tile.pop("HOPPER", 0)
+    if INTERPRETED or not registers or not (LOOSE_IN_GLUON or tile.get("WHOLE", True)):
+        return kernel[0], tile
+    taken = {name: size for name, size in tile.items() if name == "num_warps" or name in kernel[1].arg_names}
+    return kernel[1], taken | {"maxnreg": registers}
+
+
+def is_watched() -> bool:
+    """Whether Triton tells somebody of launches, a profiler say: by a chain of its own, or what was put there."""
+    runtime, chain = triton.knobs.runtime, triton.knobs.HookChain
+    for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook):
+        if hook.calls if isinstance(hook, chain) else hook is not None:
+            return True
+    return False

@@ -1,21 +1,48 @@
-{#- host/cpu.py.j2 -- the same attention in torch: gathers of whole blocks, never a dense mask
+"""The same attention in torch: gathers of whole blocks, never a dense mask.
 
 What is as long as the sequence is allocated once and written in place: small results that are kept, between large ones
-that come and go, would leave holes in the heap. Everything else lives for one run: as many blocks of queries, of as many
-heads, as fit into the space that is allowed.
--#}
-def slices(length, step):
+that come and go, would leave holes in the heap. Everything else lives for one run: as many blocks of queries, of as
+many heads, as fit into the space that is allowed.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from llsa_gen.runtime.module import (
+        BLOCKS,
+        EMPTY,
+        ENRICHED,
+        HEAD_DIM,
+        LEVELS,
+        LISTED,
+        SPANS,
+        WEIGHTED,
+        level_tokens,
+        saved_shapes,
+    )
+    from llsa_gen.runtime.prepared import ceil_div, empty_like, empty_outputs, empty_selection, views_of
+
+# ---- spliced into every module from here on
+
+CHUNK = 2**24  # elements of the largest intermediate
+Tensors = Sequence[torch.Tensor]
+
+
+def slices(length: int, step: int) -> list[slice]:
     """Slices of `step`, at least 1, that cover range(length) in order; the last one may be shorter."""
     step = max(1, step)
     return [slice(first, min(first + step, length)) for first in range(0, length, step)]
 
 
-def block_sizes(n_tokens):
+def block_sizes(n_tokens: int) -> Sequence[int]:
     """b_1, b_2, ...; of a sequence shorter than a block N, 1, 1, ...: nothing is filled up to what it has none of."""
     return BLOCKS if n_tokens >= BLOCKS[0] else (n_tokens, *(1 for _ in BLOCKS[1:]))
 
 
-def blocks_of(x, block, run=None):
+def blocks_of(x: torch.Tensor, block: int, run: slice | None = None) -> torch.Tensor:
     """Rows in blocks, those of a run or all, the last one filled up with zeros: [H, T, D] to [H, R, block, D]."""
     if run is not None:
         x = x[:, run.start * block : run.stop * block]
@@ -23,14 +50,14 @@ def blocks_of(x, block, run=None):
     return (torch.nn.functional.pad(x, (0, 0, 0, missing)) if missing else x).unflatten(1, (-1, block))
 
 
-def put_blocks(to, run, blocks):
+def put_blocks(to: torch.Tensor, run: slice, blocks: torch.Tensor) -> None:
     """Write the blocks [H, R, b, ...] of a run to where `blocks_of` takes them from, in `to` [H, T, ...]."""
     first, rows = run.start * blocks.shape[2], blocks.flatten(1, 2)
     to = to[:, first : first + rows.shape[1]]
     to.copy_(rows[:, : to.shape[1]])
 
 
-def block_sums(x, block):
+def block_sums(x: torch.Tensor, block: int) -> torch.Tensor:
     """Sums over the blocks of x in float32: [H, T, D] to [H, ceil(T / block), D]."""
     heads, rows, dim = x.shape
     sums = x.new_empty((heads, ceil_div(rows, block), dim), dtype=torch.float32)
@@ -39,13 +66,13 @@ def block_sums(x, block):
     return sums
 
 
-def covered_tokens(level, n_tokens, device):
+def covered_tokens(level: int, n_tokens: int, device: torch.device) -> torch.Tensor:
     """c_l(j) of every token of a level, [T_l] float32."""
     first = torch.arange(0, n_tokens, SPANS[level], device=device)
     return (n_tokens - first).clamp(max=SPANS[level]).float()
 
 
-def token_means(x):
+def token_means(x: torch.Tensor) -> list[torch.Tensor]:
     """The pyramid of x [H, N, D]: L tensors [H, T_l, D], finest first, rounded to x's dtype once and float32 again."""
     means, sums, n_tokens = [], x, x.shape[1]
     for level, block in enumerate(block_sizes(n_tokens), start=1):
@@ -55,30 +82,36 @@ def token_means(x):
     return means
 
 
-def block_rows(blocks, kept):
+def enriched_by(x: torch.Tensor) -> list[torch.Tensor]:
+    """x [H, N, D] and its pyramid, if any level of it is attended."""
+    return [x, *token_means(x)] if ENRICHED else [x]
+
+
+def block_rows(blocks: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
     """Where the blocks of a list are in `blocks` [H, T, block, D] seen as [H * T, block, D]; block 0 for -1."""
     first = torch.arange(blocks.shape[0], device=kept.device)[:, None, None] * blocks.shape[1]
     return (kept.clamp(min=0) + first).flatten()
 
 
-def gather_blocks(blocks, kept):
+def gather_blocks(blocks: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
     """The blocks that a list names, side by side: [H, T, block, D] and [H, R, W] to [H, R, W * block, D]."""
-    return blocks.flatten(0, 1).index_select(0, block_rows(blocks, kept)).view(*kept.shape, *blocks.shape[2:]).flatten(2, 3)
+    found = blocks.flatten(0, 1).index_select(0, block_rows(blocks, kept))
+    return found.view(*kept.shape, *blocks.shape[2:]).flatten(2, 3)
 
 
-def scatter_add_blocks(total, kept, parts):
+def scatter_add_blocks(total: torch.Tensor, kept: torch.Tensor, parts: torch.Tensor) -> None:
     """Add what `gather_blocks` took from [H, T, block, D] back to where it came from, in place."""
     rows = parts.unflatten(2, (-1, total.shape[2])).flatten(0, 2)
     total.view(-1, *total.shape[2:]).index_add_(0, block_rows(total, kept), rows)
 
 
-def children_of(kept, block, n_tokens):
+def children_of(kept: torch.Tensor, block: int, n_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Children of the tokens in a list, and which of them exist: [H, R, W] to twice [H, R, W * block]."""
     child = (kept.long()[..., None] * block + torch.arange(block, device=kept.device)).flatten(2)
     return child, (child >= 0) & (child < n_tokens)
 
 
-def best_tokens(scores, token, exists, width):
+def best_tokens(scores: torch.Tensor, token: torch.Tensor, exists: torch.Tensor, width: int) -> torch.Tensor:
     """The `width` best tokens of each row, best first, of equal scores the lower token; -1 where fewer exist.
 
     scores [H, R, M, C] float32, overwritten; token and exists [H, R, C]; returns [H, R, M, width] int32.
@@ -94,14 +127,13 @@ def best_tokens(scores, token, exists, width):
     return torch.where(best == EMPTY.value, -1, 0x7FFFFFFF - (best & 0x7FFFFFFF)).int()
 
 
-def select_means(kept, q_means, k_means, n_tokens):
+def select_means(kept: Tensors, q_means: Tensors, k_means: Tensors, n_tokens: int) -> None:
     """Fill in the kept tokens [H, T_l, width] of each level, finest first, from the means [H, T_l, D] of each level."""
     heads, n_top, _ = k_means[-1].shape
     token = torch.arange(n_top, device=k_means[-1].device).expand(heads, 1, n_top)
     for rows in slices(n_top, CHUNK // (heads * n_top)):
         scores = q_means[-1][:, rows] @ k_means[-1].mT
         kept[-1][:, rows] = best_tokens(scores[:, None], token, token >= 0, kept[-1].shape[2])[:, 0]
-{% if plan.top > 1 %}
     for level in range(LEVELS - 1, 0, -1):
         above, block, n_rows = kept[level], block_sizes(n_tokens)[level], k_means[level - 1].shape[1]
         k_blocks = blocks_of(k_means[level - 1], block)
@@ -110,32 +142,25 @@ def select_means(kept, q_means, k_means, n_tokens):
             child, exists = children_of(lists, block, n_rows)
             scores = queries @ gather_blocks(k_blocks, lists).mT
             put_blocks(kept[level - 1], run, best_tokens(scores, child, exists, kept[level - 1].shape[2]))
-{% endif %}
 
 
-def elements_seen(kept, n_tokens):
+def elements_seen(kept: Tensors, n_tokens: int) -> int:
     """Elements of the keys, values and logits of a block of queries of one head, the logits twice."""
     blocks = block_sizes(n_tokens)
     listed = sum(kept[level].shape[2] * blocks[level] for level in LISTED)
-{% if plan.attends_top %}
-    seen = listed + level_tokens(n_tokens)[LEVELS]
+    seen = listed + level_tokens(n_tokens)[LEVELS] if LEVELS in ENRICHED else listed
     return 2 * (listed * HEAD_DIM.value + seen * blocks[0])
-{% else %}
-    return 2 * listed * (HEAD_DIM.value + blocks[0])
-{% endif %}
 
 
-def slices_of_heads(kept, n_tokens):
+def slices_of_heads(kept: Tensors, n_tokens: int) -> list[slice]:
     """Slices of the heads: of so many that a block of queries of each, of any level, fits into CHUNK elements."""
     most = max(elements_seen(kept, n_tokens), level_tokens(n_tokens)[LEVELS])
-{% if plan.top > 1 %}
     for lists, block in zip(kept[1:], block_sizes(n_tokens)[1:], strict=True):
         most = max(most, lists.shape[2] * block * (HEAD_DIM.value + block))
-{% endif %}
     return slices(kept[0].shape[0], CHUNK // most)
 
 
-def select_torch(q, k):
+def select_torch(q: torch.Tensor, k: torch.Tensor) -> list[torch.Tensor]:
     """The kept tokens of each level, finest first, in torch."""
     selection = empty_selection(q, k)
     q, k, *kept = (x.flatten(0, 1) for x in (q, k, *selection))
@@ -144,24 +169,20 @@ def select_torch(q, k):
     return selection
 
 
-{% if plan.enriched and plan.spec.reweight %}
-def log_weights(level, token, exists, n_tokens):
-    """Logarithms of the weights c_l(j) of key tokens of a level; -inf for those that do not exist."""
-    return torch.where(exists, (n_tokens - token * SPANS[level]).clamp(max=SPANS[level]).float().log(), float("-inf"))
-{% else %}
-def log_weights(exists):
-    """Logarithms of the weights of key tokens: 0, and -inf for those that do not exist."""
-    return torch.where(exists, 0.0, float("-inf"))
-{% endif %}
+def log_weights(level: int, token: torch.Tensor, exists: torch.Tensor, n_tokens: int) -> torch.Tensor:
+    """Logarithms of the weights c_l(j) of key tokens of a level, or 0; -inf for tokens that do not exist."""
+    weights = (n_tokens - token * SPANS[level]).clamp(max=SPANS[level]).float().log() if WEIGHTED else 0.0
+    return torch.where(exists, weights, float("-inf"))
 
 
 class Pyramid:
     """Keys and values of some heads as queries see them: every level in float32 and in blocks, and the kept tokens.
 
-    k_levels and v_levels: [H, T_l, D] of the levels, finest first; kept: [H, T_l, width] of every coarse level.
+    k_levels and v_levels: [H, T_l, D] of the levels, finest first; kept: [H, T_l, width] of every coarse level. top:
+    keys and values [H, T_L, D] and log weights [T_L] of the coarsest level, if all queries see it, or else None.
     """
 
-    def __init__(self, k_levels, v_levels, kept):
+    def __init__(self, k_levels: Tensors, v_levels: Tensors, kept: Tensors) -> None:
         self.kept = kept
         self.heads, self.n_tokens, _ = k_levels[0].shape
         self.blocks = block_sizes(self.n_tokens)
@@ -169,49 +190,40 @@ class Pyramid:
             [blocks_of(levels[level], self.blocks[level]).float().contiguous() for level in LISTED]
             for levels in (k_levels, v_levels)
         )
-{% if plan.attends_top %}
-        token = torch.arange(k_levels[-1].shape[1], device=k_levels[-1].device)
-{% if plan.spec.reweight %}
-        weights = log_weights(LEVELS, token, token >= 0, self.n_tokens)
-{% else %}
-        weights = log_weights(token >= 0)
-{% endif %}
-        self.top = k_levels[-1], v_levels[-1], weights  # [H, T_{{ plan.top }}, D] and [T_{{ plan.top }}]: all queries see level {{ plan.top }}
-{% endif %}
+        self.top = None
+        if LEVELS in ENRICHED:
+            token = torch.arange(k_levels[-1].shape[1], device=k_levels[-1].device)
+            self.top = k_levels[-1], v_levels[-1], log_weights(LEVELS, token, token >= 0, self.n_tokens)
 
-    def runs(self):
+    def runs(self) -> list[slice]:
         """Slices of query blocks such that the keys, values and logits of each fit into CHUNK elements."""
         return slices(self.kept[0].shape[1], CHUNK // (self.heads * elements_seen(self.kept, self.n_tokens)))
 
-    def lists(self, run):
+    def lists(self, run: slice) -> list[torch.Tensor]:
         """What the query blocks of a run keep one level above each listed level: a list of [H, R, width]."""
         block = torch.arange(run.start, run.stop, device=self.kept[0].device)
         return [self.kept[level].index_select(1, block * SPANS[1] // SPANS[level + 1]) for level in LISTED]
 
-    def gather(self, lists):
+    def gather(self, lists: Tensors) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
         """Keys and values, lists of [H, R, C, D], and log weights, of [H, R, C], of the children of each list."""
         keys = [gather_blocks(blocks, kept) for blocks, kept in zip(self.k_blocks, lists, strict=True)]
         values = [gather_blocks(blocks, kept) for blocks, kept in zip(self.v_blocks, lists, strict=True)]
         weights = []
         for level, kept in zip(LISTED, lists, strict=True):
-{% if plan.enriched and plan.spec.reweight %}
             child, exists = children_of(kept, self.blocks[level], level_tokens(self.n_tokens)[level])
             weights.append(log_weights(level, child, exists, self.n_tokens))
-{% else %}
-            _, exists = children_of(kept, self.blocks[level], level_tokens(self.n_tokens)[level])
-            weights.append(log_weights(exists))
-{% endif %}
         return keys, values, weights
 
 
-def softmax_blocks(queries, keys, weights, {{ "top, " if plan.attends_top }}scale):
+def softmax_blocks(
+    queries: torch.Tensor, keys: Tensors, weights: Tensors, top: Tensors | None, scale: float
+) -> tuple[Tensors, torch.Tensor]:
     """Softmax weights over all keys, a list of [H, R, b_1, C], and lse [H, R, b_1], of query blocks [H, R, b_1, D]."""
     logits = [(queries @ k.mT).mul_(scale).add_(weight[:, :, None]) for k, weight in zip(keys, weights, strict=True)]
-{% if plan.attends_top %}
-    k_top, _, weights_top = top
-    of_top = (queries.flatten(1, 2) @ k_top.mT).mul_(scale).add_(weights_top)
-    logits.append(of_top.unflatten(1, queries.shape[1:3]))
-{% endif %}
+    if top is not None:
+        k_top, _, weights_top = top
+        of_top = (queries.flatten(1, 2) @ k_top.mT).mul_(scale).add_(weights_top)
+        logits.append(of_top.unflatten(1, queries.shape[1:3]))
     sizes = [part.shape[-1] for part in logits]
     logits = torch.cat(logits, dim=-1)
     p = logits.softmax(-1)
@@ -219,39 +231,44 @@ def softmax_blocks(queries, keys, weights, {{ "top, " if plan.attends_top }}scal
     return p.split(sizes, dim=-1), lse
 
 
-def attend_blocks(queries, keys, values, weights, {{ "top, " if plan.attends_top }}scale):
+def attend_blocks(
+    queries: torch.Tensor, keys: Tensors, values: Tensors, weights: Tensors, top: Tensors | None, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     """o [H, R, b_1, D] and lse [H, R, b_1] of query blocks [H, R, b_1, D]: one softmax over all their keys."""
-    p, lse = softmax_blocks(queries, keys, weights, {{ "top, " if plan.attends_top }}scale)
-    o = sum(part @ v for part, v in zip(p, values, strict=False))
-{% if plan.attends_top %}
-    _, v_top, _ = top
-    o = o + (p[-1].flatten(1, 2) @ v_top).unflatten(1, queries.shape[1:3])
-{% endif %}
+    p, lse = softmax_blocks(queries, keys, weights, top, scale)
+    o: Any = sum(part @ v for part, v in zip(p, values, strict=False))
+    if top is not None:
+        o = o + (p[-1].flatten(1, 2) @ top[1]).unflatten(1, queries.shape[1:3])
     return o, lse
 
 
-def grad_attend_blocks(grad_o, grad_lse, queries, keys, values, weights, {{ "top, " if plan.attends_top }}scale):
-    """dq, then dk and dv as lists like keys and values{{ "; those of the top level last" if plan.attends_top }}, from the gradients of o [H, R, b_1, D] and lse [H, R, b_1, 1], or 0."""
-    p, _ = softmax_blocks(queries, keys, weights, {{ "top, " if plan.attends_top }}scale)
+def grad_attend_blocks(
+    grad_o: torch.Tensor, grad_lse: torch.Tensor | float, queries: torch.Tensor, keys: Tensors, values: Tensors,
+    weights: Tensors, top: Tensors | None, scale: float,
+) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:  # fmt: skip
+    """dq, then dk and dv as lists like keys and values, and at their end those of `top`.
+
+    From the gradients of o [H, R, b_1, D] and lse [H, R, b_1, 1], or 0.
+    """
+    p, _ = softmax_blocks(queries, keys, weights, top, scale)
     dp = [grad_o @ v.mT for v in values]
-{% if plan.attends_top %}
-    k_top, v_top, _ = top
-    dp.append((grad_o.flatten(1, 2) @ v_top.mT).unflatten(1, queries.shape[1:3]))
-{% endif %}
+    if top is not None:
+        dp.append((grad_o.flatten(1, 2) @ top[1].mT).unflatten(1, queries.shape[1:3]))
     delta = sum((part * grad).sum(-1, keepdim=True) for part, grad in zip(p, dp, strict=True)) - grad_lse
     ds = [grad.sub_(delta).mul_(part).mul_(scale) for part, grad in zip(p, dp, strict=True)]
-    dq = sum(part @ k for part, k in zip(ds, keys, strict=False))
+    dq: Any = sum(part @ k for part, k in zip(ds, keys, strict=False))
     dk = [part.mT @ queries for part in ds[: len(keys)]]
     dv = [part.mT @ grad_o for part in p[: len(keys)]]
-{% if plan.attends_top %}
-    dq = dq + (ds[-1].flatten(1, 2) @ k_top).unflatten(1, queries.shape[1:3])
-    dk.append(ds[-1].flatten(1, 2).mT @ queries.flatten(1, 2))
-    dv.append(p[-1].flatten(1, 2).mT @ grad_o.flatten(1, 2))
-{% endif %}
+    if top is not None:
+        dq = dq + (ds[-1].flatten(1, 2) @ top[0]).unflatten(1, queries.shape[1:3])
+        dk.append(ds[-1].flatten(1, 2).mT @ queries.flatten(1, 2))
+        dv.append(p[-1].flatten(1, 2).mT @ grad_o.flatten(1, 2))
     return dq, dk, dv
 
 
-def attend_torch(q, k, v, scale):
+def attend_torch(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """o, lse and what the backward pass needs, in torch: of the layout `saved`, the kept tokens alone."""
     o, lse, saved = empty_outputs(q)
     kept = saved_lists(saved.zero_(), q)
@@ -262,25 +279,30 @@ def attend_torch(q, k, v, scale):
     return o, lse, saved
 
 
-def attend_heads(o, lse, kept, q, k, v, scale):
+def attend_heads(
+    o: torch.Tensor, lse: torch.Tensor, kept: Tensors, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+) -> None:
     """Fill in o [H, N, D], lse [H, N] and the kept tokens of every level, finest first, of some heads."""
     k_levels = [k, *token_means(k)]
     select_means(kept, token_means(q), k_levels[1:], q.shape[1])
-    pyramid = Pyramid(k_levels, [v{{ ", *token_means(v)" if plan.enriched }}], kept)
+    pyramid = Pyramid(k_levels, enriched_by(v), kept)
     for run in pyramid.runs():
         queries = blocks_of(q, pyramid.blocks[0], run).float().contiguous()
-        part_o, part_lse = attend_blocks(queries, *pyramid.gather(pyramid.lists(run)), {{ "pyramid.top, " if plan.attends_top }}scale)
+        part_o, part_lse = attend_blocks(queries, *pyramid.gather(pyramid.lists(run)), pyramid.top, scale)
         put_blocks(o, run, part_o)
         put_blocks(lse, run, part_lse)
 
 
-def saved_lists(saved, q):
+def saved_lists(saved: torch.Tensor, q: torch.Tensor) -> list[torch.Tensor]:
     """The kept tokens of each level, finest first, in what the forward pass over q left to the backward pass."""
     heads, n_tokens = q.shape[0] * q.shape[1], q.shape[2]
     return views_of(saved, "saved", saved_shapes(heads, n_tokens), q.dtype)[-LEVELS:]
 
 
-def grad_torch(grad_o, grad_lse, q, k, v, saved, scale):
+def grad_torch(
+    grad_o: torch.Tensor, grad_lse: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+    saved: torch.Tensor, scale: float,
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
     """dq, dk, dv in torch: the softmax of every run of query blocks once more, then the pooling backwards."""
     kept = saved_lists(saved, q)
     grads = tuple(empty_like(q) for _ in range(3))
@@ -294,50 +316,42 @@ def grad_torch(grad_o, grad_lse, q, k, v, saved, scale):
     return grads
 
 
-def grad_heads(dq, dk, dv, kept, grad_o, grad_lse, q, k, v, scale):
+def grad_heads(
+    dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor, kept: Tensors, grad_o: torch.Tensor,
+    grad_lse: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float,
+) -> None:  # fmt: skip
     """Fill in dq, dk, dv [H, N, D] of some heads."""
-    pyramid = Pyramid([k{{ ", *token_means(k)" if plan.enriched }}], [v{{ ", *token_means(v)" if plan.enriched }}], kept)
+    pyramid = Pyramid(enriched_by(k), enriched_by(v), kept)
     grad_k = [torch.zeros_like(blocks) for blocks in pyramid.k_blocks]
     grad_v = [torch.zeros_like(blocks) for blocks in pyramid.v_blocks]
-{% if plan.attends_top %}
-    grad_k_top, grad_v_top = torch.zeros_like(pyramid.top[0]), torch.zeros_like(pyramid.top[1])
-{% endif %}
+    of_top = [] if pyramid.top is None else [torch.zeros_like(x) for x in pyramid.top[:2]]
     for run in pyramid.runs():
         lists = pyramid.lists(run)
         queries, grads = (blocks_of(x, pyramid.blocks[0], run).float().contiguous() for x in (q, grad_o))
         of_lse = 0.0 if grad_lse is None else blocks_of(grad_lse, pyramid.blocks[0], run)
-        part_q, parts_k, parts_v = grad_attend_blocks(grads, of_lse, queries, *pyramid.gather(lists), {{ "pyramid.top, " if plan.attends_top }}scale)
+        gathered = pyramid.gather(lists)
+        part_q, parts_k, parts_v = grad_attend_blocks(grads, of_lse, queries, *gathered, pyramid.top, scale)
         put_blocks(dq, run, part_q)
         for total_k, total_v, above, part_k, part_v in zip(grad_k, grad_v, lists, parts_k, parts_v, strict=False):
             scatter_add_blocks(total_k, above, part_k)
             scatter_add_blocks(total_v, above, part_v)
-{% if plan.attends_top %}
-        grad_k_top += parts_k[-1]
-        grad_v_top += parts_v[-1]
-{% endif %}
+        for total, parts in zip(of_top, (parts_k, parts_v), strict=False):
+            total += parts[-1]
 
-    grad_k = [blocks.flatten(1, 2) for blocks in grad_k]
-    grad_v = [blocks.flatten(1, 2) for blocks in grad_v]
-{% if plan.attends_top %}
-    grad_k.append(grad_k_top)
-    grad_v.append(grad_v_top)
-{% endif %}
-    put_sums(dk, grad_k)
-    put_sums(dv, grad_v)
+    put_sums(dk, [*(blocks.flatten(1, 2) for blocks in grad_k), *of_top[:1]])
+    put_sums(dv, [*(blocks.flatten(1, 2) for blocks in grad_v), *of_top[1:]])
 
 
-def put_sums(to, sums):
-{% if plan.enriched %}
+def put_sums(to: torch.Tensor, sums: Tensors) -> None:
     """Write to `to` [H, N, D] the sums of each token, and its share of the sums of the means that it is part of."""
+    if not ENRICHED:
+        to.copy_(sums[0][:, : to.shape[1]])
+        return
     heads, n_tokens, dim = to.shape
     for run in slices(n_tokens, CHUNK // (heads * dim)):
         token, rows = torch.arange(run.start, run.stop, device=to.device), sums[0][:, run]
-        for level, coarse in zip({{ plan.enriched }}, sums[1:], strict=True):
+        for level, coarse in zip(ENRICHED, sums[1:], strict=True):
             above = token // SPANS[level]
             share = 1.0 / covered_tokens(level, n_tokens, to.device)[above][:, None]
             rows += coarse.index_select(1, above).mul_(share)
         to[:, run] = rows
-{% else %}
-    """Write to `to` [H, N, D] the sums of each token."""
-    to.copy_(sums[0][:, : to.shape[1]])
-{% endif %}

@@ -1,23 +1,39 @@
-{#- host/transforms.py.j2 -- the operator under torch.func: what vmap has batched becomes part of the batch -#}
-def folded(size, dims, tensors):
-    """Tensors that torch.func.vmap has batched, `size` times: that dimension, at `dims` or missing, as part of the batch."""
+"""The operator under torch.func: what vmap has batched becomes part of the batch."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from llsa_gen.runtime.module import OPERATOR, saved_shapes
+    from llsa_gen.runtime.passes import Attend, backward, forward, operator
+    from llsa_gen.runtime.prepared import lay_out
+else:  # for the class below, which in a module stands after it
+    Attend = object
+
+# ---- spliced into every module from here on
+
+
+def folded(size: int, dims: Sequence[int | None], tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Tensors that vmap has batched, `size` times: that dimension, at `dims` or missing, as part of the batch."""
     batched = [x if at is None else x.movedim(at, 0) for x, at in zip(tensors, dims, strict=True)]
     return [(x.expand(size, *x.shape) if at is None else x).flatten(0, 1) for x, at in zip(batched, dims, strict=True)]
 
 
-def unfolded(size, *tensors):
+def unfolded(size: int, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """The batch of each in `size` parts, which become the first dimension, as vmap wants it."""
     return tuple(x.unflatten(0, (size, x.shape[0] // size)) for x in tensors)
 
 
-def places_of_saved(size, shape, dtype):
-    """Where each buffer that is saved lies: of tensors of a shape, and of `size` of them in one batch; both with the length."""
+def places_of_saved(size: int, shape: Sequence[int], dtype: torch.dtype) -> list[tuple[list[tuple[int, int]], int]]:
+    """Where each buffer that is saved lies, and their length: for tensors of a shape, and for `size` in one batch."""
     heads, n_tokens = shape[0] * shape[1], shape[2]
     return [lay_out("saved", saved_shapes(many * heads, n_tokens), dtype) for many in (1, size)]
 
 
-def saved_apart(size, saved, shape, dtype):
-    """What a pass over `size` tensors of a shape at once has saved, as [size, bytes]: a row is what each would have saved."""
+def saved_apart(size: int, saved: torch.Tensor, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """What a pass over `size` tensors of a shape at once has saved, [size, bytes]: a row is what each would have."""
     (apart_at, length), (together_at, _) = places_of_saved(size, shape, dtype)
     apart = saved.new_zeros((size, length))
     for (begin, end), (start, stop) in zip(apart_at, together_at, strict=True):
@@ -25,7 +41,7 @@ def saved_apart(size, saved, shape, dtype):
     return apart
 
 
-def saved_together(apart, shape, dtype):
+def saved_together(apart: torch.Tensor, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     """The inverse: from [size, bytes] what one pass over all would have saved."""
     (apart_at, _), (together_at, length) = places_of_saved(apart.shape[0], shape, dtype)
     together = apart.new_zeros(length)
@@ -38,15 +54,17 @@ class AttendTransformed(Attend):
     """The same under the transforms of torch.func."""
 
     @staticmethod
-    def forward(q, k, v, scale):
+    def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> Any:
         return operator("", forward, q, k, v)(q, k, v, scale)
 
     @staticmethod
-    def jvp(ctx, *_):
+    def jvp(ctx: Any, *_: object) -> Any:
         raise NotImplementedError(f"{OPERATOR}: forward-mode derivatives are not available")
 
     @staticmethod
-    def vmap(info, dims, q, k, v, scale):
+    def vmap(
+        info: Any, dims: tuple[int | None, ...], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+    ) -> Any:
         size = info.batch_size
         q, k, v = folded(size, dims[:3], (q, k, v))
         o, lse, saved = AttendTransformed.apply(q, k, v, scale)
@@ -58,22 +76,28 @@ class Differentiate(torch.autograd.Function):
     """The backward pass where torch may differentiate it: that raises, better than terms that are missing."""
 
     @staticmethod
-    def forward(grad_o, grad_lse, q, k, v, o, saved, scale):
+    def forward(
+        grad_o: torch.Tensor, grad_lse: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+        o: torch.Tensor, saved: torch.Tensor, scale: float,
+    ) -> tuple[torch.Tensor, ...]:  # fmt: skip
         run = operator("_backward", backward, grad_o, q, k, v)
         return tuple(run(grad_o, grad_lse, q, k, v, o, saved, scale))
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         pass
 
     @staticmethod
-    def backward(ctx, *_):
+    def backward(ctx: Any, *_: object) -> Any:
         raise NotImplementedError(f"{OPERATOR}: gradients of gradients are not available")
 
     jvp = backward
 
     @staticmethod
-    def vmap(info, dims, grad_o, grad_lse, q, k, v, o, saved, scale):
+    def vmap(
+        info: Any, dims: tuple[int | None, ...], grad_o: torch.Tensor, grad_lse: torch.Tensor | None, q: torch.Tensor,
+        k: torch.Tensor, v: torch.Tensor, o: torch.Tensor, saved: torch.Tensor, scale: float,
+    ) -> Any:  # fmt: skip
         size, (at_o, at_lse, *at, at_saved, _) = info.batch_size, dims
         grad_o, q, k, v, o = folded(size, (at_o, *at), (grad_o, q, k, v, o))
         if grad_lse is not None:
@@ -84,7 +108,7 @@ class Differentiate(torch.autograd.Function):
         return unfolded(size, *grads), (0, 0, 0)
 
 
-def select_batched(info, dims, q, k):
+def select_batched(info: Any, dims: tuple[int | None, ...], q: torch.Tensor, k: torch.Tensor) -> Any:
     """torch.func.vmap of the selection."""
     kept = getattr(torch.ops.llsa, OPERATOR + "_select")(*folded(info.batch_size, dims, (q, k)))
     return list(unfolded(info.batch_size, *kept)), [0] * len(kept)

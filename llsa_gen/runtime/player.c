@@ -1,7 +1,7 @@
-{#- host/player.py.j2 -- one call of C that launches a whole pass, and what it needs of the CUDA driver -#}
-# What launches a whole pass, for the CUDA driver. A tape is the context of the GPU and the launches. A parameter of a kernel is
-# a base and an offset from it: base 0 is 0, base 1 the bits of the scale, the others are the addresses of the pass's tensors.
-PLAYER = r"""
+/* One call of C that launches a whole pass. The text is compiled by `player()` in player.py, which defines BASES and PARAMETERS.
+
+   A tape is the context of the GPU and the launches. A parameter of a kernel is a base and an offset from it: base 0 is 0,
+   base 1 the bits of the scale, the others are the addresses of the pass's tensors. */
 #include <Python.h>
 #include <stdatomic.h>
 #include <stdint.h>
@@ -164,54 +164,3 @@ static PyMethodDef methods[] = {
     {"play", (PyCFunction)(void (*)(void))play, METH_FASTCALL, NULL}, {"graph", make_graph, METH_VARARGS, NULL}, {0} };
 static struct PyModuleDef module = {.m_base = PyModuleDef_HEAD_INIT, .m_name = "llsa_player", .m_size = -1, .m_methods = methods};
 PyMODINIT_FUNC PyInit_llsa_player(void) { return PyModule_Create(&module); }
-"""
-BASES, PARAMETERS = 16, 128  # of a pass and of a launch, at most
-DRIVER = (
-    "cuLaunchKernel", "cuStreamIsCapturing", "cuThreadExchangeStreamCaptureMode", "cuGraphCreate", "cuGraphDestroy",
-    "cuGraphAddKernelNode_v2", "cuGraphInstantiateWithFlags", "cuGraphExecDestroy", "cuGraphExecKernelNodeSetParams_v2",
-    "cuGraphLaunch", "cuCtxGetCurrent", "cuCtxSetCurrent",
-)
-
-
-@functools.cache
-def libcuda():
-    """The CUDA driver, for ctypes."""
-    return ctypes.CDLL("libcuda.so.1")
-
-
-def words_of(error):
-    """What the driver calls an error."""
-    text = ctypes.c_char_p()
-    libcuda().cuGetErrorString(error, ctypes.byref(text))
-    return (text.value or b"unknown").decode()
-
-
-def said(error):
-    """An exception in words: kept itself, it would keep the tensors of its frames."""
-    return f"{type(error).__name__}: {error}"
-
-
-@functools.cache
-def player():
-    """`play` and `graph` of PLAYER, compiled as Triton compiles its own driver and kept where Triton keeps that, and DRIVER.
-
-    What is wrong, in words, where that fails: it is tried once.
-    """
-    source = f"#define BASES {BASES}\n#define PARAMETERS {PARAMETERS}\n{PLAYER}"
-    try:
-        _ = libcuda().cuFuncGetParamInfo  # from CUDA 12.4 on
-        functions = [ctypes.cast(getattr(libcuda(), name), ctypes.c_void_p).value for name in DRIVER]
-        compiled = triton.runtime.build.compile_module_from_src(source, "llsa_player")
-        return compiled.play, compiled.graph, struct.pack(f"{len(DRIVER)}P", *functions)
-    except Exception as error:
-        return said(error)
-
-
-def parameter_sizes(function):
-    """The sizes in bytes of a kernel's parameters, as the driver knows them."""
-    offset, size, found = ctypes.c_size_t(), ctypes.c_size_t(), []
-    while True:
-        which = ctypes.c_void_p(function), ctypes.c_size_t(len(found))
-        if libcuda().cuFuncGetParamInfo(*which, ctypes.byref(offset), ctypes.byref(size)):
-            return found
-        found.append(size.value)

@@ -1,0 +1,175 @@
+"""Registration with torch, and what a user calls."""
+
+import ast
+import linecache
+import numbers
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+if TYPE_CHECKING:
+    from llsa_gen.runtime.module import DTYPES, HEAD_DIM, MAX_SCALE, MAX_TOKENS, OPERATOR, flops
+    from llsa_gen.runtime.passes import (
+        attend_eagerly,
+        backward,
+        differentiate,
+        forward,
+        is_plain,
+        is_transformed,
+        operator,
+        save_for_backward,
+        select_forward,
+    )
+    from llsa_gen.runtime.prepared import empty_like, empty_outputs, empty_selection
+    from llsa_gen.runtime.transforms import AttendTransformed, select_batched
+
+# ---- spliced into every module from here on
+
+
+def register() -> torch.library.Library | None:
+    """Make the operators known to torch, once a process: their name carries the hash of this text.
+
+    Raises RuntimeError if another text has taken it: one of the two was edited, and not only in header and comments.
+    """
+    source = "".join(linecache.getlines(__file__, globals()))
+    if hasattr(torch.ops.llsa, OPERATOR):
+        taken = getattr(torch.ops.llsa, OPERATOR)
+        if meaning(taken.source) != meaning(source):
+            raise RuntimeError(
+                f"{OPERATOR}: expected one text under this name, got another in {__file__}; the first is {taken.file}. "
+                "A module that was edited needs an OPERATOR of its own"
+            )
+        return None
+    library = torch.library.Library("llsa", "FRAGMENT")
+    library.define(f"{OPERATOR}(Tensor q, Tensor k, Tensor v, float scale) -> (Tensor, Tensor, Tensor)")
+    library.define(
+        f"{OPERATOR}_backward(Tensor grad_o, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor saved,"
+        " float scale) -> (Tensor, Tensor, Tensor)"
+    )
+    library.define(f"{OPERATOR}_select(Tensor q, Tensor k) -> Tensor[]")
+    for suffix, function in (("", forward), ("_backward", backward), ("_select", select_forward)):
+        library.impl(OPERATOR + suffix, function, "CPU")
+        library.impl(OPERATOR + suffix, function, "CUDA")
+
+    def fake_backward(
+        grad_o: torch.Tensor, grad_lse: torch.Tensor | None, q: torch.Tensor, *_: object
+    ) -> tuple[torch.Tensor, ...]:
+        return tuple(empty_like(q) for _ in range(3))
+
+    name = f"llsa::{OPERATOR}"
+    torch.library.register_fake(name, lambda q, k, v, scale: empty_outputs(q), lib=library)
+    torch.library.register_fake(name + "_backward", fake_backward, lib=library)
+    torch.library.register_fake(name + "_select", empty_selection, lib=library)
+    torch.library.register_autograd(name, differentiate, setup_context=save_for_backward, lib=library)
+    torch.library.register_vmap(name + "_select", select_batched, lib=library)
+
+    def count(which: int, q_shape: Sequence[int]) -> int:
+        batch, heads, n_tokens, _ = q_shape
+        return flops(batch * heads, n_tokens)[which]
+
+    operators = [getattr(torch.ops.llsa, OPERATOR + suffix) for suffix in ("", "_backward", "_select")]
+    register_flop_formula(operators[0])(lambda q, *_, **__: count(0, q))
+    register_flop_formula(operators[1])(lambda grad_o, *_, **__: count(1, grad_o))
+    register_flop_formula(operators[2])(lambda q, *_, **__: count(2, q))
+    operators[0].source, operators[0].file = source, __file__
+    return library
+
+
+def meaning(source: str) -> str:
+    """What a module's text means to Python: all but comments, the header, and the description in SPEC."""
+    _, *body = ast.parse(source).body
+    for statement in body:
+        if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == "SPEC":
+            statement.value = ast.Constant(ast.literal_eval(statement.value) | {"description": ""})
+    return ast.dump(ast.Module(body, []))
+
+
+def may_be_dual() -> bool:
+    """Whether tensors may carry forward-mode tangents: not outside all of torch's levels of those."""
+    return getattr(torch.autograd.forward_ad, "_current_level", 0) >= 0
+
+
+def check(tensors: dict[str, torch.Tensor]) -> None:
+    """One clear error for tensors that the operator does not take."""
+    first, q = next(iter(tensors.items()))
+    dual = may_be_dual() and not torch.compiler.is_compiling()
+    like: Any = None
+    for name, x in tensors.items():
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(f"{name}: expected a tensor [B, H, N, {HEAD_DIM.value}], got {type(x).__name__}")
+        if x.layout is not torch.strided or x.is_nested:
+            raise TypeError(f"{name}: expected a dense tensor, got layout {x.layout}{', nested' * x.is_nested}")
+        shape, dtype, device = x.shape, x.dtype, x.device
+        if x is q:
+            like = shape, dtype, device
+        if len(shape) != 4:
+            raise ValueError(f"{name}: expected 4 dimensions [B, H, N, {HEAD_DIM.value}], got shape {list(shape)}")
+        if shape[3] != HEAD_DIM.value:
+            raise ValueError(f"{name}: expected head dim {HEAD_DIM.value}, got {shape[3]} in shape {list(shape)}")
+        if dtype not in DTYPES:
+            raise TypeError(f"{name}: expected torch.float32, torch.float16 or torch.bfloat16, got {dtype}")
+        if shape != like[0]:
+            raise ValueError(f"{name}: expected shape {list(like[0])} like {first} (self-attention), got {list(shape)}")
+        if dtype != like[1]:
+            raise TypeError(f"{name}: expected {like[1]} like {first}, got {dtype}")
+        if device != like[2]:
+            raise ValueError(f"{name}: expected device {like[2]} like {first}, got {device}")
+        if dual and torch.autograd.forward_ad.unpack_dual(x).tangent is not None:
+            raise NotImplementedError(f"{name}: forward-mode derivatives are not available, got a dual tensor")
+    if q.device.type not in ("cpu", "cuda", "meta"):
+        raise ValueError(f"{first}: expected a tensor on the CPU, a GPU (cuda) or meta, got device {q.device}")
+    if not torch.compiler.is_compiling() and q.shape[2] > MAX_TOKENS:  # a bound of dynamic lengths would be a guard
+        raise ValueError(
+            f"{first}: expected at most {MAX_TOKENS} tokens, got N = {q.shape[2]} in shape {list(q.shape)}"
+        )
+
+
+def autocast(*tensors: torch.Tensor) -> Sequence[torch.Tensor]:
+    """The tensors in the dtype of torch.autocast where that is on, as torch's own attention takes them."""
+    if not (torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu")):
+        return tensors
+    return [autocast_one(x) for x in tensors]
+
+
+def autocast_one(x: torch.Tensor) -> torch.Tensor:
+    """`x` in the dtype of torch.autocast on its device."""
+    takes_part = isinstance(x, torch.Tensor) and x.dtype in DTYPES and x.device.type in ("cpu", "cuda")
+    if takes_part and torch.is_autocast_enabled(x.device.type):
+        return x.to(torch.get_autocast_dtype(x.device.type))
+    return x
+
+
+def attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float | None = None, return_lse: bool = False
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Log-linear sparse attention over q, k, v [B, H, N, D]: o [B, H, N, D], differentiable.
+
+    Any strides; float32, float16 or bfloat16, on a GPU or the CPU; under torch.autocast in its dtype. The logits are
+    `scale` * q.k, 1/sqrt(D) unless given. With return_lse also the natural logarithm of the sum of weights, [B, H, N]
+    float32, differentiable too.
+    """
+    q, k, v = autocast(q, k, v)
+    check({"q": q, "k": k, "v": v})
+    if scale is None:
+        scale = HEAD_DIM.value**-0.5
+    elif isinstance(scale, bool) or not isinstance(scale, numbers.Real):
+        raise TypeError(f"scale: expected a number or None, got {type(scale).__name__}")
+    elif not abs(scale) <= MAX_SCALE:  # nor NaN
+        came = "a larger one" if isinstance(scale, int) else scale  # which may have thousands of digits
+        raise ValueError(f"scale: expected a number from -{MAX_SCALE} to {MAX_SCALE}, got {came}")
+    if is_plain(q, k, v):
+        needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+        run = attend_eagerly if needs_grad else forward
+    else:
+        run = AttendTransformed.apply if is_transformed() else getattr(torch.ops.llsa, OPERATOR)
+    o, lse, _ = run(q, k, v, float(scale))  # type: ignore[arg-type]
+    return (o, lse) if return_lse else o
+
+
+def select(q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """What `attention` selects: per level, finest first, [B, H, T_l, width] int32 kept key tokens, -1 where fewer."""
+    q, k = autocast(q, k)
+    check({"q": q, "k": k})
+    return tuple(operator("_select", select_forward, q, k)(q, k))

@@ -1,0 +1,171 @@
+"""The two passes and the selection, on whichever device the tensors are, and how autograd joins them."""
+
+import contextlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from llsa_gen.runtime.cpu import attend_torch, grad_torch, select_torch
+    from llsa_gen.runtime.module import (
+        INTERPRETED,
+        OPERATOR,
+        Differentiate,
+        attend_kernels,
+        grad_kernels,
+        select_kernels,
+    )
+    from llsa_gen.runtime.prepared import empty_like, empty_outputs, empty_selection
+
+# ---- spliced into every module from here on
+
+try:
+    from torch._C import _len_torch_dispatch_stack, _len_torch_function_stack
+    from torch._C._functorch import is_functorch_wrapped_tensor, is_legacy_batchedtensor, peek_interpreter_stack
+    from torch.autograd import _profiler_enabled
+except ImportError:  # torch's own names: where they are gone, every call is taken for a watched one
+    _len_torch_dispatch_stack = None
+
+    def is_legacy_batchedtensor(tensor: torch.Tensor) -> bool:
+        return False
+
+
+USUAL = {torch.Tensor, torch.nn.Parameter}
+
+
+def is_plain(*tensors: torch.Tensor) -> bool:
+    """Whether nothing watches what happens to these tensors: no compiler, mode, transform, profiler, no subclass.
+
+    Torch's dispatcher then has nothing to add, and takes longer than the kernels up to some 16,000 tokens.
+    """
+    if torch.compiler.is_compiling() or _len_torch_dispatch_stack is None or tensors[0].is_meta:
+        return False
+    for x in tensors:
+        if type(x) not in USUAL or is_functorch_wrapped_tensor(x):
+            return False
+    return not (
+        _len_torch_dispatch_stack()
+        or _len_torch_function_stack()
+        or peek_interpreter_stack()
+        or _profiler_enabled()
+        or torch.jit.is_tracing()
+    )
+
+
+def is_transformed() -> bool:
+    """Whether a transform of torch.func is at work, which knows `Attend` but not how torch differentiates operators."""
+    return torch._C._are_functorch_transforms_active()
+
+
+ON_CURRENT_DEVICE = contextlib.nullcontext()
+
+
+def on_device_of(x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Kernels are launched on the current GPU: make it that of `x`."""
+    if x.is_cuda and x.get_device() != torch.cuda.current_device():
+        return torch.cuda.device(x.device)
+    return ON_CURRENT_DEVICE
+
+
+def without_autocast() -> contextlib.AbstractContextManager[Any]:
+    """What the CPU path multiplies is float32 on purpose, and autocast would round it."""
+    return torch.autocast("cpu", enabled=False)
+
+
+def runs_kernels(x: torch.Tensor) -> bool:
+    """Whether the Triton kernels take `x`: on a GPU, or anywhere in Triton's interpreter."""
+    return x.is_cuda or INTERPRETED
+
+
+def forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """o, lse and what the backward pass needs, memory of the layout `saved`."""
+    if q.numel() == 0:
+        return empty_outputs(q)
+    if not runs_kernels(q):
+        with without_autocast():
+            return attend_torch(q, k, v, scale)
+    with on_device_of(q):
+        return attend_kernels(q, k, v, scale)
+
+
+def in_one_piece(x: torch.Tensor) -> torch.Tensor:
+    """What was saved, copied only if it lies apart or begins at no multiple of 16 bytes: hooks may keep it anywhere."""
+    if x.is_contiguous() and x.data_ptr() % 16 == 0:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def backward(
+    grad_o: torch.Tensor, grad_lse: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+    o: torch.Tensor, saved: torch.Tensor, scale: float,
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
+    """dq, dk, dv, [B, H, N, D] each, from the gradient of o and, if it has one, that of lse."""
+    if q.numel() == 0:
+        return tuple(empty_like(q) for _ in range(3))
+    saved = in_one_piece(saved)
+    if grad_lse is not None:
+        grad_lse = in_one_piece(grad_lse)
+    if not runs_kernels(q):
+        with without_autocast():
+            return grad_torch(grad_o, grad_lse, q, k, v, saved, scale)
+    with on_device_of(q):
+        return grad_kernels(grad_o, grad_lse, q, k, v, in_one_piece(o), saved, scale)
+
+
+def select_forward(q: torch.Tensor, k: torch.Tensor) -> list[torch.Tensor]:
+    """The kept tokens of each level, finest first, [B, H, T_l, width] each."""
+    if q.numel() == 0:
+        return empty_selection(q, k)
+    if not runs_kernels(q):
+        with without_autocast():
+            return select_torch(q, k)
+    with on_device_of(q):
+        return select_kernels(q, k)
+
+
+def operator(suffix: str, function: Callable[..., Any], *tensors: torch.Tensor) -> Callable[..., Any]:
+    """What computes over these tensors: the function itself or, if anything watches, torch's operator of that name."""
+    return function if is_plain(*tensors) else getattr(torch.ops.llsa, OPERATOR + suffix)
+
+
+def save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    """Keep what `differentiate` reads."""
+    q, k, v, ctx.scale = inputs
+    o, _, saved = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(saved)
+    ctx.save_for_backward(q, k, v, o, saved)
+
+
+def differentiate(
+    ctx: Any, grad_o: torch.Tensor | None, grad_lse: torch.Tensor | None, *_: object
+) -> tuple[torch.Tensor | None, ...]:
+    """Gradients of the operator's inputs from those of o and lse; the selection is held fixed."""
+    if grad_o is None and grad_lse is None:
+        return None, None, None, None
+    q, k, v, o, saved = ctx.saved_tensors
+    if grad_o is None:
+        grad_o = torch.zeros_like(o)
+    inputs = grad_o, grad_lse, q, k, v, o, saved, ctx.scale
+    if torch.is_grad_enabled() or is_transformed():
+        run = Differentiate.apply
+    elif any(x is not None and is_legacy_batchedtensor(x) for x in (grad_o, grad_lse)):  # by is_grads_batched
+        run = getattr(torch.ops.llsa, OPERATOR + "_backward")
+    else:
+        run = operator("_backward", backward, grad_o, q)
+    return *run(*inputs), None
+
+
+class Attend(torch.autograd.Function):
+    """The operator without torch's dispatcher: o, lse and what is saved, of tensors that are plain."""
+
+    forward = staticmethod(forward)
+    setup_context = staticmethod(save_for_backward)
+    backward = staticmethod(differentiate)
+
+
+# Without transforms: torch's own `apply` looks up the signature of `forward` at every call.
+attend_eagerly = super(torch.autograd.Function, Attend).apply  # type: ignore[attr-defined]

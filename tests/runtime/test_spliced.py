@@ -1,0 +1,123 @@
+"""What is the same in every module: real files, spliced word for word, that need no more than they declare."""
+
+import ast
+import importlib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from examples import BRANCHES
+from llsa_gen import Spec, emit, load, runtime
+from llsa_gen.compiler import compile
+from llsa_gen.emit import module as emission
+from llsa_gen.plan import lower
+from llsa_gen.schedule import schedules
+
+ROOT = Path(__file__).resolve().parents[2]
+SOME = [BRANCHES[1], BRANCHES[9], load(ROOT / "spec" / "llsa_l2.yaml"), load(ROOT / "spec" / "topk_b128.yaml")]
+PYTHON = [name for name in runtime.FILES if name.endswith(".py")]
+
+
+def render(spec: Spec) -> str:
+    return emit.render(lower(spec), schedules(lower(spec)))
+
+
+def head(name: str) -> ast.Module:
+    """What stands above the line."""
+    return ast.parse((runtime.FOLDER / name).read_text().split(runtime.SPLICED)[0])
+
+
+def imported(tree: ast.AST) -> set[str]:
+    """What the imports of a text make known, not those for type checkers alone."""
+    names: set[str] = set()
+    for node in getattr(tree, "body", []):
+        if isinstance(node, ast.Import):
+            names |= {alias.asname or alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {alias.asname or alias.name for alias in node.names}
+    return names
+
+
+def test_all_files_are_spliced() -> None:
+    there = {path.name for path in runtime.FOLDER.iterdir() if path.is_file()}
+    assert there == {*runtime.FILES, "__init__.py", "module.py"}
+
+
+@pytest.mark.parametrize("spec", SOME, ids=lambda spec: spec.name)
+def test_every_module_has_every_file_word_for_word_and_after_the_line(spec: Spec) -> None:
+    text = render(spec)
+    _, line, rest = text.partition("\n# ---- the same in every module from here on ")
+    assert line and text.count(line) == 1
+    at = 0
+    for name in runtime.FILES:
+        assert runtime.text(name) in rest, name
+        assert (at := rest.index(runtime.text(name), at)) >= 0, f"{name} is not where FILES has it"
+
+
+def test_after_the_line_modules_are_the_same() -> None:
+    assert len({render(spec).partition("# ---- the same in every module")[2] for spec in SOME}) == 1
+
+
+@pytest.mark.parametrize("name", runtime.FILES)
+def test_nothing_in_them_is_a_template(name: str) -> None:
+    assert not any(mark in runtime.text(name) for mark in ("{{", "{%", "{#")), name
+
+
+@pytest.mark.parametrize("name", PYTHON)
+def test_a_module_imports_what_a_file_imports(name: str) -> None:
+    assert imported(head(name)) - {"Path", "TYPE_CHECKING"} <= imported(ast.parse(render(SOME[0])))
+
+
+@pytest.mark.parametrize("name", PYTHON)
+def test_a_file_can_be_imported_by_itself(name: str) -> None:
+    importlib.import_module(f"llsa_gen.runtime.{name.removesuffix('.py')}")
+
+
+@pytest.mark.parametrize("spec", SOME, ids=lambda spec: spec.name)
+def test_every_module_defines_what_is_declared_of_it(spec: Spec) -> None:
+    module = compile(spec).module
+    declared = ast.parse((runtime.FOLDER / "module.py").read_text()).body
+    names = {one.target.id for one in declared if isinstance(one, ast.AnnAssign) and isinstance(one.target, ast.Name)}
+    names |= {one.name for one in declared if isinstance(one, ast.FunctionDef | ast.ClassDef)}
+    assert len(names) > 20 and not [name for name in sorted(names) if not hasattr(module, name)]
+
+
+@pytest.mark.parametrize("name", runtime.FILES)
+def test_a_letter_in_a_file_is_another_module_and_another_key(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, digest = render(SOME[0]), runtime.digests()
+    folder = shutil.copytree(runtime.FOLDER, tmp_path / "runtime")
+    with (folder / name).open("a") as file:
+        file.write("\n/* more */\n" if name.endswith(".c") else "\nMORE = 1\n")
+    monkeypatch.setattr(runtime, "FOLDER", folder)
+    monkeypatch.setattr(emission, "environment", emission.environment.__wrapped__)
+    assert render(SOME[0]) != before
+    assert {one for one in digest if runtime.digests()[one] != digest[one]} == {name}
+
+
+@pytest.mark.slow
+def test_the_player_reads_and_writes_only_what_is_its_own(tmp_path: Path) -> None:
+    """Graphs and plain launches with the pretended driver once more, the C compiled with sanitizers."""
+    found = shutil.which(os.environ.get("CC", "cc"))
+    library = found and subprocess.run([found, "-print-file-name=libasan.so"], capture_output=True, text=True).stdout
+    if not found or not library or not Path(library.strip()).is_absolute():
+        pytest.skip("needs a C compiler with AddressSanitizer")
+    compiler = tmp_path / "cc"
+    compiler.write_text(f'#!/bin/sh\nexec {found} -fsanitize=address,undefined -fno-sanitize-recover=all "$@"\n')
+    compiler.chmod(0o755)
+    variables = {"CC": str(compiler), "LD_PRELOAD": library.strip(), "ASAN_OPTIONS": "detect_leaks=0"}
+    variables |= {"TRITON_CACHE_DIR": str(tmp_path / "triton")}
+    tests = [f"tests/runtime/test_launch_graphs.py::{name}" for name in SANITIZED]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *tests]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | variables, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (player,) = tmp_path.rglob("llsa_player*.so")
+    assert b"__asan_" in player.read_bytes(), "it was compiled with them"
+
+
+SANITIZED = ("test_threads_share_few_graphs", "test_a_tape_keeps_its_kernels_and_goes_before_them")
