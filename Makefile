@@ -31,10 +31,10 @@ demo: $(READY)  ## compile spec/llsa_l2.yaml, attend over a photograph, draw wha
 test: test-interpret test-main  ## run all tests that need no GPU
 
 test-interpret: $(READY)  ## only the Triton kernels, in Triton's interpreter
-	TRITON_INTERPRET=1 $(BIN)/pytest -n 2 -m interpret
+	TRITON_INTERPRET=1 $(BIN)/pytest -n 2 --dist worksteal -m interpret
 
 test-main: $(READY)  ## all other tests; those for a GPU are shown as skipped without one
-	$(BIN)/pytest -n 2 -m 'not interpret'
+	$(BIN)/pytest -n 2 --dist worksteal -m 'not interpret'
 
 test-versions: $(READY)  ## the tests marked versions, with the oldest and the newest triton
 	$(BIN)/python tests/versions.py --short

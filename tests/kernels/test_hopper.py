@@ -5,6 +5,7 @@ Whether they are right can only be seen on an H100: test_gpu.py.
 
 import hashlib
 from dataclasses import replace
+from functools import cache
 from types import ModuleType
 
 import compiled
@@ -24,6 +25,7 @@ PIXELS = GLUON["l2"][0]
 ATTENTION = {"attend_hopper_kernel", "attend_hopper_again_kernel", "grad_q_hopper_kernel"}
 
 
+@cache
 def module_for(chosen: Spec) -> ModuleType:
     plan = lower(chosen)
     return load_text(chosen.name, "a" * 64, emit.render(plan, schedules(plan)))
