@@ -57,7 +57,7 @@ format: $(READY)  ## let ruff sort the imports and lay out the code
 golden: $(READY)  ## emit generated/ again from the specs and the templates
 	$(BIN)/python -m llsa_gen.emit.golden
 
-budgets: $(READY)  ## measure tests/budgets.json again: what every kernel takes of the GPUs it is compiled for
+budgets: $(READY)  ## measure what every kernel takes of the GPUs it is compiled for: tests/budgets.json, compiled.json
 	$(BIN)/python tests/budgets.py
 
 wheel: $(READY)  ## build the wheel into dist/
