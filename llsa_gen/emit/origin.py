@@ -9,6 +9,7 @@ import re
 from dataclasses import dataclass
 from functools import cache
 
+from llsa_gen import runtime
 from llsa_gen.emit.module import TEMPLATES, template_names
 
 HOLES = re.compile(r"\{\{.*?\}\}|\{%.*?%\}|\{#.*?#\}")
@@ -19,7 +20,7 @@ class Origin:
     """A place in a generated module, and the place in the templates that it was rendered from."""
 
     function: str | None  # the function around it; None at the top level
-    template: str  # `triton/select.py.j2:83`; without a number where only the file is known
+    template: str  # `triton/select.py.j2:83`, or `runtime/cpu.py:83`; without a number where only the file is known
 
     def __str__(self) -> str:
         return self.template
@@ -38,10 +39,13 @@ class _Line:
 def origin(text: str, line: int) -> Origin:
     """Where line `line` (from 1) of the generated module `text` comes from."""
     lines = text.splitlines()
+    spliced = _spliced(text, line)
     wanted = lines[line - 1].strip() if 1 <= line <= len(lines) else ""
     function, first = next(
         ((name, first) for name, first, last in _functions(text) if first <= line <= last), (None, 0)
     )
+    if spliced is not None:
+        return Origin(function, spliced)
     home = _best(lines[first - 1].strip()) if function else None
     found = _best(wanted, home)
     if found is not None:
@@ -49,6 +53,17 @@ def origin(text: str, line: int) -> Origin:
     else:
         template = home.template if home else "module.py.j2"
     return Origin(function, template)
+
+
+def _spliced(text: str, line: int) -> str | None:
+    """The place in a file of the runtime, `runtime/cpu.py:83`, if the line is of one."""
+    for name in runtime.FILES:
+        part, whole = runtime.text(name).rstrip("\n"), (runtime.FOLDER / name).read_text(encoding="utf-8")
+        begin = text.find(part)
+        at = line - text.count("\n", 0, begin) - 1
+        if begin >= 0 and 0 <= at <= part.count("\n"):
+            return f"runtime/{name}:{whole.count(chr(10), 0, whole.index(part)) + at + 1}"
+    return None
 
 
 @cache

@@ -14,6 +14,7 @@ from examples import BRANCHES
 from llsa_gen import Spec, emit, load, runtime
 from llsa_gen.compiler import compile
 from llsa_gen.emit import module as emission
+from llsa_gen.emit.origin import origin
 from llsa_gen.plan import lower
 from llsa_gen.schedule import schedules
 
@@ -70,6 +71,17 @@ def test_nothing_in_them_is_a_template(name: str) -> None:
 @pytest.mark.parametrize("name", PYTHON)
 def test_a_module_imports_what_a_file_imports(name: str) -> None:
     assert imported(head(name)) - {"Path", "TYPE_CHECKING"} <= imported(ast.parse(render(SOME[0])))
+
+
+@pytest.mark.parametrize("name", runtime.FILES)
+def test_a_line_is_found_in_its_file(name: str) -> None:
+    text, file = render(SOME[0]), (runtime.FOLDER / name).read_text().splitlines()
+    first = text[: text.index(runtime.text(name))].count("\n") + 1
+    length = runtime.text(name).count("\n")
+    for line in (first, first + length // 2, first + length - 1):
+        where, _, number = origin(text, line).template.partition(":")
+        assert where == f"runtime/{name}" and file[int(number) - 1] == text.splitlines()[line - 1]
+    assert not origin(text, 100).template.startswith("runtime/")
 
 
 @pytest.mark.parametrize("name", PYTHON)
