@@ -43,7 +43,7 @@ SPEC = {
     "name": "llsa_l2",
     "reweight": True,
 }
-OPERATOR = "llsa_l2_b5557928cb91e06f"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
+OPERATOR = "llsa_l2_2db2ca26b42099d8"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -141,6 +141,8 @@ def load_rows(ptr, row, stride, inside, STREAM: tl.constexpr = False):
     dim = tl.arange(0, PAD_DIM)
     begin = tl.multiple_of(row.to(tl.int64) * stride, [ROW_UNIT] * len(row.shape))
     at = tl.expand_dims(begin, -1) + dim
+    if len(row.shape) == 2:  # of two axes that are not contiguous, one version of Triton takes the first, another the second
+        at = tl.max_contiguous(at, [2, 1, PAD_DIM])
     policy: tl.constexpr = "evict_first" if STREAM else ""
     return tl.load(ptr + at, mask=tl.expand_dims(inside, -1), other=0.0, eviction_policy=policy)
 
@@ -555,11 +557,14 @@ def best_by_runs(
     best = rows_of_best_8(best, BLOCK_M)
     run = tokens_of(best, DOUBLES)
 
+    # a candidate of every row after the other, so that all of a row's are one thread's, whatever lays them out
     token = tl.reshape(run[:, :, None] * RUN + tl.arange(0, RUN)[None, None, :], [BLOCK_M, KEEP * RUN])
+    token = tl.reshape(tl.trans(token), [KEEP * RUN * BLOCK_M])
     candidate = (token >= 0) & (token < n_candidates)
-    k = load_rows(k_ptr, token, HEAD_DIM, candidate)
-    scores = tl.sum(q[:, None, :].to(tl.float32) * k.to(tl.float32), 2)
-    return tl.bitonic_merge(tl.topk(rank_keys(scores, token, candidate, DOUBLES), KEEP))
+    k = tl.reshape(load_rows(k_ptr, token, HEAD_DIM, candidate), [KEEP * RUN, BLOCK_M, PAD_DIM])
+    scores = tl.reshape(tl.sum(q[None, :, :].to(tl.float32) * k.to(tl.float32), 2), [KEEP * RUN * BLOCK_M])
+    keys = tl.reshape(rank_keys(scores, token, candidate, DOUBLES), [KEEP * RUN, BLOCK_M])
+    return tl.bitonic_merge(tl.topk(tl.trans(keys), KEEP))
 
 
 @triton.jit
@@ -1057,8 +1062,12 @@ def grad_queries(
     token, inside, k, v, bias, scale_log2e, grad_k, grad_v,
 ):
     """`grad_step` for the queries `token`, of one head, where `inside`."""
-    q = load_rows(q_ptr, token, stride_qn, inside)
-    grad_o = load_rows(grad_o_ptr, token, stride_gn, inside)
+    # Other threads load rows than load `peak`. Nothing moves across a maximum, so tokens change threads, once, as 32 bits;
+    # otherwise Triton 3.8 and later change two products with strides, as 64 bits.
+    row = tl.reshape(tl.broadcast_to(token[:, None], [token.shape[0], 2]), [2 * token.shape[0]])
+    row = tl.max(tl.reshape(row, [token.shape[0], 2]), 1)
+    q = load_rows(q_ptr, row, stride_qn, inside)
+    grad_o = load_rows(grad_o_ptr, row, stride_gn, inside)
     peak = tl.load(peak_ptr + token, mask=inside, other=float("inf"))  # so that p = 0 outside
     total = tl.load(total_ptr + token, mask=inside, other=1.0)
     delta = tl.load(delta_ptr + token, mask=inside, other=0.0)
