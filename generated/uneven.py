@@ -40,7 +40,7 @@ SPEC = {
     "name": "uneven",
     "reweight": True,
 }
-OPERATOR = "uneven_d700928bf6a90ed7"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
+OPERATOR = "uneven_14fe163ef6fe9471"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -126,8 +126,6 @@ def load_rows(ptr, row, stride, inside, STREAM: tl.constexpr = False):
     dim = tl.arange(0, PAD_DIM)
     begin = tl.multiple_of(row.to(tl.int64) * stride, [ROW_UNIT] * len(row.shape))
     at = tl.expand_dims(begin, -1) + dim
-    if len(row.shape) == 2:  # of two axes that are not contiguous, one version of Triton takes the first, another the second
-        at = tl.max_contiguous(at, [2, 1, PAD_DIM])
     policy: tl.constexpr = "evict_first" if STREAM else ""
     return tl.load(ptr + at, mask=tl.expand_dims(inside, -1) & (dim < HEAD_DIM), other=0.0, eviction_policy=policy)
 
