@@ -43,7 +43,7 @@ SPEC = {
     "name": "llsa_l2",
     "reweight": True,
 }
-OPERATOR = "llsa_l2_ab42a3c10a9ab115"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
+OPERATOR = "llsa_l2_fbe0daf02c5ee60a"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -62,8 +62,8 @@ EMPTY = tl.constexpr(-(2**63))  # the rank of no token at all
 
 # What differs from call to call: Triton makes no kernel of its own where one of these is 1 or a multiple of 16.
 UNSPECIALISED = [
-    "heads", "heads_per_batch", "n_tokens", "late", "width", "width_above", "parts", "rows_per_split", "splits",
-    "width_l1", "width_l2", "part_l1",
+    "heads_per_batch", "heads", "n_tokens", "late", "part_l1", "rows_l2", "splits_l2", "rows_l1",
+    "splits_l1", "parts_l0", "width_l1", "width_l2",
 ]
 
 # How every kernel is compiled: a product and a sum are rounded once, whatever the default of the Triton that is installed,
@@ -293,10 +293,10 @@ def pool_l1_kernel(
     q_ptr, stride_qb, stride_qh, stride_qn,  # [B, H, N, D]
     k_ptr, stride_kb, stride_kh, stride_kn,  # [B, H, N, D]
     v_ptr, stride_vb, stride_vh, stride_vn,  # [B, H, N, D]
-    q_l1_ptr, k_l1_ptr, v_l1_ptr,  # [B*H, T_1, D] means
-    q_l2_ptr, k_l2_ptr, v_l2_ptr,  # [B*H, T_2, D] means
-    counts_l1_ptr,  # [B*H, T_1] int32, zeroed
-    counts_l2_ptr,  # [B*H, T_2] int32, zeroed
+    q_l1_ptr, k_l1_ptr, v_l1_ptr,  # [B*H, T_1, D], out: means
+    q_l2_ptr, k_l2_ptr, v_l2_ptr,  # [B*H, T_2, D], out: means
+    counts_l1_ptr,  # [B*H, T_1] int32, out: how many query tokens keep each key token
+    counts_l2_ptr,  # [B*H, T_2] int32, out: how many query tokens keep each key token
     heads_per_batch, heads, n_tokens,  # H, B*H, N
     CHILDREN: tl.constexpr, ROWS: tl.constexpr,  # level-1 tokens summed at a time, and rows of each
     STREAM: tl.constexpr,  # see load_rows
@@ -584,9 +584,9 @@ def pool_values(v_ptr, stride_vb, stride_vh, stride_vn, v_l1_ptr, v_l2_ptr, head
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def select_l2_kernel(
     q_l2_ptr, k_l2_ptr,  # [B*H, T_2, D]
-    kept_l2_ptr, width,  # [B*H, T_2, width] int32, out
-    counts_l2_ptr,  # [B*H, T_2] int32, zero before, out: how many query tokens keep each key token
-    n_tokens,
+    kept_l2_ptr, width_l2,  # [B*H, T_2, width_l2] int32, out: kept key tokens, best first, then -1
+    counts_l2_ptr,  # [B*H, T_2] int32, out: how many query tokens keep each key token
+    n_tokens,  # N
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, KEEP: tl.constexpr, DOUBLES: tl.constexpr, SPLIT: tl.constexpr, RUNS: tl.constexpr,
 ):
     """I^(2): the K_2 = 8 best of all T_2 key tokens, for each query token of the coarsest level.
@@ -618,19 +618,19 @@ def select_l2_kernel(
         best = best_by_runs(q, k_ptr, n_candidates, BLOCK_M, BLOCK_N, KEEP, DOUBLES, SPLIT)
     else:
         best = best_of_all(q, k_ptr, n_candidates, BLOCK_M, BLOCK_N, DOUBLES, SPLIT)
-    store_kept(kept_l2_ptr + head * n_l2 * width, counts_ptr, row, width, inside, best, KEEP, DOUBLES)
+    store_kept(kept_l2_ptr + head * n_l2 * width_l2, counts_ptr, row, width_l2, inside, best, KEEP, DOUBLES)
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def select_l1_kernel(
     q_l1_ptr, k_l1_ptr,  # [B*H, T_1, D]
-    kept_l2_ptr, width_above,  # [B*H, T_2, width_above] int32
-    kept_l1_ptr, width,  # [B*H, T_1, width] int32, out
-    counts_l1_ptr,  # [B*H, T_1] int32, zero before, out: how many query tokens keep each key token
+    kept_l2_ptr, width_l2,  # [B*H, T_2, width_l2] int32
     v_ptr, stride_vb, stride_vh, stride_vn,  # [B, H, N, D]
-    v_l1_ptr, v_l2_ptr,  # [B*H, T_l, D] means, out if `late`
-    late, heads_per_batch,  # 1 if values have waited, otherwise 0; H
-    n_tokens,
+    kept_l1_ptr, width_l1,  # [B*H, T_1, width_l1] int32, out: kept key tokens, best first, then -1
+    counts_l1_ptr,  # [B*H, T_1] int32, out: how many query tokens keep each key token
+    v_l1_ptr,  # [B*H, T_1, D], out: means
+    v_l2_ptr,  # [B*H, T_2, D], out: means
+    late, heads_per_batch, n_tokens,  # 1 if values have waited, otherwise 0, H, N
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, KEEP: tl.constexpr, DOUBLES: tl.constexpr,
 ):
     """I^(1): the K_1 = 8 best children of I^(2), for the query tokens under one parent.
@@ -647,8 +647,8 @@ def select_l1_kernel(
     child = tl.program_id(0) % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
     row = parent * BLOCK_2 + child
     inside = (child < BLOCK_2) & (row < n_l1)
-    kept_above_ptr = kept_l2_ptr + (head * n_l2 + parent) * width_above
-    n_candidates = width_above * BLOCK_2
+    kept_above_ptr = kept_l2_ptr + (head * n_l2 + parent) * width_l2
+    n_candidates = width_l2 * BLOCK_2
     if (late != 0) & (parent % 2 == 0):
         pool_values(v_ptr, stride_vb, stride_vh, stride_vn, v_l1_ptr, v_l2_ptr, head, parent, heads_per_batch, n_tokens)
     counts_ptr = counts_l1_ptr + head * n_l1  # integer sums are the same in any order
@@ -658,14 +658,14 @@ def select_l1_kernel(
     best = no_best_8(BLOCK_M, DOUBLES)
     for start in range(0, n_candidates, BLOCK_N):
         within = tl.arange(0, BLOCK_N)
-        kept_above = parents(kept_above_ptr, start, within, width_above, BLOCK_2)
+        kept_above = parents(kept_above_ptr, start, within, width_l2, BLOCK_2)
         token, candidate = children(kept_above, start, within, n_l1, BLOCK_2, False)
         k = load_rows(k_ptr, token, HEAD_DIM, candidate)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
         keys = rank_keys(scores, token[None, :], candidate[None, :], DOUBLES)
         best = add_to_best_8(best, by_thread(keys))
     best = rows_of_best_8(best, BLOCK_M)
-    store_kept(kept_l1_ptr + head * n_l1 * width, counts_ptr, row, width, inside, best, KEEP, DOUBLES)
+    store_kept(kept_l1_ptr + head * n_l1 * width_l1, counts_ptr, row, width_l1, inside, best, KEEP, DOUBLES)
     if (late != 0) & (parent % 2 == 1):
         pool_values(v_ptr, stride_vb, stride_vh, stride_vn, v_l1_ptr, v_l2_ptr, head, parent, heads_per_batch, n_tokens)
 
@@ -676,15 +676,15 @@ def select_l1_kernel(
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def attend_kernel(
     q_ptr, stride_qb, stride_qh, stride_qn,  # [B, H, N, D]
-    k_ptr, stride_kb, stride_kh, stride_kn,
-    v_ptr, stride_vb, stride_vh, stride_vn,
+    k_ptr, stride_kb, stride_kh, stride_kn,  # [B, H, N, D]
+    v_ptr, stride_vb, stride_vh, stride_vn,  # [B, H, N, D]
     k_l1_ptr, v_l1_ptr,  # [B*H, T_1, D]
     k_l2_ptr, v_l2_ptr,  # [B*H, T_2, D]
-    kept_l1_ptr, width_l1,  # [B*H, T_1, width] int32
-    kept_l2_ptr, width_l2,  # [B*H, T_2, width] int32
+    kept_l1_ptr, width_l1,  # [B*H, T_1, width_l1] int32
+    kept_l2_ptr, width_l2,  # [B*H, T_2, width_l2] int32
     o_ptr,  # [B*H, N, D], out
     lse_ptr,  # [B*H, N] float32, out: natural logarithm of the sum of weights
-    peak_ptr, total_ptr,  # [B*H, N] float32, out: the same as 2^peak * total, for the backward pass
+    peak_ptr, total_ptr,  # [B*H, N] float32, out: the same sum as 2^peak * total
     scale, heads_per_batch, n_tokens,  # s, H, N
     GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
     AHEAD: tl.constexpr, WHOLE: tl.constexpr,
@@ -823,9 +823,10 @@ def scan_kernel(
     counts_l1_ptr,  # [B*H, T_1] int32
     counts_l2_ptr,  # [B*H, T_2] int32
     offsets_l1_ptr,  # [B*H, T_1 + 1] int32, out: where the list of each key token begins
-    extra_l1_ptr, part_l1,  # the same of the parts, part_l1 entries each, that popular lists are cut into
+    extra_l1_ptr,  # [B*H, T_1 + 1] int32, out: where its parts of part_l1 entries beyond the first begin
     offsets_l2_ptr,  # [B*H, T_2 + 1] int32, out: where the list of each key token begins
-    heads, n_tokens, BLOCK: tl.constexpr,  # B*H, N
+    part_l1, heads, n_tokens,  # entries a part, B*H, N
+    BLOCK: tl.constexpr,
 ):
     """Where lists begin, and their parts beyond the first: running sums, one a program.
 
@@ -859,10 +860,11 @@ def scatter_keepers(keepers_ptr, cursor, key, kept_ptr, row, width, inside):
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def invert_l2_kernel(
-    kept_l2_ptr, width,  # [B*H, T_2, width] int32
+    kept_l2_ptr, width_l2,  # [B*H, T_2, width_l2] int32
     offsets_l2_ptr,  # [B*H, T_2 + 1] int32
-    keepers_l2_ptr,  # [B*H, T_2 * width] int32, out
-    n_tokens, BLOCK_M: tl.constexpr, KEYS: tl.constexpr,
+    keepers_l2_ptr,  # [B*H, T_2 * width_l2] int32, out: query tokens by the key token that they keep
+    n_tokens,  # N
+    BLOCK_M: tl.constexpr, KEYS: tl.constexpr,
 ):
     """The query tokens that keep each of KEYS key tokens of level 2, found among all.
 
@@ -873,21 +875,22 @@ def invert_l2_kernel(
     head = (tl.program_id(0) // tiles).to(tl.int64)
     key = tl.program_id(0) % tiles * KEYS + tl.arange(0, KEYS)
     cursor = tl.load(offsets_l2_ptr + head * (n_l2 + 1) + key, mask=key < n_l2, other=0)
-    kept_ptr = kept_l2_ptr + head * n_l2 * width
-    keepers_ptr = keepers_l2_ptr + head * n_l2 * width
+    kept_ptr = kept_l2_ptr + head * n_l2 * width_l2
+    keepers_ptr = keepers_l2_ptr + head * n_l2 * width_l2
     for start in range(0, n_l2, BLOCK_M):
         row = start + tl.arange(0, BLOCK_M)
-        cursor = scatter_keepers(keepers_ptr, cursor, key, kept_ptr, row, width, row < n_l2)
+        cursor = scatter_keepers(keepers_ptr, cursor, key, kept_ptr, row, width_l2, row < n_l2)
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def invert_l1_kernel(
-    kept_l1_ptr, width,  # [B*H, T_1, width] int32
+    kept_l1_ptr, width_l1,  # [B*H, T_1, width_l1] int32
     offsets_l1_ptr,  # [B*H, T_1 + 1] int32
     offsets_l2_ptr,  # [B*H, T_2 + 1] int32
-    keepers_l2_ptr, width_above,  # [B*H, T_2 * width_above] int32
-    keepers_l1_ptr,  # [B*H, T_1 * width] int32, out
-    n_tokens, BLOCK_M: tl.constexpr, KEYS: tl.constexpr,
+    keepers_l2_ptr, width_l2,  # [B*H, T_2 * width_l2] int32
+    keepers_l1_ptr,  # [B*H, T_1 * width_l1] int32, out: query tokens by the key token that they keep
+    n_tokens,  # N
+    BLOCK_M: tl.constexpr, KEYS: tl.constexpr,
 ):
     """The query tokens that keep each child of a level-2 key token, found among the children of its keepers.
 
@@ -899,33 +902,33 @@ def invert_l1_kernel(
     parent = tl.program_id(0) % n_l2
     begin = tl.load(offsets_l2_ptr + head * (n_l2 + 1) + parent)
     count = tl.load(offsets_l2_ptr + head * (n_l2 + 1) + parent + 1) - begin
-    list_ptr = keepers_l2_ptr + head * n_l2 * width_above + begin
+    list_ptr = keepers_l2_ptr + head * n_l2 * width_l2 + begin
     child = tl.arange(0, KEYS)
     exists = (child < BLOCK_2) & (parent * BLOCK_2 + child < n_l1)
     key = tl.where(exists, parent * BLOCK_2 + child, -2)  # -2: nobody's, neither a token nor the -1 of short lists
     cursor = tl.load(offsets_l1_ptr + head * (n_l1 + 1) + key, mask=exists, other=0)
-    kept_ptr = kept_l1_ptr + head * n_l1 * width
-    keepers_ptr = keepers_l1_ptr + head * n_l1 * width
+    kept_ptr = kept_l1_ptr + head * n_l1 * width_l1
+    keepers_ptr = keepers_l1_ptr + head * n_l1 * width_l1
     for start in range(0, count * BLOCK_2, BLOCK_M):
         within = tl.arange(0, BLOCK_M)
         keeper = parents(list_ptr, start, within, count, BLOCK_2)
         row, inside = children(keeper, start, within, n_l1, BLOCK_2, False)
-        cursor = scatter_keepers(keepers_ptr, cursor, key, kept_ptr, row, width, inside)
+        cursor = scatter_keepers(keepers_ptr, cursor, key, kept_ptr, row, width_l1, inside)
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def grad_q_kernel(
     q_ptr, stride_qb, stride_qh, stride_qn,  # [B, H, N, D]
-    k_ptr, stride_kb, stride_kh, stride_kn,
-    v_ptr, stride_vb, stride_vh, stride_vn,
+    k_ptr, stride_kb, stride_kh, stride_kn,  # [B, H, N, D]
+    v_ptr, stride_vb, stride_vh, stride_vn,  # [B, H, N, D]
     k_l1_ptr, v_l1_ptr,  # [B*H, T_1, D]
     k_l2_ptr, v_l2_ptr,  # [B*H, T_2, D]
-    kept_l1_ptr, width_l1,  # [B*H, T_1, width] int32
-    kept_l2_ptr, width_l2,  # [B*H, T_2, width] int32
+    kept_l1_ptr, width_l1,  # [B*H, T_1, width_l1] int32
+    kept_l2_ptr, width_l2,  # [B*H, T_2, width_l2] int32
     o_ptr,  # [B*H, N, D]
     grad_o_ptr, stride_gb, stride_gh, stride_gn,  # [B, H, N, D]
-    grad_lse_ptr,  # [B, H, N] float32, or None where lse has no gradient
-    peak_ptr, total_ptr,  # [B*H, N] float32, of the forward pass
+    peak_ptr, total_ptr,  # [B*H, N] float32
+    grad_lse_ptr,  # [B*H, N] float32: None where lse has no gradient
     grad_q_ptr,  # [B*H, N, D], out
     delta_ptr,  # [B*H, N] float32, out
     scale, heads_per_batch, n_tokens,  # s, H, N
@@ -1114,27 +1117,27 @@ def keeper_and_slot(keepers_ptr, kept_ptr, entry, end, parent, width, KEEP: tl.c
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def grad_kv_l2_kernel(
     q_ptr, stride_qb, stride_qh, stride_qn,  # [B, H, N, D]
-    grad_o_ptr, stride_gb, stride_gh, stride_gn,
+    grad_o_ptr, stride_gb, stride_gh, stride_gn,  # [B, H, N, D]
     peak_ptr, total_ptr, delta_ptr,  # [B*H, N] float32
     k_l2_ptr, v_l2_ptr,  # [B*H, T_2, D]
-    split_grad_k_ptr, split_grad_v_ptr,  # [B*H, splits, T_2, D], out: per token covered
-    rows_per_split, splits, scale, heads_per_batch, n_tokens,  # queries a split, how many splits, s, H, N
+    split_grad_k_l2_ptr, split_grad_v_l2_ptr,  # [B*H, splits_l2, T_2, D], out: per token covered
+    rows_l2, splits_l2, scale, heads_per_batch, n_tokens,  # queries a split, how many splits, s, H, N
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     """dk, dv of BLOCK_N tokens of level 2, which all queries attend to, from one split of the queries.
 
-    Grid: B*H * splits * ceil(T_2 / BLOCK_N).
+    Grid: B*H * splits_l2 * ceil(T_2 / BLOCK_N).
     """
     n_l2 = tl.cdiv(n_tokens, SPAN_2)
     n_keys = n_l2
     tiles = tl.cdiv(n_keys, BLOCK_N)
-    head = (tl.program_id(0) // tiles // splits).to(tl.int64)
-    split = tl.program_id(0) // tiles % splits
+    head = (tl.program_id(0) // tiles // splits_l2).to(tl.int64)
+    split = tl.program_id(0) // tiles % splits_l2
     place = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     key, exists = place, place < n_keys
-    begin = split * rows_per_split
-    end = tl.minimum(begin + rows_per_split, n_tokens)
-    to_split = (head * splits + split) * n_keys * HEAD_DIM
+    begin = split * rows_l2
+    end = tl.minimum(begin + rows_l2, n_tokens)
+    to_split = (head * splits_l2 + split) * n_keys * HEAD_DIM
     bias = log_weight(key, exists, n_tokens, SPAN_2, False)
     k = load_rows(k_l2_ptr + head * n_l2 * HEAD_DIM, key, HEAD_DIM, exists)
     v = load_rows(v_l2_ptr + head * n_l2 * HEAD_DIM, key, HEAD_DIM, exists)
@@ -1145,15 +1148,16 @@ def grad_kv_l2_kernel(
         peak_ptr + row, total_ptr + row, delta_ptr + row, begin, end, k, v, bias, scale, BLOCK_M,
     )
     covered = tl.where(exists, tl.minimum(n_tokens - key * SPAN_2, SPAN_2), 1).to(tl.float32)[:, None]
-    store_rows(split_grad_k_ptr + to_split, place, HEAD_DIM, place < n_keys, grad_k / covered)
-    store_rows(split_grad_v_ptr + to_split, place, HEAD_DIM, place < n_keys, grad_v / covered)
+    store_rows(split_grad_k_l2_ptr + to_split, place, HEAD_DIM, place < n_keys, grad_k / covered)
+    store_rows(split_grad_v_l2_ptr + to_split, place, HEAD_DIM, place < n_keys, grad_v / covered)
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def grad_kv_l2_sum_kernel(
-    split_grad_k_ptr, split_grad_v_ptr,  # [B*H, splits, T_2, D]
+    split_grad_k_l2_ptr, split_grad_v_l2_ptr,  # [B*H, splits_l2, T_2, D]
     grad_k_l2_ptr, grad_v_l2_ptr,  # [B*H, T_2, D] float32, out: per token covered
-    splits, n_tokens, BLOCK: tl.constexpr,
+    splits_l2, n_tokens,  # how many splits, N
+    BLOCK: tl.constexpr,
 ):
     """dk, dv of BLOCK tokens of level 2: the splits summed in order, in float32.
 
@@ -1166,10 +1170,10 @@ def grad_kv_l2_sum_kernel(
     exists = key < n_l2
     grad_k = tl.zeros([BLOCK, PAD_DIM], tl.float32)
     grad_v = tl.zeros([BLOCK, PAD_DIM], tl.float32)
-    for split in range(0, splits):
-        to_split = (head * splits + split) * n_l2 * HEAD_DIM
-        grad_k += load_rows(split_grad_k_ptr + to_split, key, HEAD_DIM, exists).to(tl.float32)
-        grad_v += load_rows(split_grad_v_ptr + to_split, key, HEAD_DIM, exists).to(tl.float32)
+    for split in range(0, splits_l2):
+        to_split = (head * splits_l2 + split) * n_l2 * HEAD_DIM
+        grad_k += load_rows(split_grad_k_l2_ptr + to_split, key, HEAD_DIM, exists).to(tl.float32)
+        grad_v += load_rows(split_grad_v_l2_ptr + to_split, key, HEAD_DIM, exists).to(tl.float32)
     store_rows(grad_k_l2_ptr + head * n_l2 * HEAD_DIM, key, HEAD_DIM, exists, grad_k)
     store_rows(grad_v_l2_ptr + head * n_l2 * HEAD_DIM, key, HEAD_DIM, exists, grad_v)
 
@@ -1177,33 +1181,33 @@ def grad_kv_l2_sum_kernel(
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def grad_kv_l1_kernel(
     q_ptr, stride_qb, stride_qh, stride_qn,  # [B, H, N, D]
-    grad_o_ptr, stride_gb, stride_gh, stride_gn,
+    grad_o_ptr, stride_gb, stride_gh, stride_gn,  # [B, H, N, D]
     peak_ptr, total_ptr, delta_ptr,  # [B*H, N] float32
     k_l1_ptr, v_l1_ptr,  # [B*H, T_1, D]
-    kept_l2_ptr, width,  # [B*H, T_2, width] int32
-    split_grad_k_ptr, split_grad_v_ptr,  # [B*H, T_2, splits, width * b_2, D], out: per token covered
-    rows_per_split, splits, scale, heads_per_batch, n_tokens,  # queries a split, how many splits, s, H, N
+    kept_l2_ptr, width_l2,  # [B*H, T_2, width_l2] int32
+    split_grad_k_l1_ptr, split_grad_v_l1_ptr,  # [B*H, T_2, splits_l1, width_l2 * b_2, D], out: per token covered
+    rows_l1, splits_l1, scale, heads_per_batch, n_tokens,  # queries a split, how many splits, s, H, N
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     """dk, dv of BLOCK_N of the children of what a level-2 query token keeps, from one split of its queries.
 
-    Grid: B*H * T_2 * splits * ceil(width * b_2 / BLOCK_N).
+    Grid: B*H * T_2 * splits_l1 * ceil(width_l2 * b_2 / BLOCK_N).
     """
     n_l1 = tl.cdiv(n_tokens, SPAN_1)
     n_l2 = tl.cdiv(n_tokens, SPAN_2)
-    n_keys = width * BLOCK_2
+    n_keys = width_l2 * BLOCK_2
     tiles = tl.cdiv(n_keys, BLOCK_N)
-    keeper = tl.program_id(0) // tiles // splits  # over all heads
+    keeper = tl.program_id(0) // tiles // splits_l1  # over all heads
     head = (keeper // n_l2).to(tl.int64)
-    split = tl.program_id(0) // tiles % splits
+    split = tl.program_id(0) // tiles % splits_l1
     first = tl.program_id(0) % tiles * BLOCK_N
     place = first + tl.arange(0, BLOCK_N)
-    list_ptr = kept_l2_ptr + keeper.to(tl.int64) * width
-    parent = parents(list_ptr, first, tl.arange(0, BLOCK_N), width, BLOCK_2)
+    list_ptr = kept_l2_ptr + keeper.to(tl.int64) * width_l2
+    parent = parents(list_ptr, first, tl.arange(0, BLOCK_N), width_l2, BLOCK_2)
     key, exists = children(parent, first, tl.arange(0, BLOCK_N), n_l1, BLOCK_2, False)
-    begin = keeper % n_l2 * SPAN_2 + split * rows_per_split
-    end = tl.minimum(tl.minimum(begin + rows_per_split, (keeper % n_l2 + 1) * SPAN_2), n_tokens)
-    to_split = (keeper.to(tl.int64) * splits + split) * n_keys * HEAD_DIM
+    begin = keeper % n_l2 * SPAN_2 + split * rows_l1
+    end = tl.minimum(tl.minimum(begin + rows_l1, (keeper % n_l2 + 1) * SPAN_2), n_tokens)
+    to_split = (keeper.to(tl.int64) * splits_l1 + split) * n_keys * HEAD_DIM
     bias = log_weight(key, exists, n_tokens, SPAN_1, False)
     k = load_rows(k_l1_ptr + head * n_l1 * HEAD_DIM, key, HEAD_DIM, exists)
     v = load_rows(v_l1_ptr + head * n_l1 * HEAD_DIM, key, HEAD_DIM, exists)
@@ -1214,18 +1218,20 @@ def grad_kv_l1_kernel(
         peak_ptr + row, total_ptr + row, delta_ptr + row, begin, end, k, v, bias, scale, BLOCK_M,
     )
     covered = tl.where(exists, tl.minimum(n_tokens - key * SPAN_1, SPAN_1), 1).to(tl.float32)[:, None]
-    store_rows(split_grad_k_ptr + to_split, place, HEAD_DIM, place < n_keys, grad_k / covered)
-    store_rows(split_grad_v_ptr + to_split, place, HEAD_DIM, place < n_keys, grad_v / covered)
+    store_rows(split_grad_k_l1_ptr + to_split, place, HEAD_DIM, place < n_keys, grad_k / covered)
+    store_rows(split_grad_v_l1_ptr + to_split, place, HEAD_DIM, place < n_keys, grad_v / covered)
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def grad_kv_l1_sum_kernel(
-    split_grad_k_ptr, split_grad_v_ptr,  # [B*H, T_2, splits, width * b_2, D]
-    kept_l2_ptr, width,  # [B*H, T_2, width] int32
-    keepers_l2_ptr, offsets_l2_ptr,  # [B*H, T_2 * width], [B*H, T_2 + 1] int32
-    grad_k_l2_ptr, grad_v_l2_ptr,  # [B*H, T_2, D] float32, per token covered
+    split_grad_k_l1_ptr, split_grad_v_l1_ptr,  # [B*H, T_2, splits_l1, width_l2 * b_2, D]
+    kept_l2_ptr, width_l2,  # [B*H, T_2, width_l2] int32
+    keepers_l2_ptr,  # [B*H, T_2 * width_l2] int32
+    offsets_l2_ptr,  # [B*H, T_2 + 1] int32
+    grad_k_l2_ptr, grad_v_l2_ptr,  # [B*H, T_2, D] float32
     grad_k_l1_ptr, grad_v_l1_ptr,  # [B*H, T_1, D] float32, out: per token covered
-    splits, n_tokens, ROWS: tl.constexpr, BLOCK: tl.constexpr, KEEP: tl.constexpr,
+    splits_l1, n_tokens,  # how many splits, N
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, KEEP: tl.constexpr,
 ):
     """dk, dv of BLOCK children of a level-2 token: its keepers' shares, ROWS at a time in order, and level 2's, in float32.
 
@@ -1239,22 +1245,22 @@ def grad_kv_l1_sum_kernel(
     child = tl.program_id(0) % tiles * BLOCK + tl.arange(0, BLOCK)
     key = parent * BLOCK_2 + child
     exists = (child < BLOCK_2) & (key < n_l1)
-    kept_ptr = kept_l2_ptr + head * n_l2 * width
-    keepers_ptr = keepers_l2_ptr + head * n_l2 * width
+    kept_ptr = kept_l2_ptr + head * n_l2 * width_l2
+    keepers_ptr = keepers_l2_ptr + head * n_l2 * width_l2
     offsets_ptr = offsets_l2_ptr + head * (n_l2 + 1) + parent
     begin, end = tl.load(offsets_ptr), tl.load(offsets_ptr + 1)
     grad_k = tl.zeros([BLOCK, PAD_DIM], tl.float32)
     grad_v = tl.zeros([BLOCK, PAD_DIM], tl.float32)
     entry = tl.arange(0, ROWS)
-    keeper, slot = keeper_and_slot(keepers_ptr, kept_ptr, begin + entry, end, parent, width, KEEP)
+    keeper, slot = keeper_and_slot(keepers_ptr, kept_ptr, begin + entry, end, parent, width_l2, KEEP)
     for start in range(begin, end, ROWS):
         inside = (start + entry < end)[:, None] & exists[None, :]
-        first = (head * n_l2 + keeper) * splits
-        for split in range(0, splits):
-            row = (((first + split) * width + slot) * BLOCK_2)[:, None] + child[None, :]
-            grad_k += tl.sum(load_rows(split_grad_k_ptr, row, HEAD_DIM, inside).to(tl.float32), 0)
-            grad_v += tl.sum(load_rows(split_grad_v_ptr, row, HEAD_DIM, inside).to(tl.float32), 0)
-        keeper, slot = keeper_and_slot(keepers_ptr, kept_ptr, start + ROWS + entry, end, parent, width, KEEP)  # in time
+        first = (head * n_l2 + keeper) * splits_l1
+        for split in range(0, splits_l1):
+            row = (((first + split) * width_l2 + slot) * BLOCK_2)[:, None] + child[None, :]
+            grad_k += tl.sum(load_rows(split_grad_k_l1_ptr, row, HEAD_DIM, inside).to(tl.float32), 0)
+            grad_v += tl.sum(load_rows(split_grad_v_l1_ptr, row, HEAD_DIM, inside).to(tl.float32), 0)
+        keeper, slot = keeper_and_slot(keepers_ptr, kept_ptr, start + ROWS + entry, end, parent, width_l2, KEEP)  # in time
     coarse = parent + tl.zeros([1], tl.int32)
     to_above = head * n_l2 * HEAD_DIM
     grad_k += load_rows(grad_k_l2_ptr + to_above, coarse, HEAD_DIM, coarse >= 0)
@@ -1298,26 +1304,26 @@ def grad_kv_l0_part(
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def grad_kv_l0_extra_kernel(
     q_ptr, stride_qb, stride_qh, stride_qn,  # [B, H, N, D]
-    grad_o_ptr, stride_gb, stride_gh, stride_gn,
+    grad_o_ptr, stride_gb, stride_gh, stride_gn,  # [B, H, N, D]
     peak_ptr, total_ptr, delta_ptr,  # [B*H, N] float32
     k_ptr, stride_kb, stride_kh, stride_kn,  # [B, H, N, D]
-    v_ptr, stride_vb, stride_vh, stride_vn,
-    keepers_l1_ptr, width,  # [B*H, T_1 * width] int32
+    v_ptr, stride_vb, stride_vh, stride_vn,  # [B, H, N, D]
+    keepers_l1_ptr, width_l1,  # [B*H, T_1 * width_l1] int32
     offsets_l1_ptr, extra_l1_ptr,  # [B*H, T_1 + 1] int32
-    extra_grad_k_ptr, extra_grad_v_ptr,  # [B*H, parts, b_1, D] float32, out
-    parts, scale, heads_per_batch, n_tokens,  # room for extra parts a head, s, H, N
+    extra_grad_k_l0_ptr, extra_grad_v_l0_ptr,  # [B*H, parts_l0, b_1, D] float32, out
+    parts_l0, scale, heads_per_batch, n_tokens,  # room for extra parts a head, s, H, N
     PART: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     """dk, dv of the children of a level-1 token from one part of its keepers: PART entries beyond the first PART.
 
     Popular key tokens, which many queries keep, are thereby spread over many programs.
-    Grid: B*H * parts * ceil(b_1 / BLOCK_N); programs beyond the parts there are return at once.
+    Grid: B*H * parts_l0 * ceil(b_1 / BLOCK_N); programs beyond the parts there are return at once.
     """
     n_l1 = tl.cdiv(n_tokens, SPAN_1)
     tiles = tl.cdiv(BLOCK_1, BLOCK_N)
     child = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
-    head = (tl.program_id(0) // tiles // parts).to(tl.int64)
-    part = tl.program_id(0) // tiles % parts
+    head = (tl.program_id(0) // tiles // parts_l0).to(tl.int64)
+    part = tl.program_id(0) // tiles % parts_l0
     extra_ptr = extra_l1_ptr + head * (n_l1 + 1)
     if part >= tl.load(extra_ptr + n_l1):
         return
@@ -1334,26 +1340,26 @@ def grad_kv_l0_extra_kernel(
         peak_ptr + row, total_ptr + row, delta_ptr + row,
         head_base(k_ptr, head, stride_kb, stride_kh, heads_per_batch), stride_kn,
         head_base(v_ptr, head, stride_vb, stride_vh, heads_per_batch), stride_vn,
-        keepers_l1_ptr + head * n_l1 * width, begin, end, key, exists, scale, n_tokens, BLOCK_M, BLOCK_N,
+        keepers_l1_ptr + head * n_l1 * width_l1, begin, end, key, exists, scale, n_tokens, BLOCK_M, BLOCK_N,
     )
-    to_part = (head * parts + part) * BLOCK_1 * HEAD_DIM
-    store_rows(extra_grad_k_ptr + to_part, child, HEAD_DIM, child < BLOCK_1, grad_k)
-    store_rows(extra_grad_v_ptr + to_part, child, HEAD_DIM, child < BLOCK_1, grad_v)
+    to_part = (head * parts_l0 + part) * BLOCK_1 * HEAD_DIM
+    store_rows(extra_grad_k_l0_ptr + to_part, child, HEAD_DIM, child < BLOCK_1, grad_k)
+    store_rows(extra_grad_v_l0_ptr + to_part, child, HEAD_DIM, child < BLOCK_1, grad_v)
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def grad_kv_l0_kernel(
     q_ptr, stride_qb, stride_qh, stride_qn,  # [B, H, N, D]
-    grad_o_ptr, stride_gb, stride_gh, stride_gn,
+    grad_o_ptr, stride_gb, stride_gh, stride_gn,  # [B, H, N, D]
     peak_ptr, total_ptr, delta_ptr,  # [B*H, N] float32
     k_ptr, stride_kb, stride_kh, stride_kn,  # [B, H, N, D]
-    v_ptr, stride_vb, stride_vh, stride_vn,
-    keepers_l1_ptr, width,  # [B*H, T_1 * width] int32
+    v_ptr, stride_vb, stride_vh, stride_vn,  # [B, H, N, D]
+    keepers_l1_ptr, width_l1,  # [B*H, T_1 * width_l1] int32
     offsets_l1_ptr, extra_l1_ptr,  # [B*H, T_1 + 1] int32
-    extra_grad_k_ptr, extra_grad_v_ptr,  # [B*H, parts, b_1, D] float32
-    grad_k_l1_ptr, grad_v_l1_ptr,  # [B*H, T_1, D] float32, per token covered
+    extra_grad_k_l0_ptr, extra_grad_v_l0_ptr,  # [B*H, parts_l0, b_1, D] float32
+    grad_k_l1_ptr, grad_v_l1_ptr,  # [B*H, T_1, D] float32
     grad_k_ptr, grad_v_ptr,  # [B*H, N, D], out
-    parts, scale, heads_per_batch, n_tokens,  # room for extra parts a head, s, H, N
+    parts_l0, scale, heads_per_batch, n_tokens,  # room for extra parts a head, s, H, N
     PART: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     """dk, dv of the children of a level-1 token: the first PART of its keepers, the extra parts, and level 1's share.
@@ -1384,12 +1390,12 @@ def grad_kv_l0_kernel(
         peak_ptr + row, total_ptr + row, delta_ptr + row,
         head_base(k_ptr, head, stride_kb, stride_kh, heads_per_batch), stride_kn,
         head_base(v_ptr, head, stride_vb, stride_vh, heads_per_batch), stride_vn,
-        keepers_l1_ptr + head * n_l1 * width, begin, end, key, exists, scale, n_tokens, BLOCK_M, BLOCK_N,
+        keepers_l1_ptr + head * n_l1 * width_l1, begin, end, key, exists, scale, n_tokens, BLOCK_M, BLOCK_N,
     )
     for part in range(first_extra, last_extra):
-        to_part = (head * parts + part) * BLOCK_1 * HEAD_DIM
-        grad_k += load_rows(extra_grad_k_ptr + to_part, child, HEAD_DIM, child < BLOCK_1)
-        grad_v += load_rows(extra_grad_v_ptr + to_part, child, HEAD_DIM, child < BLOCK_1)
+        to_part = (head * parts_l0 + part) * BLOCK_1 * HEAD_DIM
+        grad_k += load_rows(extra_grad_k_l0_ptr + to_part, child, HEAD_DIM, child < BLOCK_1)
+        grad_v += load_rows(extra_grad_v_l0_ptr + to_part, child, HEAD_DIM, child < BLOCK_1)
     grad_k += from_above_k
     grad_v += from_above_v
     to_out = head * n_tokens * HEAD_DIM
@@ -1847,15 +1853,15 @@ def all_fit(totals_ptr, first, n_tokens, ROWS: gl.constexpr):
 @gluon.jit(do_not_specialize=UNSPECIALISED)
 def attend_hopper_kernel(
     q_ptr, stride_qb, stride_qh, stride_qn,  # [B, H, N, D]
-    k_ptr, stride_kb, stride_kh, stride_kn,
-    v_ptr, stride_vb, stride_vh, stride_vn,
+    k_ptr, stride_kb, stride_kh, stride_kn,  # [B, H, N, D]
+    v_ptr, stride_vb, stride_vh, stride_vn,  # [B, H, N, D]
     k_l1_ptr, v_l1_ptr,  # [B*H, T_1, D]
     k_l2_ptr, v_l2_ptr,  # [B*H, T_2, D]
-    kept_l1_ptr, width_l1,  # [B*H, T_1, width] int32
-    kept_l2_ptr, width_l2,  # [B*H, T_2, width] int32
+    kept_l1_ptr, width_l1,  # [B*H, T_1, width_l1] int32
+    kept_l2_ptr, width_l2,  # [B*H, T_2, width_l2] int32
     o_ptr,  # [B*H, N, D], out
     lse_ptr,  # [B*H, N] float32, out: natural logarithm of the sum of weights
-    peak_ptr, total_ptr,  # [B*H, N] float32, out: the same as 2^peak * total, for the backward pass
+    peak_ptr, total_ptr,  # [B*H, N] float32, out: the same sum as 2^peak * total
     scale, heads_per_batch, n_tokens,  # s, H, N
     WHOLE: gl.constexpr,
 ):
@@ -1890,15 +1896,15 @@ def attend_hopper_kernel(
 @gluon.jit(do_not_specialize=UNSPECIALISED)
 def attend_hopper_again_kernel(
     q_ptr, stride_qb, stride_qh, stride_qn,  # [B, H, N, D]
-    k_ptr, stride_kb, stride_kh, stride_kn,
-    v_ptr, stride_vb, stride_vh, stride_vn,
+    k_ptr, stride_kb, stride_kh, stride_kn,  # [B, H, N, D]
+    v_ptr, stride_vb, stride_vh, stride_vn,  # [B, H, N, D]
     k_l1_ptr, v_l1_ptr,  # [B*H, T_1, D]
     k_l2_ptr, v_l2_ptr,  # [B*H, T_2, D]
-    kept_l1_ptr, width_l1,  # [B*H, T_1, width] int32
-    kept_l2_ptr, width_l2,  # [B*H, T_2, width] int32
+    kept_l1_ptr, width_l1,  # [B*H, T_1, width_l1] int32
+    kept_l2_ptr, width_l2,  # [B*H, T_2, width_l2] int32
     o_ptr,  # [B*H, N, D], out
     lse_ptr,  # [B*H, N] float32, out: natural logarithm of the sum of weights
-    peak_ptr, total_ptr,  # [B*H, N] float32, out: the same as 2^peak * total, for the backward pass
+    peak_ptr, total_ptr,  # [B*H, N] float32, out: the same sum as 2^peak * total
     scale, heads_per_batch, n_tokens,  # s, H, N
 ):
     """Attend again with a running maximum where attend_hopper_kernel found sums that do not fit: `total` is 0 there.
@@ -1941,16 +1947,16 @@ def attend_hopper_again_kernel(
 @gluon.jit(do_not_specialize=UNSPECIALISED)
 def grad_q_hopper_kernel(
     q_ptr, stride_qb, stride_qh, stride_qn,  # [B, H, N, D]
-    k_ptr, stride_kb, stride_kh, stride_kn,
-    v_ptr, stride_vb, stride_vh, stride_vn,
+    k_ptr, stride_kb, stride_kh, stride_kn,  # [B, H, N, D]
+    v_ptr, stride_vb, stride_vh, stride_vn,  # [B, H, N, D]
     k_l1_ptr, v_l1_ptr,  # [B*H, T_1, D]
     k_l2_ptr, v_l2_ptr,  # [B*H, T_2, D]
-    kept_l1_ptr, width_l1,  # [B*H, T_1, width] int32
-    kept_l2_ptr, width_l2,  # [B*H, T_2, width] int32
+    kept_l1_ptr, width_l1,  # [B*H, T_1, width_l1] int32
+    kept_l2_ptr, width_l2,  # [B*H, T_2, width_l2] int32
     o_ptr,  # [B*H, N, D]
     grad_o_ptr, stride_gb, stride_gh, stride_gn,  # [B, H, N, D]
-    grad_lse_ptr,  # [B, H, N] float32, or None where lse has no gradient
-    peak_ptr, total_ptr,  # [B*H, N] float32, of the forward pass
+    peak_ptr, total_ptr,  # [B*H, N] float32
+    grad_lse_ptr,  # [B*H, N] float32: None where lse has no gradient
     grad_q_ptr,  # [B*H, N, D], out
     delta_ptr,  # [B*H, N] float32, out
     scale, heads_per_batch, n_tokens,  # s, H, N
@@ -2132,11 +2138,11 @@ def grad_run_hopper(
 @gluon.jit(do_not_specialize=UNSPECIALISED)
 def grad_kv_l2_hopper_kernel(
     q_ptr, stride_qb, stride_qh, stride_qn,  # [B, H, N, D]
-    grad_o_ptr, stride_gb, stride_gh, stride_gn,
+    grad_o_ptr, stride_gb, stride_gh, stride_gn,  # [B, H, N, D]
     peak_ptr, total_ptr, delta_ptr,  # [B*H, N] float32
     k_l2_ptr, v_l2_ptr,  # [B*H, T_2, D]
-    split_grad_k_ptr, split_grad_v_ptr,  # [B*H, splits, T_2, D], out: per token covered
-    rows_per_split, splits, scale, heads_per_batch, n_tokens,  # queries a split, how many splits, s, H, N
+    split_grad_k_l2_ptr, split_grad_v_l2_ptr,  # [B*H, splits_l2, T_2, D], out: per token covered
+    rows_l2, splits_l2, scale, heads_per_batch, n_tokens,  # queries a split, how many splits, s, H, N
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
 ):
     """What grad_kv_l2_kernel does; BLOCK_N is 64. `total` is 1 in half precision."""
@@ -2144,13 +2150,13 @@ def grad_kv_l2_hopper_kernel(
     place = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, COPIED))
     n_keys = n_l2
     tiles = gl.cdiv(n_keys, BLOCK_N)
-    head = (gl.program_id(0) // tiles // splits).to(gl.int64)
-    split = gl.program_id(0) // tiles % splits
+    head = (gl.program_id(0) // tiles // splits_l2).to(gl.int64)
+    split = gl.program_id(0) // tiles % splits_l2
     first = gl.program_id(0) % tiles * BLOCK_N
     key = first + place
-    begin = split * rows_per_split
-    end = gl.minimum(begin + rows_per_split, n_tokens)
-    to_split = (head * splits + split) * n_keys * HEAD_DIM
+    begin = split * rows_l2
+    end = gl.minimum(begin + rows_l2, n_tokens)
+    to_split = (head * splits_l2 + split) * n_keys * HEAD_DIM
     exists = (key >= 0) & (key < n_l2)
     k_at, column = row_tile(k_l2_ptr + head * n_l2 * HEAD_DIM, key, HEAD_DIM, COPIED)
     v_at, _ = row_tile(v_l2_ptr + head * n_l2 * HEAD_DIM, key, HEAD_DIM, COPIED)
@@ -2167,38 +2173,38 @@ def grad_kv_l2_hopper_kernel(
         head_base(grad_o_ptr, head, stride_gb, stride_gh, heads_per_batch), stride_gn,
         peak_ptr + row, delta_ptr + row, begin, end, k, v, bias, scale, BLOCK_M, BLOCK_N,
     )
-    write_rows(split_grad_k_ptr + to_split, first + place, first + place < n_keys, grad_k / covered[:, None])
-    write_rows(split_grad_v_ptr + to_split, first + place, first + place < n_keys, grad_v / covered[:, None])
+    write_rows(split_grad_k_l2_ptr + to_split, first + place, first + place < n_keys, grad_k / covered[:, None])
+    write_rows(split_grad_v_l2_ptr + to_split, first + place, first + place < n_keys, grad_v / covered[:, None])
 
 
 @gluon.jit(do_not_specialize=UNSPECIALISED)
 def grad_kv_l1_hopper_kernel(
     q_ptr, stride_qb, stride_qh, stride_qn,  # [B, H, N, D]
-    grad_o_ptr, stride_gb, stride_gh, stride_gn,
+    grad_o_ptr, stride_gb, stride_gh, stride_gn,  # [B, H, N, D]
     peak_ptr, total_ptr, delta_ptr,  # [B*H, N] float32
     k_l1_ptr, v_l1_ptr,  # [B*H, T_1, D]
-    kept_l2_ptr, width,  # [B*H, T_2, width] int32
-    split_grad_k_ptr, split_grad_v_ptr,  # [B*H, T_2, splits, width * b_2, D], out: per token covered
-    rows_per_split, splits, scale, heads_per_batch, n_tokens,  # queries a split, how many splits, s, H, N
+    kept_l2_ptr, width_l2,  # [B*H, T_2, width_l2] int32
+    split_grad_k_l1_ptr, split_grad_v_l1_ptr,  # [B*H, T_2, splits_l1, width_l2 * b_2, D], out: per token covered
+    rows_l1, splits_l1, scale, heads_per_batch, n_tokens,  # queries a split, how many splits, s, H, N
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
 ):
     """What grad_kv_l1_kernel does; BLOCK_N is 64. `total` is 1 in half precision."""
     n_l1 = gl.cdiv(n_tokens, SPAN_1)
     place = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, COPIED))
     n_l2 = gl.cdiv(n_tokens, SPAN_2)
-    n_keys = width * BLOCK_2
+    n_keys = width_l2 * BLOCK_2
     tiles = gl.cdiv(n_keys, BLOCK_N)
-    keeper = gl.program_id(0) // tiles // splits  # over all heads
+    keeper = gl.program_id(0) // tiles // splits_l1  # over all heads
     head = (keeper // n_l2).to(gl.int64)
-    split = gl.program_id(0) // tiles % splits
+    split = gl.program_id(0) // tiles % splits_l1
     first = gl.program_id(0) % tiles * BLOCK_N
-    list_ptr = kept_l2_ptr + keeper.to(gl.int64) * width
+    list_ptr = kept_l2_ptr + keeper.to(gl.int64) * width_l2
     slot = (first + place) // BLOCK_2
-    parent = gl.load(list_ptr + slot, mask=slot < width, other=-1)
+    parent = gl.load(list_ptr + slot, mask=slot < width_l2, other=-1)
     key = parent * BLOCK_2 + (first + place) % BLOCK_2
-    begin = keeper % n_l2 * SPAN_2 + split * rows_per_split
-    end = gl.minimum(gl.minimum(begin + rows_per_split, (keeper % n_l2 + 1) * SPAN_2), n_tokens)
-    to_split = (keeper.to(gl.int64) * splits + split) * n_keys * HEAD_DIM
+    begin = keeper % n_l2 * SPAN_2 + split * rows_l1
+    end = gl.minimum(gl.minimum(begin + rows_l1, (keeper % n_l2 + 1) * SPAN_2), n_tokens)
+    to_split = (keeper.to(gl.int64) * splits_l1 + split) * n_keys * HEAD_DIM
     exists = (key >= 0) & (key < n_l1)
     k_at, column = row_tile(k_l1_ptr + head * n_l1 * HEAD_DIM, key, HEAD_DIM, COPIED)
     v_at, _ = row_tile(v_l1_ptr + head * n_l1 * HEAD_DIM, key, HEAD_DIM, COPIED)
@@ -2215,8 +2221,8 @@ def grad_kv_l1_hopper_kernel(
         head_base(grad_o_ptr, head, stride_gb, stride_gh, heads_per_batch), stride_gn,
         peak_ptr + row, delta_ptr + row, begin, end, k, v, bias, scale, BLOCK_M, BLOCK_N,
     )
-    write_rows(split_grad_k_ptr + to_split, first + place, first + place < n_keys, grad_k / covered[:, None])
-    write_rows(split_grad_v_ptr + to_split, first + place, first + place < n_keys, grad_v / covered[:, None])
+    write_rows(split_grad_k_l1_ptr + to_split, first + place, first + place < n_keys, grad_k / covered[:, None])
+    write_rows(split_grad_v_l1_ptr + to_split, first + place, first + place < n_keys, grad_v / covered[:, None])
 
 
 # Layouts of one warp: products of 16 rows and their operands; rows that are copied; rows in shared memory.
@@ -2243,16 +2249,16 @@ def copy_row(to, ptr):
 @gluon.jit(do_not_specialize=UNSPECIALISED)
 def grad_kv_l0_hopper_kernel(
     q_ptr, stride_qb, stride_qh, stride_qn,  # [B, H, N, D]
-    grad_o_ptr, stride_gb, stride_gh, stride_gn,
+    grad_o_ptr, stride_gb, stride_gh, stride_gn,  # [B, H, N, D]
     peak_ptr, total_ptr, delta_ptr,  # [B*H, N] float32
     k_ptr, stride_kb, stride_kh, stride_kn,  # [B, H, N, D]
-    v_ptr, stride_vb, stride_vh, stride_vn,
-    keepers_l1_ptr, width,  # [B*H, T_1 * width] int32
+    v_ptr, stride_vb, stride_vh, stride_vn,  # [B, H, N, D]
+    keepers_l1_ptr, width_l1,  # [B*H, T_1 * width_l1] int32
     offsets_l1_ptr, extra_l1_ptr,  # [B*H, T_1 + 1] int32
-    extra_grad_k_ptr, extra_grad_v_ptr,  # [B*H, parts, b_1, D] float32
-    grad_k_l1_ptr, grad_v_l1_ptr,  # [B*H, T_1, D] float32, per token covered
+    extra_grad_k_l0_ptr, extra_grad_v_l0_ptr,  # [B*H, parts_l0, b_1, D] float32
+    grad_k_l1_ptr, grad_v_l1_ptr,  # [B*H, T_1, D] float32
     grad_k_ptr, grad_v_ptr,  # [B*H, N, D], out
-    parts, scale, heads_per_batch, n_tokens,  # room for extra parts a head, s, H, N
+    parts_l0, scale, heads_per_batch, n_tokens,  # room for extra parts a head, s, H, N
     PART: gl.constexpr,
 ):
     """What grad_kv_l0_kernel does, a keeper's 16 queries a tile. `total` is 1 in half precision.
@@ -2280,7 +2286,7 @@ def grad_kv_l0_hopper_kernel(
     offsets_ptr = offsets_l1_ptr + head * (n_l1 + 1) + parent
     begin = gl.load(offsets_ptr)
     end = gl.minimum(begin + PART, gl.load(offsets_ptr + 1))
-    keepers_ptr = keepers_l1_ptr + head * n_l1 * width
+    keepers_ptr = keepers_l1_ptr + head * n_l1 * width_l1
     q_base = head_base(q_ptr, head, stride_qb, stride_qh, heads_per_batch)
     grad_o_base = head_base(grad_o_ptr, head, stride_gb, stride_gh, heads_per_batch)
     peak_ptr += head * n_tokens
@@ -2334,9 +2340,9 @@ def grad_kv_l0_hopper_kernel(
     dim = gl.arange(0, PAD_DIM, layout=COLUMNS)
     child = gl.arange(0, 16, layout=gl.SliceLayout(1, WARP))
     for part in range(first_extra, last_extra):
-        at = ((head * parts + part) * 16 + child)[:, None] * HEAD_DIM + dim[None, :]
-        grad_k += gl.load(extra_grad_k_ptr + at)
-        grad_v += gl.load(extra_grad_v_ptr + at)
+        at = ((head * parts_l0 + part) * 16 + child)[:, None] * HEAD_DIM + dim[None, :]
+        grad_k += gl.load(extra_grad_k_l0_ptr + at)
+        grad_v += gl.load(extra_grad_v_l0_ptr + at)
     grad_k += k_above.load(COLUMNS)[None, :]
     grad_v += v_above.load(COLUMNS)[None, :]
     to_head = head * n_tokens * HEAD_DIM
@@ -2438,7 +2444,7 @@ def work_out(at, tiles):
     at.splits_l1 = splits_l1
     tile = tiles["grad_kv_l0"]
     parts_l0 = at.parts_l0 = min(((tokens[1] * min(8, tokens[1])) // tile["PART"]), tokens[1] * ((tokens[1] - 1) // tile["PART"]))
-    at.part_lengths = {0: tiles["grad_kv_l0"]["PART"]}
+    at.part_l1 = tile["PART"]
     at.shapes = saved_shapes(heads, n_tokens) | {
         "o": (heads, n_tokens, 64),
         "lse": (heads, n_tokens),
@@ -2457,8 +2463,8 @@ def work_out(at, tiles):
         "extra_grad_v_l0": (heads, parts_l0, 16, 64),
         "split_grad_k_l1": (heads, tokens[2], splits_l1, 16 * min(8, tokens[2]), 64),
         "split_grad_v_l1": (heads, tokens[2], splits_l1, 16 * min(8, tokens[2]), 64),
-        "split_grad_k_l2": (heads, 1, splits_l2, tokens[2], 64),
-        "split_grad_v_l2": (heads, 1, splits_l2, tokens[2], 64),
+        "split_grad_k_l2": (heads, splits_l2, tokens[2], 64),
+        "split_grad_v_l2": (heads, splits_l2, tokens[2], 64),
         "grad_k_l1": (heads, tokens[1], 64),
         "grad_v_l1": (heads, tokens[1], 64),
         "grad_k_l2": (heads, tokens[2], 64),
@@ -2466,7 +2472,8 @@ def work_out(at, tiles):
     }
     is_long = 3 * heads * n_tokens * HEAD_DIM.value * dtype.itemsize > CACHED
     late = at.late = int(is_long and heads * tokens[2] >= FILLING)  # whether values wait until level 1 is selected
-    at.widths = {1: at.shapes["kept_l1"][2], 2: at.shapes["kept_l2"][2]}
+    at.width_l1 = at.shapes["kept_l1"][2]
+    at.width_l2 = at.shapes["kept_l2"][2]
     at.grids = {}
     tile = tiles["pool"] | {"STREAM": is_long}
     at.grids["pool_l1_kernel"] = heads * tokens[2] * (3 - late), tile
@@ -2479,7 +2486,7 @@ def work_out(at, tiles):
     if "HOPPER" in tile and not INTERPRETED:  # the kernel in Gluon: its tiles, and four query blocks a program
         tile["WHOLE"] = is_whole(tokens, {"BLOCK_C": 64, "BLOCK_N": 16})
         at.grids["attend_kernel"] = heads * ceil_div(tokens[1], 4), tile
-        programs = heads * ceil_div(ceil_div(tokens[1], 4), 16)
+        programs = heads * ceil_div(n_tokens, 1024)
         at.grids["attend_hopper_again_kernel"] = programs, {"num_warps": 4, "maxnreg": 168}
     tile = tiles["scan"]
     at.grids["scan_kernel"] = 3 * heads, tile
@@ -2528,21 +2535,17 @@ def pool_and_select(at, launch, q, k, v, k_l1, v_l1, k_l2, v_l2, counts_l1, coun
     q_steps, k_steps, v_steps = at.steps
     launch(
         pool_l1_kernel,
-        q, *q_steps, k, *k_steps, v, *v_steps,
-        q_l1, k_l1, v_l1,
-        q_l2, k_l2, v_l2,
-        counts_l1, counts_l2,
+        q, *q_steps, k, *k_steps, v, *v_steps, q_l1, k_l1, v_l1, q_l2, k_l2, v_l2, counts_l1, counts_l2,
         at.heads_per_batch, at.heads, at.n_tokens,
     )
     launch(
         select_l2_kernel,
-        q_l2, k_l2,
-        kept_l2, at.widths[2], counts_l2, at.n_tokens,
+        q_l2, k_l2, kept_l2, at.width_l2, counts_l2, at.n_tokens,
     )
     launch(
         select_l1_kernel,
-        q_l1, k_l1, kept_l2, at.widths[2],
-        kept_l1, at.widths[1], counts_l1, v, *v_steps, v_l1, v_l2, at.late, at.heads_per_batch, at.n_tokens,
+        q_l1, k_l1, kept_l2, at.width_l2, v, *v_steps, kept_l1, at.width_l1, counts_l1, v_l1, v_l2, at.late,
+        at.heads_per_batch, at.n_tokens,
     )
 
 
@@ -2569,17 +2572,17 @@ def attend_launches(at, launch, scale, q, k, v, o, lse, saved, memory):
     ] = at.buffers(saved, "saved")
     pool_and_select(at, launch, q, k, v, k_l1, v_l1, k_l2, v_l2, counts_l1, counts_l2, kept_l1, kept_l2, memory)
     q_steps, k_steps, v_steps = at.steps
-    arguments = (
-        q, *q_steps, k, *k_steps, v, *v_steps,
-        k_l1, v_l1,
-        k_l2, v_l2,
-        kept_l1, at.widths[1],
-        kept_l2, at.widths[2],
-        o, lse, peak, total, scale, at.heads_per_batch, at.n_tokens,
+    launch(
+        (attend_kernel, attend_hopper_kernel),
+        q, *q_steps, k, *k_steps, v, *v_steps, k_l1, v_l1, k_l2, v_l2, kept_l1, at.width_l1, kept_l2, at.width_l2, o,
+        lse, peak, total, scale, at.heads_per_batch, at.n_tokens,
     )
-    launch((attend_kernel, attend_hopper_kernel), *arguments)
     if "attend_hopper_again_kernel" in at.grids:
-        launch(attend_hopper_again_kernel, *arguments)
+        launch(
+            attend_hopper_again_kernel,
+            q, *q_steps, k, *k_steps, v, *v_steps, k_l1, v_l1, k_l2, v_l2, kept_l1, at.width_l1, kept_l2, at.width_l2, o,
+            lse, peak, total, scale, at.heads_per_batch, at.n_tokens,
+        )
 
 
 def attend_kernels(q, k, v, scale):
@@ -2602,63 +2605,53 @@ def grad_launches(at, launch, scale, q, k, v, grad_o, o, saved, grad_q, grad_k, 
         grad_k_l1, grad_v_l1, grad_k_l2, grad_v_l2,
     ] = at.buffers(memory, "gradients")
     q_steps, k_steps, v_steps, grad_o_steps = at.steps
-    q_rows, k_rows, v_rows, grad_o_rows = (q, *q_steps), (k, *k_steps), (v, *v_steps), (grad_o, *grad_o_steps)
-    heads_per_batch, n_tokens = at.heads_per_batch, at.n_tokens
 
     launch(
         scan_kernel,
-        counts_l1, counts_l2,
-        offsets_l1, extra_l1, at.part_lengths[0],
-        offsets_l2,
-        at.heads, n_tokens,
+        counts_l1, counts_l2, offsets_l1, extra_l1, offsets_l2, at.part_l1, at.heads, at.n_tokens,
     )
     launch(
         invert_l2_kernel,
-        kept_l2, at.widths[2], offsets_l2, keepers_l2, n_tokens,
+        kept_l2, at.width_l2, offsets_l2, keepers_l2, at.n_tokens,
     )
     launch(
         invert_l1_kernel,
-        kept_l1, at.widths[1], offsets_l1, offsets_l2, keepers_l2, at.widths[2], keepers_l1, n_tokens,
+        kept_l1, at.width_l1, offsets_l1, offsets_l2, keepers_l2, at.width_l2, keepers_l1, at.n_tokens,
     )
     launch(
         (grad_q_kernel, grad_q_hopper_kernel),
-        *q_rows, *k_rows, *v_rows,
-        k_l1, v_l1,
-        k_l2, v_l2,
-        kept_l1, at.widths[1],
-        kept_l2, at.widths[2],
-        o, *grad_o_rows, grad_lse, peak, total, grad_q, delta, scale, heads_per_batch, n_tokens,
+        q, *q_steps, k, *k_steps, v, *v_steps, k_l1, v_l1, k_l2, v_l2, kept_l1, at.width_l1, kept_l2, at.width_l2, o,
+        grad_o, *grad_o_steps, peak, total, grad_lse, grad_q, delta, scale, at.heads_per_batch, at.n_tokens,
     )
     launch(
         (grad_kv_l2_kernel, grad_kv_l2_hopper_kernel),
-        *q_rows, *grad_o_rows, peak, total, delta, k_l2, v_l2, split_grad_k_l2, split_grad_v_l2,
-        at.rows_l2, at.splits_l2, scale, heads_per_batch, n_tokens,
+        q, *q_steps, grad_o, *grad_o_steps, peak, total, delta, k_l2, v_l2, split_grad_k_l2, split_grad_v_l2,
+        at.rows_l2, at.splits_l2, scale, at.heads_per_batch, at.n_tokens,
     )
     launch(
         grad_kv_l2_sum_kernel,
-        split_grad_k_l2, split_grad_v_l2, grad_k_l2, grad_v_l2,
-        at.splits_l2, n_tokens,
+        split_grad_k_l2, split_grad_v_l2, grad_k_l2, grad_v_l2, at.splits_l2, at.n_tokens,
     )
     launch(
         (grad_kv_l1_kernel, grad_kv_l1_hopper_kernel),
-        *q_rows, *grad_o_rows, peak, total, delta, k_l1, v_l1, kept_l2, at.widths[2], split_grad_k_l1, split_grad_v_l1,
-        at.rows_l1, at.splits_l1, scale, heads_per_batch, n_tokens,
+        q, *q_steps, grad_o, *grad_o_steps, peak, total, delta, k_l1, v_l1, kept_l2, at.width_l2, split_grad_k_l1,
+        split_grad_v_l1, at.rows_l1, at.splits_l1, scale, at.heads_per_batch, at.n_tokens,
     )
     launch(
         grad_kv_l1_sum_kernel,
-        split_grad_k_l1, split_grad_v_l1, kept_l2, at.widths[2], keepers_l2, offsets_l2, grad_k_l2, grad_v_l2, grad_k_l1, grad_v_l1,
-        at.splits_l1, n_tokens,
+        split_grad_k_l1, split_grad_v_l1, kept_l2, at.width_l2, keepers_l2, offsets_l2, grad_k_l2, grad_v_l2,
+        grad_k_l1, grad_v_l1, at.splits_l1, at.n_tokens,
     )
     launch(
         grad_kv_l0_extra_kernel,
-        *q_rows, *grad_o_rows, peak, total, delta, *k_rows, *v_rows,
-        keepers_l1, at.widths[1], offsets_l1, extra_l1, extra_grad_k_l0, extra_grad_v_l0, at.parts_l0, scale, heads_per_batch, n_tokens,
+        q, *q_steps, grad_o, *grad_o_steps, peak, total, delta, k, *k_steps, v, *v_steps, keepers_l1, at.width_l1,
+        offsets_l1, extra_l1, extra_grad_k_l0, extra_grad_v_l0, at.parts_l0, scale, at.heads_per_batch, at.n_tokens,
     )
     launch(
         (grad_kv_l0_kernel, grad_kv_l0_hopper_kernel),
-        *q_rows, *grad_o_rows, peak, total, delta, *k_rows, *v_rows,
-        keepers_l1, at.widths[1], offsets_l1, extra_l1, extra_grad_k_l0, extra_grad_v_l0,
-        grad_k_l1, grad_v_l1, grad_k, grad_v, at.parts_l0, scale, heads_per_batch, n_tokens,
+        q, *q_steps, grad_o, *grad_o_steps, peak, total, delta, k, *k_steps, v, *v_steps, keepers_l1, at.width_l1,
+        offsets_l1, extra_l1, extra_grad_k_l0, extra_grad_v_l0, grad_k_l1, grad_v_l1, grad_k, grad_v, at.parts_l0,
+        scale, at.heads_per_batch, at.n_tokens,
     )
 
 

@@ -39,7 +39,7 @@ SPEC = {
     "name": "topk_b128",
     "reweight": True,
 }
-OPERATOR = "topk_b128_1e35f84bfde95551"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
+OPERATOR = "topk_b128_a2b7550fdf520108"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -56,8 +56,7 @@ EMPTY = tl.constexpr(-(2**63))  # the rank of no token at all
 
 # What differs from call to call: Triton makes no kernel of its own where one of these is 1 or a multiple of 16.
 UNSPECIALISED = [
-    "heads", "heads_per_batch", "n_tokens", "width", "parts",
-    "width_l1", "part_l1",
+    "heads_per_batch", "heads", "n_tokens", "part_l1", "parts_l0", "width_l1",
 ]
 
 # How every kernel is compiled: a product and a sum are rounded once, whatever the default of the Triton that is installed,
@@ -245,8 +244,8 @@ def pool_l1_tile(
 def pool_l1_kernel(
     q_ptr, stride_qb, stride_qh, stride_qn,  # [B, H, N, D]
     k_ptr, stride_kb, stride_kh, stride_kn,  # [B, H, N, D]
-    q_l1_ptr, k_l1_ptr,  # [B*H, T_1, D] means
-    counts_l1_ptr,  # [B*H, T_1] int32, zeroed
+    q_l1_ptr, k_l1_ptr,  # [B*H, T_1, D], out: means
+    counts_l1_ptr,  # [B*H, T_1] int32, out: how many query tokens keep each key token
     heads_per_batch, heads, n_tokens,  # H, B*H, N
     CHILDREN: tl.constexpr, ROWS: tl.constexpr,  # level-1 tokens summed at a time, and rows of each
     STREAM: tl.constexpr,  # see load_rows
@@ -476,9 +475,9 @@ def best_by_runs(
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def select_l1_kernel(
     q_l1_ptr, k_l1_ptr,  # [B*H, T_1, D]
-    kept_l1_ptr, width,  # [B*H, T_1, width] int32, out
-    counts_l1_ptr,  # [B*H, T_1] int32, zero before, out: how many query tokens keep each key token
-    n_tokens,
+    kept_l1_ptr, width_l1,  # [B*H, T_1, width_l1] int32, out: kept key tokens, best first, then -1
+    counts_l1_ptr,  # [B*H, T_1] int32, out: how many query tokens keep each key token
+    n_tokens,  # N
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, KEEP: tl.constexpr, DOUBLES: tl.constexpr, SPLIT: tl.constexpr, RUNS: tl.constexpr,
 ):
     """I^(1): the K_1 = 4 best of all T_1 key tokens, for each query token of the coarsest level.
@@ -510,7 +509,7 @@ def select_l1_kernel(
         best = best_by_runs(q, k_ptr, n_candidates, BLOCK_M, BLOCK_N, KEEP, DOUBLES, SPLIT)
     else:
         best = best_of_all(q, k_ptr, n_candidates, BLOCK_M, BLOCK_N, DOUBLES, SPLIT)
-    store_kept(kept_l1_ptr + head * n_l1 * width, counts_ptr, row, width, inside, best, KEEP, DOUBLES)
+    store_kept(kept_l1_ptr + head * n_l1 * width_l1, counts_ptr, row, width_l1, inside, best, KEEP, DOUBLES)
 
 
 # ---- attention -------------------------------------------------------------------------------------------------------
@@ -549,12 +548,12 @@ def attend_list(
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def attend_kernel(
     q_ptr, stride_qb, stride_qh, stride_qn,  # [B, H, N, D]
-    k_ptr, stride_kb, stride_kh, stride_kn,
-    v_ptr, stride_vb, stride_vh, stride_vn,
-    kept_l1_ptr, width_l1,  # [B*H, T_1, width] int32
+    k_ptr, stride_kb, stride_kh, stride_kn,  # [B, H, N, D]
+    v_ptr, stride_vb, stride_vh, stride_vn,  # [B, H, N, D]
+    kept_l1_ptr, width_l1,  # [B*H, T_1, width_l1] int32
     o_ptr,  # [B*H, N, D], out
     lse_ptr,  # [B*H, N] float32, out: natural logarithm of the sum of weights
-    peak_ptr, total_ptr,  # [B*H, N] float32, out: the same as 2^peak * total, for the backward pass
+    peak_ptr, total_ptr,  # [B*H, N] float32, out: the same sum as 2^peak * total
     scale, heads_per_batch, n_tokens,  # s, H, N
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WHOLE: tl.constexpr,
 ):
@@ -631,8 +630,9 @@ def running_sum(counts_ptr, sums_ptr, head, n_rows, part, BLOCK: tl.constexpr):
 def scan_kernel(
     counts_l1_ptr,  # [B*H, T_1] int32
     offsets_l1_ptr,  # [B*H, T_1 + 1] int32, out: where the list of each key token begins
-    extra_l1_ptr, part_l1,  # the same of the parts, part_l1 entries each, that popular lists are cut into
-    heads, n_tokens, BLOCK: tl.constexpr,  # B*H, N
+    extra_l1_ptr,  # [B*H, T_1 + 1] int32, out: where its parts of part_l1 entries beyond the first begin
+    part_l1, heads, n_tokens,  # entries a part, B*H, N
+    BLOCK: tl.constexpr,
 ):
     """Where lists begin, and their parts beyond the first: running sums, one a program.
 
@@ -664,10 +664,11 @@ def scatter_keepers(keepers_ptr, cursor, key, kept_ptr, row, width, inside):
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def invert_l1_kernel(
-    kept_l1_ptr, width,  # [B*H, T_1, width] int32
+    kept_l1_ptr, width_l1,  # [B*H, T_1, width_l1] int32
     offsets_l1_ptr,  # [B*H, T_1 + 1] int32
-    keepers_l1_ptr,  # [B*H, T_1 * width] int32, out
-    n_tokens, BLOCK_M: tl.constexpr, KEYS: tl.constexpr,
+    keepers_l1_ptr,  # [B*H, T_1 * width_l1] int32, out: query tokens by the key token that they keep
+    n_tokens,  # N
+    BLOCK_M: tl.constexpr, KEYS: tl.constexpr,
 ):
     """The query tokens that keep each of KEYS key tokens of level 1, found among all.
 
@@ -678,23 +679,23 @@ def invert_l1_kernel(
     head = (tl.program_id(0) // tiles).to(tl.int64)
     key = tl.program_id(0) % tiles * KEYS + tl.arange(0, KEYS)
     cursor = tl.load(offsets_l1_ptr + head * (n_l1 + 1) + key, mask=key < n_l1, other=0)
-    kept_ptr = kept_l1_ptr + head * n_l1 * width
-    keepers_ptr = keepers_l1_ptr + head * n_l1 * width
+    kept_ptr = kept_l1_ptr + head * n_l1 * width_l1
+    keepers_ptr = keepers_l1_ptr + head * n_l1 * width_l1
     for start in range(0, n_l1, BLOCK_M):
         row = start + tl.arange(0, BLOCK_M)
-        cursor = scatter_keepers(keepers_ptr, cursor, key, kept_ptr, row, width, row < n_l1)
+        cursor = scatter_keepers(keepers_ptr, cursor, key, kept_ptr, row, width_l1, row < n_l1)
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def grad_q_kernel(
     q_ptr, stride_qb, stride_qh, stride_qn,  # [B, H, N, D]
-    k_ptr, stride_kb, stride_kh, stride_kn,
-    v_ptr, stride_vb, stride_vh, stride_vn,
-    kept_l1_ptr, width_l1,  # [B*H, T_1, width] int32
+    k_ptr, stride_kb, stride_kh, stride_kn,  # [B, H, N, D]
+    v_ptr, stride_vb, stride_vh, stride_vn,  # [B, H, N, D]
+    kept_l1_ptr, width_l1,  # [B*H, T_1, width_l1] int32
     o_ptr,  # [B*H, N, D]
     grad_o_ptr, stride_gb, stride_gh, stride_gn,  # [B, H, N, D]
-    grad_lse_ptr,  # [B, H, N] float32, or None where lse has no gradient
-    peak_ptr, total_ptr,  # [B*H, N] float32, of the forward pass
+    peak_ptr, total_ptr,  # [B*H, N] float32
+    grad_lse_ptr,  # [B*H, N] float32: None where lse has no gradient
     grad_q_ptr,  # [B*H, N, D], out
     delta_ptr,  # [B*H, N] float32, out
     scale, heads_per_batch, n_tokens,  # s, H, N
@@ -824,26 +825,26 @@ def grad_kv_l0_part(
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def grad_kv_l0_extra_kernel(
     q_ptr, stride_qb, stride_qh, stride_qn,  # [B, H, N, D]
-    grad_o_ptr, stride_gb, stride_gh, stride_gn,
+    grad_o_ptr, stride_gb, stride_gh, stride_gn,  # [B, H, N, D]
     peak_ptr, total_ptr, delta_ptr,  # [B*H, N] float32
     k_ptr, stride_kb, stride_kh, stride_kn,  # [B, H, N, D]
-    v_ptr, stride_vb, stride_vh, stride_vn,
-    keepers_l1_ptr, width,  # [B*H, T_1 * width] int32
+    v_ptr, stride_vb, stride_vh, stride_vn,  # [B, H, N, D]
+    keepers_l1_ptr, width_l1,  # [B*H, T_1 * width_l1] int32
     offsets_l1_ptr, extra_l1_ptr,  # [B*H, T_1 + 1] int32
-    extra_grad_k_ptr, extra_grad_v_ptr,  # [B*H, parts, b_1, D] float32, out
-    parts, scale, heads_per_batch, n_tokens,  # room for extra parts a head, s, H, N
+    extra_grad_k_l0_ptr, extra_grad_v_l0_ptr,  # [B*H, parts_l0, b_1, D] float32, out
+    parts_l0, scale, heads_per_batch, n_tokens,  # room for extra parts a head, s, H, N
     PART: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     """dk, dv of the children of a level-1 token from one part of its keepers: PART entries beyond the first PART.
 
     Popular key tokens, which many queries keep, are thereby spread over many programs.
-    Grid: B*H * parts * ceil(b_1 / BLOCK_N); programs beyond the parts there are return at once.
+    Grid: B*H * parts_l0 * ceil(b_1 / BLOCK_N); programs beyond the parts there are return at once.
     """
     n_l1 = tl.cdiv(n_tokens, SPAN_1)
     tiles = tl.cdiv(BLOCK_1, BLOCK_N)
     child = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
-    head = (tl.program_id(0) // tiles // parts).to(tl.int64)
-    part = tl.program_id(0) // tiles % parts
+    head = (tl.program_id(0) // tiles // parts_l0).to(tl.int64)
+    part = tl.program_id(0) // tiles % parts_l0
     extra_ptr = extra_l1_ptr + head * (n_l1 + 1)
     if part >= tl.load(extra_ptr + n_l1):
         return
@@ -860,25 +861,25 @@ def grad_kv_l0_extra_kernel(
         peak_ptr + row, total_ptr + row, delta_ptr + row,
         head_base(k_ptr, head, stride_kb, stride_kh, heads_per_batch), stride_kn,
         head_base(v_ptr, head, stride_vb, stride_vh, heads_per_batch), stride_vn,
-        keepers_l1_ptr + head * n_l1 * width, begin, end, key, exists, scale, n_tokens, BLOCK_M, BLOCK_N,
+        keepers_l1_ptr + head * n_l1 * width_l1, begin, end, key, exists, scale, n_tokens, BLOCK_M, BLOCK_N,
     )
-    to_part = (head * parts + part) * BLOCK_1 * HEAD_DIM
-    store_rows(extra_grad_k_ptr + to_part, child, HEAD_DIM, child < BLOCK_1, grad_k)
-    store_rows(extra_grad_v_ptr + to_part, child, HEAD_DIM, child < BLOCK_1, grad_v)
+    to_part = (head * parts_l0 + part) * BLOCK_1 * HEAD_DIM
+    store_rows(extra_grad_k_l0_ptr + to_part, child, HEAD_DIM, child < BLOCK_1, grad_k)
+    store_rows(extra_grad_v_l0_ptr + to_part, child, HEAD_DIM, child < BLOCK_1, grad_v)
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def grad_kv_l0_kernel(
     q_ptr, stride_qb, stride_qh, stride_qn,  # [B, H, N, D]
-    grad_o_ptr, stride_gb, stride_gh, stride_gn,
+    grad_o_ptr, stride_gb, stride_gh, stride_gn,  # [B, H, N, D]
     peak_ptr, total_ptr, delta_ptr,  # [B*H, N] float32
     k_ptr, stride_kb, stride_kh, stride_kn,  # [B, H, N, D]
-    v_ptr, stride_vb, stride_vh, stride_vn,
-    keepers_l1_ptr, width,  # [B*H, T_1 * width] int32
+    v_ptr, stride_vb, stride_vh, stride_vn,  # [B, H, N, D]
+    keepers_l1_ptr, width_l1,  # [B*H, T_1 * width_l1] int32
     offsets_l1_ptr, extra_l1_ptr,  # [B*H, T_1 + 1] int32
-    extra_grad_k_ptr, extra_grad_v_ptr,  # [B*H, parts, b_1, D] float32
+    extra_grad_k_l0_ptr, extra_grad_v_l0_ptr,  # [B*H, parts_l0, b_1, D] float32
     grad_k_ptr, grad_v_ptr,  # [B*H, N, D], out
-    parts, scale, heads_per_batch, n_tokens,  # room for extra parts a head, s, H, N
+    parts_l0, scale, heads_per_batch, n_tokens,  # room for extra parts a head, s, H, N
     PART: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     """dk, dv of the children of a level-1 token: the first PART of its keepers, the extra parts.
@@ -905,12 +906,12 @@ def grad_kv_l0_kernel(
         peak_ptr + row, total_ptr + row, delta_ptr + row,
         head_base(k_ptr, head, stride_kb, stride_kh, heads_per_batch), stride_kn,
         head_base(v_ptr, head, stride_vb, stride_vh, heads_per_batch), stride_vn,
-        keepers_l1_ptr + head * n_l1 * width, begin, end, key, exists, scale, n_tokens, BLOCK_M, BLOCK_N,
+        keepers_l1_ptr + head * n_l1 * width_l1, begin, end, key, exists, scale, n_tokens, BLOCK_M, BLOCK_N,
     )
     for part in range(first_extra, last_extra):
-        to_part = (head * parts + part) * BLOCK_1 * HEAD_DIM
-        grad_k += load_rows(extra_grad_k_ptr + to_part, child, HEAD_DIM, child < BLOCK_1)
-        grad_v += load_rows(extra_grad_v_ptr + to_part, child, HEAD_DIM, child < BLOCK_1)
+        to_part = (head * parts_l0 + part) * BLOCK_1 * HEAD_DIM
+        grad_k += load_rows(extra_grad_k_l0_ptr + to_part, child, HEAD_DIM, child < BLOCK_1)
+        grad_v += load_rows(extra_grad_v_l0_ptr + to_part, child, HEAD_DIM, child < BLOCK_1)
     to_out = head * n_tokens * HEAD_DIM
     store_rows(grad_k_ptr + to_out, key, HEAD_DIM, exists, grad_k)
     store_rows(grad_v_ptr + to_out, key, HEAD_DIM, exists, grad_v)
@@ -967,7 +968,7 @@ def work_out(at, tiles):
     tokens = level_tokens(n_tokens)
     tile = tiles["grad_kv_l0"]
     parts_l0 = at.parts_l0 = min(((tokens[1] * min(4, tokens[1])) // tile["PART"]), tokens[1] * ((tokens[1] - 1) // tile["PART"]))
-    at.part_lengths = {0: tiles["grad_kv_l0"]["PART"]}
+    at.part_l1 = tile["PART"]
     at.shapes = saved_shapes(heads, n_tokens) | {
         "o": (heads, n_tokens, 64),
         "lse": (heads, n_tokens),
@@ -984,7 +985,7 @@ def work_out(at, tiles):
         "extra_grad_v_l0": (heads, parts_l0, 128, 64),
     }
     is_long = 2 * heads * n_tokens * HEAD_DIM.value * dtype.itemsize > CACHED
-    at.widths = {1: at.shapes["kept_l1"][2]}
+    at.width_l1 = at.shapes["kept_l1"][2]
     at.grids = {}
     tile = tiles["pool"] | {"STREAM": is_long}
     at.grids["pool_l1_kernel"] = 2 * heads * ceil_div(tokens[1], tile["CHILDREN"]), tile
@@ -1025,15 +1026,11 @@ def pool_and_select(at, launch, q, k, counts_l1, kept_l1, memory):
     q_steps, k_steps, *_ = at.steps
     launch(
         pool_l1_kernel,
-        q, *q_steps, k, *k_steps,
-        q_l1, k_l1,
-        counts_l1,
-        at.heads_per_batch, at.heads, at.n_tokens,
+        q, *q_steps, k, *k_steps, q_l1, k_l1, counts_l1, at.heads_per_batch, at.heads, at.n_tokens,
     )
     launch(
         select_l1_kernel,
-        q_l1, k_l1,
-        kept_l1, at.widths[1], counts_l1, at.n_tokens,
+        q_l1, k_l1, kept_l1, at.width_l1, counts_l1, at.n_tokens,
     )
 
 
@@ -1059,9 +1056,8 @@ def attend_launches(at, launch, scale, q, k, v, o, lse, saved, memory):
     q_steps, k_steps, v_steps = at.steps
     launch(
         attend_kernel,
-        q, *q_steps, k, *k_steps, v, *v_steps,
-        kept_l1, at.widths[1],
-        o, lse, peak, total, scale, at.heads_per_batch, at.n_tokens,
+        q, *q_steps, k, *k_steps, v, *v_steps, kept_l1, at.width_l1, o, lse, peak, total, scale, at.heads_per_batch,
+        at.n_tokens,
     )
 
 
@@ -1078,35 +1074,30 @@ def grad_launches(at, launch, scale, q, k, v, grad_o, o, saved, grad_q, grad_k, 
     [peak, total, counts_l1, kept_l1] = at.buffers(saved, "saved")
     [delta, offsets_l1, keepers_l1, extra_l1, extra_grad_k_l0, extra_grad_v_l0] = at.buffers(memory, "gradients")
     q_steps, k_steps, v_steps, grad_o_steps = at.steps
-    q_rows, k_rows, v_rows, grad_o_rows = (q, *q_steps), (k, *k_steps), (v, *v_steps), (grad_o, *grad_o_steps)
-    heads_per_batch, n_tokens = at.heads_per_batch, at.n_tokens
 
     launch(
         scan_kernel,
-        counts_l1,
-        offsets_l1, extra_l1, at.part_lengths[0],
-        at.heads, n_tokens,
+        counts_l1, offsets_l1, extra_l1, at.part_l1, at.heads, at.n_tokens,
     )
     launch(
         invert_l1_kernel,
-        kept_l1, at.widths[1], offsets_l1, keepers_l1, n_tokens,
+        kept_l1, at.width_l1, offsets_l1, keepers_l1, at.n_tokens,
     )
     launch(
         grad_q_kernel,
-        *q_rows, *k_rows, *v_rows,
-        kept_l1, at.widths[1],
-        o, *grad_o_rows, grad_lse, peak, total, grad_q, delta, scale, heads_per_batch, n_tokens,
+        q, *q_steps, k, *k_steps, v, *v_steps, kept_l1, at.width_l1, o, grad_o, *grad_o_steps, peak, total, grad_lse,
+        grad_q, delta, scale, at.heads_per_batch, at.n_tokens,
     )
     launch(
         grad_kv_l0_extra_kernel,
-        *q_rows, *grad_o_rows, peak, total, delta, *k_rows, *v_rows,
-        keepers_l1, at.widths[1], offsets_l1, extra_l1, extra_grad_k_l0, extra_grad_v_l0, at.parts_l0, scale, heads_per_batch, n_tokens,
+        q, *q_steps, grad_o, *grad_o_steps, peak, total, delta, k, *k_steps, v, *v_steps, keepers_l1, at.width_l1,
+        offsets_l1, extra_l1, extra_grad_k_l0, extra_grad_v_l0, at.parts_l0, scale, at.heads_per_batch, at.n_tokens,
     )
     launch(
         grad_kv_l0_kernel,
-        *q_rows, *grad_o_rows, peak, total, delta, *k_rows, *v_rows,
-        keepers_l1, at.widths[1], offsets_l1, extra_l1, extra_grad_k_l0, extra_grad_v_l0,
-        grad_k, grad_v, at.parts_l0, scale, heads_per_batch, n_tokens,
+        q, *q_steps, grad_o, *grad_o_steps, peak, total, delta, k, *k_steps, v, *v_steps, keepers_l1, at.width_l1,
+        offsets_l1, extra_l1, extra_grad_k_l0, extra_grad_v_l0, grad_k, grad_v, at.parts_l0, scale,
+        at.heads_per_batch, at.n_tokens,
     )
 
 

@@ -40,7 +40,7 @@ SPEC = {
     "name": "uneven",
     "reweight": True,
 }
-OPERATOR = "uneven_14fe163ef6fe9471"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
+OPERATOR = "uneven_63fb7ecd8326fcaf"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -59,8 +59,8 @@ EMPTY = tl.constexpr(-(2**63))  # the rank of no token at all
 
 # What differs from call to call: Triton makes no kernel of its own where one of these is 1 or a multiple of 16.
 UNSPECIALISED = [
-    "heads", "heads_per_batch", "n_tokens", "late", "width", "width_above", "parts", "rows_per_split", "splits",
-    "width_l1", "width_l2", "part_l1", "part_l2",
+    "heads_per_batch", "heads", "n_tokens", "late", "part_l1", "part_l2", "rows_l2", "splits_l2",
+    "parts_l1", "parts_l0", "width_l1", "width_l2",
 ]
 
 # How every kernel is compiled: a product and a sum are rounded once, whatever the default of the Triton that is installed,
@@ -278,10 +278,10 @@ def pool_l1_kernel(
     q_ptr, stride_qb, stride_qh, stride_qn,  # [B, H, N, D]
     k_ptr, stride_kb, stride_kh, stride_kn,  # [B, H, N, D]
     v_ptr, stride_vb, stride_vh, stride_vn,  # [B, H, N, D]
-    q_l1_ptr, k_l1_ptr, v_l1_ptr,  # [B*H, T_1, D] means
-    q_l2_ptr, k_l2_ptr, v_l2_ptr,  # [B*H, T_2, D] means
-    counts_l1_ptr,  # [B*H, T_1] int32, zeroed
-    counts_l2_ptr,  # [B*H, T_2] int32, zeroed
+    q_l1_ptr, k_l1_ptr, v_l1_ptr,  # [B*H, T_1, D], out: means
+    q_l2_ptr, k_l2_ptr, v_l2_ptr,  # [B*H, T_2, D], out: means
+    counts_l1_ptr,  # [B*H, T_1] int32, out: how many query tokens keep each key token
+    counts_l2_ptr,  # [B*H, T_2] int32, out: how many query tokens keep each key token
     heads_per_batch, heads, n_tokens,  # H, B*H, N
     CHILDREN: tl.constexpr, ROWS: tl.constexpr,  # level-1 tokens summed at a time, and rows of each
     STREAM: tl.constexpr,  # see load_rows
@@ -625,9 +625,9 @@ def pool_values(v_ptr, stride_vb, stride_vh, stride_vn, v_l1_ptr, v_l2_ptr, head
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def select_l2_kernel(
     q_l2_ptr, k_l2_ptr,  # [B*H, T_2, D]
-    kept_l2_ptr, width,  # [B*H, T_2, width] int32, out
-    counts_l2_ptr,  # [B*H, T_2] int32, zero before, out: how many query tokens keep each key token
-    n_tokens,
+    kept_l2_ptr, width_l2,  # [B*H, T_2, width_l2] int32, out: kept key tokens, best first, then -1
+    counts_l2_ptr,  # [B*H, T_2] int32, out: how many query tokens keep each key token
+    n_tokens,  # N
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, KEEP: tl.constexpr, DOUBLES: tl.constexpr, SPLIT: tl.constexpr, RUNS: tl.constexpr,
 ):
     """I^(2): the K_2 = 3 best of all T_2 key tokens, for each query token of the coarsest level.
@@ -659,19 +659,19 @@ def select_l2_kernel(
         best = best_by_runs(q, k_ptr, n_candidates, BLOCK_M, BLOCK_N, KEEP, DOUBLES, SPLIT)
     else:
         best = best_of_all(q, k_ptr, n_candidates, BLOCK_M, BLOCK_N, DOUBLES, SPLIT)
-    store_kept(kept_l2_ptr + head * n_l2 * width, counts_ptr, row, width, inside, best, KEEP, DOUBLES)
+    store_kept(kept_l2_ptr + head * n_l2 * width_l2, counts_ptr, row, width_l2, inside, best, KEEP, DOUBLES)
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def select_l1_kernel(
     q_l1_ptr, k_l1_ptr,  # [B*H, T_1, D]
-    kept_l2_ptr, width_above,  # [B*H, T_2, width_above] int32
-    kept_l1_ptr, width,  # [B*H, T_1, width] int32, out
-    counts_l1_ptr,  # [B*H, T_1] int32, zero before, out: how many query tokens keep each key token
+    kept_l2_ptr, width_l2,  # [B*H, T_2, width_l2] int32
     v_ptr, stride_vb, stride_vh, stride_vn,  # [B, H, N, D]
-    v_l1_ptr, v_l2_ptr,  # [B*H, T_l, D] means, out if `late`
-    late, heads_per_batch,  # 1 if values have waited, otherwise 0; H
-    n_tokens,
+    kept_l1_ptr, width_l1,  # [B*H, T_1, width_l1] int32, out: kept key tokens, best first, then -1
+    counts_l1_ptr,  # [B*H, T_1] int32, out: how many query tokens keep each key token
+    v_l1_ptr,  # [B*H, T_1, D], out: means
+    v_l2_ptr,  # [B*H, T_2, D], out: means
+    late, heads_per_batch, n_tokens,  # 1 if values have waited, otherwise 0, H, N
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, KEEP: tl.constexpr, DOUBLES: tl.constexpr,
 ):
     """I^(1): the K_1 = 7 best children of I^(2), for the query tokens under one parent.
@@ -688,8 +688,8 @@ def select_l1_kernel(
     child = tl.program_id(0) % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
     row = parent * BLOCK_2 + child
     inside = (child < BLOCK_2) & (row < n_l1)
-    kept_above_ptr = kept_l2_ptr + (head * n_l2 + parent) * width_above
-    n_candidates = width_above * BLOCK_2
+    kept_above_ptr = kept_l2_ptr + (head * n_l2 + parent) * width_l2
+    n_candidates = width_l2 * BLOCK_2
     if (late != 0) & (parent % 2 == 0):
         pool_values(v_ptr, stride_vb, stride_vh, stride_vn, v_l1_ptr, v_l2_ptr, head, parent, heads_per_batch, n_tokens)
     counts_ptr = counts_l1_ptr + head * n_l1  # integer sums are the same in any order
@@ -699,14 +699,14 @@ def select_l1_kernel(
     best = no_best_8(BLOCK_M, DOUBLES)
     for start in range(0, n_candidates, BLOCK_N):
         within = tl.arange(0, BLOCK_N)
-        kept_above = parents(kept_above_ptr, start, within, width_above, BLOCK_2)
+        kept_above = parents(kept_above_ptr, start, within, width_l2, BLOCK_2)
         token, candidate = children(kept_above, start, within, n_l1, BLOCK_2, False)
         k = load_rows(k_ptr, token, HEAD_DIM, candidate)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
         keys = rank_keys(scores, token[None, :], candidate[None, :], DOUBLES)
         best = add_to_best_8(best, by_thread(keys))
     best = rows_of_best_8(best, BLOCK_M)
-    store_kept(kept_l1_ptr + head * n_l1 * width, counts_ptr, row, width, inside, best, KEEP, DOUBLES)
+    store_kept(kept_l1_ptr + head * n_l1 * width_l1, counts_ptr, row, width_l1, inside, best, KEEP, DOUBLES)
     if (late != 0) & (parent % 2 == 1):
         pool_values(v_ptr, stride_vb, stride_vh, stride_vn, v_l1_ptr, v_l2_ptr, head, parent, heads_per_batch, n_tokens)
 
@@ -717,15 +717,15 @@ def select_l1_kernel(
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def attend_kernel(
     q_ptr, stride_qb, stride_qh, stride_qn,  # [B, H, N, D]
-    k_ptr, stride_kb, stride_kh, stride_kn,
-    v_ptr, stride_vb, stride_vh, stride_vn,
+    k_ptr, stride_kb, stride_kh, stride_kn,  # [B, H, N, D]
+    v_ptr, stride_vb, stride_vh, stride_vn,  # [B, H, N, D]
     k_l1_ptr, v_l1_ptr,  # [B*H, T_1, D]
     k_l2_ptr, v_l2_ptr,  # [B*H, T_2, D]
-    kept_l1_ptr, width_l1,  # [B*H, T_1, width] int32
-    kept_l2_ptr, width_l2,  # [B*H, T_2, width] int32
+    kept_l1_ptr, width_l1,  # [B*H, T_1, width_l1] int32
+    kept_l2_ptr, width_l2,  # [B*H, T_2, width_l2] int32
     o_ptr,  # [B*H, N, D], out
     lse_ptr,  # [B*H, N] float32, out: natural logarithm of the sum of weights
-    peak_ptr, total_ptr,  # [B*H, N] float32, out: the same as 2^peak * total, for the backward pass
+    peak_ptr, total_ptr,  # [B*H, N] float32, out: the same sum as 2^peak * total
     scale, heads_per_batch, n_tokens,  # s, H, N
     GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
     AHEAD: tl.constexpr, WHOLE: tl.constexpr,
@@ -864,10 +864,11 @@ def scan_kernel(
     counts_l1_ptr,  # [B*H, T_1] int32
     counts_l2_ptr,  # [B*H, T_2] int32
     offsets_l1_ptr,  # [B*H, T_1 + 1] int32, out: where the list of each key token begins
-    extra_l1_ptr, part_l1,  # the same of the parts, part_l1 entries each, that popular lists are cut into
+    extra_l1_ptr,  # [B*H, T_1 + 1] int32, out: where its parts of part_l1 entries beyond the first begin
     offsets_l2_ptr,  # [B*H, T_2 + 1] int32, out: where the list of each key token begins
-    extra_l2_ptr, part_l2,  # the same of the parts, part_l2 entries each, that popular lists are cut into
-    heads, n_tokens, BLOCK: tl.constexpr,  # B*H, N
+    extra_l2_ptr,  # [B*H, T_2 + 1] int32, out: where its parts of part_l2 entries beyond the first begin
+    part_l1, part_l2, heads, n_tokens,  # entries a part, B*H, N
+    BLOCK: tl.constexpr,
 ):
     """Where lists begin, and their parts beyond the first: running sums, one a program.
 
@@ -903,10 +904,11 @@ def scatter_keepers(keepers_ptr, cursor, key, kept_ptr, row, width, inside):
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def invert_l2_kernel(
-    kept_l2_ptr, width,  # [B*H, T_2, width] int32
+    kept_l2_ptr, width_l2,  # [B*H, T_2, width_l2] int32
     offsets_l2_ptr,  # [B*H, T_2 + 1] int32
-    keepers_l2_ptr,  # [B*H, T_2 * width] int32, out
-    n_tokens, BLOCK_M: tl.constexpr, KEYS: tl.constexpr,
+    keepers_l2_ptr,  # [B*H, T_2 * width_l2] int32, out: query tokens by the key token that they keep
+    n_tokens,  # N
+    BLOCK_M: tl.constexpr, KEYS: tl.constexpr,
 ):
     """The query tokens that keep each of KEYS key tokens of level 2, found among all.
 
@@ -917,21 +919,22 @@ def invert_l2_kernel(
     head = (tl.program_id(0) // tiles).to(tl.int64)
     key = tl.program_id(0) % tiles * KEYS + tl.arange(0, KEYS)
     cursor = tl.load(offsets_l2_ptr + head * (n_l2 + 1) + key, mask=key < n_l2, other=0)
-    kept_ptr = kept_l2_ptr + head * n_l2 * width
-    keepers_ptr = keepers_l2_ptr + head * n_l2 * width
+    kept_ptr = kept_l2_ptr + head * n_l2 * width_l2
+    keepers_ptr = keepers_l2_ptr + head * n_l2 * width_l2
     for start in range(0, n_l2, BLOCK_M):
         row = start + tl.arange(0, BLOCK_M)
-        cursor = scatter_keepers(keepers_ptr, cursor, key, kept_ptr, row, width, row < n_l2)
+        cursor = scatter_keepers(keepers_ptr, cursor, key, kept_ptr, row, width_l2, row < n_l2)
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def invert_l1_kernel(
-    kept_l1_ptr, width,  # [B*H, T_1, width] int32
+    kept_l1_ptr, width_l1,  # [B*H, T_1, width_l1] int32
     offsets_l1_ptr,  # [B*H, T_1 + 1] int32
     offsets_l2_ptr,  # [B*H, T_2 + 1] int32
-    keepers_l2_ptr, width_above,  # [B*H, T_2 * width_above] int32
-    keepers_l1_ptr,  # [B*H, T_1 * width] int32, out
-    n_tokens, BLOCK_M: tl.constexpr, KEYS: tl.constexpr,
+    keepers_l2_ptr, width_l2,  # [B*H, T_2 * width_l2] int32
+    keepers_l1_ptr,  # [B*H, T_1 * width_l1] int32, out: query tokens by the key token that they keep
+    n_tokens,  # N
+    BLOCK_M: tl.constexpr, KEYS: tl.constexpr,
 ):
     """The query tokens that keep each child of a level-2 key token, found among the children of its keepers.
 
@@ -943,33 +946,33 @@ def invert_l1_kernel(
     parent = tl.program_id(0) % n_l2
     begin = tl.load(offsets_l2_ptr + head * (n_l2 + 1) + parent)
     count = tl.load(offsets_l2_ptr + head * (n_l2 + 1) + parent + 1) - begin
-    list_ptr = keepers_l2_ptr + head * n_l2 * width_above + begin
+    list_ptr = keepers_l2_ptr + head * n_l2 * width_l2 + begin
     child = tl.arange(0, KEYS)
     exists = (child < BLOCK_2) & (parent * BLOCK_2 + child < n_l1)
     key = tl.where(exists, parent * BLOCK_2 + child, -2)  # -2: nobody's, neither a token nor the -1 of short lists
     cursor = tl.load(offsets_l1_ptr + head * (n_l1 + 1) + key, mask=exists, other=0)
-    kept_ptr = kept_l1_ptr + head * n_l1 * width
-    keepers_ptr = keepers_l1_ptr + head * n_l1 * width
+    kept_ptr = kept_l1_ptr + head * n_l1 * width_l1
+    keepers_ptr = keepers_l1_ptr + head * n_l1 * width_l1
     for start in range(0, count * BLOCK_2, BLOCK_M):
         within = tl.arange(0, BLOCK_M)
         keeper = parents(list_ptr, start, within, count, BLOCK_2)
         row, inside = children(keeper, start, within, n_l1, BLOCK_2, False)
-        cursor = scatter_keepers(keepers_ptr, cursor, key, kept_ptr, row, width, inside)
+        cursor = scatter_keepers(keepers_ptr, cursor, key, kept_ptr, row, width_l1, inside)
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def grad_q_kernel(
     q_ptr, stride_qb, stride_qh, stride_qn,  # [B, H, N, D]
-    k_ptr, stride_kb, stride_kh, stride_kn,
-    v_ptr, stride_vb, stride_vh, stride_vn,
+    k_ptr, stride_kb, stride_kh, stride_kn,  # [B, H, N, D]
+    v_ptr, stride_vb, stride_vh, stride_vn,  # [B, H, N, D]
     k_l1_ptr, v_l1_ptr,  # [B*H, T_1, D]
     k_l2_ptr, v_l2_ptr,  # [B*H, T_2, D]
-    kept_l1_ptr, width_l1,  # [B*H, T_1, width] int32
-    kept_l2_ptr, width_l2,  # [B*H, T_2, width] int32
+    kept_l1_ptr, width_l1,  # [B*H, T_1, width_l1] int32
+    kept_l2_ptr, width_l2,  # [B*H, T_2, width_l2] int32
     o_ptr,  # [B*H, N, D]
     grad_o_ptr, stride_gb, stride_gh, stride_gn,  # [B, H, N, D]
-    grad_lse_ptr,  # [B, H, N] float32, or None where lse has no gradient
-    peak_ptr, total_ptr,  # [B*H, N] float32, of the forward pass
+    peak_ptr, total_ptr,  # [B*H, N] float32
+    grad_lse_ptr,  # [B*H, N] float32: None where lse has no gradient
     grad_q_ptr,  # [B*H, N, D], out
     delta_ptr,  # [B*H, N] float32, out
     scale, heads_per_batch, n_tokens,  # s, H, N
@@ -1149,27 +1152,27 @@ def extra_owner(extra_ptr, part, n_rows):
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def grad_kv_l2_kernel(
     q_ptr, stride_qb, stride_qh, stride_qn,  # [B, H, N, D]
-    grad_o_ptr, stride_gb, stride_gh, stride_gn,
+    grad_o_ptr, stride_gb, stride_gh, stride_gn,  # [B, H, N, D]
     peak_ptr, total_ptr, delta_ptr,  # [B*H, N] float32
     k_l2_ptr, v_l2_ptr,  # [B*H, T_2, D]
-    split_grad_k_ptr, split_grad_v_ptr,  # [B*H, splits, T_2, D], out: per token covered
-    rows_per_split, splits, scale, heads_per_batch, n_tokens,  # queries a split, how many splits, s, H, N
+    split_grad_k_l2_ptr, split_grad_v_l2_ptr,  # [B*H, splits_l2, T_2, D], out: per token covered
+    rows_l2, splits_l2, scale, heads_per_batch, n_tokens,  # queries a split, how many splits, s, H, N
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     """dk, dv of BLOCK_N tokens of level 2, which all queries attend to, from one split of the queries.
 
-    Grid: B*H * splits * ceil(T_2 / BLOCK_N).
+    Grid: B*H * splits_l2 * ceil(T_2 / BLOCK_N).
     """
     n_l2 = tl.cdiv(n_tokens, SPAN_2)
     n_keys = n_l2
     tiles = tl.cdiv(n_keys, BLOCK_N)
-    head = (tl.program_id(0) // tiles // splits).to(tl.int64)
-    split = tl.program_id(0) // tiles % splits
+    head = (tl.program_id(0) // tiles // splits_l2).to(tl.int64)
+    split = tl.program_id(0) // tiles % splits_l2
     place = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     key, exists = place, place < n_keys
-    begin = split * rows_per_split
-    end = tl.minimum(begin + rows_per_split, n_tokens)
-    to_split = (head * splits + split) * n_keys * HEAD_DIM
+    begin = split * rows_l2
+    end = tl.minimum(begin + rows_l2, n_tokens)
+    to_split = (head * splits_l2 + split) * n_keys * HEAD_DIM
     bias = log_weight(key, exists, n_tokens, SPAN_2, False)
     k = load_rows(k_l2_ptr + head * n_l2 * HEAD_DIM, key, HEAD_DIM, exists)
     v = load_rows(v_l2_ptr + head * n_l2 * HEAD_DIM, key, HEAD_DIM, exists)
@@ -1180,15 +1183,16 @@ def grad_kv_l2_kernel(
         peak_ptr + row, total_ptr + row, delta_ptr + row, begin, end, k, v, bias, scale, BLOCK_M,
     )
     covered = tl.where(exists, tl.minimum(n_tokens - key * SPAN_2, SPAN_2), 1).to(tl.float32)[:, None]
-    store_rows(split_grad_k_ptr + to_split, place, HEAD_DIM, place < n_keys, grad_k / covered)
-    store_rows(split_grad_v_ptr + to_split, place, HEAD_DIM, place < n_keys, grad_v / covered)
+    store_rows(split_grad_k_l2_ptr + to_split, place, HEAD_DIM, place < n_keys, grad_k / covered)
+    store_rows(split_grad_v_l2_ptr + to_split, place, HEAD_DIM, place < n_keys, grad_v / covered)
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def grad_kv_l2_sum_kernel(
-    split_grad_k_ptr, split_grad_v_ptr,  # [B*H, splits, T_2, D]
+    split_grad_k_l2_ptr, split_grad_v_l2_ptr,  # [B*H, splits_l2, T_2, D]
     grad_k_l2_ptr, grad_v_l2_ptr,  # [B*H, T_2, D] float32, out: per token covered
-    splits, n_tokens, BLOCK: tl.constexpr,
+    splits_l2, n_tokens,  # how many splits, N
+    BLOCK: tl.constexpr,
 ):
     """dk, dv of BLOCK tokens of level 2: the splits summed in order, in float32.
 
@@ -1201,10 +1205,10 @@ def grad_kv_l2_sum_kernel(
     exists = key < n_l2
     grad_k = tl.zeros([BLOCK, PAD_DIM], tl.float32)
     grad_v = tl.zeros([BLOCK, PAD_DIM], tl.float32)
-    for split in range(0, splits):
-        to_split = (head * splits + split) * n_l2 * HEAD_DIM
-        grad_k += load_rows(split_grad_k_ptr + to_split, key, HEAD_DIM, exists).to(tl.float32)
-        grad_v += load_rows(split_grad_v_ptr + to_split, key, HEAD_DIM, exists).to(tl.float32)
+    for split in range(0, splits_l2):
+        to_split = (head * splits_l2 + split) * n_l2 * HEAD_DIM
+        grad_k += load_rows(split_grad_k_l2_ptr + to_split, key, HEAD_DIM, exists).to(tl.float32)
+        grad_v += load_rows(split_grad_v_l2_ptr + to_split, key, HEAD_DIM, exists).to(tl.float32)
     store_rows(grad_k_l2_ptr + head * n_l2 * HEAD_DIM, key, HEAD_DIM, exists, grad_k)
     store_rows(grad_v_l2_ptr + head * n_l2 * HEAD_DIM, key, HEAD_DIM, exists, grad_v)
 
@@ -1244,25 +1248,25 @@ def grad_kv_l1_part(
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def grad_kv_l1_extra_kernel(
     q_ptr, stride_qb, stride_qh, stride_qn,  # [B, H, N, D]
-    grad_o_ptr, stride_gb, stride_gh, stride_gn,
+    grad_o_ptr, stride_gb, stride_gh, stride_gn,  # [B, H, N, D]
     peak_ptr, total_ptr, delta_ptr,  # [B*H, N] float32
     k_l1_ptr, v_l1_ptr,  # [B*H, T_1, D]
-    keepers_l2_ptr, width,  # [B*H, T_2 * width] int32
+    keepers_l2_ptr, width_l2,  # [B*H, T_2 * width_l2] int32
     offsets_l2_ptr, extra_l2_ptr,  # [B*H, T_2 + 1] int32
-    extra_grad_k_ptr, extra_grad_v_ptr,  # [B*H, parts, b_2, D] float32, out
-    parts, scale, heads_per_batch, n_tokens,  # room for extra parts a head, s, H, N
+    extra_grad_k_l1_ptr, extra_grad_v_l1_ptr,  # [B*H, parts_l1, b_2, D] float32, out
+    parts_l1, scale, heads_per_batch, n_tokens,  # room for extra parts a head, s, H, N
     PART: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     """dk, dv of the children of a level-2 token from one part of its keepers: PART entries beyond the first PART.
 
     Popular key tokens, which many queries keep, are thereby spread over many programs.
-    Grid: B*H * parts * ceil(b_2 / BLOCK_N); programs beyond the parts there are return at once.
+    Grid: B*H * parts_l1 * ceil(b_2 / BLOCK_N); programs beyond the parts there are return at once.
     """
     n_l2 = tl.cdiv(n_tokens, SPAN_2)
     tiles = tl.cdiv(BLOCK_2, BLOCK_N)
     child = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
-    head = (tl.program_id(0) // tiles // parts).to(tl.int64)
-    part = tl.program_id(0) // tiles % parts
+    head = (tl.program_id(0) // tiles // parts_l1).to(tl.int64)
+    part = tl.program_id(0) // tiles % parts_l1
     extra_ptr = extra_l2_ptr + head * (n_l2 + 1)
     if part >= tl.load(extra_ptr + n_l2):
         return
@@ -1280,25 +1284,25 @@ def grad_kv_l1_extra_kernel(
         head_base(grad_o_ptr, head, stride_gb, stride_gh, heads_per_batch), stride_gn,
         peak_ptr + row, total_ptr + row, delta_ptr + row,
         k_l1_ptr + to_head, v_l1_ptr + to_head,
-        keepers_l2_ptr + head * n_l2 * width, begin, end, key, exists, scale, n_tokens, BLOCK_M, BLOCK_N,
+        keepers_l2_ptr + head * n_l2 * width_l2, begin, end, key, exists, scale, n_tokens, BLOCK_M, BLOCK_N,
     )
-    to_part = (head * parts + part) * BLOCK_2 * HEAD_DIM
-    store_rows(extra_grad_k_ptr + to_part, child, HEAD_DIM, child < BLOCK_2, grad_k)
-    store_rows(extra_grad_v_ptr + to_part, child, HEAD_DIM, child < BLOCK_2, grad_v)
+    to_part = (head * parts_l1 + part) * BLOCK_2 * HEAD_DIM
+    store_rows(extra_grad_k_l1_ptr + to_part, child, HEAD_DIM, child < BLOCK_2, grad_k)
+    store_rows(extra_grad_v_l1_ptr + to_part, child, HEAD_DIM, child < BLOCK_2, grad_v)
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def grad_kv_l1_kernel(
     q_ptr, stride_qb, stride_qh, stride_qn,  # [B, H, N, D]
-    grad_o_ptr, stride_gb, stride_gh, stride_gn,
+    grad_o_ptr, stride_gb, stride_gh, stride_gn,  # [B, H, N, D]
     peak_ptr, total_ptr, delta_ptr,  # [B*H, N] float32
     k_l1_ptr, v_l1_ptr,  # [B*H, T_1, D]
-    keepers_l2_ptr, width,  # [B*H, T_2 * width] int32
+    keepers_l2_ptr, width_l2,  # [B*H, T_2 * width_l2] int32
     offsets_l2_ptr, extra_l2_ptr,  # [B*H, T_2 + 1] int32
-    extra_grad_k_ptr, extra_grad_v_ptr,  # [B*H, parts, b_2, D] float32
-    grad_k_l2_ptr, grad_v_l2_ptr,  # [B*H, T_2, D] float32, per token covered
+    extra_grad_k_l1_ptr, extra_grad_v_l1_ptr,  # [B*H, parts_l1, b_2, D] float32
+    grad_k_l2_ptr, grad_v_l2_ptr,  # [B*H, T_2, D] float32
     grad_k_l1_ptr, grad_v_l1_ptr,  # [B*H, T_1, D] float32, out: per token covered
-    parts, scale, heads_per_batch, n_tokens,  # room for extra parts a head, s, H, N
+    parts_l1, scale, heads_per_batch, n_tokens,  # room for extra parts a head, s, H, N
     PART: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     """dk, dv of the children of a level-2 token: the first PART of its keepers, the extra parts, and level 2's share.
@@ -1330,12 +1334,12 @@ def grad_kv_l1_kernel(
         head_base(grad_o_ptr, head, stride_gb, stride_gh, heads_per_batch), stride_gn,
         peak_ptr + row, total_ptr + row, delta_ptr + row,
         k_l1_ptr + to_head, v_l1_ptr + to_head,
-        keepers_l2_ptr + head * n_l2 * width, begin, end, key, exists, scale, n_tokens, BLOCK_M, BLOCK_N,
+        keepers_l2_ptr + head * n_l2 * width_l2, begin, end, key, exists, scale, n_tokens, BLOCK_M, BLOCK_N,
     )
     for part in range(first_extra, last_extra):
-        to_part = (head * parts + part) * BLOCK_2 * HEAD_DIM
-        grad_k += load_rows(extra_grad_k_ptr + to_part, child, HEAD_DIM, child < BLOCK_2)
-        grad_v += load_rows(extra_grad_v_ptr + to_part, child, HEAD_DIM, child < BLOCK_2)
+        to_part = (head * parts_l1 + part) * BLOCK_2 * HEAD_DIM
+        grad_k += load_rows(extra_grad_k_l1_ptr + to_part, child, HEAD_DIM, child < BLOCK_2)
+        grad_v += load_rows(extra_grad_v_l1_ptr + to_part, child, HEAD_DIM, child < BLOCK_2)
     covered = tl.minimum(n_tokens - key * SPAN_1, SPAN_1).to(tl.float32)[:, None]
     grad_k /= covered
     grad_v /= covered
@@ -1381,26 +1385,26 @@ def grad_kv_l0_part(
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def grad_kv_l0_extra_kernel(
     q_ptr, stride_qb, stride_qh, stride_qn,  # [B, H, N, D]
-    grad_o_ptr, stride_gb, stride_gh, stride_gn,
+    grad_o_ptr, stride_gb, stride_gh, stride_gn,  # [B, H, N, D]
     peak_ptr, total_ptr, delta_ptr,  # [B*H, N] float32
     k_ptr, stride_kb, stride_kh, stride_kn,  # [B, H, N, D]
-    v_ptr, stride_vb, stride_vh, stride_vn,
-    keepers_l1_ptr, width,  # [B*H, T_1 * width] int32
+    v_ptr, stride_vb, stride_vh, stride_vn,  # [B, H, N, D]
+    keepers_l1_ptr, width_l1,  # [B*H, T_1 * width_l1] int32
     offsets_l1_ptr, extra_l1_ptr,  # [B*H, T_1 + 1] int32
-    extra_grad_k_ptr, extra_grad_v_ptr,  # [B*H, parts, b_1, D] float32, out
-    parts, scale, heads_per_batch, n_tokens,  # room for extra parts a head, s, H, N
+    extra_grad_k_l0_ptr, extra_grad_v_l0_ptr,  # [B*H, parts_l0, b_1, D] float32, out
+    parts_l0, scale, heads_per_batch, n_tokens,  # room for extra parts a head, s, H, N
     PART: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     """dk, dv of the children of a level-1 token from one part of its keepers: PART entries beyond the first PART.
 
     Popular key tokens, which many queries keep, are thereby spread over many programs.
-    Grid: B*H * parts * ceil(b_1 / BLOCK_N); programs beyond the parts there are return at once.
+    Grid: B*H * parts_l0 * ceil(b_1 / BLOCK_N); programs beyond the parts there are return at once.
     """
     n_l1 = tl.cdiv(n_tokens, SPAN_1)
     tiles = tl.cdiv(BLOCK_1, BLOCK_N)
     child = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
-    head = (tl.program_id(0) // tiles // parts).to(tl.int64)
-    part = tl.program_id(0) // tiles % parts
+    head = (tl.program_id(0) // tiles // parts_l0).to(tl.int64)
+    part = tl.program_id(0) // tiles % parts_l0
     extra_ptr = extra_l1_ptr + head * (n_l1 + 1)
     if part >= tl.load(extra_ptr + n_l1):
         return
@@ -1417,26 +1421,26 @@ def grad_kv_l0_extra_kernel(
         peak_ptr + row, total_ptr + row, delta_ptr + row,
         head_base(k_ptr, head, stride_kb, stride_kh, heads_per_batch), stride_kn,
         head_base(v_ptr, head, stride_vb, stride_vh, heads_per_batch), stride_vn,
-        keepers_l1_ptr + head * n_l1 * width, begin, end, key, exists, scale, n_tokens, BLOCK_M, BLOCK_N,
+        keepers_l1_ptr + head * n_l1 * width_l1, begin, end, key, exists, scale, n_tokens, BLOCK_M, BLOCK_N,
     )
-    to_part = (head * parts + part) * BLOCK_1 * HEAD_DIM
-    store_rows(extra_grad_k_ptr + to_part, child, HEAD_DIM, child < BLOCK_1, grad_k)
-    store_rows(extra_grad_v_ptr + to_part, child, HEAD_DIM, child < BLOCK_1, grad_v)
+    to_part = (head * parts_l0 + part) * BLOCK_1 * HEAD_DIM
+    store_rows(extra_grad_k_l0_ptr + to_part, child, HEAD_DIM, child < BLOCK_1, grad_k)
+    store_rows(extra_grad_v_l0_ptr + to_part, child, HEAD_DIM, child < BLOCK_1, grad_v)
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def grad_kv_l0_kernel(
     q_ptr, stride_qb, stride_qh, stride_qn,  # [B, H, N, D]
-    grad_o_ptr, stride_gb, stride_gh, stride_gn,
+    grad_o_ptr, stride_gb, stride_gh, stride_gn,  # [B, H, N, D]
     peak_ptr, total_ptr, delta_ptr,  # [B*H, N] float32
     k_ptr, stride_kb, stride_kh, stride_kn,  # [B, H, N, D]
-    v_ptr, stride_vb, stride_vh, stride_vn,
-    keepers_l1_ptr, width,  # [B*H, T_1 * width] int32
+    v_ptr, stride_vb, stride_vh, stride_vn,  # [B, H, N, D]
+    keepers_l1_ptr, width_l1,  # [B*H, T_1 * width_l1] int32
     offsets_l1_ptr, extra_l1_ptr,  # [B*H, T_1 + 1] int32
-    extra_grad_k_ptr, extra_grad_v_ptr,  # [B*H, parts, b_1, D] float32
-    grad_k_l1_ptr, grad_v_l1_ptr,  # [B*H, T_1, D] float32, per token covered
+    extra_grad_k_l0_ptr, extra_grad_v_l0_ptr,  # [B*H, parts_l0, b_1, D] float32
+    grad_k_l1_ptr, grad_v_l1_ptr,  # [B*H, T_1, D] float32
     grad_k_ptr, grad_v_ptr,  # [B*H, N, D], out
-    parts, scale, heads_per_batch, n_tokens,  # room for extra parts a head, s, H, N
+    parts_l0, scale, heads_per_batch, n_tokens,  # room for extra parts a head, s, H, N
     PART: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     """dk, dv of the children of a level-1 token: the first PART of its keepers, the extra parts, and level 1's share.
@@ -1467,12 +1471,12 @@ def grad_kv_l0_kernel(
         peak_ptr + row, total_ptr + row, delta_ptr + row,
         head_base(k_ptr, head, stride_kb, stride_kh, heads_per_batch), stride_kn,
         head_base(v_ptr, head, stride_vb, stride_vh, heads_per_batch), stride_vn,
-        keepers_l1_ptr + head * n_l1 * width, begin, end, key, exists, scale, n_tokens, BLOCK_M, BLOCK_N,
+        keepers_l1_ptr + head * n_l1 * width_l1, begin, end, key, exists, scale, n_tokens, BLOCK_M, BLOCK_N,
     )
     for part in range(first_extra, last_extra):
-        to_part = (head * parts + part) * BLOCK_1 * HEAD_DIM
-        grad_k += load_rows(extra_grad_k_ptr + to_part, child, HEAD_DIM, child < BLOCK_1)
-        grad_v += load_rows(extra_grad_v_ptr + to_part, child, HEAD_DIM, child < BLOCK_1)
+        to_part = (head * parts_l0 + part) * BLOCK_1 * HEAD_DIM
+        grad_k += load_rows(extra_grad_k_l0_ptr + to_part, child, HEAD_DIM, child < BLOCK_1)
+        grad_v += load_rows(extra_grad_v_l0_ptr + to_part, child, HEAD_DIM, child < BLOCK_1)
     grad_k += from_above_k
     grad_v += from_above_v
     to_out = head * n_tokens * HEAD_DIM
@@ -1571,9 +1575,10 @@ def work_out(at, tiles):
     at.splits_l2 = splits_l2
     tile = tiles["grad_kv_l0"]
     parts_l0 = at.parts_l0 = min(((tokens[1] * min(7, tokens[1])) // tile["PART"]), tokens[1] * ((tokens[1] - 1) // tile["PART"]))
+    at.part_l1 = tile["PART"]
     tile = tiles["grad_kv_l1"]
     parts_l1 = at.parts_l1 = min(((tokens[2] * min(3, tokens[2])) // tile["PART"]), tokens[2] * ((tokens[2] - 1) // tile["PART"]))
-    at.part_lengths = {0: tiles["grad_kv_l0"]["PART"], 1: tiles["grad_kv_l1"]["PART"]}
+    at.part_l2 = tile["PART"]
     at.shapes = saved_shapes(heads, n_tokens) | {
         "o": (heads, n_tokens, 80),
         "lse": (heads, n_tokens),
@@ -1593,8 +1598,8 @@ def work_out(at, tiles):
         "extra_grad_v_l0": (heads, parts_l0, 12, 80),
         "extra_grad_k_l1": (heads, parts_l1, 5, 80),
         "extra_grad_v_l1": (heads, parts_l1, 5, 80),
-        "split_grad_k_l2": (heads, 1, splits_l2, tokens[2], 80),
-        "split_grad_v_l2": (heads, 1, splits_l2, tokens[2], 80),
+        "split_grad_k_l2": (heads, splits_l2, tokens[2], 80),
+        "split_grad_v_l2": (heads, splits_l2, tokens[2], 80),
         "grad_k_l1": (heads, tokens[1], 80),
         "grad_v_l1": (heads, tokens[1], 80),
         "grad_k_l2": (heads, tokens[2], 80),
@@ -1602,7 +1607,8 @@ def work_out(at, tiles):
     }
     is_long = 3 * heads * n_tokens * HEAD_DIM.value * dtype.itemsize > CACHED
     late = at.late = int(is_long and heads * tokens[2] >= FILLING)  # whether values wait until level 1 is selected
-    at.widths = {1: at.shapes["kept_l1"][2], 2: at.shapes["kept_l2"][2]}
+    at.width_l1 = at.shapes["kept_l1"][2]
+    at.width_l2 = at.shapes["kept_l2"][2]
     at.grids = {}
     tile = tiles["pool"] | {"STREAM": is_long}
     at.grids["pool_l1_kernel"] = heads * tokens[2] * (3 - late), tile
@@ -1655,21 +1661,17 @@ def pool_and_select(at, launch, q, k, v, k_l1, v_l1, k_l2, v_l2, counts_l1, coun
     q_steps, k_steps, v_steps = at.steps
     launch(
         pool_l1_kernel,
-        q, *q_steps, k, *k_steps, v, *v_steps,
-        q_l1, k_l1, v_l1,
-        q_l2, k_l2, v_l2,
-        counts_l1, counts_l2,
+        q, *q_steps, k, *k_steps, v, *v_steps, q_l1, k_l1, v_l1, q_l2, k_l2, v_l2, counts_l1, counts_l2,
         at.heads_per_batch, at.heads, at.n_tokens,
     )
     launch(
         select_l2_kernel,
-        q_l2, k_l2,
-        kept_l2, at.widths[2], counts_l2, at.n_tokens,
+        q_l2, k_l2, kept_l2, at.width_l2, counts_l2, at.n_tokens,
     )
     launch(
         select_l1_kernel,
-        q_l1, k_l1, kept_l2, at.widths[2],
-        kept_l1, at.widths[1], counts_l1, v, *v_steps, v_l1, v_l2, at.late, at.heads_per_batch, at.n_tokens,
+        q_l1, k_l1, kept_l2, at.width_l2, v, *v_steps, kept_l1, at.width_l1, counts_l1, v_l1, v_l2, at.late,
+        at.heads_per_batch, at.n_tokens,
     )
 
 
@@ -1698,12 +1700,8 @@ def attend_launches(at, launch, scale, q, k, v, o, lse, saved, memory):
     q_steps, k_steps, v_steps = at.steps
     launch(
         attend_kernel,
-        q, *q_steps, k, *k_steps, v, *v_steps,
-        k_l1, v_l1,
-        k_l2, v_l2,
-        kept_l1, at.widths[1],
-        kept_l2, at.widths[2],
-        o, lse, peak, total, scale, at.heads_per_batch, at.n_tokens,
+        q, *q_steps, k, *k_steps, v, *v_steps, k_l1, v_l1, k_l2, v_l2, kept_l1, at.width_l1, kept_l2, at.width_l2, o,
+        lse, peak, total, scale, at.heads_per_batch, at.n_tokens,
     )
 
 
@@ -1727,64 +1725,55 @@ def grad_launches(at, launch, scale, q, k, v, grad_o, o, saved, grad_q, grad_k, 
         split_grad_v_l2, grad_k_l1, grad_v_l1, grad_k_l2, grad_v_l2,
     ] = at.buffers(memory, "gradients")
     q_steps, k_steps, v_steps, grad_o_steps = at.steps
-    q_rows, k_rows, v_rows, grad_o_rows = (q, *q_steps), (k, *k_steps), (v, *v_steps), (grad_o, *grad_o_steps)
-    heads_per_batch, n_tokens = at.heads_per_batch, at.n_tokens
 
     launch(
         scan_kernel,
-        counts_l1, counts_l2,
-        offsets_l1, extra_l1, at.part_lengths[0],
-        offsets_l2, extra_l2, at.part_lengths[1],
-        at.heads, n_tokens,
+        counts_l1, counts_l2, offsets_l1, extra_l1, offsets_l2, extra_l2, at.part_l1, at.part_l2, at.heads,
+        at.n_tokens,
     )
     launch(
         invert_l2_kernel,
-        kept_l2, at.widths[2], offsets_l2, keepers_l2, n_tokens,
+        kept_l2, at.width_l2, offsets_l2, keepers_l2, at.n_tokens,
     )
     launch(
         invert_l1_kernel,
-        kept_l1, at.widths[1], offsets_l1, offsets_l2, keepers_l2, at.widths[2], keepers_l1, n_tokens,
+        kept_l1, at.width_l1, offsets_l1, offsets_l2, keepers_l2, at.width_l2, keepers_l1, at.n_tokens,
     )
     launch(
         grad_q_kernel,
-        *q_rows, *k_rows, *v_rows,
-        k_l1, v_l1,
-        k_l2, v_l2,
-        kept_l1, at.widths[1],
-        kept_l2, at.widths[2],
-        o, *grad_o_rows, grad_lse, peak, total, grad_q, delta, scale, heads_per_batch, n_tokens,
+        q, *q_steps, k, *k_steps, v, *v_steps, k_l1, v_l1, k_l2, v_l2, kept_l1, at.width_l1, kept_l2, at.width_l2, o,
+        grad_o, *grad_o_steps, peak, total, grad_lse, grad_q, delta, scale, at.heads_per_batch, at.n_tokens,
     )
     launch(
         grad_kv_l2_kernel,
-        *q_rows, *grad_o_rows, peak, total, delta, k_l2, v_l2, split_grad_k_l2, split_grad_v_l2,
-        at.rows_l2, at.splits_l2, scale, heads_per_batch, n_tokens,
+        q, *q_steps, grad_o, *grad_o_steps, peak, total, delta, k_l2, v_l2, split_grad_k_l2, split_grad_v_l2,
+        at.rows_l2, at.splits_l2, scale, at.heads_per_batch, at.n_tokens,
     )
     launch(
         grad_kv_l2_sum_kernel,
-        split_grad_k_l2, split_grad_v_l2, grad_k_l2, grad_v_l2,
-        at.splits_l2, n_tokens,
+        split_grad_k_l2, split_grad_v_l2, grad_k_l2, grad_v_l2, at.splits_l2, at.n_tokens,
     )
     launch(
         grad_kv_l1_extra_kernel,
-        *q_rows, *grad_o_rows, peak, total, delta, k_l1, v_l1,
-        keepers_l2, at.widths[2], offsets_l2, extra_l2, extra_grad_k_l1, extra_grad_v_l1, at.parts_l1, scale, heads_per_batch, n_tokens,
+        q, *q_steps, grad_o, *grad_o_steps, peak, total, delta, k_l1, v_l1, keepers_l2, at.width_l2, offsets_l2,
+        extra_l2, extra_grad_k_l1, extra_grad_v_l1, at.parts_l1, scale, at.heads_per_batch, at.n_tokens,
     )
     launch(
         grad_kv_l1_kernel,
-        *q_rows, *grad_o_rows, peak, total, delta, k_l1, v_l1,
-        keepers_l2, at.widths[2], offsets_l2, extra_l2, extra_grad_k_l1, extra_grad_v_l1,
-        grad_k_l2, grad_v_l2, grad_k_l1, grad_v_l1, at.parts_l1, scale, heads_per_batch, n_tokens,
+        q, *q_steps, grad_o, *grad_o_steps, peak, total, delta, k_l1, v_l1, keepers_l2, at.width_l2, offsets_l2,
+        extra_l2, extra_grad_k_l1, extra_grad_v_l1, grad_k_l2, grad_v_l2, grad_k_l1, grad_v_l1, at.parts_l1, scale,
+        at.heads_per_batch, at.n_tokens,
     )
     launch(
         grad_kv_l0_extra_kernel,
-        *q_rows, *grad_o_rows, peak, total, delta, *k_rows, *v_rows,
-        keepers_l1, at.widths[1], offsets_l1, extra_l1, extra_grad_k_l0, extra_grad_v_l0, at.parts_l0, scale, heads_per_batch, n_tokens,
+        q, *q_steps, grad_o, *grad_o_steps, peak, total, delta, k, *k_steps, v, *v_steps, keepers_l1, at.width_l1,
+        offsets_l1, extra_l1, extra_grad_k_l0, extra_grad_v_l0, at.parts_l0, scale, at.heads_per_batch, at.n_tokens,
     )
     launch(
         grad_kv_l0_kernel,
-        *q_rows, *grad_o_rows, peak, total, delta, *k_rows, *v_rows,
-        keepers_l1, at.widths[1], offsets_l1, extra_l1, extra_grad_k_l0, extra_grad_v_l0,
-        grad_k_l1, grad_v_l1, grad_k, grad_v, at.parts_l0, scale, heads_per_batch, n_tokens,
+        q, *q_steps, grad_o, *grad_o_steps, peak, total, delta, k, *k_steps, v, *v_steps, keepers_l1, at.width_l1,
+        offsets_l1, extra_l1, extra_grad_k_l0, extra_grad_v_l0, grad_k_l1, grad_v_l1, grad_k, grad_v, at.parts_l0,
+        scale, at.heads_per_batch, at.n_tokens,
     )
 
 

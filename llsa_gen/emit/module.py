@@ -11,14 +11,14 @@ import re
 import shlex
 import tokenize
 import traceback
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import jinja2
 
 from llsa_gen import runtime
-from llsa_gen.emit import networks
+from llsa_gen.emit import networks, signature
 from llsa_gen.emit.literals import schedules_literal, spec_literal
 from llsa_gen.emit.printers import python, symbolic
 from llsa_gen.errors import TemplateError
@@ -81,6 +81,9 @@ def render(plan: Plan, schedules: Schedules) -> str:
                 plan=plan,
                 version=generator_version(),
                 operator=f"{plan.spec.name}_{PLACEHOLDER}",
+                parameters=partial(signature.parameters, plan),
+                arguments=partial(signature.arguments, plan),
+                unspecialised=signature.unspecialised(plan),
                 spec_literal=spec_literal(plan.spec),
                 pad_dim=pad(plan.head_dim),
                 schedules=schedules_literal(schedules),

@@ -3,6 +3,7 @@
 `cost` and `growth` count; they are imported by themselves.
 """
 
-from llsa_gen.plan.plan import Buffer, Kernel, Plan, Role, lower
+from llsa_gen.plan.buffers import Buffer, Role
+from llsa_gen.plan.plan import Kernel, Plan, Scalar, lower
 
-__all__ = ["Buffer", "Kernel", "Plan", "Role", "lower"]
+__all__ = ["Buffer", "Kernel", "Plan", "Role", "Scalar", "lower"]

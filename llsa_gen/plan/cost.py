@@ -22,7 +22,8 @@ from typing import NamedTuple
 
 import sympy
 
-from llsa_gen.plan.plan import Buffer, Kernel, Plan, Role
+from llsa_gen.plan.buffers import Buffer, Role
+from llsa_gen.plan.plan import Kernel, Plan
 from llsa_gen.plan.sizes import CACHED, FILLING, HEADS, N, ceil_div, parts, splits, tile
 
 __all__ = ["BYTES", "Cost", "Pass", "Share", "Totals", "dense", "evaluate"]
@@ -153,10 +154,13 @@ class Cost:
 
     # ---- bytes --------------------------------------------------------------------------------------------------
 
-    @staticmethod
-    def _only_extra(kernel: Kernel) -> bool:
-        """Whether a kernel computes nothing but parts of popular lists, of which there are usually none."""
-        return any(name.startswith("extra_grad") for name in kernel.writes)
+    def _is_extra(self, buffer: Buffer) -> bool:
+        """Whether a buffer holds what parts of popular lists add up to, of which there are usually none."""
+        return buffer.level in self.plan.by_list and buffer.elements.has(parts(buffer.level))
+
+    def _only_extra(self, kernel: Kernel) -> bool:
+        """Whether a kernel computes nothing but such parts."""
+        return any(self._is_extra(self.plan.buffers[name]) for name in kernel.writes)
 
     def dtype_of(self, buffer: Buffer) -> str:
         """The dtype of a buffer."""
@@ -167,13 +171,11 @@ class Cost:
         """Bytes of a buffer."""
         plan = self.plan
         size = buffer.elements * BYTES[self.dtype_of(buffer)]
-        if buffer.name.startswith("extra_grad"):
-            level = int(buffer.name.rpartition("_l")[2])
-            most = plan.extra_parts(level).subs(tile("PART"), self.schedule[f"grad_kv_l{level}"]["PART"])
-            size = size.subs(parts(level), most)
-        if buffer.name.startswith("split_grad"):
-            level = int(buffer.name.rpartition("_l")[2])
-            size = size.subs(splits(level), self._splits(level))
+        if self._is_extra(buffer):
+            most = plan.extra_parts(buffer.level).subs(tile("PART"), self.schedule[f"grad_kv_l{buffer.level}"]["PART"])
+            size = size.subs(parts(buffer.level), most)
+        if buffer.level in plan.split and size.has(splits(buffer.level)):
+            size = size.subs(splits(buffer.level), self._splits(buffer.level))
         return size
 
     def _splits(self, level: int) -> sympy.Expr:
@@ -188,12 +190,12 @@ class Cost:
         return sympy.ceiling(queries / rows)
 
     def kernel_bytes(self, kernel: Kernel) -> sympy.Expr:
-        """Bytes that one launch moves. Parts of popular lists (`extra_grad`) are left out: usually there are none."""
+        """Bytes that one launch moves. Parts of popular lists are left out: usually there are none."""
         if self._only_extra(kernel):
             return sympy.Integer(0)
         waiting = self.plan.waiting if kernel.name == "select_l1_kernel" else ()  # counted where values are pooled
         names = (*kernel.reads, *kernel.writes)
-        counted = (name for name in names if name not in waiting and not name.startswith("extra_grad"))
+        counted = (x for x in names if x not in waiting and not self._is_extra(self.plan.buffers[x]))
         values = sympy.Add(*map(self._named_bytes, self.plan.waiting))
         return sympy.Add(*map(self._named_bytes, counted), self._late(kernel, values))
 

@@ -8,123 +8,65 @@ K_l kept); it knows neither text nor GPUs. Sizes are sympy expressions in two le
 import json
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
-from enum import StrEnum
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import NamedTuple
 
 import sympy
 
-from llsa_gen.plan.levels import Levels
-from llsa_gen.plan.sizes import HEADS, LATE, N, ceil_div, parts, splits, tile
+from llsa_gen.plan.buffers import Buffers, Role
+from llsa_gen.plan.sizes import HEADS, LATE, ceil_div, parts, splits, tile
 from llsa_gen.spec import Spec
 
 Names = tuple[str, ...]
 """Buffers."""
 
 
-class Role(StrEnum):
-    """What a buffer is to the caller of the operator."""
-
-    INPUT = "input"
-    OUTPUT = "output"
-    SAVED = "saved"  # made by the forward pass, read by the backward pass
-    SCRATCH = "scratch"  # lives within one pass
-
-
-@dataclass(frozen=True)
-class Buffer:
-    """A tensor: its shape as expressions, its dtype and who needs it.
-
-    The dtype `input` is that of q, k, v; `share` is bfloat16 for bfloat16, otherwise float32: what is summed up later
-    bears being rounded as the sum will be, but float16 has not the range.
-    """
+class Scalar(NamedTuple):
+    """A number that a kernel is told: its name in a signature, which is the host's too, and what it is."""
 
     name: str
-    shape: tuple[sympy.Expr, ...]
-    dtype: str
-    role: Role
+    says: str
 
-    @property
-    def elements(self) -> sympy.Expr:
-        return sympy.Mul(*self.shape)
+
+SCALE = Scalar("scale", "s")
+H, B_H, N_TOKENS = Scalar("heads_per_batch", "H"), Scalar("heads", "B*H"), Scalar("n_tokens", "N")
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """One launch: how many programs, and which buffers it reads and writes."""
+    """One launch: how many programs, which buffers it reads and writes, and which numbers it is told, in this order."""
 
     name: str
     stage: str  # the schedule entry that gives its tile shapes
     computes: str
     programs: sympy.Expr
-    reads: tuple[str, ...]
-    writes: tuple[str, ...]
+    reads: Names
+    writes: Names
+    scalars: tuple[Scalar, ...] = (N_TOKENS,)
+    optional: Names = ()  # buffers that are read where there are any, and None otherwise
+    level: int | None = None
+    twin: bool = False  # whether a kernel in Gluon can take its place
+
+    @property
+    def takes(self) -> Names:
+        """Its buffers, in the order of its parameters."""
+        return (*self.reads, *self.optional, *self.writes)
+
+    @property
+    def name_in_gluon(self) -> str:
+        """The name of its `twin`."""
+        return f"{self.name.removesuffix('_kernel')}_hopper_kernel"
 
 
 @dataclass(frozen=True)
-class Plan(Levels):
-    """The levels of a spec with the buffers and kernels that compute its attention."""
-
-    # ---- buffers ------------------------------------------------------------------------------------------------
-
-    @cached_property
-    def buffers(self) -> dict[str, Buffer]:
-        """Every tensor by name."""
-        return {buffer.name: buffer for buffer in self._buffers()}
-
-    def _buffers(self) -> Iterable[Buffer]:
-        d = sympy.Integer(self.head_dim)
-        for name in ("q", "k", "v"):
-            yield Buffer(name, (HEADS, N, d), "input", Role.INPUT)
-        yield Buffer("o", (HEADS, N, d), "input", Role.OUTPUT)
-        yield Buffer("lse", (HEADS, N), "float32", Role.OUTPUT)
-        for name in ("peak", "total"):  # e^lse = 2^peak * total: the backward pass needs it without lse's rounding
-            yield Buffer(name, (HEADS, N), "float32", Role.SAVED)
-        for level in self.levels:
-            shape = (HEADS, self.tokens(level), d)
-            yield Buffer(f"q_l{level}", shape, "input", Role.SCRATCH)
-            yield Buffer(f"k_l{level}", shape, "input", Role.SAVED if level in self.enriched else Role.SCRATCH)
-            if self.enriched:
-                yield Buffer(f"v_l{level}", shape, "input", Role.SAVED if level in self.enriched else Role.SCRATCH)
-        for step in self.pool_steps[:-1]:
-            shape = (sympy.Integer(self.pooled_tensors), HEADS, self.tokens(step[-1]), d)
-            yield Buffer(f"sums_l{step[-1]}", shape, "float32", Role.SCRATCH)
-        for level in self.levels:
-            yield Buffer(f"counts_l{level}", (HEADS, self.tokens(level)), "int32", Role.SAVED)
-        for level in self.levels:
-            yield Buffer(f"kept_l{level}", (HEADS, self.tokens(level), self.width(level)), "int32", Role.SAVED)
-        yield Buffer("grad_o", (HEADS, N, d), "input", Role.INPUT)
-        for name in ("grad_q", "grad_k", "grad_v"):
-            yield Buffer(name, (HEADS, N, d), "input", Role.OUTPUT)
-        yield Buffer("delta", (HEADS, N), "float32", Role.SCRATCH)
-        for level in self.levels:
-            tokens = self.tokens(level)
-            yield Buffer(f"offsets_l{level}", (HEADS, tokens + 1), "int32", Role.SCRATCH)
-            yield Buffer(f"keepers_l{level}", (HEADS, tokens * self.width(level)), "int32", Role.SCRATCH)
-            if level in self.parted:
-                yield Buffer(f"extra_l{level}", (HEADS, tokens + 1), "int32", Role.SCRATCH)
-        for level in self.by_list:
-            shape = (HEADS, parts(level), sympy.Integer(self.block(level + 1)), d)
-            yield Buffer(f"extra_grad_k_l{level}", shape, "float32", Role.SCRATCH)
-            yield Buffer(f"extra_grad_v_l{level}", shape, "float32", Role.SCRATCH)
-        for level in self.split:
-            shape = (HEADS, self.keepers(level), splits(level), self.keys_of_keeper(level), d)
-            yield Buffer(f"split_grad_k_l{level}", shape, "share", Role.SCRATCH)
-            yield Buffer(f"split_grad_v_l{level}", shape, "share", Role.SCRATCH)
-        for level in self.enriched:
-            shape = (HEADS, self.tokens(level), d)
-            yield Buffer(f"grad_k_l{level}", shape, "float32", Role.SCRATCH)
-            yield Buffer(f"grad_v_l{level}", shape, "float32", Role.SCRATCH)
+class Plan(Buffers):
+    """The levels and buffers of a spec with the kernels that compute its attention."""
 
     @property
     def row_unit(self) -> int:
         """Rows of q, k and v begin at multiples of so many elements, of which 8 of two bytes load at once."""
         return math.gcd(self.head_dim, 8)
-
-    @property
-    def pooled_tensors(self) -> int:
-        """How many of q, k, v have a pyramid: values need none where no coarse level is attended."""
-        return 3 if self.enriched else 2
 
     @property
     def values_may_wait(self) -> bool:
@@ -193,8 +135,13 @@ class Plan(Levels):
 
     @property
     def kernels(self) -> tuple[Kernel, ...]:
-        """Every launch in order."""
+        """Every launch in order, but `recompute`."""
         return (*self.forward, *self.backward)
+
+    @cached_property
+    def kernel(self) -> dict[str, Kernel]:
+        """Every launch by the name of its kernel."""
+        return {kernel.name: kernel for kernel in (*self.kernels, self.recompute)}
 
     def _pool(self) -> Iterable[Kernel]:
         names = ("q", "k", "v")[: self.pooled_tensors]
@@ -202,14 +149,15 @@ class Plan(Levels):
             first, last = step[0], step[-1]
             stage = "pool" if first == 1 else "pool_sums"
             reads = names if first == 1 else (f"sums_l{first - 1}",)
-            writes = [f"{name}_l{level}" for name in names for level in step]
-            writes += [f"sums_l{last}"] * (last < self.top)
+            writes = [f"{name}_l{level}" for level in step for name in names]
             writes += [f"counts_l{level}" for level in step]  # zero, before the selection adds to them
+            writes += [f"sums_l{last}"] * (last < self.top)
+            scalars = (H, B_H, N_TOKENS) if first == 1 else (B_H, N_TOKENS)
             programs = ceil_div(self.tokens(last), 1 if len(step) == 2 else tile("CHILDREN"))
             tensors = self.pooled_tensors - (LATE if self.values_may_wait else 0)
             yield Kernel(
                 f"pool_l{first}_kernel", stage, f"means of level {' and '.join(map(str, step))}",
-                tensors * HEADS * programs, tuple(reads), tuple(writes),
+                tensors * HEADS * programs, tuple(reads), tuple(writes), scalars, level=first,
             )  # fmt: skip
 
     def _select(self) -> Iterable[Kernel]:
@@ -222,10 +170,21 @@ class Plan(Levels):
                 children = sympy.Min(self.block(level + 1), self.tokens(level))
                 rows = self.tokens(level + 1) * ceil_div(children, tile("BLOCK_M"))
             computes, writes = f"Top-{self.topk(level)} of level {level}", (f"kept_l{level}", f"counts_l{level}")
+            scalars: tuple[Scalar, ...] = (N_TOKENS,)
             if level == 1 and self.values_may_wait:
                 computes += ", and where late is 1 the means of values"
                 reads, writes = (*reads, *self.waiting[:1]), (*writes, *self.waiting[1:])
-            yield Kernel(f"select_l{level}_kernel", f"select_l{level}", computes, HEADS * rows, reads, writes)
+                scalars = (Scalar("late", "1 if values have waited, otherwise 0"), H, N_TOKENS)
+            yield Kernel(
+                f"select_l{level}_kernel",
+                f"select_l{level}",
+                computes,
+                HEADS * rows,
+                reads,
+                writes,
+                scalars,
+                level=level,
+            )
 
     def _coarse(self) -> tuple[str, ...]:
         return tuple(f"{name}_l{level}" for level in self.enriched for name in ("k", "v"))
@@ -250,23 +209,36 @@ class Plan(Levels):
         return self.tokens(self.shared_level) * ceil_div(sharing, tile("GROUP"))
 
     def _attend(self) -> Kernel:
-        reads = ("q", "k", "v", *self._coarse(), *self._lists())
-        programs = HEADS * self.query_programs
         return Kernel(
-            "attend_kernel",
-            "attend",
-            "o and lse: one softmax over all levels",
-            programs,
-            reads,
-            ("o", "lse", "peak", "total"),
+            "attend_kernel", "attend", "o and lse: one softmax over all levels", HEADS * self.query_programs,
+            ("q", "k", "v", *self._coarse(), *self._lists()), ("o", "lse", "peak", "total"), (SCALE, H, N_TOKENS),
+            twin=True,
+        )  # fmt: skip
+
+    @property
+    def recompute(self) -> Kernel:
+        """What follows `attend` in Gluon, which keeps a fixed maximum: attend again where a sum does not fit.
+
+        A program looks after 16 programs of the kernel before it, of four query blocks each.
+        """
+        programs = HEADS * ceil_div(ceil_div(self.tokens(1), 4), 16)
+        return replace(
+            self._attend(), name="attend_hopper_again_kernel", computes="o and lse again", programs=programs, twin=False
         )
 
     def _invert(self) -> Iterable[Kernel]:
         counts = tuple(f"counts_l{level}" for level in self.levels)
-        sums = (*(f"offsets_l{level}" for level in self.levels), *(f"extra_l{level}" for level in self.parted))
-        yield Kernel("scan_kernel", "scan", "running sums of the counts", HEADS * len(sums), counts, sums)
+        sums = [
+            name
+            for level in self.levels
+            for name in (f"offsets_l{level}", *([f"extra_l{level}"] if level in self.parted else []))
+        ]
+        scalars = (*(Scalar(f"part_l{level}", "entries a part") for level in self.parted), B_H, N_TOKENS)
+        yield Kernel(
+            "scan_kernel", "scan", "running sums of the counts", HEADS * len(sums), counts, tuple(sums), scalars
+        )
         for level in reversed(self.levels):
-            reads = (f"kept_l{level}", f"offsets_l{level}")
+            reads: Names = (f"kept_l{level}", f"offsets_l{level}")
             if level == self.top:
                 programs = ceil_div(self.tokens(level), tile("KEYS"))
             else:
@@ -274,17 +246,19 @@ class Plan(Levels):
                 programs = self.tokens(level + 1)
             yield Kernel(
                 f"invert_l{level}_kernel", f"invert_l{level}", f"which query tokens keep which key of level {level}",
-                HEADS * programs, reads, (f"keepers_l{level}",),
+                HEADS * programs, reads, (f"keepers_l{level}",), level=level,
             )  # fmt: skip
 
     def _grad_q(self) -> Kernel:
-        reads = ("q", "k", "v", *self._coarse(), *self._lists(), "o", "peak", "total", "grad_o")
-        programs = HEADS * self.query_programs
-        return Kernel("grad_q_kernel", "grad_q", "dq, and delta = sum(o do)", programs, reads, ("grad_q", "delta"))
+        reads = ("q", "k", "v", *self._coarse(), *self._lists(), "o", "grad_o", "peak", "total")
+        return Kernel(
+            "grad_q_kernel", "grad_q", "dq, and delta = sum(o do)", HEADS * self.query_programs,
+            reads, ("grad_q", "delta"), (SCALE, H, N_TOKENS), ("grad_lse",), twin=True,
+        )  # fmt: skip
 
     def _grad_kv(self, level: int) -> Iterable[Kernel]:
         suffix = f"_l{level}" if level else ""
-        reads = ("q", f"k{suffix}", f"v{suffix}", "peak", "total", "delta", "grad_o")
+        reads = ("q", "grad_o", "peak", "total", "delta", f"k{suffix}", f"v{suffix}")
         above = self.enriched_above(level)
         flow = (f"grad_k_l{above}", f"grad_v_l{above}") if above else ()
         made = (f"grad_k{suffix}", f"grad_v{suffix}")
@@ -292,7 +266,7 @@ class Plan(Levels):
         yield from make(level, reads, flow, made)
 
     def _split(self, level: int, reads: Names, flow: Names, made: Names) -> Iterable[Kernel]:
-        shares = f"split_grad_k_l{level}", f"split_grad_v_l{level}"
+        partial = f"split_grad_k_l{level}", f"split_grad_v_l{level}"
         programs = self.keepers(level) * splits(level) * ceil_div(self.keys_of_keeper(level), tile("BLOCK_N"))
         lists: Names = ()
         if level == self.top:
@@ -301,28 +275,30 @@ class Plan(Levels):
             reads += (f"kept_l{level + 1}",)
             children = ceil_div(sympy.Integer(self.block(level + 1)), tile("BLOCK"))
             stage, sums = f"grad_gather_l{level}", self.tokens(level + 1) * children
-            lists = (f"kept_l{level + 1}", f"offsets_l{level + 1}", f"keepers_l{level + 1}")
+            lists = (f"kept_l{level + 1}", f"keepers_l{level + 1}", f"offsets_l{level + 1}")
+        rows, shares = Scalar(f"rows_l{level}", "queries a split"), Scalar(f"splits_l{level}", "how many splits")
         yield Kernel(
             f"grad_kv_l{level}_kernel", f"grad_kv_l{level}", f"dk, dv of level {level}, a share of the queries each",
-            HEADS * programs, reads, shares,
+            HEADS * programs, reads, partial, (rows, shares, SCALE, H, N_TOKENS), level=level, twin=True,
         )  # fmt: skip
         yield Kernel(
             f"grad_kv_l{level}_sum_kernel", stage, f"dk, dv of level {level}: the shares summed in order",
-            HEADS * sums, (*shares, *lists, *flow), made,
+            HEADS * sums, (*partial, *lists, *flow), made, (shares, N_TOKENS), level=level,
         )  # fmt: skip
 
     def _by_list(self, level: int, reads: Names, flow: Names, made: Names) -> Iterable[Kernel]:
         tiles = ceil_div(sympy.Integer(self.block(level + 1)), tile("BLOCK_N"))
-        reads += (f"offsets_l{level + 1}", f"extra_l{level + 1}", f"keepers_l{level + 1}")
+        reads += (f"keepers_l{level + 1}", f"offsets_l{level + 1}", f"extra_l{level + 1}")
         extra = f"extra_grad_k_l{level}", f"extra_grad_v_l{level}"
+        scalars = (Scalar(f"parts_l{level}", "room for extra parts a head"), SCALE, H, N_TOKENS)
         yield Kernel(
             f"grad_kv_l{level}_extra_kernel", f"grad_kv_l{level}",
             f"dk, dv of level {level}: what the first part of a popular list leaves over",
-            HEADS * parts(level) * tiles, reads, extra,
+            HEADS * parts(level) * tiles, reads, extra, scalars, level=level,
         )  # fmt: skip
         yield Kernel(
             f"grad_kv_l{level}_kernel", f"grad_kv_l{level}", f"dk, dv of level {level}",
-            HEADS * self.tokens(level + 1) * tiles, (*reads, *extra, *flow), made,
+            HEADS * self.tokens(level + 1) * tiles, (*reads, *extra, *flow), made, scalars, level=level, twin=True,
         )  # fmt: skip
 
     # ---- printing -----------------------------------------------------------------------------------------------

@@ -202,8 +202,6 @@ def test_the_host_code_launches_what_the_plan_says(
         assert step.name == launch.step
         known: dict[str, Any] = {N.name: n_tokens, HEADS.name: batch * heads}
         known[LATE.name] = late
-        known |= {f"parts_l{level}": launch.arguments.get("parts") for level in plan.by_list}
-        known |= {f"splits_l{level}": launch.arguments.get("splits") for level in plan.split}
         programs: Any = step.programs
         in_gluon = {"GROUP": 4, "BLOCK_N": 16}  # where they are no arguments
         values = {symbol: {**in_gluon, **launch.arguments, **known}[symbol.name] for symbol in programs.free_symbols}

@@ -124,7 +124,9 @@ KERNELS = (
         "tl.where(exists, 0.0, 0.0)",
         HALF_TAILS,
     ),
-    mutation("last query", "grad_kv.py", "+ rows_per_split, n_tokens)", "+ rows_per_split, n_tokens - 1)", SHARES),
+    mutation(
+        "last query", "grad_kv.py", "+ rows_l{{ level }}, n_tokens)", "+ rows_l{{ level }}, n_tokens - 1)", SHARES
+    ),
     # pooling and un-pooling
     mutation(
         "mean of a tail",
@@ -165,7 +167,7 @@ KERNELS = (
     mutation(
         "all splits but the first",
         "grad_kv.py",
-        "range(0, splits):\n            row",
+        "range(0, splits_l{{ level }}):\n            row",
         "range(0, 1):\n            row",
         KEEPERS,
     ),
@@ -257,7 +259,7 @@ KERNELS = (
         "in range(first_extra, first_extra)",
         POPULAR,
     ),
-    mutation("strides of another tensor", "launches.py", "v, *v_steps", "v, *k_steps", STRIDES),
+    mutation("strides of another tensor", "launches.py", "k_steps, v_steps =", "v_steps, k_steps =", STRIDES),
 )
 
 TORCH = (

@@ -2,7 +2,6 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,10 @@ from hypothesis import strategies as st
 from sympy.parsing.sympy_parser import parse_expr
 
 from llsa_gen import Level, Spec, compile
-from llsa_gen.aot.launches import Launch, record
+from llsa_gen.aot.launches import record
 from llsa_gen.fuzz.case import lengths, specs
-from llsa_gen.plan import Kernel, Plan, Role, lower
+from llsa_gen.plan import Role, lower
 from llsa_gen.plan.sizes import HEADS, MAX_TOKENS, N, ceil_div, tile
-from llsa_gen.plan.sizes import parts as parts_of
-from llsa_gen.plan.sizes import splits as splits_of
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = sorted(path.stem for path in (ROOT / "spec").glob("*.yaml"))
@@ -27,10 +24,11 @@ SHIPPED = sorted(path.stem for path in (ROOT / "spec").glob("*.yaml"))
 DEEP = Spec(name="deep", head_dim=8, levels=(Level(block=256, topk=1),) * 6)
 
 
-def value(expr: sympy.Expr, n: int, heads: int = 1, parts: int | None = None, splits: int | None = None) -> int:
-    known = {N: n, HEADS: heads}
-    known |= {parts_of(level): parts for level in range(7)} | {splits_of(level): splits for level in range(7)}
-    result = sympy.sympify(expr).subs([(symbol, size) for symbol, size in known.items() if size is not None])
+def value(expr: sympy.Expr, n: int, heads: int = 1, **more: int) -> int:
+    """A size for a length, a number of heads, and what the host code decides, by the names of the plan's symbols."""
+    known = {N.name: n, HEADS.name: heads, **more}
+    size = sympy.sympify(expr)
+    result = size.subs({symbol: known[symbol.name] for symbol in size.free_symbols if symbol.name in known})
     assert result.is_Integer, expr
     return int(result)
 
@@ -130,8 +128,9 @@ def test_every_buffer_is_made_once_and_used(spec: Spec) -> None:
     plan = lower(spec)
     written = Counter(name for kernel in plan.kernels for name in kernel.writes)
     read = {name for kernel in plan.kernels for name in kernel.reads}
-    inputs = {name for name, buffer in plan.buffers.items() if buffer.role is Role.INPUT}
-    assert inputs == {"q", "k", "v", "grad_o"}
+    inputs = {name for name, buffer in plan.buffers.items() if buffer.role in (Role.INPUT, Role.OPTIONAL)}
+    assert inputs == {"q", "k", "v", "grad_o", "grad_lse"}
+    read |= {name for kernel in plan.kernels for name in kernel.optional}
     zeroed = [f"counts_l{level}" for level in plan.levels]  # by the pooling; the selection adds to them
     pooled_here_or_there = plan.waiting[1:]
     assert written == Counter([*(plan.buffers.keys() - inputs), *zeroed, *pooled_here_or_there])
@@ -143,38 +142,48 @@ def test_every_buffer_is_made_once_and_used(spec: Spec) -> None:
     assert saved_and_read == set(plan.saved), "what is saved is what the backward pass reads"
 
 
-def tensors_of(launch: Launch) -> Counter[tuple[int, torch.dtype]]:
-    """Elements and dtype of every tensor that a launch is given."""
-    given_ones = {id(x): x for x in launch.arguments.values() if isinstance(x, torch.Tensor)}
-    return Counter((x.numel(), x.dtype) for x in given_ones.values())
-
-
-def planned_tensors(plan: Plan, kernel: Kernel, n: int, heads: int, **more: int) -> Counter[tuple[int, torch.dtype]]:
-    """The same as the plan has it."""
-    dtypes = {"input": torch.float16, "share": torch.float32, "float32": torch.float32, "int32": torch.int32}
-
-    def sizes() -> Iterator[tuple[int, torch.dtype]]:
-        for name in (*kernel.reads, *kernel.writes):
-            buffer = plan.buffers[name]
-            elements = value(buffer.elements, n, heads, **more)
-            yield elements, dtypes[buffer.dtype]
-
-    return Counter(sizes())
-
-
 @pytest.mark.parametrize("n", [1, 300, 20_000])
 @pytest.mark.parametrize("name", SHIPPED)
 def test_the_host_code_hands_each_kernel_what_the_plan_says(name: str, n: int) -> None:
+    """Every parameter the buffer of its name, of the plan's size and dtype, or the number of its name."""
     attention = compile(ROOT / "spec" / f"{name}.yaml")
     plan = lower(attention.spec)
     recorded = record(attention, n, torch.float16, "cuda:90", batch=2, heads=3)
     launches = [launch for launch in recorded if launch.phase != "select" and launch.step]
-    assert {launch.step for launch in launches} <= {kernel.name for kernel in plan.kernels}
+    dtypes = {"input": torch.float16, "share": torch.float32, "float32": torch.float32, "int32": torch.int32}
+    of_input = {"n_tokens": n, "heads": 6, "heads_per_batch": 3, "scale": plan.head_dim**-0.5}
+    of_input |= {f"width_l{level}": value(plan.width(level), n) for level in plan.levels}
     steps = iter(plan.kernels)
     for launch in launches:
         step = next(step for step in steps if step.name == launch.step)
-        sizes: dict[str, Any] = {key: launch.arguments[key] for key in ("splits", "parts") if key in launch.arguments}
-        assert tensors_of(launch) == planned_tensors(plan, step, n, 6, **sizes), launch.kernel
+        numbers: dict[str, Any] = {key: x for key, x in launch.arguments.items() if isinstance(x, int | float)}
+        for buffer in map(plan.buffers.__getitem__, step.takes):
+            given_one = launch.arguments[f"{buffer.name}_ptr"]
+            if given_one is None:
+                assert buffer.name in step.optional
+                continue
+            elements = value(buffer.elements, n, 6, **{key: x for key, x in numbers.items() if key != "heads"})
+            assert isinstance(given_one, torch.Tensor)
+            assert (given_one.numel(), given_one.dtype) == (elements, dtypes[buffer.dtype]), (step.name, buffer.name)
+        for number in step.scalars:
+            assert numbers[number.name] == of_input.get(number.name, numbers[number.name]), (step.name, number.name)
+
+
+@settings(max_examples=30)
+@given(specs(max_levels=4))
+def test_axes_of_a_signature_are_the_shape(spec: Spec) -> None:
+    plan = lower(spec)
+    names = {"T_0": N, "N": N, "B": HEADS, "H": 1, "D": spec.head_dim, "tensors": plan.pooled_tensors}
+    for level in plan.levels:
+        names |= {
+            f"T_{level}": plan.tokens(level),
+            f"b_{level}": plan.block(level),
+            f"width_l{level}": plan.width(level),
+        }
+    for buffer in plan.buffers.values():
+        for axis, size in zip(buffer.axes, buffer.shape, strict=True):
+            known = names | {symbol.name: symbol for symbol in size.free_symbols}
+            assert value(parse_expr(axis, known) - size, 1000, 6, splits_l0=1) == 0, (buffer.name, axis)
 
 
 # ---- printing ---------------------------------------------------------------------------------------------------

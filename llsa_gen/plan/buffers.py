@@ -1,0 +1,139 @@
+"""The tensors of a plan: shape, dtype, who needs them, and what a reader of a kernel's signature is told of them."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cached_property
+
+import sympy
+
+from llsa_gen.plan.levels import Levels
+from llsa_gen.plan.sizes import HEADS, N, parts, splits
+
+
+class Role(StrEnum):
+    """What a buffer is to the caller of the operator."""
+
+    INPUT = "input"
+    OUTPUT = "output"
+    SAVED = "saved"  # made by the forward pass, read by the backward pass
+    SCRATCH = "scratch"  # lives within one pass
+    OPTIONAL = "optional"  # the caller may give it, or None
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """A tensor: its shape as expressions, its dtype and who needs it.
+
+    The dtype `input` is that of q, k, v; `share` is bfloat16 for bfloat16, otherwise float32: what is summed up later
+    bears being rounded as the sum will be, but float16 has not the range.
+
+    axes: the shape in the names of a signature. says: what it holds. strides: the letter in the names of its strides,
+    where the caller decides how its batches, heads and rows lie. width: the number of columns, which its kernels are
+    told, of an index list. level: None for what is not of a level.
+    """
+
+    name: str
+    axes: tuple[str, ...]
+    shape: tuple[sympy.Expr, ...]
+    dtype: str
+    role: Role
+    level: int | None = None
+    says: str = ""
+    strides: str = ""
+    width: str = ""
+
+    @property
+    def elements(self) -> sympy.Expr:
+        return sympy.Mul(*self.shape)
+
+
+@dataclass(frozen=True)
+class Buffers(Levels):
+    """The levels of a spec with every tensor that its attention needs."""
+
+    @property
+    def pooled_tensors(self) -> int:
+        """How many of q, k, v have a pyramid: values need none where no coarse level is attended."""
+        return 3 if self.enriched else 2
+
+    @cached_property
+    def buffers(self) -> dict[str, Buffer]:
+        """Every tensor by name."""
+        return {buffer.name: buffer for buffer in self._buffers()}
+
+    @cached_property
+    def _sizes(self) -> dict[str, sympy.Expr]:
+        """The sizes of axes, by the names that signatures give them."""
+        sizes = {"B*H": HEADS, "N": N, "D": sympy.Integer(self.head_dim), "tensors": sympy.Integer(self.pooled_tensors)}
+        for level in self.levels:
+            tokens, width = self.tokens(level), self.width(level)
+            sizes |= {
+                f"T_{level}": tokens,
+                f"T_{level} + 1": tokens + 1,
+                f"b_{level}": sympy.Integer(self.block(level)),
+            }
+            sizes |= {f"width_l{level}": width, f"T_{level} * width_l{level}": tokens * width}
+            sizes |= {f"width_l{level} * b_{level}": width * self.block(level)}
+        sizes |= {f"parts_l{level}": parts(level) for level in self.by_list}
+        return sizes | {f"splits_l{level}": splits(level) for level in self.split}
+
+    def _buffers(self) -> Iterable[Buffer]:
+        def buffer(
+            name: str, axes: str, dtype: str, role: Role, level: int | None = None, says: str = "",
+            strides: str = "", width: str = "",
+        ) -> Buffer:  # fmt: skip
+            names = tuple(axes.split(", "))
+            return Buffer(name, names, tuple(self._sizes[x] for x in names), dtype, role, level, says, strides, width)
+
+        for name in ("q", "k", "v"):
+            yield buffer(name, "B*H, N, D", "input", Role.INPUT, strides=name)
+        yield buffer("o", "B*H, N, D", "input", Role.OUTPUT)
+        yield buffer("lse", "B*H, N", "float32", Role.OUTPUT, says="natural logarithm of the sum of weights")
+        for name in ("peak", "total"):  # the backward pass needs the sum without the rounding of lse
+            yield buffer(name, "B*H, N", "float32", Role.SAVED, says="the same sum as 2^peak * total")
+        for level in self.levels:
+            for name in ("q", "k", "v") if self.enriched else ("q", "k"):
+                role = Role.SAVED if name != "q" and level in self.enriched else Role.SCRATCH
+                yield buffer(f"{name}_l{level}", f"B*H, T_{level}, D", "input", role, level, "means")
+        for step in self.pool_steps[:-1]:
+            level = step[-1]
+            yield buffer(
+                f"sums_l{level}", f"tensors, B*H, T_{level}, D", "float32", Role.SCRATCH, level, "sums of tokens"
+            )
+        for level in self.levels:
+            says = "how many query tokens keep each key token"
+            yield buffer(f"counts_l{level}", f"B*H, T_{level}", "int32", Role.SAVED, level, says)
+        for level in self.levels:
+            width, says = f"width_l{level}", "kept key tokens, best first, then -1"
+            yield buffer(f"kept_l{level}", f"B*H, T_{level}, {width}", "int32", Role.SAVED, level, says, width=width)
+        yield buffer("grad_o", "B*H, N, D", "input", Role.INPUT, strides="g")
+        yield buffer("grad_lse", "B*H, N", "float32", Role.OPTIONAL, says="None where lse has no gradient")
+        for name in ("grad_q", "grad_k", "grad_v"):
+            yield buffer(name, "B*H, N, D", "input", Role.OUTPUT)
+        yield buffer("delta", "B*H, N", "float32", Role.SCRATCH)
+        for level in self.levels:
+            says = "where the list of each key token begins"
+            yield buffer(f"offsets_l{level}", f"B*H, T_{level} + 1", "int32", Role.SCRATCH, level, says)
+            width, says = f"width_l{level}", "query tokens by the key token that they keep"
+            axes = f"B*H, T_{level} * {width}"
+            yield buffer(f"keepers_l{level}", axes, "int32", Role.SCRATCH, level, says, width=width)
+            if level in self.parted:
+                says = f"where its parts of part_l{level} entries beyond the first begin"
+                yield buffer(f"extra_l{level}", f"B*H, T_{level} + 1", "int32", Role.SCRATCH, level, says)
+        for level in self.by_list:
+            axes = f"B*H, parts_l{level}, b_{level + 1}, D"
+            for name in ("k", "v"):
+                yield buffer(f"extra_grad_{name}_l{level}", axes, "float32", Role.SCRATCH, level)
+        for level in self.split:
+            top, up = level == self.top, level + 1
+            keys = f"splits_l{level}, T_{level}" if top else f"T_{up}, splits_l{level}, width_l{up} * b_{up}"
+            for name in ("k", "v"):
+                yield buffer(
+                    f"split_grad_{name}_l{level}", f"B*H, {keys}, D", "share", Role.SCRATCH, level, "per token covered"
+                )
+        for level in self.enriched:
+            for name in ("k", "v"):
+                yield buffer(
+                    f"grad_{name}_l{level}", f"B*H, T_{level}, D", "float32", Role.SCRATCH, level, "per token covered"
+                )
