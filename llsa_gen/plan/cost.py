@@ -154,13 +154,13 @@ class Cost:
 
     # ---- bytes --------------------------------------------------------------------------------------------------
 
-    def _is_extra(self, buffer: Buffer) -> bool:
+    def _is_extra(self, name: str) -> bool:
         """Whether a buffer holds what parts of popular lists add up to, of which there are usually none."""
-        return buffer.level in self.plan.by_list and buffer.elements.has(parts(buffer.level))
+        return any(self.plan.buffers[name].elements.has(parts(level)) for level in self.plan.by_list)
 
     def _only_extra(self, kernel: Kernel) -> bool:
         """Whether a kernel computes nothing but such parts."""
-        return any(self._is_extra(self.plan.buffers[name]) for name in kernel.writes)
+        return any(map(self._is_extra, kernel.writes))
 
     def dtype_of(self, buffer: Buffer) -> str:
         """The dtype of a buffer."""
@@ -169,14 +169,18 @@ class Cost:
 
     def buffer_bytes(self, buffer: Buffer) -> sympy.Expr:
         """Bytes of a buffer."""
-        plan = self.plan
-        size = buffer.elements * BYTES[self.dtype_of(buffer)]
-        if self._is_extra(buffer):
-            most = plan.extra_parts(buffer.level).subs(tile("PART"), self.schedule[f"grad_kv_l{buffer.level}"]["PART"])
-            size = size.subs(parts(buffer.level), most)
-        if buffer.level in plan.split and size.has(splits(buffer.level)):
-            size = size.subs(splits(buffer.level), self._splits(buffer.level))
-        return size
+        return (buffer.elements * BYTES[self.dtype_of(buffer)]).subs(self._decided)
+
+    @cached_property
+    def _decided(self) -> list[tuple[sympy.Expr, sympy.Expr]]:
+        """What the host code decides: into how many splits queries come, and how much room there is for extra parts."""
+        decided: list[tuple[sympy.Expr, sympy.Expr]] = [
+            (splits(level), self._splits(level)) for level in self.plan.split
+        ]
+        for level in self.plan.by_list:
+            most = self.plan.extra_parts(level).subs(tile("PART"), self.schedule[f"grad_kv_l{level}"]["PART"])
+            decided.append((parts(level), most))
+        return decided
 
     def _splits(self, level: int) -> sympy.Expr:
         """How many splits the queries of a level come in: what `split_queries` of the host code says."""
@@ -195,7 +199,7 @@ class Cost:
             return sympy.Integer(0)
         waiting = self.plan.waiting if kernel.name == "select_l1_kernel" else ()  # counted where values are pooled
         names = (*kernel.reads, *kernel.writes)
-        counted = (x for x in names if x not in waiting and not self._is_extra(self.plan.buffers[x]))
+        counted = (name for name in names if name not in waiting and not self._is_extra(name))
         values = sympy.Add(*map(self._named_bytes, self.plan.waiting))
         return sympy.Add(*map(self._named_bytes, counted), self._late(kernel, values))
 
