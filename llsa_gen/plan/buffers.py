@@ -65,7 +65,12 @@ class Buffers(Levels):
     @cached_property
     def _sizes(self) -> dict[str, sympy.Expr]:
         """The sizes of axes, by the names that signatures give them."""
-        sizes = {"B*H": HEADS, "N": N, "D": sympy.Integer(self.head_dim), "tensors": sympy.Integer(self.pooled_tensors)}
+        sizes: dict[str, sympy.Expr] = {
+            "B*H": HEADS,
+            "N": N,
+            "D": sympy.Integer(self.head_dim),
+            "tensors": sympy.Integer(self.pooled_tensors),
+        }
         for level in self.levels:
             tokens, width = self.tokens(level), self.width(level)
             sizes |= {
