@@ -153,10 +153,13 @@ class Cost:
 
     # ---- bytes --------------------------------------------------------------------------------------------------
 
-    @staticmethod
-    def _only_extra(kernel: Kernel) -> bool:
-        """Whether a kernel computes nothing but parts of popular lists, of which there are usually none."""
-        return any(name.startswith("extra_grad") for name in kernel.writes)
+    def _is_extra(self, name: str) -> bool:
+        """Whether a buffer holds but parts of popular lists, of which there are usually none."""
+        return any(self.plan.buffers[name].elements.has(parts(level)) for level in self.plan.by_list)
+
+    def _only_extra(self, kernel: Kernel) -> bool:
+        """Whether a kernel computes nothing but such parts."""
+        return any(map(self._is_extra, kernel.writes))
 
     def dtype_of(self, buffer: Buffer) -> str:
         """The dtype of a buffer."""
@@ -167,13 +170,13 @@ class Cost:
         """Bytes of a buffer."""
         plan = self.plan
         size = buffer.elements * BYTES[self.dtype_of(buffer)]
-        if buffer.name.startswith("extra_grad"):
-            level = int(buffer.name.rpartition("_l")[2])
-            most = plan.extra_parts(level).subs(tile("PART"), self.schedule[f"grad_kv_l{level}"]["PART"])
-            size = size.subs(parts(level), most)
-        if buffer.name.startswith("split_grad"):
-            level = int(buffer.name.rpartition("_l")[2])
-            size = size.subs(splits(level), self._splits(level))
+        for level in plan.by_list:
+            if size.has(parts(level)):
+                most = plan.extra_parts(level).subs(tile("PART"), self.schedule[f"grad_kv_l{level}"]["PART"])
+                size = size.subs(parts(level), most)
+        for level in plan.split:
+            if size.has(splits(level)):
+                size = size.subs(splits(level), self._splits(level))
         return size
 
     def _splits(self, level: int) -> sympy.Expr:
@@ -188,12 +191,12 @@ class Cost:
         return sympy.ceiling(queries / rows)
 
     def kernel_bytes(self, kernel: Kernel) -> sympy.Expr:
-        """Bytes that one launch moves. Parts of popular lists (`extra_grad`) are left out: usually there are none."""
+        """Bytes that one launch moves. Parts of popular lists are left out: usually there are none."""
         if self._only_extra(kernel):
             return sympy.Integer(0)
         waiting = self.plan.waiting if kernel.name == "select_l1_kernel" else ()  # counted where values are pooled
         names = (*kernel.reads, *kernel.writes)
-        counted = (name for name in names if name not in waiting and not name.startswith("extra_grad"))
+        counted = (name for name in names if name not in waiting and not self._is_extra(name))
         values = sympy.Add(*map(self._named_bytes, self.plan.waiting))
         return sympy.Add(*map(self._named_bytes, counted), self._late(kernel, values))
 

@@ -127,6 +127,7 @@ def test_a_stage_is_timed_with_all_that_it_launches() -> None:
     assert kernels_of(plan, "grad_kv_l0") == {"grad_kv_l0_kernel", "grad_kv_l0_extra_kernel"}
     assert kernels_of(plan, "grad_kv_l2") == {"grad_kv_l2_kernel", "grad_kv_l2_sum_kernel"}
     assert kernels_of(plan, "attend") == {"attend_kernel"}
+    assert kernels_of(lower(load(ROOT / "spec" / "llsa_l3.yaml")), "pool") == {"pool_l1_kernel"}
     for name in schedule(plan, targets()["cuda:90"], 2):
         assert kernels_of(plan, name), name
 
