@@ -40,7 +40,7 @@ SPEC = {
     "name": "uneven",
     "reweight": True,
 }
-OPERATOR = "uneven_63fb7ecd8326fcaf"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
+OPERATOR = "uneven_6c89f8e08004a617"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -2377,9 +2377,9 @@ def target_of(device: torch.device) -> str:
     return f"cuda:{max((arch for arch in known if arch <= 10 * major + minor), default=min(known))}"
 
 
-def schedule_for(device: torch.device, dtype: torch.dtype, n_tokens: int) -> dict[str, dict[str, int]]:
-    """Tile shapes of every kernel for a device, a dtype and a length."""
-    by_length = SCHEDULES[target_of(device)][dtype.itemsize]
+def schedule_for(target: str, dtype: torch.dtype, n_tokens: int) -> dict[str, dict[str, int]]:
+    """Tile shapes of every kernel for a target, a dtype and a length."""
+    by_length = SCHEDULES[target][dtype.itemsize]
     return next(tiles for longest, tiles in by_length.items() if n_tokens <= longest)
 
 
@@ -2403,11 +2403,7 @@ def prepared(
     """One `Prepared` for all calls that Triton does not tell apart; None where tensors have to be copied first."""
     if not all(map(is_aligned, strides)):
         return None
-    tiles = schedule_for(device, dtype, shape[2])
-    # the kernels in Gluon copy 16 bytes at a time, and multiply a stride in 32 bits
-    if any(starts) or any(stride[2] >= 2**30 for stride in strides):
-        tiles = {stage: {name: x for name, x in entry.items() if name != "HOPPER"} for stage, entry in tiles.items()}
-    return Prepared(device, dtype, shape, strides, tiles)
+    return Prepared(device, dtype, shape, strides, starts, schedule_for(target_of(device), dtype, shape[2]))
 
 
 class Prepared:
@@ -2424,12 +2420,15 @@ class Prepared:
 
     def __init__(
         self, device: torch.device, dtype: torch.dtype, shape: torch.Size, strides: tuple[tuple[int, ...], ...],
-        tiles: dict[str, dict[str, int]],
+        starts: tuple[int, ...], tiles: dict[str, dict[str, int]],
     ) -> None:  # fmt: skip
         self.device, self.dtype = device, dtype
         batch, self.heads_per_batch, self.n_tokens, _ = shape
         self.heads = batch * self.heads_per_batch
         self.steps = [stride[:3] for stride in strides]
+        # the kernels in Gluon copy 16 bytes at a time, and multiply a stride in 32 bits
+        if any(starts) or any(stride[2] >= 2**30 for stride in strides):
+            tiles = {stage: {name: x for name, x in one.items() if name != "HOPPER"} for stage, one in tiles.items()}
         work_out(self, tiles)
         self.places, self.sizes = {}, {}
         for layout in LAYOUTS:

@@ -1,18 +1,20 @@
 """What a module would launch on a GPU that is not there, recorded from its own host code.
 
-The host code of a generated module runs on meta tensors, which have shapes and strides but no memory, in a copy of the
-module's namespace where a launch is written down instead of made. So grids, arguments and tile shapes come from the
-one place that decides them, the module itself is left alone, and other threads may use it meanwhile. `perform` does the
-same with real tensors, and makes the launches too.
+The functions of a generated module that name the kernels of a pass are told how to launch one. Here they are told to
+write it down. Over meta tensors, which have shapes and strides but no memory, that is all that happens; `perform` does
+the same with real tensors, and makes the launches too. So grids, arguments and tile shapes come from the one place that
+decides them. Nothing of the module changes and its caches see none of this, so other threads may use it meanwhile.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
-from types import FunctionType, ModuleType
-from typing import Literal
+from functools import partial
+from types import ModuleType
+from typing import Any, Literal
 
 import torch
+from torch import Tensor
 from triton import JITFunction, knobs
 
 from llsa_gen import schedule
@@ -23,9 +25,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 Phase = Literal["forward", "backward", "select"]
 
-_HOST_CODE = (
-    "target_of", "schedule_for", "attend_kernels", "grad_kernels", "select_kernels", "saved_shapes", "views_of",
-)  # fmt: skip
+_HOST_CODE = ("SCHEDULES", "Prepared", "attend_launches", "grad_launches", "select_launches")
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,8 @@ class Launch:
     """One launch: the kernel, how many programs, and what it is given."""
 
     phase: Phase
+    step: str | None
+    """The name of the plan's kernel whose work it does; None for what only picks up what such a one leaves over."""
     function: JITFunction  # type: ignore[type-arg]
     grid: tuple[int, ...]
     arguments: Mapping[str, object]
@@ -45,16 +47,6 @@ class Launch:
         """The name of the kernel."""
         return self.function.__name__
 
-    @property
-    def step(self) -> str | None:
-        """The name of the plan's kernel whose work it does; None for what only picks up what such a one leaves over."""
-        return planned(self.kernel)
-
-
-def planned(kernel: str) -> str | None:
-    """The plan's name for what a kernel does, which those in Gluon share with those whose place they take."""
-    return None if kernel == "attend_hopper_again_kernel" else kernel.replace("_hopper_kernel", "_kernel")
-
 
 def module_of(source: Attention | ModuleType) -> ModuleType:
     """The generated module of a compiled operator, or the imported one itself.
@@ -62,7 +54,7 @@ def module_of(source: Attention | ModuleType) -> ModuleType:
     Raises TypeError for anything else, LlsaGenError where Triton's interpreter has taken the place of its compiler.
     """
     module = _any_module(source)
-    if knobs.runtime.interpret or not any(isinstance(value, JITFunction) for value in vars(module).values()):
+    if knobs.runtime.interpret or module.INTERPRETED:
         raise LlsaGenError(
             f"{module.SPEC['name']}: its kernels run in Triton's interpreter and cannot be compiled; "
             "start Python with TRITON_INTERPRET unset"
@@ -109,99 +101,86 @@ def record(
         raise ValueError(f"n_tokens: expected 1 to {module.MAX_TOKENS}, got {n_tokens}")
     if batch < 1 or heads < 1:
         raise ValueError(f"batch and heads: expected at least 1 each, got {batch} and {heads}")
-    log: list[Launch] = []
-    phase: Phase = "forward"
-
-    def note(function: JITFunction, grid: tuple[int, ...], args: tuple[object, ...], kwargs: dict[str, int]) -> None:  # type: ignore[type-arg]
-        log.append(_launch(phase, function, grid, args, kwargs))
-
-    stand_ins: dict[str, object] = {"target_of": lambda device: target}
-    if tiles is not None:
-        stand_ins["schedule_for"] = lambda *_: tiles
-    host = _rehearsal(module, stand_ins, note)
     head_dim = module.HEAD_DIM.value
     shape = (batch, heads, n_tokens, head_dim)
     q, k, v, grad_o = (torch.empty(shape, dtype=element, device="meta") for _ in range(4))
-    scale = head_dim**-0.5
-    o, _, saved = host["attend_kernels"](q, k, v, scale)
-    phase = "backward"
-    host["grad_kernels"](grad_o, None, q, k, v, o, saved, scale)
-    phase = "select"
-    host["select_kernels"](q, k)
-    return log
+    passes = _Passes(module, module.schedule_for(target, element, n_tokens) if tiles is None else tiles)
+    o, _, saved = passes.attend(q, k, v, head_dim**-0.5)
+    passes.differentiate(q, k, v, grad_o, o, saved, head_dim**-0.5)
+    passes.select(q, k)
+    return passes.launches
 
 
 def perform(
     source: Attention | ModuleType,
     tiles: schedule.Schedule,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    grad_o: torch.Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    grad_o: Tensor,
     scale: float,
-) -> tuple[tuple[torch.Tensor, ...], list[Launch]]:
+) -> tuple[tuple[Tensor, ...], list[Launch]]:
     """Attend forward and backward with the tile shapes `tiles`; also every launch that was made, with its tensors.
 
     Tensors are [B, H, N, D], on a GPU or, in Triton's interpreter, the CPU, where no launches are noted. Returns dq,
-    dk, dv and o, [B, H, N, D]; lse [B*H, N]; and what the forward pass saves, in the order of the plan.
+    dk, dv and o, [B, H, N, D]; lse [B, H, N]; and what the forward pass saves, in the order of the plan.
     """
-    log: list[Launch] = []
-    phase: Phase = "forward"
-
-    def note(function: JITFunction, grid: tuple[int, ...], args: tuple[object, ...], kwargs: dict[str, int]) -> None:  # type: ignore[type-arg]
-        log.append(_launch(phase, function, grid, args, kwargs))
-        function[grid](*args, **kwargs)
-
-    host = _rehearsal(_any_module(source), {"schedule_for": lambda *_: tiles}, note)
+    module = _any_module(source)
+    passes = _Passes(module, tiles, real=True)
     with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
-        o, lse, saved = host["attend_kernels"](q, k, v, scale)
-        phase = "backward"
-        grads = host["grad_kernels"](grad_o, None, q, k, v, o, saved, scale)
-        shapes = host["saved_shapes"](q.shape[0] * q.shape[1], q.shape[2])
-        buffers = host["views_of"](saved, "saved", shapes, q.dtype)
-    return (*grads, o, lse, *buffers), log
+        o, lse, saved = passes.attend(q, k, v, scale)
+        grads = passes.differentiate(q, k, v, grad_o, o, saved, scale)
+    shapes = module.saved_shapes(q.shape[0] * q.shape[1], q.shape[2])
+    return (*grads, o, lse, *module.views_of(saved, "saved", shapes, q.dtype)), passes.launches
 
 
-Note = Callable[[JITFunction, tuple[int, ...], tuple[object, ...], dict[str, int]], None]  # type: ignore[type-arg]
+class _Passes:
+    """The passes of a module with the tile shapes `tiles`; `launches` are those that it names, made if `real`."""
 
+    def __init__(self, module: ModuleType, tiles: schedule.Schedule, *, real: bool = False) -> None:
+        self.module, self.tiles, self.real = module, tiles, real
+        self.launches: list[Launch] = []
 
-class _Recorder:
-    """Stands where a kernel stood: `recorder[grid](...)` notes what would have been launched."""
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, ...]:
+        """o, lse and what is saved: `attend_kernels` of the module."""
+        at, *inputs = self._prepare(q, k, v)
+        outputs = self.module.empty_outputs(q)
+        tensors = *inputs, *outputs, at.memory("selection")
+        at.launch(self.module.attend_launches, partial(self._note, "forward", at), tensors, scale)
+        return outputs
 
-    def __init__(self, function: JITFunction, note: Note) -> None:  # type: ignore[type-arg]
-        self._function, self._note = function, note
-        self.__name__, self.arg_names = function.__name__, function.arg_names
+    def differentiate(
+        self, q: Tensor, k: Tensor, v: Tensor, grad_o: Tensor, o: Tensor, saved: Tensor, scale: float
+    ) -> tuple[Tensor, ...]:
+        """dq, dk and dv: `grad_kernels` of the module, where lse has no gradient."""
+        at, *inputs = self._prepare(q, k, v, grad_o)
+        grads = tuple(self.module.empty_like(q) for _ in range(3))
+        tensors = *inputs, o, saved, *grads, at.memory("gradients")
+        at.launch(self.module.grad_launches, partial(self._note, "backward", at), tensors, scale)
+        return grads
 
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        return lambda *args, **kwargs: self._note(self._function, grid, args, kwargs)
+    def select(self, q: Tensor, k: Tensor) -> None:
+        """`select_kernels` of the module: k is in place of values, where those have means."""
+        at, *inputs = self._prepare(q, k, *[k] * bool(self.module.ENRICHED))
+        tensors = *inputs, at.memory("saved"), at.memory("selection")
+        at.launch(self.module.select_launches, partial(self._note, "select", at), tensors, 0.0)
 
+    def _prepare(self, *tensors: Tensor) -> tuple[Any, ...]:
+        """`prepare` of the module: a `Prepared`, but one with these tiles and in no cache; the tensors, `aligned`."""
+        q, *_ = tensors = tuple(map(self.module.aligned, tensors))
+        strides, starts = zip(*((x.stride(), x.data_ptr() % 16) for x in tensors), strict=True)
+        return self.module.Prepared(q.device, q.dtype, q.shape, strides, starts, self.tiles), *tensors
 
-def _launch(
-    phase: Phase,
-    function: JITFunction,  # type: ignore[type-arg]
-    grid: tuple[int, ...],
-    args: tuple[object, ...],
-    kwargs: dict[str, int],
-) -> Launch:
-    options = {name: value for name, value in kwargs.items() if name not in function.arg_names}
-    shapes = {name: value for name, value in kwargs.items() if name in function.arg_names}
-    arguments = function.signature.bind(*args, **shapes).arguments
-    return Launch(phase, function, tuple(grid), arguments, options)
-
-
-def _rehearsal(
-    module: ModuleType, stand_ins: Mapping[str, object], note: Note
-) -> dict[str, Callable[..., list[torch.Tensor]]]:
-    """The host functions of a module in a copy of its namespace, with stand-ins for some and recorders for kernels."""
-    namespace = dict(vars(module))
-    for name, value in vars(module).items():
-        if isinstance(value, JITFunction):
-            namespace[name] = _Recorder(value, note)
-            continue
-        value = getattr(value, "__wrapped__", value)  # without the cache around a function: what is cached is for real
-        if isinstance(value, FunctionType) and value.__globals__ is vars(module):
-            twin = FunctionType(value.__code__, namespace, name, value.__defaults__, value.__closure__)
-            twin.__kwdefaults__ = value.__kwdefaults__
-            namespace[name] = twin
-    namespace.update(stand_ins)
-    return namespace
+    def _note(self, phase: Phase, at: Any, kernel: Any, *arguments: Any) -> None:
+        """`by_triton` of the module, which takes one of a pair: the plan's kernel or the one in Gluon for its place."""
+        if not self.module.INTERPRETED:
+            step, programs, tile = self.module.tile_of(at, kernel)
+            function, taken = self.module.variant(kernel, tile)
+            if function.is_gluon() and not isinstance(kernel, tuple):
+                step = None  # it takes the place of none
+            shapes = {name: value for name, value in taken.items() if name in function.arg_names}
+            options = {name: value for name, value in taken.items() if name not in shapes} | self.module.OPTIONS
+            bound = function.signature.bind(*self.module.values_of(arguments), **shapes).arguments
+            self.launches.append(Launch(phase, step, function, (programs,), bound, options))
+        if self.real:
+            self.module.by_triton(at, kernel, *arguments)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from llsa_gen.aot import record
 from llsa_gen.bench import check, kernels, timing
 from llsa_gen.bench.rivals import MOST_SAID, Implementation
 from llsa_gen.bench.rows import Ceilings, KernelRow, Machine, Memory, Mode, Row, Timing
@@ -173,10 +174,12 @@ class Cell:
         limits = self.session.limits
         if self.one.kind != "ours" or limits is None:
             return None
-        plan, x = lower(self.case.spec), self.inputs[0]
-        goal = tuned.targets(Store())[self.session.attention.module.target_of(x.device)]  # as `compile` reads them
-        cost = Cost(plan, schedule(plan, goal, x.element_size(), self.case.n), self.case.dtype)
-        needed = kernels.work(cost, self.case.n, self.case.batch * self.case.heads)
+        attention, case, x = self.session.attention, self.case, self.inputs[0]
+        plan, target = lower(case.spec), attention.module.target_of(x.device)
+        goal = tuned.targets(Store())[target]  # as `compile` reads them
+        cost = Cost(plan, schedule(plan, goal, x.element_size(), case.n), case.dtype)
+        launches = record(attention, case.n, case.dtype, target, batch=case.batch, heads=case.heads)
+        needed = kernels.work(cost, case.n, case.batch * case.heads, launches)
         happened = kernels.profiled(self.forward_backward, self.session.watch)
         return kernels.breakdown(happened, kernels.PASSES, needed, limits)
 

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from llsa_gen.aot.launches import planned
+from llsa_gen.aot import Launch
 from llsa_gen.bench.rows import Ceilings, KernelRow
 from llsa_gen.bench.timing import Stopwatch
 from llsa_gen.plan.cost import Cost, evaluate
@@ -50,15 +50,18 @@ class Work(NamedTuple):
     moved_bytes: int
 
 
-def work(cost: Cost, n_tokens: int, heads: int) -> dict[str, Work]:
-    """FLOPs and bytes of every kernel of a plan in one forward and backward pass, over all `heads` (B*H)."""
+def work(cost: Cost, n_tokens: int, heads: int, launches: Iterable[Launch] = ()) -> dict[str, Work]:
+    """FLOPs and bytes of every kernel of a plan in one forward and backward pass, over all `heads` (B*H).
+
+    Kernels of `launches` that take the place of one of the plan are there too, by their own names.
+    """
     found: dict[str, Work] = {}
     for kernel in cost.plan.kernels:
         before = found.get(kernel.name, Work(0, 0))
         flops = evaluate(cost.kernel_flops(kernel), n_tokens, heads)
         moved = evaluate(cost.kernel_bytes(kernel), n_tokens, heads)
         found[kernel.name] = Work(before.flops + flops, before.moved_bytes + moved)
-    return found
+    return found | {launch.kernel: found[launch.step] for launch in launches if launch.step}
 
 
 def breakdown(
@@ -76,7 +79,7 @@ def breakdown(
     total = sum(us.values())
     rows = []
     for name, spent in us.most_common():
-        known, each_us = needed.get(planned(name) or name), spent / passes
+        known, each_us = needed.get(name), spent / passes
         floor_s = known and max(known.flops / limits.flops_per_s, known.moved_bytes / limits.bytes_per_s)
         rows.append(
             KernelRow(

@@ -33,7 +33,9 @@ Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
 
 def kernels_of(plan: Plan, stage: str) -> set[str]:
     """The kernels that are timed for a stage: its own, and those that only sum up what it leaves."""
-    return {kernel.name for kernel in plan.kernels if kernel.stage == stage or kernel.name.startswith(f"{stage}_")}
+    own = [kernel for kernel in plan.kernels if kernel.stage == stage]
+    shares = {name for kernel in own for name in kernel.writes if plan.buffers[name].dtype == "share"}
+    return {kernel.name for kernel in (*own, *(one for one in plan.kernels if not shares.isdisjoint(one.reads)))}
 
 
 class DeviceBench:
@@ -58,6 +60,7 @@ class DeviceBench:
     ) -> None:
         self.attention, self.present, self.cases, self.target = attention, present, cases, target
         self.plan = lower(attention.spec)
+        self.kept = {f"kept_l{level}" for level in self.plan.levels}
         self.n_tokens, self.dtype, self.device, self.batch, self.heads = n_tokens, dtype, device, batch, heads
         shape = (batch, heads, n_tokens, self.plan.head_dim)
         generator = torch.Generator(device).manual_seed(0)
@@ -79,9 +82,9 @@ class DeviceBench:
             return reason
         with fuzz.poisoned_memory():
             found = self._prepare(stage, entry)
-        selecting = stage.startswith(("pool", "select"))
+        selecting = stage in {kernel.stage for kernel in self.plan.forward[:-1]}
         for name, wanted in self._wanted.items():
-            if name.startswith("kept"):
+            if name in self.kept:
                 changed = float((found[name].sort(-1).values != wanted.sort(-1).values).double().mean())
                 if changed > (TIES if selecting else 0.0):
                     return f"{name}: {changed:.2%} of the tokens kept are others"
@@ -100,7 +103,7 @@ class DeviceBench:
         return found
 
     def _reselected(self, found: dict[str, Tensor]) -> bool:
-        return any(not torch.equal(found[name], x) for name, x in self._wanted.items() if name.startswith("kept"))
+        return any(not torch.equal(found[name], x) for name, x in self._wanted.items() if name in self.kept)
 
     def verify(self, entries: Schedule) -> str | None:
         """The operator with `entries` beside the dense float64 reference, on every case: `fuzz.run`, one run each."""
@@ -128,7 +131,7 @@ class DeviceBench:
         except torch.AcceleratorError as error:
             raise DeviceLost(f"{type(error).__name__}: {error}") from error
         found = {"o": o, "lse": lse.view(batch, heads, -1), "dq": dq, "dk": dk, "dv": dv}
-        kept = {name: x for name, x in zip(self.plan.saved, saved, strict=True) if name.startswith("kept")}
+        kept = {name: x for name, x in zip(self.plan.saved, saved, strict=True) if name in self.kept}
         return found | {name: x.view(batch, heads, *x.shape[1:]) for name, x in kept.items()}, launches
 
     def _too_large(self, stage: str, entry: Entry) -> str | None:

@@ -21,13 +21,14 @@ import triton
 from budgets import CELLS, SPECS, Cell
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from pretended_gpu import draw, knowing, pretended
 from triton import JITFunction, knobs
 from triton.backends.compiler import GPUTarget
 
 from examples import EXTREMES
 from llsa_gen import aot, compile, schedule
 from llsa_gen.aot.binary import ASSEMBLY, resources
-from llsa_gen.aot.launches import planned
+from llsa_gen.aot.launches import perform
 from llsa_gen.compiler import Attention
 from llsa_gen.emit import TEMPLATES
 from llsa_gen.emit.origin import origin
@@ -220,6 +221,8 @@ def test_recording_leaves_the_module_alone_while_others_use_it() -> None:
     before = dict(vars(attention.module))
     q, k, v = torch.randn(3, 1, 2, 130, 80).unbind()
     expected = attention(q, k, v)
+    caches = [value for value in before.values() if hasattr(value, "cache_info")]
+    held = [cache.cache_info().currsize for cache in caches]
     wrong: list[bool] = []
     done = threading.Event()
 
@@ -236,6 +239,64 @@ def test_recording_leaves_the_module_alone_while_others_use_it() -> None:
     assert wrong and not any(wrong)
     after = vars(attention.module)
     assert before.keys() == after.keys() and all(before[name] is after[name] for name in before)
+    assert attention.module.prepared in caches and [cache.cache_info().currsize for cache in caches] == held
+
+
+def shown(x: object) -> object:
+    """An argument, of a tensor where it lies in what memory."""
+    if not isinstance(x, torch.Tensor):
+        return x
+    return x.shape, x.stride(), x.dtype, x.storage_offset(), x.untyped_storage().nbytes()
+
+
+@pytest.mark.parametrize("target", ["cuda:80", "cuda:90"])
+@pytest.mark.parametrize("name", ["llsa_l2", "topk_l2", "uneven"])
+def test_what_is_recorded_is_what_calls_of_the_operator_launch(
+    name: str, target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, n, head_dim = shipped(name).module, 5001, shipped(name).spec.head_dim
+    launched: list[tuple[str, tuple[int], list[object], dict[str, int]]] = []
+
+    def run(at: Any, launches: Any, tensors: Any, scale: float = 0.0) -> None:
+        def launch(kernel: Any, *arguments: Any) -> None:
+            _, programs, tile = module.tile_of(at, kernel)
+            function, taken = module.variant(kernel, tile)
+            values = module.values_of(arguments)
+            launched.append((function.__name__, (programs,), [*map(shown, values)], {**taken, **module.OPTIONS}))
+
+        at.launch(launches, launch, tensors, scale)
+
+    monkeypatch.setattr(module.Prepared, "run", run)
+    monkeypatch.setattr(module, "prepared", module.prepared.__wrapped__)  # which remembers
+    monkeypatch.setattr(module, "target_of", lambda device: target)
+    q, k, v, grad_o = (torch.empty(2, 3, n, head_dim, dtype=torch.bfloat16, device="meta") for _ in range(4))
+    o, _, saved = module.attend_kernels(q, k, v, head_dim**-0.5)
+    module.grad_kernels(grad_o, None, q, k, v, o, saved, head_dim**-0.5)
+    module.select_kernels(q, k)
+    recorded = aot.record(module, n, "bfloat16", target, batch=2, heads=3)
+    for one, (kernel, grid, values, taken) in zip(recorded, launched, strict=True):
+        assert (one.kernel, one.grid) == (kernel, grid)
+        assert [*map(shown, one.arguments.values())][: len(values)] == values
+        tiles = [*one.arguments.items()][len(values) :]
+        assert {**dict(tiles), **one.options} == taken
+
+
+@pytest.mark.parametrize("offset", [0, 4], ids=["aligned", "not at 16 bytes"])
+def test_performing_makes_the_launches_that_it_notes(offset: int) -> None:
+    """On a pretended GPU, with other tiles than the module's: those of `record`, if tensors are aligned as its are."""
+    with pretended() as gpu, knowing(gpu, shipped("llsa_l2").module) as module:
+        tiles = {**module.schedule_for("cuda:90", torch.bfloat16, 4096)}
+        tiles["scan"] = {**tiles["scan"], "num_warps": 2}
+        q, k, v, grad_o = draw(4096, offset=offset)
+        results, made = perform(module, tiles, q, k, v, grad_o, 0.125)
+        assert [x.shape for x in results[:5]] == [(1, 2, 4096, 64)] * 4 + [(1, 2, 4096)]
+        assert [one.kernel for one in made if one.grid[0]] == [one.name for one in gpu.log if one.programs]
+        assert any(one.function.is_gluon() for one in made) == (not offset)
+        assert not module.prepared.cache_info().currsize
+        recorded = aot.record(module, 4096, "bfloat16", "cuda:90", batch=1, heads=2, tiles=tiles)
+    if not offset:
+        wanted = [(one.phase, one.step, one.kernel, one.grid, one.options) for one in recorded if one.phase != "select"]
+        assert [(one.phase, one.step, one.kernel, one.grid, one.options) for one in made] == wanted
 
 
 def test_an_exported_module_is_recorded_like_a_compiled_one() -> None:
@@ -467,7 +528,8 @@ def test_export_writes_what_the_manifest_says(target: str, tmp_path: Path) -> No
     assert manifest["spec_digest"] == attention.spec.digest
     assert manifest["versions"]["triton"] == triton.__version__
     names = [row["kernel"] for row in manifest["kernels"]]
-    assert {planned(name) for name in names} == {step.name for step in lower(attention.spec).kernels}
+    steps = {one.launch.kernel: one.launch.step for one in aot.distinct(attention, target, "bfloat16")}
+    assert {steps[name] for name in names} == {step.name for step in lower(attention.spec).kernels}
     assert any("hopper" in name for name in names) == (target == "cuda:90")
     files = {"manifest.json"}
     for row in manifest["kernels"]:

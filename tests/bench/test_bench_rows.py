@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from matplotlib import image
 from rich.console import Console
 
+from llsa_gen import compile
+from llsa_gen.aot import record
 from llsa_gen.bench import machine as bench_machine
 from llsa_gen.bench import plot as bench_plot
 from llsa_gen.bench.kernels import Event, Work, breakdown, work
@@ -225,3 +227,13 @@ def test_the_work_of_the_kernels_is_that_of_the_cost_model(levels: int) -> None:
     assert sum(one.flops for one in needed.values()) == evaluate(totals.flops, 65_536, 8)
     moved = totals.forward.moved + totals.backward.moved
     assert sum(one.moved_bytes for one in needed.values()) == evaluate(moved, 65_536, 8)
+
+
+def test_the_work_of_a_kernel_in_gluon_is_that_of_the_one_whose_place_it_takes() -> None:
+    attention = compile(Path(__file__).resolve().parents[2] / "spec" / "llsa_l2.yaml")
+    plan = lower(attention.spec)
+    cost = Cost(plan, schedule(plan, target("cuda:90"), 2))
+    needed = work(cost, 65_535, 8, record(attention, 65_535, "bfloat16", "cuda:90"))
+    assert needed["attend_hopper_kernel"] == needed["attend_kernel"] != needed["grad_q_kernel"]
+    assert needed["grad_kv_l0_hopper_kernel"] == needed["grad_kv_l0_kernel"]
+    assert "attend_hopper_again_kernel" not in needed, "it has nothing to do, as a rule"

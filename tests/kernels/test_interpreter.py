@@ -124,7 +124,9 @@ def test_tiles_smaller_than_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = spec("heads_of_256", 256, (24, 2), (3, 2))
     take_schedule_of("cuda:90", chosen, monkeypatch)
     n = 24 * 3 * 3 + 5
-    assert compile(chosen).module.schedule_for(torch.device("cpu"), torch.float16, n)["attend"]["BLOCK_N"] == 16
+    module = compile(chosen).module
+    target = module.target_of(torch.device("cpu"))
+    assert module.schedule_for(target, torch.float16, n)["attend"]["BLOCK_N"] == 16
     fuzz.run(fuzz.Case(chosen, n=n, dtype="float16")).raise_if_failed()
 
 

@@ -127,6 +127,7 @@ def test_a_stage_is_timed_with_all_that_it_launches() -> None:
     assert kernels_of(plan, "grad_kv_l0") == {"grad_kv_l0_kernel", "grad_kv_l0_extra_kernel"}
     assert kernels_of(plan, "grad_kv_l2") == {"grad_kv_l2_kernel", "grad_kv_l2_sum_kernel"}
     assert kernels_of(plan, "attend") == {"attend_kernel"}
+    assert kernels_of(lower(load(ROOT / "spec" / "llsa_l3.yaml")), "pool") == {"pool_l1_kernel"}
     for name in schedule(plan, targets()["cuda:90"], 2):
         assert kernels_of(plan, name), name
 
@@ -366,6 +367,8 @@ def test_entries_are_checked_with_the_kernels_themselves(dtype: Any) -> None:
     bench = DeviceBench(
         compile(SMALL), present, [Case(SMALL, 29, dtype=dtype)], 29, dtype, "cuda:80", device="cpu", batch=1, heads=1
     )
+    prepared = compile(SMALL).module.prepared
+    before = prepared.cache_info()
     for stage in ("attend", "grad_q", "grad_kv_l0", "grad_kv_l2", "select_l1", "scan", "pool"):
         legal = [one.entry for one in candidates(plan, stage, present[stage], element, GOAL) if one.reason is None]
         tiles = [entry for entry in legal if entry | {"num_warps": 1} != present[stage] | {"num_warps": 1}]
@@ -374,6 +377,7 @@ def test_entries_are_checked_with_the_kernels_themselves(dtype: Any) -> None:
     # tiles of 2 rows for blocks of 4: half of the rows are not written
     assert bench.check("attend", {**present["attend"], "BLOCK_M": 2}) is not None
     assert bench.verify({**present, "attend": {**present["attend"], "BLOCK_M": 2}}) is not None
+    assert prepared.cache_info() == before, "what the operator uses knows nothing of such tiles"
 
 
 @pytest.mark.interpret
@@ -409,7 +413,8 @@ def test_a_search_whose_times_alone_are_invented(tmp_path: Path) -> None:
     assert any("o: a row is off by" in str(trial.reason) for trial in wrong)
     assert all(trial.microseconds is None for trial in wrong)
     attention, case = compile(SMALL, store=store), Case(SMALL, 29, dtype="float16")
-    assert attention.module.schedule_for(torch.device("cpu"), torch.float16, 29)["attend"] == result.after
+    target = attention.module.target_of(torch.device("cpu"))
+    assert attention.module.schedule_for(target, torch.float16, 29)["attend"] == result.after
     found = fuzz.attend(attention, case, *case.tensors())
     kept = [found[f"kept_l{level}"] for level in (1, 2)]
     assert fuzz.compare(case, case.tensors(), kept, found)[0] == []
@@ -432,7 +437,8 @@ def test_a_stage_is_tuned_on_the_gpu(tmp_path: Path) -> None:
         "assert timed, [trial.reason for trial in result.trials]\n"
         "module = llsa_gen.compile(spec).module\n"
         "import torch\n"
-        "tiles = module.schedule_for(torch.device('cuda'), torch.bfloat16, 8192)\n"
+        "target = module.target_of(torch.device('cuda'))\n"
+        "tiles = module.schedule_for(target, torch.bfloat16, 8192)\n"
         "assert tiles['grad_kv_l0'] == result.after\n"
         "for n in (8192, 1021):\n"
         "    fuzz.run(fuzz.Case(spec, n=n, heads=2, dtype='bfloat16', device='cuda')).raise_if_failed()\n"
