@@ -39,7 +39,7 @@ SPEC = {
     "name": "topk_b128",
     "reweight": True,
 }
-OPERATOR = "topk_b128_b2a5b48236303789"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
+OPERATOR = "topk_b128_6e7662e4fc7f2816"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -920,33 +920,21 @@ def grad_kv_l0_kernel(
 # ---- launches --------------------------------------------------------------------------------------------------------
 
 
-def level_tokens(n_tokens):
-    """T_l, the tokens of every level l = 0..L."""
-    return n_tokens, ceil_div(n_tokens, 128)
-
-
 CACHED = 33554432  # bytes of q, k and v of which much may still be in the cache when attention reads them again
+FILLING = 1024  # programs that are enough to fill a GPU
 
 
 # Buffers that share a piece of memory, with their dtypes, some of which depend on that of q: see `own_dtypes`.
 LAYOUTS = {
     "selection": {
-        "q_l1": "input",
-        "k_l1": "input",
+        "q_l1": "input", "k_l1": "input",
     },
     "saved": {
-        "peak": torch.float32,
-        "total": torch.float32,
-        "counts_l1": torch.int32,
-        "kept_l1": torch.int32,
+        "peak": torch.float32, "total": torch.float32, "counts_l1": torch.int32, "kept_l1": torch.int32,
     },
     "gradients": {
-        "delta": torch.float32,
-        "offsets_l1": torch.int32,
-        "keepers_l1": torch.int32,
-        "extra_l1": torch.int32,
-        "extra_grad_k_l0": torch.float32,
-        "extra_grad_v_l0": torch.float32,
+        "delta": torch.float32, "offsets_l1": torch.int32, "keepers_l1": torch.int32, "extra_l1": torch.int32,
+        "extra_grad_k_l0": torch.float32, "extra_grad_v_l0": torch.float32,
     },
 }
 
@@ -955,10 +943,8 @@ def saved_shapes(heads, n_tokens):
     """What the forward pass leaves to the backward pass: the shapes of the layout `saved`, symbols as in torch.compile or not."""
     tokens = level_tokens(n_tokens)
     return {
-        "peak": (heads, n_tokens),
-        "total": (heads, n_tokens),
-        "counts_l1": (heads, tokens[1]),
-        "kept_l1": (heads, tokens[1], torch.sym_min(4, tokens[1])),
+        "peak": (heads, n_tokens), "total": (heads, n_tokens),
+        "counts_l1": (heads, tokens[1]), "kept_l1": (heads, tokens[1], torch.sym_min(4, tokens[1])),
     }
 
 
@@ -970,18 +956,12 @@ def work_out(at, tiles):
     parts_l0 = at.parts_l0 = min(((tokens[1] * min(4, tokens[1])) // tile["PART"]), tokens[1] * ((tokens[1] - 1) // tile["PART"]))
     at.part_l1 = tile["PART"]
     at.shapes = saved_shapes(heads, n_tokens) | {
-        "o": (heads, n_tokens, 64),
-        "lse": (heads, n_tokens),
-        "q_l1": (heads, tokens[1], 64),
-        "k_l1": (heads, tokens[1], 64),
-        "grad_q": (heads, n_tokens, 64),
-        "grad_k": (heads, n_tokens, 64),
-        "grad_v": (heads, n_tokens, 64),
-        "delta": (heads, n_tokens),
-        "offsets_l1": (heads, tokens[1] + 1),
-        "keepers_l1": (heads, tokens[1] * min(4, tokens[1])),
-        "extra_l1": (heads, tokens[1] + 1),
-        "extra_grad_k_l0": (heads, parts_l0, 128, 64),
+        "o": (heads, n_tokens, 64), "lse": (heads, n_tokens),
+        "q_l1": (heads, tokens[1], 64), "k_l1": (heads, tokens[1], 64),
+        "grad_q": (heads, n_tokens, 64), "grad_k": (heads, n_tokens, 64),
+        "grad_v": (heads, n_tokens, 64), "delta": (heads, n_tokens),
+        "offsets_l1": (heads, tokens[1] + 1), "keepers_l1": (heads, tokens[1] * min(4, tokens[1])),
+        "extra_l1": (heads, tokens[1] + 1), "extra_grad_k_l0": (heads, parts_l0, 128, 64),
         "extra_grad_v_l0": (heads, parts_l0, 128, 64),
     }
     is_long = 2 * heads * n_tokens * HEAD_DIM.value * dtype.itemsize > CACHED
@@ -1008,15 +988,6 @@ LISTS_FILL = True  # whether lists can be without gaps
 LOOSE_IN_GLUON = False  # there is none
 
 
-def is_whole(tokens, tile):
-    """Whether nothing needs a mask: all tokens are whole, so that no list has gaps, and lists fill their tiles."""
-    n_tokens = tokens[0]
-    return (
-        n_tokens % 128 == 0
-        and min(4, tokens[1]) * 128 % tile["BLOCK_N"] == 0
-    )
-
-
 def pool_and_select(at, launch, q, k, counts_l1, kept_l1, memory):
     """Fill in the pyramid and, from the coarsest level down, the tokens that are kept.
 
@@ -1025,89 +996,56 @@ def pool_and_select(at, launch, q, k, counts_l1, kept_l1, memory):
     [q_l1, k_l1] = at.buffers(memory, "selection")
     q_steps, k_steps, *_ = at.steps
     launch(
-        pool_l1_kernel,
-        q, *q_steps, k, *k_steps, q_l1, k_l1, counts_l1, at.heads_per_batch, at.heads, at.n_tokens,
+        pool_l1_kernel, q, *q_steps, k, *k_steps, q_l1, k_l1, counts_l1, at.heads_per_batch, at.heads, at.n_tokens,
     )
     launch(
-        select_l1_kernel,
-        q_l1, k_l1, kept_l1, at.width_l1, counts_l1, at.n_tokens,
+        select_l1_kernel, q_l1, k_l1, kept_l1, at.width_l1, counts_l1, at.n_tokens,
     )
 
 
 def select_launches(at, launch, scale, q, k, saved, memory):
-    """The launches of `select_kernels`."""
+    """The launches of the selection alone."""
     _, _, *pyramid = at.buffers(saved, "saved")
     pool_and_select(at, launch, q, k, *pyramid, memory)
 
 
-def select_kernels(q, k):
-    """The kept tokens of each level, finest first, [B, H, T_l, width] each, by the Triton kernels."""
-    at, *tensors = prepare((q, k))
-    saved = at.memory("saved")
-    at.run(select_launches, (*tensors, saved, at.memory("selection")))
-    lists = views_of(saved, "saved", at.shapes, q.dtype)[-1:]
-    return [kept.clone().view(*q.shape[:2], *kept.shape[1:]) for kept in lists]
-
-
 def attend_launches(at, launch, scale, q, k, v, o, lse, saved, memory):
-    """The launches of `attend_kernels`."""
+    """The launches of the forward pass."""
     [peak, total, counts_l1, kept_l1] = at.buffers(saved, "saved")
     pool_and_select(at, launch, q, k, counts_l1, kept_l1, memory)
     q_steps, k_steps, v_steps = at.steps
     launch(
-        attend_kernel,
-        q, *q_steps, k, *k_steps, v, *v_steps, kept_l1, at.width_l1, o, lse, peak, total, scale, at.heads_per_batch,
-        at.n_tokens,
+        attend_kernel, q, *q_steps, k, *k_steps, v, *v_steps, kept_l1, at.width_l1, o, lse, peak, total, scale,
+        at.heads_per_batch, at.n_tokens,
     )
 
 
-def attend_kernels(q, k, v, scale):
-    """o, lse and what the backward pass needs, memory of the layout `saved`, by the Triton kernels."""
-    at, q, k, v = prepare((q, k, v))
-    o, lse, saved = empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32), at.memory("saved")
-    at.run(attend_launches, (q, k, v, o, lse, saved, at.memory("selection")), scale)
-    return o, lse, saved
-
-
 def grad_launches(at, launch, scale, q, k, v, grad_o, o, saved, grad_q, grad_k, grad_v, memory, grad_lse=None):
-    """The launches of `grad_kernels`."""
+    """The launches of the backward pass."""
     [peak, total, counts_l1, kept_l1] = at.buffers(saved, "saved")
     [delta, offsets_l1, keepers_l1, extra_l1, extra_grad_k_l0, extra_grad_v_l0] = at.buffers(memory, "gradients")
     q_steps, k_steps, v_steps, grad_o_steps = at.steps
 
     launch(
-        scan_kernel,
-        counts_l1, offsets_l1, extra_l1, at.part_l1, at.heads, at.n_tokens,
+        scan_kernel, counts_l1, offsets_l1, extra_l1, at.part_l1, at.heads, at.n_tokens,
     )
     launch(
-        invert_l1_kernel,
-        kept_l1, at.width_l1, offsets_l1, keepers_l1, at.n_tokens,
+        invert_l1_kernel, kept_l1, at.width_l1, offsets_l1, keepers_l1, at.n_tokens,
     )
     launch(
-        grad_q_kernel,
-        q, *q_steps, k, *k_steps, v, *v_steps, kept_l1, at.width_l1, o, grad_o, *grad_o_steps, peak, total, grad_lse,
-        grad_q, delta, scale, at.heads_per_batch, at.n_tokens,
+        grad_q_kernel, q, *q_steps, k, *k_steps, v, *v_steps, kept_l1, at.width_l1, o, grad_o, *grad_o_steps, peak,
+        total, grad_lse, grad_q, delta, scale, at.heads_per_batch, at.n_tokens,
     )
     launch(
-        grad_kv_l0_extra_kernel,
-        q, *q_steps, grad_o, *grad_o_steps, peak, total, delta, k, *k_steps, v, *v_steps, keepers_l1, at.width_l1,
-        offsets_l1, extra_l1, extra_grad_k_l0, extra_grad_v_l0, at.parts_l0, scale, at.heads_per_batch, at.n_tokens,
-    )
-    launch(
-        grad_kv_l0_kernel,
-        q, *q_steps, grad_o, *grad_o_steps, peak, total, delta, k, *k_steps, v, *v_steps, keepers_l1, at.width_l1,
-        offsets_l1, extra_l1, extra_grad_k_l0, extra_grad_v_l0, grad_k, grad_v, at.parts_l0, scale,
+        grad_kv_l0_extra_kernel, q, *q_steps, grad_o, *grad_o_steps, peak, total, delta, k, *k_steps, v, *v_steps,
+        keepers_l1, at.width_l1, offsets_l1, extra_l1, extra_grad_k_l0, extra_grad_v_l0, at.parts_l0, scale,
         at.heads_per_batch, at.n_tokens,
     )
-
-
-def grad_kernels(grad_o, grad_lse, q, k, v, o, saved, scale):
-    """dq, dk, dv by the Triton kernels, from what `attend_kernels` returned; grad_lse may be None."""
-    at, q, k, v, grad_o = prepare((q, k, v, grad_o), grad_lse is not None)
-    grads = empty_like(q), empty_like(q), empty_like(q)
-    tensors = q, k, v, grad_o, o, saved, *grads, at.memory("gradients")
-    at.run(grad_launches, tensors if grad_lse is None else (*tensors, grad_lse), scale)
-    return grads
+    launch(
+        grad_kv_l0_kernel, q, *q_steps, grad_o, *grad_o_steps, peak, total, delta, k, *k_steps, v, *v_steps, keepers_l1,
+        at.width_l1, offsets_l1, extra_l1, extra_grad_k_l0, extra_grad_v_l0, grad_k, grad_v, at.parts_l0, scale,
+        at.heads_per_batch, at.n_tokens,
+    )
 
 
 def flops(heads, n_tokens):
@@ -1131,8 +1069,10 @@ def flops(heads, n_tokens):
 LEVELS = 1
 BLOCKS = (128,)  # b_1, b_2, ...
 SPANS = (1, 128)  # P_0, P_1, ...
+WIDTHS = (4, )  # tokens of levels 1, 2, ... that a query keeps at most
 LISTED = (0,)  # levels whose attended keys are the children of kept tokens
 ENRICHED = ()  # coarse levels that are attended
+SPLIT_KEYS = 8  # queries a key and split at least, so that partial sums stay small beside q
 WEIGHTED = False  # whether a key weighs as many tokens as it covers
 
 # ---- the same in every module from here on ---------------------------------------------------------------------------
@@ -1609,6 +1549,33 @@ def is_watched() -> bool:
     return False
 
 
+def level_tokens(n_tokens: int) -> tuple[int, ...]:
+    """T_l, the tokens of every level l = 0..L."""
+    return n_tokens, *[ceil_div(n_tokens, span) for span in SPANS[1:]]
+
+
+def split_queries(walks: int, n_queries: int, n_keys: int, tile: dict[str, int]) -> tuple[int, int]:
+    """How queries are shared out where all of them attend to the same few keys: (rows a split, splits).
+
+    `walks` is how many times that happens in a call, over all heads. Enough splits to fill a GPU, but no more than keep
+    the partial sums small beside q: splits * n_keys <= n_queries / SPLIT_KEYS, or one split.
+    """
+    programs = walks * ceil_div(n_keys, tile["BLOCK_N"])
+    wanted = min(ceil_div(FILLING, programs), n_queries // (SPLIT_KEYS * n_keys))
+    rows = ceil_div(ceil_div(n_queries, max(wanted, 1)), tile["BLOCK_M"]) * tile["BLOCK_M"]
+    return rows, ceil_div(n_queries, rows)
+
+
+def is_whole(tokens: Sequence[int], tile: dict[str, int]) -> bool:
+    """Whether nothing needs a mask: all tokens are whole, so that no list has gaps, and lists fill their tiles."""
+    if not LISTS_FILL or tokens[0] % SPANS[-1]:
+        return False
+    return all(
+        min(WIDTHS[level], tokens[level + 1]) * BLOCKS[level] % tile["BLOCK_C" if level else "BLOCK_N"] == 0
+        for level in LISTED
+    )
+
+
 def ceil_div(a: int, b: int) -> int:
     """ceil(a / b)."""
     return -(-a // b)
@@ -1799,6 +1766,37 @@ class Prepared:
     ) -> None:
         """Launch a pass, each of its kernels by `launch`."""
         launches(self, launch, Argument(scale, 1), *[Argument(x, 2 + i) for i, x in enumerate(tensors)])
+
+
+def select_kernels(q: torch.Tensor, k: torch.Tensor) -> list[torch.Tensor]:
+    """The kept tokens of each level, finest first, [B, H, T_l, width] each."""
+    at, *tensors = prepare((q, k, k) if ENRICHED else (q, k))  # k in place of v, whose means nobody will look at
+    saved = at.memory("saved")
+    at.run(select_launches, (*tensors, saved, at.memory("selection")))
+    lists = views_of(saved, "saved", at.shapes, q.dtype)[-LEVELS:]
+    return [kept.clone().view(*q.shape[:2], *kept.shape[1:]) for kept in lists]
+
+
+def attend_kernels(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """o, lse and what the backward pass needs, memory of the layout `saved`."""
+    at, q, k, v = prepare((q, k, v))
+    o, lse, saved = empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32), at.memory("saved")
+    at.run(attend_launches, (q, k, v, o, lse, saved, at.memory("selection")), scale)
+    return o, lse, saved
+
+
+def grad_kernels(
+    grad_o: torch.Tensor, grad_lse: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+    o: torch.Tensor, saved: torch.Tensor, scale: float,
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
+    """dq, dk, dv from what `attend_kernels` returned; grad_lse may be None."""
+    at, q, k, v, grad_o = prepare((q, k, v, grad_o), grad_lse is not None)
+    grads = empty_like(q), empty_like(q), empty_like(q)
+    tensors = q, k, v, grad_o, o, saved, *grads, at.memory("gradients")
+    at.run(grad_launches, tensors if grad_lse is None else (*tensors, grad_lse), scale)
+    return grads
 
 
 # ---- the CPU path ----------------------------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ SPEC = {
     "name": "uneven",
     "reweight": True,
 }
-OPERATOR = "uneven_6c89f8e08004a617"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
+OPERATOR = "uneven_08250f827030080e"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -1487,62 +1487,25 @@ def grad_kv_l0_kernel(
 # ---- launches --------------------------------------------------------------------------------------------------------
 
 
-def level_tokens(n_tokens):
-    """T_l, the tokens of every level l = 0..L."""
-    return n_tokens, ceil_div(n_tokens, 12), ceil_div(n_tokens, 60)
-
-
 CACHED = 33554432  # bytes of q, k and v of which much may still be in the cache when attention reads them again
 FILLING = 1024  # programs that are enough to fill a GPU
-
-
-def split_queries(walks, n_queries, n_keys, tile):
-    """How queries are shared out where all of them attend to the same few keys: (rows a split, splits).
-
-    `walks` is how many times that happens in a call, over all heads. Enough splits to fill a GPU, but no more than keep
-    the shares small beside q: splits * n_keys <= n_queries / 8, or one split.
-    """
-    programs = walks * ceil_div(n_keys, tile["BLOCK_N"])
-    wanted = min(ceil_div(FILLING, programs), n_queries // (8 * n_keys))
-    rows = ceil_div(ceil_div(n_queries, max(wanted, 1)), tile["BLOCK_M"]) * tile["BLOCK_M"]
-    return rows, ceil_div(n_queries, rows)
 
 
 # Buffers that share a piece of memory, with their dtypes, some of which depend on that of q: see `own_dtypes`.
 LAYOUTS = {
     "selection": {
-        "q_l1": "input",
-        "q_l2": "input",
+        "q_l1": "input", "q_l2": "input",
     },
     "saved": {
-        "peak": torch.float32,
-        "total": torch.float32,
-        "k_l1": "input",
-        "v_l1": "input",
-        "k_l2": "input",
-        "v_l2": "input",
-        "counts_l1": torch.int32,
-        "counts_l2": torch.int32,
-        "kept_l1": torch.int32,
-        "kept_l2": torch.int32,
+        "peak": torch.float32, "total": torch.float32, "k_l1": "input", "v_l1": "input",
+        "k_l2": "input", "v_l2": "input", "counts_l1": torch.int32, "counts_l2": torch.int32,
+        "kept_l1": torch.int32, "kept_l2": torch.int32,
     },
     "gradients": {
-        "delta": torch.float32,
-        "offsets_l1": torch.int32,
-        "keepers_l1": torch.int32,
-        "extra_l1": torch.int32,
-        "offsets_l2": torch.int32,
-        "keepers_l2": torch.int32,
-        "extra_l2": torch.int32,
-        "extra_grad_k_l0": torch.float32,
-        "extra_grad_v_l0": torch.float32,
-        "extra_grad_k_l1": torch.float32,
-        "extra_grad_v_l1": torch.float32,
-        "split_grad_k_l2": "share",
-        "split_grad_v_l2": "share",
-        "grad_k_l1": torch.float32,
-        "grad_v_l1": torch.float32,
-        "grad_k_l2": torch.float32,
+        "delta": torch.float32, "offsets_l1": torch.int32, "keepers_l1": torch.int32, "extra_l1": torch.int32,
+        "offsets_l2": torch.int32, "keepers_l2": torch.int32, "extra_l2": torch.int32, "extra_grad_k_l0": torch.float32,
+        "extra_grad_v_l0": torch.float32, "extra_grad_k_l1": torch.float32, "extra_grad_v_l1": torch.float32, "split_grad_k_l2": "share",
+        "split_grad_v_l2": "share", "grad_k_l1": torch.float32, "grad_v_l1": torch.float32, "grad_k_l2": torch.float32,
         "grad_v_l2": torch.float32,
     },
 }
@@ -1552,16 +1515,11 @@ def saved_shapes(heads, n_tokens):
     """What the forward pass leaves to the backward pass: the shapes of the layout `saved`, symbols as in torch.compile or not."""
     tokens = level_tokens(n_tokens)
     return {
-        "peak": (heads, n_tokens),
-        "total": (heads, n_tokens),
-        "k_l1": (heads, tokens[1], 80),
-        "v_l1": (heads, tokens[1], 80),
-        "k_l2": (heads, tokens[2], 80),
-        "v_l2": (heads, tokens[2], 80),
-        "counts_l1": (heads, tokens[1]),
-        "counts_l2": (heads, tokens[2]),
-        "kept_l1": (heads, tokens[1], torch.sym_min(7, tokens[1])),
-        "kept_l2": (heads, tokens[2], torch.sym_min(3, tokens[2])),
+        "peak": (heads, n_tokens), "total": (heads, n_tokens),
+        "k_l1": (heads, tokens[1], 80), "v_l1": (heads, tokens[1], 80),
+        "k_l2": (heads, tokens[2], 80), "v_l2": (heads, tokens[2], 80),
+        "counts_l1": (heads, tokens[1]), "counts_l2": (heads, tokens[2]),
+        "kept_l1": (heads, tokens[1], torch.sym_min(7, tokens[1])), "kept_l2": (heads, tokens[2], torch.sym_min(3, tokens[2])),
     }
 
 
@@ -1569,9 +1527,7 @@ def work_out(at, tiles):
     """Fill in a `Prepared`: shapes of buffers, programs and tile shapes of launches; `tiles` are those of every stage."""
     heads, n_tokens, dtype = at.heads, at.n_tokens, at.dtype
     tokens = level_tokens(n_tokens)
-    at.rows_l2, splits_l2 = split_queries(
-        heads, n_tokens, tokens[2], tiles["grad_kv_l2"],
-    )
+    at.rows_l2, splits_l2 = split_queries(heads, n_tokens, tokens[2], tiles["grad_kv_l2"])
     at.splits_l2 = splits_l2
     tile = tiles["grad_kv_l0"]
     parts_l0 = at.parts_l0 = min(((tokens[1] * min(7, tokens[1])) // tile["PART"]), tokens[1] * ((tokens[1] - 1) // tile["PART"]))
@@ -1580,30 +1536,18 @@ def work_out(at, tiles):
     parts_l1 = at.parts_l1 = min(((tokens[2] * min(3, tokens[2])) // tile["PART"]), tokens[2] * ((tokens[2] - 1) // tile["PART"]))
     at.part_l2 = tile["PART"]
     at.shapes = saved_shapes(heads, n_tokens) | {
-        "o": (heads, n_tokens, 80),
-        "lse": (heads, n_tokens),
-        "q_l1": (heads, tokens[1], 80),
-        "q_l2": (heads, tokens[2], 80),
-        "grad_q": (heads, n_tokens, 80),
-        "grad_k": (heads, n_tokens, 80),
-        "grad_v": (heads, n_tokens, 80),
-        "delta": (heads, n_tokens),
-        "offsets_l1": (heads, tokens[1] + 1),
-        "keepers_l1": (heads, tokens[1] * min(7, tokens[1])),
-        "extra_l1": (heads, tokens[1] + 1),
-        "offsets_l2": (heads, tokens[2] + 1),
-        "keepers_l2": (heads, tokens[2] * min(3, tokens[2])),
-        "extra_l2": (heads, tokens[2] + 1),
-        "extra_grad_k_l0": (heads, parts_l0, 12, 80),
-        "extra_grad_v_l0": (heads, parts_l0, 12, 80),
-        "extra_grad_k_l1": (heads, parts_l1, 5, 80),
-        "extra_grad_v_l1": (heads, parts_l1, 5, 80),
-        "split_grad_k_l2": (heads, splits_l2, tokens[2], 80),
-        "split_grad_v_l2": (heads, splits_l2, tokens[2], 80),
-        "grad_k_l1": (heads, tokens[1], 80),
-        "grad_v_l1": (heads, tokens[1], 80),
-        "grad_k_l2": (heads, tokens[2], 80),
-        "grad_v_l2": (heads, tokens[2], 80),
+        "o": (heads, n_tokens, 80), "lse": (heads, n_tokens),
+        "q_l1": (heads, tokens[1], 80), "q_l2": (heads, tokens[2], 80),
+        "grad_q": (heads, n_tokens, 80), "grad_k": (heads, n_tokens, 80),
+        "grad_v": (heads, n_tokens, 80), "delta": (heads, n_tokens),
+        "offsets_l1": (heads, tokens[1] + 1), "keepers_l1": (heads, tokens[1] * min(7, tokens[1])),
+        "extra_l1": (heads, tokens[1] + 1), "offsets_l2": (heads, tokens[2] + 1),
+        "keepers_l2": (heads, tokens[2] * min(3, tokens[2])), "extra_l2": (heads, tokens[2] + 1),
+        "extra_grad_k_l0": (heads, parts_l0, 12, 80), "extra_grad_v_l0": (heads, parts_l0, 12, 80),
+        "extra_grad_k_l1": (heads, parts_l1, 5, 80), "extra_grad_v_l1": (heads, parts_l1, 5, 80),
+        "split_grad_k_l2": (heads, splits_l2, tokens[2], 80), "split_grad_v_l2": (heads, splits_l2, tokens[2], 80),
+        "grad_k_l1": (heads, tokens[1], 80), "grad_v_l1": (heads, tokens[1], 80),
+        "grad_k_l2": (heads, tokens[2], 80), "grad_v_l2": (heads, tokens[2], 80),
     }
     is_long = 3 * heads * n_tokens * HEAD_DIM.value * dtype.itemsize > CACHED
     late = at.late = int(is_long and heads * tokens[2] >= FILLING)  # whether values wait until level 1 is selected
@@ -1642,16 +1586,6 @@ LISTS_FILL = True  # whether lists can be without gaps
 LOOSE_IN_GLUON = False  # there is none
 
 
-def is_whole(tokens, tile):
-    """Whether nothing needs a mask: all tokens are whole, so that no list has gaps, and lists fill their tiles."""
-    n_tokens = tokens[0]
-    return (
-        n_tokens % 60 == 0
-        and min(7, tokens[1]) * 12 % tile["BLOCK_N"] == 0
-        and min(3, tokens[2]) * 5 % tile["BLOCK_C"] == 0
-    )
-
-
 def pool_and_select(at, launch, q, k, v, k_l1, v_l1, k_l2, v_l2, counts_l1, counts_l2, kept_l1, kept_l2, memory):
     """Fill in the pyramid and, from the coarsest level down, the tokens that are kept.
 
@@ -1660,38 +1594,26 @@ def pool_and_select(at, launch, q, k, v, k_l1, v_l1, k_l2, v_l2, counts_l1, coun
     [q_l1, q_l2] = at.buffers(memory, "selection")
     q_steps, k_steps, v_steps = at.steps
     launch(
-        pool_l1_kernel,
-        q, *q_steps, k, *k_steps, v, *v_steps, q_l1, k_l1, v_l1, q_l2, k_l2, v_l2, counts_l1, counts_l2,
+        pool_l1_kernel, q, *q_steps, k, *k_steps, v, *v_steps, q_l1, k_l1, v_l1, q_l2, k_l2, v_l2, counts_l1, counts_l2,
         at.heads_per_batch, at.heads, at.n_tokens,
     )
     launch(
-        select_l2_kernel,
-        q_l2, k_l2, kept_l2, at.width_l2, counts_l2, at.n_tokens,
+        select_l2_kernel, q_l2, k_l2, kept_l2, at.width_l2, counts_l2, at.n_tokens,
     )
     launch(
-        select_l1_kernel,
-        q_l1, k_l1, kept_l2, at.width_l2, v, *v_steps, kept_l1, at.width_l1, counts_l1, v_l1, v_l2, at.late,
-        at.heads_per_batch, at.n_tokens,
+        select_l1_kernel, q_l1, k_l1, kept_l2, at.width_l2, v, *v_steps, kept_l1, at.width_l1, counts_l1, v_l1, v_l2,
+        at.late, at.heads_per_batch, at.n_tokens,
     )
 
 
 def select_launches(at, launch, scale, q, k, v, saved, memory):
-    """The launches of `select_kernels`."""
+    """The launches of the selection alone."""
     _, _, *pyramid = at.buffers(saved, "saved")
     pool_and_select(at, launch, q, k, v, *pyramid, memory)
 
 
-def select_kernels(q, k):
-    """The kept tokens of each level, finest first, [B, H, T_l, width] each, by the Triton kernels."""
-    at, *tensors = prepare((q, k, k))  # k in place of v, whose means nobody will look at
-    saved = at.memory("saved")
-    at.run(select_launches, (*tensors, saved, at.memory("selection")))
-    lists = views_of(saved, "saved", at.shapes, q.dtype)[-2:]
-    return [kept.clone().view(*q.shape[:2], *kept.shape[1:]) for kept in lists]
-
-
 def attend_launches(at, launch, scale, q, k, v, o, lse, saved, memory):
-    """The launches of `attend_kernels`."""
+    """The launches of the forward pass."""
     [
         peak, total, k_l1, v_l1, k_l2, v_l2,
         counts_l1, counts_l2, kept_l1, kept_l2,
@@ -1699,22 +1621,13 @@ def attend_launches(at, launch, scale, q, k, v, o, lse, saved, memory):
     pool_and_select(at, launch, q, k, v, k_l1, v_l1, k_l2, v_l2, counts_l1, counts_l2, kept_l1, kept_l2, memory)
     q_steps, k_steps, v_steps = at.steps
     launch(
-        attend_kernel,
-        q, *q_steps, k, *k_steps, v, *v_steps, k_l1, v_l1, k_l2, v_l2, kept_l1, at.width_l1, kept_l2, at.width_l2, o,
-        lse, peak, total, scale, at.heads_per_batch, at.n_tokens,
+        attend_kernel, q, *q_steps, k, *k_steps, v, *v_steps, k_l1, v_l1, k_l2, v_l2, kept_l1, at.width_l1, kept_l2,
+        at.width_l2, o, lse, peak, total, scale, at.heads_per_batch, at.n_tokens,
     )
 
 
-def attend_kernels(q, k, v, scale):
-    """o, lse and what the backward pass needs, memory of the layout `saved`, by the Triton kernels."""
-    at, q, k, v = prepare((q, k, v))
-    o, lse, saved = empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32), at.memory("saved")
-    at.run(attend_launches, (q, k, v, o, lse, saved, at.memory("selection")), scale)
-    return o, lse, saved
-
-
 def grad_launches(at, launch, scale, q, k, v, grad_o, o, saved, grad_q, grad_k, grad_v, memory, grad_lse=None):
-    """The launches of `grad_kernels`."""
+    """The launches of the backward pass."""
     [
         peak, total, k_l1, v_l1, k_l2, v_l2,
         counts_l1, counts_l2, kept_l1, kept_l2,
@@ -1727,63 +1640,48 @@ def grad_launches(at, launch, scale, q, k, v, grad_o, o, saved, grad_q, grad_k, 
     q_steps, k_steps, v_steps, grad_o_steps = at.steps
 
     launch(
-        scan_kernel,
-        counts_l1, counts_l2, offsets_l1, extra_l1, offsets_l2, extra_l2, at.part_l1, at.part_l2, at.heads,
+        scan_kernel, counts_l1, counts_l2, offsets_l1, extra_l1, offsets_l2, extra_l2, at.part_l1, at.part_l2, at.heads,
         at.n_tokens,
     )
     launch(
-        invert_l2_kernel,
-        kept_l2, at.width_l2, offsets_l2, keepers_l2, at.n_tokens,
+        invert_l2_kernel, kept_l2, at.width_l2, offsets_l2, keepers_l2, at.n_tokens,
     )
     launch(
-        invert_l1_kernel,
-        kept_l1, at.width_l1, offsets_l1, offsets_l2, keepers_l2, at.width_l2, keepers_l1, at.n_tokens,
+        invert_l1_kernel, kept_l1, at.width_l1, offsets_l1, offsets_l2, keepers_l2, at.width_l2, keepers_l1,
+        at.n_tokens,
     )
     launch(
-        grad_q_kernel,
-        q, *q_steps, k, *k_steps, v, *v_steps, k_l1, v_l1, k_l2, v_l2, kept_l1, at.width_l1, kept_l2, at.width_l2, o,
-        grad_o, *grad_o_steps, peak, total, grad_lse, grad_q, delta, scale, at.heads_per_batch, at.n_tokens,
+        grad_q_kernel, q, *q_steps, k, *k_steps, v, *v_steps, k_l1, v_l1, k_l2, v_l2, kept_l1, at.width_l1, kept_l2,
+        at.width_l2, o, grad_o, *grad_o_steps, peak, total, grad_lse, grad_q, delta, scale, at.heads_per_batch,
+        at.n_tokens,
     )
     launch(
-        grad_kv_l2_kernel,
-        q, *q_steps, grad_o, *grad_o_steps, peak, total, delta, k_l2, v_l2, split_grad_k_l2, split_grad_v_l2,
-        at.rows_l2, at.splits_l2, scale, at.heads_per_batch, at.n_tokens,
+        grad_kv_l2_kernel, q, *q_steps, grad_o, *grad_o_steps, peak, total, delta, k_l2, v_l2, split_grad_k_l2,
+        split_grad_v_l2, at.rows_l2, at.splits_l2, scale, at.heads_per_batch, at.n_tokens,
     )
     launch(
-        grad_kv_l2_sum_kernel,
-        split_grad_k_l2, split_grad_v_l2, grad_k_l2, grad_v_l2, at.splits_l2, at.n_tokens,
+        grad_kv_l2_sum_kernel, split_grad_k_l2, split_grad_v_l2, grad_k_l2, grad_v_l2, at.splits_l2, at.n_tokens,
     )
     launch(
-        grad_kv_l1_extra_kernel,
-        q, *q_steps, grad_o, *grad_o_steps, peak, total, delta, k_l1, v_l1, keepers_l2, at.width_l2, offsets_l2,
-        extra_l2, extra_grad_k_l1, extra_grad_v_l1, at.parts_l1, scale, at.heads_per_batch, at.n_tokens,
+        grad_kv_l1_extra_kernel, q, *q_steps, grad_o, *grad_o_steps, peak, total, delta, k_l1, v_l1, keepers_l2,
+        at.width_l2, offsets_l2, extra_l2, extra_grad_k_l1, extra_grad_v_l1, at.parts_l1, scale, at.heads_per_batch,
+        at.n_tokens,
     )
     launch(
-        grad_kv_l1_kernel,
-        q, *q_steps, grad_o, *grad_o_steps, peak, total, delta, k_l1, v_l1, keepers_l2, at.width_l2, offsets_l2,
-        extra_l2, extra_grad_k_l1, extra_grad_v_l1, grad_k_l2, grad_v_l2, grad_k_l1, grad_v_l1, at.parts_l1, scale,
+        grad_kv_l1_kernel, q, *q_steps, grad_o, *grad_o_steps, peak, total, delta, k_l1, v_l1, keepers_l2, at.width_l2,
+        offsets_l2, extra_l2, extra_grad_k_l1, extra_grad_v_l1, grad_k_l2, grad_v_l2, grad_k_l1, grad_v_l1, at.parts_l1,
+        scale, at.heads_per_batch, at.n_tokens,
+    )
+    launch(
+        grad_kv_l0_extra_kernel, q, *q_steps, grad_o, *grad_o_steps, peak, total, delta, k, *k_steps, v, *v_steps,
+        keepers_l1, at.width_l1, offsets_l1, extra_l1, extra_grad_k_l0, extra_grad_v_l0, at.parts_l0, scale,
         at.heads_per_batch, at.n_tokens,
     )
     launch(
-        grad_kv_l0_extra_kernel,
-        q, *q_steps, grad_o, *grad_o_steps, peak, total, delta, k, *k_steps, v, *v_steps, keepers_l1, at.width_l1,
-        offsets_l1, extra_l1, extra_grad_k_l0, extra_grad_v_l0, at.parts_l0, scale, at.heads_per_batch, at.n_tokens,
+        grad_kv_l0_kernel, q, *q_steps, grad_o, *grad_o_steps, peak, total, delta, k, *k_steps, v, *v_steps, keepers_l1,
+        at.width_l1, offsets_l1, extra_l1, extra_grad_k_l0, extra_grad_v_l0, grad_k_l1, grad_v_l1, grad_k, grad_v,
+        at.parts_l0, scale, at.heads_per_batch, at.n_tokens,
     )
-    launch(
-        grad_kv_l0_kernel,
-        q, *q_steps, grad_o, *grad_o_steps, peak, total, delta, k, *k_steps, v, *v_steps, keepers_l1, at.width_l1,
-        offsets_l1, extra_l1, extra_grad_k_l0, extra_grad_v_l0, grad_k_l1, grad_v_l1, grad_k, grad_v, at.parts_l0,
-        scale, at.heads_per_batch, at.n_tokens,
-    )
-
-
-def grad_kernels(grad_o, grad_lse, q, k, v, o, saved, scale):
-    """dq, dk, dv by the Triton kernels, from what `attend_kernels` returned; grad_lse may be None."""
-    at, q, k, v, grad_o = prepare((q, k, v, grad_o), grad_lse is not None)
-    grads = empty_like(q), empty_like(q), empty_like(q)
-    tensors = q, k, v, grad_o, o, saved, *grads, at.memory("gradients")
-    at.run(grad_launches, tensors if grad_lse is None else (*tensors, grad_lse), scale)
-    return grads
 
 
 def flops(heads, n_tokens):
@@ -1817,8 +1715,10 @@ def flops(heads, n_tokens):
 LEVELS = 2
 BLOCKS = (12, 5)  # b_1, b_2, ...
 SPANS = (1, 12, 60)  # P_0, P_1, ...
+WIDTHS = (7, 3, )  # tokens of levels 1, 2, ... that a query keeps at most
 LISTED = (0, 1)  # levels whose attended keys are the children of kept tokens
 ENRICHED = (1, 2)  # coarse levels that are attended
+SPLIT_KEYS = 8  # queries a key and split at least, so that partial sums stay small beside q
 WEIGHTED = True  # whether a key weighs as many tokens as it covers
 
 # ---- the same in every module from here on ---------------------------------------------------------------------------
@@ -2295,6 +2195,33 @@ def is_watched() -> bool:
     return False
 
 
+def level_tokens(n_tokens: int) -> tuple[int, ...]:
+    """T_l, the tokens of every level l = 0..L."""
+    return n_tokens, *[ceil_div(n_tokens, span) for span in SPANS[1:]]
+
+
+def split_queries(walks: int, n_queries: int, n_keys: int, tile: dict[str, int]) -> tuple[int, int]:
+    """How queries are shared out where all of them attend to the same few keys: (rows a split, splits).
+
+    `walks` is how many times that happens in a call, over all heads. Enough splits to fill a GPU, but no more than keep
+    the partial sums small beside q: splits * n_keys <= n_queries / SPLIT_KEYS, or one split.
+    """
+    programs = walks * ceil_div(n_keys, tile["BLOCK_N"])
+    wanted = min(ceil_div(FILLING, programs), n_queries // (SPLIT_KEYS * n_keys))
+    rows = ceil_div(ceil_div(n_queries, max(wanted, 1)), tile["BLOCK_M"]) * tile["BLOCK_M"]
+    return rows, ceil_div(n_queries, rows)
+
+
+def is_whole(tokens: Sequence[int], tile: dict[str, int]) -> bool:
+    """Whether nothing needs a mask: all tokens are whole, so that no list has gaps, and lists fill their tiles."""
+    if not LISTS_FILL or tokens[0] % SPANS[-1]:
+        return False
+    return all(
+        min(WIDTHS[level], tokens[level + 1]) * BLOCKS[level] % tile["BLOCK_C" if level else "BLOCK_N"] == 0
+        for level in LISTED
+    )
+
+
 def ceil_div(a: int, b: int) -> int:
     """ceil(a / b)."""
     return -(-a // b)
@@ -2485,6 +2412,37 @@ class Prepared:
     ) -> None:
         """Launch a pass, each of its kernels by `launch`."""
         launches(self, launch, Argument(scale, 1), *[Argument(x, 2 + i) for i, x in enumerate(tensors)])
+
+
+def select_kernels(q: torch.Tensor, k: torch.Tensor) -> list[torch.Tensor]:
+    """The kept tokens of each level, finest first, [B, H, T_l, width] each."""
+    at, *tensors = prepare((q, k, k) if ENRICHED else (q, k))  # k in place of v, whose means nobody will look at
+    saved = at.memory("saved")
+    at.run(select_launches, (*tensors, saved, at.memory("selection")))
+    lists = views_of(saved, "saved", at.shapes, q.dtype)[-LEVELS:]
+    return [kept.clone().view(*q.shape[:2], *kept.shape[1:]) for kept in lists]
+
+
+def attend_kernels(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """o, lse and what the backward pass needs, memory of the layout `saved`."""
+    at, q, k, v = prepare((q, k, v))
+    o, lse, saved = empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32), at.memory("saved")
+    at.run(attend_launches, (q, k, v, o, lse, saved, at.memory("selection")), scale)
+    return o, lse, saved
+
+
+def grad_kernels(
+    grad_o: torch.Tensor, grad_lse: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+    o: torch.Tensor, saved: torch.Tensor, scale: float,
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
+    """dq, dk, dv from what `attend_kernels` returned; grad_lse may be None."""
+    at, q, k, v, grad_o = prepare((q, k, v, grad_o), grad_lse is not None)
+    grads = empty_like(q), empty_like(q), empty_like(q)
+    tensors = q, k, v, grad_o, o, saved, *grads, at.memory("gradients")
+    at.run(grad_launches, tensors if grad_lse is None else (*tensors, grad_lse), scale)
+    return grads
 
 
 # ---- the CPU path ----------------------------------------------------------------------------------------------------

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 GENERATORS = (
-    "plan/sizes.py", "plan/levels.py", "plan/plan.py", "plan/cost.py",
+    "plan/sizes.py", "plan/levels.py", "plan/buffers.py", "plan/plan.py", "plan/cost.py",
     "schedule/table.py", "schedule/memory.py", "schedule/fit.py", "schedule/rules.py",
-    "emit/networks.py", "emit/literals.py", "emit/printers.py", "emit/module.py",
+    "emit/networks.py", "emit/literals.py", "emit/printers.py", "emit/signature.py", "emit/module.py",
 )  # fmt: skip
 """Modules of this package that decide what is emitted."""
 

@@ -82,7 +82,7 @@ def render(plan: Plan, schedules: Schedules) -> str:
                 version=generator_version(),
                 operator=f"{plan.spec.name}_{PLACEHOLDER}",
                 parameters=partial(signature.parameters, plan),
-                arguments=partial(signature.arguments, plan),
+                launch=partial(signature.launch, plan, stages_in_gluon(schedules)),
                 unspecialised=signature.unspecialised(plan),
                 spec_literal=spec_literal(plan.spec),
                 pad_dim=pad(plan.head_dim),

@@ -1,7 +1,7 @@
 """A kernel's parameters and the arguments of its launch, both from the buffers and numbers that the plan gives it."""
 
 import textwrap
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from itertools import groupby
 
 from llsa_gen.plan import Buffer, Kernel, Plan
@@ -23,16 +23,21 @@ def parameters(plan: Plan, kernel: Kernel) -> str:
     return "\n    ".join(lines)
 
 
-def arguments(plan: Plan, kernel: Kernel) -> str:
-    """What the host code launches a kernel with, in the order of `parameters`: indented lines."""
+def launch(plan: Plan, in_gluon: Collection[str], kernel: Kernel) -> str:
+    """The host code's launch of a kernel, with what it takes in the order of `parameters`.
+
+    Of a kernel with a twin, which a stage `in_gluon` has, both are named.
+    """
     known: set[str] = set()
-    given: list[str] = []
+    both = kernel.twin and kernel.stage in in_gluon
+    given = [f"({kernel.name}, {kernel.name_in_gluon})" if both else kernel.name]
     for name in kernel.takes:
         buffer = plan.buffers[name]
         given += [name, f"*{name}_steps"] if buffer.strides else [name]
         given += [f"at.{width}" for width in _width(buffer, known)]
     given += [number.name if number.name == "scale" else f"at.{number.name}" for number in kernel.scalars]
-    return "\n        ".join(textwrap.wrap(", ".join(given) + ",", 110, break_long_words=False, break_on_hyphens=False))
+    lines = textwrap.wrap(", ".join(given) + ",", 112, break_long_words=False, break_on_hyphens=False)
+    return "\n        ".join(["launch(", *lines]) + "\n    )"
 
 
 def unspecialised(plan: Plan) -> list[str]:

@@ -20,10 +20,10 @@ if TYPE_CHECKING:
         LISTED,
         SPANS,
         WEIGHTED,
-        level_tokens,
         saved_shapes,
     )
     from llsa_gen.runtime.prepared import ceil_div, empty_like, empty_outputs, empty_selection, views_of
+    from llsa_gen.runtime.sizes import level_tokens
 
 # ---- spliced into every module from here on
 

@@ -1,6 +1,6 @@
 """What the first part of a generated module defines, as the runtime sees it: for type checkers, never imported."""
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,6 +19,9 @@ LEVELS: int
 BLOCKS: tuple[int, ...]
 SPANS: tuple[int, ...]
 LISTED: tuple[int, ...]
+WIDTHS: tuple[int, ...]
+SPLIT_KEYS: int
+FILLING: int
 ENRICHED: tuple[int, ...]
 WEIGHTED: bool
 LISTS_FILL: bool
@@ -32,14 +35,8 @@ Differentiate: type[torch.autograd.Function]
 
 
 def work_out(at: Any, tiles: dict[str, dict[str, int]]) -> None: ...
-def level_tokens(n_tokens: int) -> Sequence[int]: ...
 def saved_shapes(heads: int, n_tokens: int) -> dict[str, tuple[int, ...]]: ...
 def flops(heads: int, n_tokens: int) -> tuple[int, int, int]: ...
-def attend_kernels(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: ...
-def grad_kernels(
-    grad_o: torch.Tensor, grad_lse: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
-    o: torch.Tensor, saved: torch.Tensor, scale: float,
-) -> tuple[torch.Tensor, ...]: ...  # fmt: skip
-def select_kernels(q: torch.Tensor, k: torch.Tensor) -> list[torch.Tensor]: ...
+def attend_launches(at: Any, launch: Callable[..., None], scale: Any, *tensors: Any) -> None: ...
+def grad_launches(at: Any, launch: Callable[..., None], scale: Any, *tensors: Any) -> None: ...
+def select_launches(at: Any, launch: Callable[..., None], scale: Any, *tensors: Any) -> None: ...
