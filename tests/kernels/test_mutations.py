@@ -84,14 +84,14 @@ KERNELS = (
     mutation(
         "weight of another level",
         "walk",
-        "bias = log_weight(key, exists, n_tokens, SPAN_{{ level }}, WHOLE)",
-        "bias = log_weight(key, exists, n_tokens, SPAN_1, WHOLE)",
+        'pairs.bias(level, "WHOLE")',
+        'pairs.bias(1, "WHOLE")',
     ),
     mutation(
         "coarse dk without weight",
         "grad_kv.py",
-        "bias = log_weight(key, exists, n_tokens, SPAN_{{ level }}, False)",
-        'bias = tl.where(exists, 0.0, float("-inf"))',
+        'pairs.bias(level, "False")',
+        'pairs.bias(0, "False")',
     ),
     # the softmax
     mutation("sum not rescaled", "tiles.py", "total * shrink +", "total +"),
@@ -114,16 +114,15 @@ KERNELS = (
         "parents(list_ptr, start,",
         LONG_LISTS,
     ),
-    mutation(
-        "fine keys that do not exist", "attend.py", 'tl.where(exists, 0.0, float("-inf"))', "tl.where(exists, 0.0, 0.0)"
-    ),
+    mutation("fine keys that do not exist", "attend.py", '{{ pairs.bias(0, "WHOLE") }}', "tl.where(exists, 0.0, 0.0)"),
     mutation(
         "keys that do not exist",
         "walk",
-        'tl.where(exists, 0.0, float("-inf"))',
+        '{{ pairs.bias(0, "WHOLE") }}',
         "tl.where(exists, 0.0, 0.0)",
         HALF_TAILS,
     ),
+    mutation("no key ever left out", "pairs", 'tl.where(exists, 0.0, float("-inf"))', "tl.where(exists, 0.0, 0.0)"),
     mutation(
         "last query", "grad_kv.py", "+ rows_l{{ level }}, n_tokens)", "+ rows_l{{ level }}, n_tokens - 1)", SHARES
     ),
