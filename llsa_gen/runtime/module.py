@@ -23,7 +23,7 @@ ENRICHED: tuple[int, ...]
 WEIGHTED: bool
 LISTS_FILL: bool
 LOOSE_IN_GLUON: bool
-SCHEDULES: dict[str, dict[int, dict[int, dict[str, dict[str, int]]]]]
+SCHEDULES: dict[str, dict[int, dict[int, dict[str, dict[str, Any]]]]]
 LAYOUTS: dict[str, dict[str, Any]]
 OPTIONS: dict[str, bool]
 ROW_UNIT: tl.constexpr
@@ -31,7 +31,7 @@ ROW_UNIT: tl.constexpr
 Differentiate: type[torch.autograd.Function]
 
 
-def work_out(at: Any, tiles: dict[str, dict[str, int]]) -> None: ...
+def work_out(at: Any, tiles: dict[str, dict[str, Any]]) -> None: ...
 def level_tokens(n_tokens: int) -> Sequence[int]: ...
 def saved_shapes(heads: int, n_tokens: int) -> dict[str, tuple[int, ...]]: ...
 def flops(heads: int, n_tokens: int) -> tuple[int, int, int]: ...
