@@ -43,7 +43,7 @@ SPEC = {
     "name": "llsa_l2",
     "reweight": True,
 }
-OPERATOR = "llsa_l2_8bcb19f986f8f7e4"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
+OPERATOR = "llsa_l2_8779537825eafac3"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -105,16 +105,16 @@ TILES_3 = {
     "pool": {"CHILDREN": 16, "ROWS": 8, "num_warps": 2},
     "select_l1": {"BLOCK_M": 16, "BLOCK_N": 32, "KEEP": 8, "num_warps": 1, "num_stages": 2, "DOUBLES": 1},
     "select_l2": {"BLOCK_M": 16, "BLOCK_N": 64, "KEEP": 8, "num_warps": 4, "num_stages": 2, "DOUBLES": 1, "SPLIT": 4},
-    "attend": {"GROUP": 4, "BLOCK_M": 16, "BLOCK_C": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2, "AHEAD": 1, "maxnreg": 128, "HOPPER": 128},
+    "attend": {"GROUP": 4, "BLOCK_M": 16, "BLOCK_C": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2, "AHEAD": 1, "backend": "gluon_sm90", "maxnreg": 128, "triton_maxnreg": 128},
     "scan": {"BLOCK": 1024, "num_warps": 4},
     "invert_l1": {"BLOCK_M": 128, "KEYS": 16, "num_warps": 4},
     "invert_l2": {"BLOCK_M": 128, "KEYS": 32, "num_warps": 4},
-    "grad_q": {"GROUP": 4, "BLOCK_M": 16, "BLOCK_C": 32, "BLOCK_N": 16, "num_warps": 4, "num_stages": 3, "AHEAD": 1, "maxnreg": 128, "HOPPER": 168},
-    "grad_kv_l2": {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2, "HOPPER": 255},
+    "grad_q": {"GROUP": 4, "BLOCK_M": 16, "BLOCK_C": 32, "BLOCK_N": 16, "num_warps": 4, "num_stages": 3, "AHEAD": 1, "backend": "gluon_sm90", "maxnreg": 168, "triton_maxnreg": 128},
+    "grad_kv_l2": {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2, "backend": "gluon_sm90", "maxnreg": 255},
     "grad_sum": {"BLOCK": 1, "num_warps": 1},
-    "grad_kv_l1": {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 4, "num_stages": 1, "HOPPER": 128, "maxnreg": 128},
+    "grad_kv_l1": {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 4, "num_stages": 1, "backend": "gluon_sm90", "maxnreg": 128, "triton_maxnreg": 128},
     "grad_gather_l1": {"ROWS": 8, "BLOCK": 2, "KEEP": 8, "num_warps": 1},
-    "grad_kv_l0": {"PART": 64, "BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 1, "num_stages": 3, "HOPPER": 168, "maxnreg": 168},
+    "grad_kv_l0": {"PART": 64, "BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 1, "num_stages": 3, "backend": "gluon_sm90", "maxnreg": 168, "triton_maxnreg": 168},
 }
 TILES_4 = TILES_1 | {
     "grad_kv_l0": {"PART": 64, "BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 1, "num_stages": 3},
@@ -2426,7 +2426,7 @@ def work_out(at, tiles):
     at.grids["select_l1_kernel"] = heads * tokens[2] * ceil_div(min(16, tokens[1]), tile["BLOCK_M"]), tile
     tile = tiles["attend"] | {"WHOLE": is_whole(tokens, tiles["attend"])}
     at.grids["attend_kernel"] = heads * tokens[2] * ceil_div(min(16, tokens[1]), tile["GROUP"]), tile
-    if "HOPPER" in tile and not INTERPRETED:  # the kernel in Gluon: its tiles, and four query blocks a program
+    if is_in_gluon(tile):  # that kernel's tiles, and four query blocks a program
         tile["WHOLE"] = is_whole(tokens, {"BLOCK_C": 64, "BLOCK_N": 16})
         at.grids["attend_kernel"] = heads * ceil_div(tokens[1], 4), tile
         programs = heads * ceil_div(n_tokens, 1024)
@@ -2439,7 +2439,7 @@ def work_out(at, tiles):
     at.grids["invert_l1_kernel"] = heads * tokens[2], tile
     tile = tiles["grad_q"] | {"WHOLE": is_whole(tokens, tiles["grad_q"])}
     at.grids["grad_q_kernel"] = heads * tokens[2] * ceil_div(min(16, tokens[1]), tile["GROUP"]), tile
-    if "HOPPER" in tile and not INTERPRETED:  # the kernel in Gluon: its tiles, and four query blocks a program
+    if is_in_gluon(tile):  # that kernel's tiles, and four query blocks a program
         tile["WHOLE"] = is_whole(tokens, {"BLOCK_C": 64, "BLOCK_N": 16})
         at.grids["grad_q_kernel"] = heads * ceil_div(tokens[1], 4), tile
     tile = tiles["grad_kv_l2"]
@@ -2820,6 +2820,34 @@ def parameter_sizes(function: int) -> list[int]:
         found.append(size.value)
 
 
+def in_triton(tile: dict[str, Any]) -> dict[str, Any]:
+    """Tile shapes for the kernel in Triton: in an entry of another backend, its register cap is `triton_maxnreg`."""
+    own = {name: value for name, value in tile.items() if name != "backend"}
+    if tile.get("backend", "triton") != "triton":
+        own.pop("maxnreg", None)
+        if "triton_maxnreg" in own:
+            own["maxnreg"] = own.pop("triton_maxnreg")
+    return own
+
+
+def is_in_gluon(tile: dict[str, Any]) -> bool:
+    """Whether tile shapes are for the kernel in Gluon, of which the interpreter knows nothing."""
+    return tile.get("backend") == "gluon_sm90" and not INTERPRETED
+
+
+def variant(kernel: Any, tile: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Which kernel a launch is, and what it takes of its tile shapes.
+
+    A pair is a kernel in Triton and one in Gluon. The latter may not know loose ends: those stay in Triton.
+    """
+    if not isinstance(kernel, tuple):
+        return kernel, in_triton(tile)
+    if not is_in_gluon(tile) or not (LOOSE_IN_GLUON or tile.get("WHOLE", True)):
+        return kernel[0], in_triton(tile)
+    taken = ("num_warps", "maxnreg", *kernel[1].arg_names)
+    return kernel[1], {name: value for name, value in tile.items() if name in taken}
+
+
 MANY_GRAPHS = 512  # are kept: each takes some 100 KB of the GPU, and half a millisecond to make
 SOON = 32  # plays of tapes: what comes back within so many takes the place of another's graph
 ONE_BY_ONE = (
@@ -2950,7 +2978,7 @@ class Tape:
         tell("CUDA refuses a graph of them")
 
 
-def tile_of(at: Any, kernel: Any) -> tuple[str, int, dict[str, int]]:
+def tile_of(at: Any, kernel: Any) -> tuple[str, int, dict[str, Any]]:
     """The name of a kernel, its programs and its tile shapes."""
     name = (kernel[0] if isinstance(kernel, tuple) else kernel).__name__
     return name, *at.grids[name]
@@ -3044,22 +3072,6 @@ MANY_CANDIDATES = 1024  # of the coarsest level: from so many on, `best_by_runs`
 def has_runs(n_candidates: int, tile: dict[str, int]) -> bool:
     """Whether runs of candidates are ranked first: many, dealt to several warps, and at least two to a run."""
     return tile["SPLIT"] > 1 and tile["BLOCK_N"] >= 8 * tile["KEEP"] and n_candidates >= MANY_CANDIDATES
-
-
-def variant(kernel: Any, tile: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Which kernel a launch is, and what it takes of its tile shapes.
-
-    Of a pair, the one in Gluon where the schedule says HOPPER, the most registers that a thread of it may have, and
-    where it takes loose ends, or there are none; not in the interpreter, which knows no Gluon.
-    """
-    if not isinstance(kernel, tuple):
-        return kernel, {name: value for name, value in tile.items() if name != "HOPPER"}
-    tile = dict(tile)
-    registers = tile.pop("HOPPER", 0)
-    if INTERPRETED or not registers or not (LOOSE_IN_GLUON or tile.get("WHOLE", True)):
-        return kernel[0], tile
-    taken = {name: size for name, size in tile.items() if name == "num_warps" or name in kernel[1].arg_names}
-    return kernel[1], taken | {"maxnreg": registers}
 
 
 def is_watched() -> bool:
@@ -3180,7 +3192,7 @@ def target_of(device: torch.device) -> str:
     return f"cuda:{max((arch for arch in known if arch <= 10 * major + minor), default=min(known))}"
 
 
-def schedule_for(target: str, dtype: torch.dtype, n_tokens: int) -> dict[str, dict[str, int]]:
+def schedule_for(target: str, dtype: torch.dtype, n_tokens: int) -> dict[str, dict[str, Any]]:
     """Tile shapes of every kernel for a target, a dtype and a length."""
     by_length = SCHEDULES[target][dtype.itemsize]
     return next(tiles for longest, tiles in by_length.items() if n_tokens <= longest)
@@ -3219,11 +3231,11 @@ class Prepared:
     """
 
     shapes: dict[str, tuple[int, ...]]
-    grids: dict[str, tuple[int, dict[str, int]]]
+    grids: dict[str, tuple[int, dict[str, Any]]]
 
     def __init__(
         self, device: torch.device, dtype: torch.dtype, shape: torch.Size, strides: tuple[tuple[int, ...], ...],
-        starts: tuple[int, ...], tiles: dict[str, dict[str, int]],
+        starts: tuple[int, ...], tiles: dict[str, dict[str, Any]],
     ) -> None:  # fmt: skip
         self.device, self.dtype = device, dtype
         batch, self.heads_per_batch, self.n_tokens, _ = shape
@@ -3231,7 +3243,7 @@ class Prepared:
         self.steps = [stride[:3] for stride in strides]
         # the kernels in Gluon copy 16 bytes at a time, and multiply a stride in 32 bits
         if any(starts) or any(stride[2] >= 2**30 for stride in strides):
-            tiles = {stage: {name: x for name, x in one.items() if name != "HOPPER"} for stage, one in tiles.items()}
+            tiles = {stage: in_triton(entry) for stage, entry in tiles.items()}
         work_out(self, tiles)
         self.places, self.sizes = {}, {}
         for layout in LAYOUTS:

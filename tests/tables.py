@@ -8,7 +8,7 @@ from llsa_gen.schedule import Target
 from llsa_gen.schedule.table import parse
 
 
-def row(stage: str, tiles: Mapping[str, int], **when: object) -> dict[str, Any]:
+def row(stage: str, tiles: Mapping[str, Any], **when: object) -> dict[str, Any]:
     return {"stage": stage, "when": when, "set": tiles, "why": "a test"}
 
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from typing import Any
 
 from llsa_gen.schedule import Schedule, Schedules
 from llsa_gen.spec import Spec
@@ -73,5 +74,5 @@ def _changed(known: Schedule, kernels: Schedule) -> Schedule:
     return {kernel: entry for kernel, entry in kernels.items() if entry != known[kernel]}
 
 
-def entry_literal(entry: Mapping[str, int]) -> str:
-    return "{" + ", ".join(f"{name!r}: {value}" for name, value in entry.items()) + "}"
+def entry_literal(entry: Mapping[str, Any]) -> str:
+    return "{" + ", ".join(f"{name!r}: {value!r}" for name, value in entry.items()) + "}"

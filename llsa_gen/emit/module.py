@@ -26,6 +26,7 @@ from llsa_gen.plan import Plan
 from llsa_gen.plan.cost import Cost
 from llsa_gen.plan.sizes import CACHED, FILLING
 from llsa_gen.schedule import LOOSE_LEVELS, Schedules, list_length, pad
+from llsa_gen.schedule.table import GLUON
 
 ROOT = Path(__file__).parents[1]
 TEMPLATES = next(path for path in (ROOT / "templates", ROOT.parent / "templates") if path.is_dir())
@@ -87,7 +88,7 @@ def render(plan: Plan, schedules: Schedules) -> str:
                 spec_literal=spec_literal(plan.spec),
                 pad_dim=pad(plan.head_dim),
                 schedules=schedules_literal(schedules),
-                hopper=stages_in_gluon(schedules),
+                gluon=stages_in_gluon(schedules),
                 filling=FILLING,
                 flops=[Cost(plan, {}).flops(kernels) for kernels in (plan.forward, plan.backward, plan.forward[:-1])],
                 cached=CACHED,
@@ -133,9 +134,9 @@ def place(error: Exception) -> tuple[str, int]:
 
 
 def stages_in_gluon(schedules: Schedules) -> frozenset[str]:
-    """The stages that some target's schedule hands to a kernel for the matrix units of H100."""
+    """The stages that some target's schedule hands to a kernel in Gluon."""
     tables = (tiles for by_size in schedules.values() for lengths in by_size.values() for tiles in lengths.values())
-    return frozenset(stage for tiles in tables for stage, entry in tiles.items() if entry.get("HOPPER"))
+    return frozenset(stage for tiles in tables for stage, entry in tiles.items() if entry.get("backend") == GLUON)
 
 
 def tidy(text: str) -> str:

@@ -26,7 +26,7 @@ ENRICHED: tuple[int, ...]
 WEIGHTED: bool
 LISTS_FILL: bool
 LOOSE_IN_GLUON: bool
-SCHEDULES: dict[str, dict[int, dict[int, dict[str, dict[str, int]]]]]
+SCHEDULES: dict[str, dict[int, dict[int, dict[str, dict[str, Any]]]]]
 LAYOUTS: dict[str, dict[str, Any]]
 OPTIONS: dict[str, bool]
 ROW_UNIT: tl.constexpr
@@ -34,7 +34,7 @@ ROW_UNIT: tl.constexpr
 Differentiate: type[torch.autograd.Function]
 
 
-def work_out(at: Any, tiles: dict[str, dict[str, int]]) -> None: ...
+def work_out(at: Any, tiles: dict[str, dict[str, Any]]) -> None: ...
 def saved_shapes(heads: int, n_tokens: int) -> dict[str, tuple[int, ...]]: ...
 def flops(heads: int, n_tokens: int) -> tuple[int, int, int]: ...
 def attend_launches(at: Any, launch: Callable[..., None], scale: Any, *tensors: Any) -> None: ...

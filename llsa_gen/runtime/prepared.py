@@ -9,6 +9,7 @@ import torch
 import triton
 
 if TYPE_CHECKING:
+    from llsa_gen.runtime.backend import in_triton
     from llsa_gen.runtime.module import LAYOUTS, LEVELS, OPERATOR, ROW_UNIT, SCHEDULES, saved_shapes, work_out
     from llsa_gen.runtime.player import words_of
     from llsa_gen.runtime.tape import PLAIN, Argument, Recorder, by_triton, by_what_is_ready, give_up, is_watched, tell
@@ -98,7 +99,7 @@ def target_of(device: torch.device) -> str:
     return f"cuda:{max((arch for arch in known if arch <= 10 * major + minor), default=min(known))}"
 
 
-def schedule_for(target: str, dtype: torch.dtype, n_tokens: int) -> dict[str, dict[str, int]]:
+def schedule_for(target: str, dtype: torch.dtype, n_tokens: int) -> dict[str, dict[str, Any]]:
     """Tile shapes of every kernel for a target, a dtype and a length."""
     by_length = SCHEDULES[target][dtype.itemsize]
     return next(tiles for longest, tiles in by_length.items() if n_tokens <= longest)
@@ -137,11 +138,11 @@ class Prepared:
     """
 
     shapes: dict[str, tuple[int, ...]]
-    grids: dict[str, tuple[int, dict[str, int]]]
+    grids: dict[str, tuple[int, dict[str, Any]]]
 
     def __init__(
         self, device: torch.device, dtype: torch.dtype, shape: torch.Size, strides: tuple[tuple[int, ...], ...],
-        starts: tuple[int, ...], tiles: dict[str, dict[str, int]],
+        starts: tuple[int, ...], tiles: dict[str, dict[str, Any]],
     ) -> None:  # fmt: skip
         self.device, self.dtype = device, dtype
         batch, self.heads_per_batch, self.n_tokens, _ = shape
@@ -149,7 +150,7 @@ class Prepared:
         self.steps = [stride[:3] for stride in strides]
         # the kernels in Gluon copy 16 bytes at a time, and multiply a stride in 32 bits
         if any(starts) or any(stride[2] >= 2**30 for stride in strides):
-            tiles = {stage: {name: x for name, x in one.items() if name != "HOPPER"} for stage, one in tiles.items()}
+            tiles = {stage: in_triton(entry) for stage, entry in tiles.items()}
         work_out(self, tiles)
         self.places, self.sizes = {}, {}
         for layout in LAYOUTS:

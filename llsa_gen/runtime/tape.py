@@ -16,7 +16,8 @@ import torch
 import triton.knobs
 
 if TYPE_CHECKING:
-    from llsa_gen.runtime.module import LISTS_FILL, LOOSE_IN_GLUON, OPERATOR, OPTIONS
+    from llsa_gen.runtime.backend import variant
+    from llsa_gen.runtime.module import LISTS_FILL, OPERATOR, OPTIONS
     from llsa_gen.runtime.player import PARAMETERS, libcuda, parameter_sizes, player, said
 
 INTERPRETED = triton.knobs.runtime.interpret
@@ -153,7 +154,7 @@ class Tape:
         tell("CUDA refuses a graph of them")
 
 
-def tile_of(at: Any, kernel: Any) -> tuple[str, int, dict[str, int]]:
+def tile_of(at: Any, kernel: Any) -> tuple[str, int, dict[str, Any]]:
     """The name of a kernel, its programs and its tile shapes."""
     name = (kernel[0] if isinstance(kernel, tuple) else kernel).__name__
     return name, *at.grids[name]
@@ -247,22 +248,6 @@ MANY_CANDIDATES = 1024  # of the coarsest level: from so many on, `best_by_runs`
 def has_runs(n_candidates: int, tile: dict[str, int]) -> bool:
     """Whether runs of candidates are ranked first: many, dealt to several warps, and at least two to a run."""
     return tile["SPLIT"] > 1 and tile["BLOCK_N"] >= 8 * tile["KEEP"] and n_candidates >= MANY_CANDIDATES
-
-
-def variant(kernel: Any, tile: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Which kernel a launch is, and what it takes of its tile shapes.
-
-    Of a pair, the one in Gluon where the schedule says HOPPER, the most registers that a thread of it may have, and
-    where it takes loose ends, or there are none; not in the interpreter, which knows no Gluon.
-    """
-    if not isinstance(kernel, tuple):
-        return kernel, {name: value for name, value in tile.items() if name != "HOPPER"}
-    tile = dict(tile)
-    registers = tile.pop("HOPPER", 0)
-    if INTERPRETED or not registers or not (LOOSE_IN_GLUON or tile.get("WHOLE", True)):
-        return kernel[0], tile
-    taken = {name: size for name, size in tile.items() if name == "num_warps" or name in kernel[1].arg_names}
-    return kernel[1], taken | {"maxnreg": registers}
 
 
 def is_watched() -> bool:

@@ -5,38 +5,58 @@ Both are known before anything is compiled, see `schedule_memory`. What the comp
 """
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from llsa_gen.plan import Plan
+from llsa_gen.runtime.backend import in_triton
 from llsa_gen.schedule.memory import shared_memory
-from llsa_gen.schedule.table import LIMITS, Target, pad, stage_kind
+from llsa_gen.schedule.table import GLUON, LIMITS, TRITON, Target, pad, stage_kind
 
-__all__ = ["LIST_LENGTHS", "fitted", "misfit", "read_in_gluon", "settled"]
+__all__ = ["LIST_LENGTHS", "fitted", "handed_to_gluon", "misfit", "read_in_gluon", "settled"]
 
 DOT = 16
 """Rows and columns of the smallest product that matrix units take."""
 
 LIST_LENGTHS = (2, 4, 8)
-"""Values of KEEP for which each of four threads keeps a list of its own, see `templates/best.py.j2`: longer lists would
-take too many registers."""
+"""Values of KEEP for which each of four threads keeps a list of its own, see `templates/triton/best.py.j2`: longer
+lists would take too many registers."""
 
 
-def settled(kind: str, tiles: Mapping[str, int]) -> dict[str, int]:
-    """`tiles` as they are launched: without HOPPER where they are not those of the kernel in Gluon, which are fixed."""
+def handed_to_gluon(entry: Mapping[str, Any], registers: int) -> dict[str, Any]:
+    """An entry for Triton, handed to the kernel in Gluon, a thread of which has so many registers at the most."""
+    own = {name: value for name, value in entry.items() if name != "maxnreg"}
+    triton = {"triton_maxnreg": entry["maxnreg"]} if "maxnreg" in entry else {}
+    return own | {"backend": GLUON, "maxnreg": registers} | triton
+
+
+def settled(kind: str, entry: dict[str, Any], changes: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """`entry` with `changes`, as it is launched: in Triton if tiles are not those of the kernel in Gluon.
+
+    `maxnreg` among `changes` is for the kernel of the backend that they name, or else the one in Triton.
+    """
+    changes = dict(changes or {})
+    backend = changes.pop("backend", None)
+    own = changes.pop("maxnreg", None) if backend == GLUON else None
+    made = in_triton(entry) | changes
+    if entry.get("backend") != GLUON or backend == TRITON or not _has_tiles_of_gluon(kind, made):
+        return made
+    return handed_to_gluon(made, own or entry["maxnreg"])
+
+
+def _has_tiles_of_gluon(kind: str, tiles: Mapping[str, int]) -> bool:
     if kind == "grad_kv_tokens":
         fixed: dict[str, tuple[int, ...]] = {"num_warps": (1,), "BLOCK_N": (16,)}
     elif kind.startswith("grad_kv"):
         fixed = {"num_warps": (4,), "BLOCK_N": (64,), "BLOCK_M": (32, 64)}
     else:
         fixed = {"num_warps": (4,), "GROUP": (4,)}
-    fits = all(tiles.get(name) in sizes for name, sizes in fixed.items())
-    return {name: value for name, value in tiles.items() if fits or name != "HOPPER"}
+    return all(tiles.get(name) in sizes for name, sizes in fixed.items())
 
 
-def read_in_gluon(kind: str) -> set[str]:
-    """What the kernel in Gluon reads of an entry with HOPPER and is not fixed; all else is for Triton."""
-    if kind == "grad_kv_tokens":
-        return {"HOPPER", "PART"}
-    return {"HOPPER", "BLOCK_M"} if kind.startswith("grad_kv") else {"HOPPER"}
+def read_in_gluon(kind: str) -> tuple[str, ...]:
+    """What the kernel in Gluon reads of an entry and is not fixed; all else is for Triton."""
+    tiles = ("PART",) if kind == "grad_kv_tokens" else ("BLOCK_M",) if kind.startswith("grad_kv") else ()
+    return (*tiles, "maxnreg")
 
 
 def misfit(
@@ -46,7 +66,7 @@ def misfit(
 
     `known` is a legal entry, for the names that the kernel takes.
     """
-    strangers = [name for name in tiles if name not in {*known, *LIMITS} or (name == "HOPPER" and name not in known)]
+    strangers = [name for name in tiles if name not in {*known, *LIMITS, "triton_maxnreg"}]
     if strangers:
         return f"the kernel takes no {', '.join(strangers)}"
     wrong = _illegal(plan, stage_kind(plan, stage), tiles)
@@ -92,8 +112,8 @@ round, and what they read for each of their keys is a tile of queries.
 
 
 def fitted(
-    plan: Plan, stage: str, entry: Mapping[str, int], element: int, goal: Target
-) -> tuple[dict[str, int], tuple[str, ...]]:
+    plan: Plan, stage: str, entry: Mapping[str, Any], element: int, goal: Target
+) -> tuple[dict[str, Any], tuple[str, ...]]:
     """`entry`, cut until it fits into the shared memory of `goal`, and, if it had to be, a sentence that says so.
 
     What can be cut no further is returned though it does not fit.
@@ -111,7 +131,7 @@ def fitted(
     return made, (f"rule: {_too_large(plan, kind, entry, element, goal)}: {cut}",)
 
 
-def _smaller(plan: Plan, kind: str, tiles: Mapping[str, int]) -> Iterator[dict[str, int]]:
+def _smaller(plan: Plan, kind: str, tiles: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """The entries that are one cut smaller and can be launched, the one to take first."""
     order = (CUT[2], CUT[0], *CUT[3:]) if kind.startswith("grad_kv") else CUT
     for names in order:

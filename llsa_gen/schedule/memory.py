@@ -19,7 +19,7 @@ WGMMA = ("cuda:90",)
 """Targets whose matrix units take 64 rows from four warps at once, and both operands from shared memory.
 
 For them there are kernels in Gluon beside some of those in Triton. An entry hands its launches to such a kernel by
-`HOPPER`, the most registers that a thread of it may have.
+`backend`.
 """
 
 TCGEN05 = ("cuda:100",)

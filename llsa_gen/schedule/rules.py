@@ -10,19 +10,25 @@ kernel computes.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from llsa_gen.plan import Plan
-from llsa_gen.schedule.fit import LIST_LENGTHS, fitted, misfit, settled
+from llsa_gen.runtime.backend import in_triton
+from llsa_gen.schedule.fit import LIST_LENGTHS, fitted, handed_to_gluon, misfit, settled
 from llsa_gen.schedule.memory import WGMMA
-from llsa_gen.schedule.table import LENGTHS, Target, bucket, facts_of, pad, stage_kind, target, targets
+from llsa_gen.schedule.table import LENGTHS, TRITON, Target, bucket, facts_of, pad, stage_kind, target, targets
 
 __all__ = [
     "LOOSE_LEVELS", "Choice", "Entry", "Schedule", "Schedules", "Target",
     "choices", "list_length", "pad", "schedule", "schedules", "target", "targets",
 ]  # fmt: skip
 
-Entry = dict[str, int]
-"""Tile shapes of one kernel as keyword arguments of its launch, `num_warps` and `num_stages` among them."""
+Entry = dict[str, Any]
+"""Tile shapes of one kernel as keyword arguments of its launch, `num_warps`, `num_stages` and `maxnreg` among them.
+
+All are numbers but `backend`, which is there if the launch is handed to a kernel that is not in Triton. `maxnreg` is
+then the register cap of that kernel, and `triton_maxnreg` that of the one in Triton, to which some calls are left.
+"""
 
 Schedule = dict[str, Entry]
 """{stage of the plan: entry}"""
@@ -75,10 +81,11 @@ def choices(plan: Plan, goal: Target, element: int, n_tokens: int = USUAL_TOKENS
         entry, origin = settled(kind, entry), "rule"
         for row in reversed(goal.rows):
             if row.matches(kind, facts):
-                wanted = {**entry, **row.set}
-                chosen, reason = settled(kind, wanted), misfit(plan, stage, entry, wanted, element, goal)
-                if reason is None and "HOPPER" in row.set and "HOPPER" not in chosen:
-                    reason = f"HOPPER {row.set['HOPPER']}: its kernel has other tiles"
+                chosen, wanted = settled(kind, entry, row.set), row.set.get("backend", TRITON)
+                reason = misfit(plan, stage, entry, chosen, element, goal)
+                if reason is None and wanted not in (TRITON, chosen.get("backend")):
+                    known = "its kernel has other tiles" if "backend" in entry else "it has no kernel for this stage"
+                    reason = f"backend {wanted}: {known}"
                 if reason is None:
                     entry, origin = chosen, f"{row.place}: {row.reason}"
                     break
@@ -181,7 +188,7 @@ def _walk(plan: Plan, goal: Target, element: int, stage: str) -> Entry:
             full = plan.lists_fill and all(plan.topk(up) * plan.block(up) % 64 == 0 for up in plan.levels[1:])
             every_level = plan.enriched == tuple(plan.levels) and (full or plan.top <= LOOSE_LEVELS)
             if families and every_level and _in_gluon(plan, goal, element):
-                entry["HOPPER"] = 128 if attend else 168  # four programs on a multiprocessor, or three
+                entry = handed_to_gluon(entry, 128 if attend else 168)  # four programs on a multiprocessor, or three
     elif rows < 64:
         entry = {"BLOCK_M": rows, "BLOCK_N": 32, "num_warps": rows // 16 if width <= 64 else rows // 8, "num_stages": 2}
         entry |= _capped(goal, 128) if width <= 64 and element == 2 else {}
@@ -218,24 +225,23 @@ def _grad_split(plan: Plan, goal: Target, element: int) -> Entry:
     entry = {"BLOCK_M": 128 if width <= 64 else 64, "BLOCK_N": 64, "num_warps": 4}
     entry["num_stages"] = 3 if width <= 32 else 2
     if _in_gluon(plan, goal, element):
-        entry |= {"BLOCK_M": 64, "HOPPER": 255}  # with fewer registers it would wait for every product
+        return handed_to_gluon(entry | {"BLOCK_M": 64}, 255)  # with fewer registers it would wait for every product
     return entry
 
 
 def _grad_keeper(plan: Plan, goal: Target, element: int, level: int) -> Entry:
     """dk, dv of what a keeper keeps: the same, over the queries under the keeper."""
     width = pad(plan.head_dim)
-    entry = _grad_split(plan, goal, element)
+    split = _grad_split(plan, goal, element)
+    entry, registers = in_triton(split), 255
     if goal.name in WGMMA and element == 2 and width <= 64 and plan.span(level + 1) <= 16 * width:
         # a run so short (1,024 queries at D = 64) is over before copies ahead pay; four or five programs on a
         # multiprocessor hide each other's loads
         entry |= {"BLOCK_M": 32, "num_stages": 1} | _capped(goal, 128 if width == 64 else 96)
-        entry |= {"HOPPER": 128} if "HOPPER" in entry else {}
+        registers = 128
     keys = pad(plan.most_kept(level + 1) * plan.block(level + 1))
-    if keys < entry["BLOCK_N"]:
-        entry["BLOCK_N"] = keys
-        entry.pop("HOPPER", None)  # which has 64 keys a program
-    return entry
+    entry["BLOCK_N"] = min(entry["BLOCK_N"], keys)
+    return handed_to_gluon(entry, registers) if "backend" in split and keys >= 64 else entry
 
 
 def _grad_sum(plan: Plan) -> Entry:
@@ -263,9 +269,10 @@ def _grad_listed(plan: Plan, goal: Target, element: int, level: int) -> Entry:
         # one block of queries is 16 rows or so; a token of a coarser level is a long run of them
         entry |= {"BLOCK_M": 128 if level else 32 if width <= 64 else 16, "BLOCK_N": 16}
         entry |= {"num_warps": 4 if level else 1, "num_stages": 3 if width <= 64 else 2}
+        entry |= _capped(goal, 168 if width == 64 else 128) if width <= 64 else {}
         if level == 0 and plan.block(1) == 16 and _in_gluon(plan, goal, element):
-            entry["HOPPER"] = 168  # twelve programs on a multiprocessor
-        return entry | (_capped(goal, 168 if width == 64 else 128) if width <= 64 else {})
+            return handed_to_gluon(entry, 168)  # twelve programs on a multiprocessor
+        return entry
     keys = min(children, 128 if width <= 64 else 64 if width == 128 else 32)
     rows = 128 if level and keys <= 64 and width <= 64 else 32
     entry |= {"BLOCK_M": rows, "BLOCK_N": keys, "num_warps": 4, "num_stages": 2}

@@ -46,7 +46,7 @@ class Stage:
 
     facts: tuple[str, ...]
     tiles: tuple[str, ...]
-    """What a row may set, beside `LIMITS`. Sizes that the spec dictates are not among them."""
+    """What a row may set, beside `LIMITS` and `backend`. Sizes that the spec dictates are not among them."""
 
 
 WALK = Stage(("rows", "grouped"), ("GROUP", "BLOCK_M", "BLOCK_C", "BLOCK_N"))
@@ -69,13 +69,16 @@ STAGES = {
     "grad_gather": Stage(("rows", "keep"), ("ROWS", "BLOCK")),
 }
 
-LIMITS = {"num_warps": 32, "num_stages": 8, "maxnreg": 255, "HOPPER": 255}
+LIMITS = {"num_warps": 32, "num_stages": 8, "maxnreg": 255}
 """The largest value of what is no tile; of a tile, 2^20."""
 
-CUDA_ONLY = ("maxnreg", "HOPPER")
-"""The most registers of a thread; the same of the kernel in Gluon that takes the place of the one in Triton."""
+BACKENDS = TRITON, GLUON = "triton", "gluon_sm90"
+"""What a kernel is written in: the folders of its templates."""
 
-ANY_NUMBER = ("num_stages", "maxnreg", "HOPPER", "PART")
+CUDA_ONLY = ("maxnreg", "backend")
+"""The most registers of a thread; the backend whose kernel is launched, if there is more than one."""
+
+ANY_NUMBER = ("num_stages", "maxnreg", "PART")
 """What needs to be no power of two."""
 
 MEASURED: dict[str, type | tuple[type, ...]] = {
@@ -97,7 +100,7 @@ class Row:
 
     stage: str
     when: Mapping[str, Any]
-    set: Mapping[str, int]
+    set: Mapping[str, Any]
     reason: str
     place: str
 
@@ -196,7 +199,8 @@ def parse(data: Any, file: str, shared_memory: int | None = None) -> Target:
     where.need(_number(size), "shared_memory", "a number of bytes", size)
     rows = data.get("rows", [])
     where.need(isinstance(rows, list), "rows", "a list", rows)
-    options = tuple(name for name in LIMITS if name not in CUDA_ONLY or data["target"].startswith("cuda:"))
+    cuda = data["target"].startswith("cuda:")
+    options = tuple(name for name in (*LIMITS, "backend") if cuda or name not in CUDA_ONLY)
     return Target(data["target"], size, tuple(_row(row, f"{file}: rows[{at}]", options) for at, row in enumerate(rows)))
 
 
@@ -219,7 +223,9 @@ def _row(row: Any, place: str, options: tuple[str, ...]) -> Row:
     where.need(isinstance(tiles, dict) and bool(tiles), "set", "an object of tile shapes", tiles)
     where.only(tiles, "set", (*stage.tiles, *options))
     for name, value in tiles.items():
-        if name in ANY_NUMBER:
+        if name == "backend":
+            where.one_of(value, "set.backend", BACKENDS)
+        elif name in ANY_NUMBER:
             most = LIMITS.get(name, 2**20)
             where.need(_number(value) and value <= most, f"set.{name}", f"a number from 1 to {most}", value)
         else:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import combinations, product
 
 from llsa_gen.plan import Plan
+from llsa_gen.runtime.backend import in_triton
 from llsa_gen.schedule import Entry, Target
 from llsa_gen.schedule.fit import misfit, read_in_gluon, settled
 from llsa_gen.schedule.table import STAGES, facts_of, stage_kind
@@ -36,32 +37,39 @@ class Candidate:
 
 
 REGISTERS = (96, 128, 168, 255)
-"""What of `maxnreg` and `HOPPER` is tried: 20, 16, 12 and 8 warps at a time on a multiprocessor of 65,536 registers."""
+"""What of `maxnreg` is tried: 20, 16, 12 and 8 warps at a time on a multiprocessor of 65,536 registers."""
 
 
 def settable(kind: str) -> tuple[str, ...]:
     """What may be varied of a kind of kernel, tiles first."""
-    return (*STAGES[kind].tiles, "num_warps", *(("num_stages", "maxnreg", "HOPPER") if kind in PIPELINED else ()))
+    return (*STAGES[kind].tiles, "num_warps", *(("num_stages", "maxnreg") if kind in PIPELINED else ()))
 
 
 def candidates(plan: Plan, stage: str, entry: Entry, element: int, goal: Target) -> Iterator[Candidate]:
     """The entries one step from `entry`, then those two steps from it: a step halves or doubles one number."""
     kind = stage_kind(plan, stage)
-    names = [name for name in settable(kind) if name in entry]
-    for steps in (1, 2):
-        for changed in combinations(names, steps):
-            for values in product(*(_moves(name, entry[name]) for name in changed)):
-                made = settled(kind, {**entry, **dict(zip(changed, values, strict=True))})
-                if "HOPPER" in changed and "HOPPER" not in made:
-                    continue  # the same as without that step
-                if "HOPPER" in made and not read_in_gluon(kind).issuperset(changed):
-                    continue  # the kernel in Gluon does not read it, only the rare parts of long lists may
-                reason = _wasteful(plan, stage, made, entry) or misfit(plan, stage, entry, made, element, goal)
-                yield Candidate(made, reason)
+    for changes in (changes for steps in (1, 2) for changes in _steps(kind, entry, steps)):
+        made = settled(kind, entry, changes)
+        if made.get("backend") == changes.get("backend"):  # or else only rare calls would read what differs
+            reason = _wasteful(plan, stage, made, entry) or misfit(plan, stage, entry, made, element, goal)
+            yield Candidate(made, reason)
+
+
+def _steps(kind: str, entry: Entry, steps: int) -> Iterator[Entry]:
+    """What is so many steps away: for the kernel of the entry's backend, then for the one in Triton."""
+    if "backend" in entry:
+        yield from _changes(entry, read_in_gluon(kind), steps, {"backend": entry["backend"]})
+    yield from _changes(in_triton(entry), settable(kind), steps, {})
+
+
+def _changes(entry: Entry, names: tuple[str, ...], steps: int, told: Entry) -> Iterator[Entry]:
+    for changed in combinations([name for name in names if name in entry], steps):
+        for values in product(*(_moves(name, entry[name]) for name in changed)):
+            yield told | dict(zip(changed, values, strict=True))
 
 
 def _moves(name: str, value: int) -> list[int]:
-    if name in ("maxnreg", "HOPPER"):
+    if name == "maxnreg":
         return [new for new in REGISTERS if new != value]
     low, high = RANGES[name]
     around = (value - 1, value + 1) if name == "num_stages" else (value // 2, value * 2)

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -17,7 +17,7 @@ from llsa_gen.errors import LlsaGenError, short
 from llsa_gen.fuzz.case import Case, DType
 from llsa_gen.plan import Plan, lower
 from llsa_gen.schedule import Schedule, schedule
-from llsa_gen.schedule.table import bucket, facts_of, stage_kind
+from llsa_gen.schedule.table import TRITON, bucket, facts_of, stage_kind
 from llsa_gen.spec import Spec
 from llsa_gen.store import Store, tuned
 from llsa_gen.tune.bench import DeviceBench
@@ -92,7 +92,8 @@ def tune(
         element=element, goal=goal, seconds=seconds, progress=progress, clock=clock,
     )  # fmt: skip
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "no GPU"
-    rows = tuple(_row(plan, result, element, n_tokens, gpu) for result in results if result.improved)
+    rules = schedule(plan, replace(goal, rows=()), element, n_tokens)
+    rows = tuple(_row(plan, result, element, n_tokens, gpu, rules) for result in results if result.improved)
     path = unsaved = None
     try:
         path = tuned.add(store, name, rows) if rows else None
@@ -112,13 +113,14 @@ def _on_gpu(n_tokens: int, dtype: DType) -> MakeBench:
     return make
 
 
-def _row(plan: Plan, result: StageResult, element: int, n_tokens: int, gpu: str) -> dict[str, Any]:
-    """A winner as a row of a table."""
+def _row(plan: Plan, result: StageResult, element: int, n_tokens: int, gpu: str, rules: Schedule) -> dict[str, Any]:
+    """A winner as a row of a table, which names the backend if there are two."""
     kind = stage_kind(plan, result.stage)
+    backend = {"backend": result.after.get("backend", TRITON)} if "backend" in rules[result.stage] else {}
     return {
         "stage": kind,
         "when": facts_of(plan, result.stage, element, bucket(n_tokens)),
-        "set": {name: result.after[name] for name in settable(kind) if name in result.after},
+        "set": {name: result.after[name] for name in settable(kind) if name in result.after} | backend,
         "measured": {
             "gpu": gpu,
             "date": datetime.now(UTC).date().isoformat(),

@@ -10,6 +10,7 @@ from tables import row, table
 from llsa_gen import aot, emit, load
 from llsa_gen.aot.launches import record
 from llsa_gen.plan import lower
+from llsa_gen.runtime.backend import in_triton as entry_in_triton
 from llsa_gen.schedule import schedule, schedules
 from llsa_gen.store.loading import load_text
 
@@ -25,7 +26,7 @@ def reads(name: str, step: str, n_tokens: int, *rows: dict[str, object], in_trit
     module = load_text(name, f"{len(rows)}" * 64, text)
     tiles = schedule(plan, table(*rows), 2)
     if in_triton:
-        tiles = {stage: {key: x for key, x in entry.items() if key != "HOPPER"} for stage, entry in tiles.items()}
+        tiles = {stage: entry_in_triton(entry) for stage, entry in tiles.items()}
     (launch,) = (one for one in record(module, n_tokens, "bfloat16", "cuda:90", tiles=tiles) if one.step == step)
     source, options = aot.specialise(launch, GPU)
     return steps(triton.compile(source, target=GPU, options=options).asm["ptx"])

@@ -89,13 +89,19 @@ def test_tensors_that_begin_anywhere_are_left_to_triton() -> None:
             module.prepared.__wrapped__(torch.device("cuda"), torch.bfloat16, shape, strides, starts, False)
             for starts in ((0, 0, 0), (0, 2, 0))
         ]
-    assert [at.grids["attend_kernel"][1].get("HOPPER") for at in found] == [128, None]
+    names = ("backend", "maxnreg", "triton_maxnreg")
+    for stage, told in (("attend", [("gluon_sm90", 128, 128), (None, 128, None)]),
+                        ("grad_q", [("gluon_sm90", 168, 128), (None, 128, None)]),
+                        ("grad_kv_l2", [("gluon_sm90", 255, None), (None, None, None)])):  # fmt: skip
+        tiles = [at.grids[f"{stage}_kernel"][1] for at in found]
+        assert [tuple(tile.get(name) for name in names) for tile in tiles] == told
     assert ["attend_hopper_again_kernel" in at.grids for at in found] == [True, False]
 
 
 @pytest.mark.parametrize(
     ("stage", "tiles"),
     [
+        ("attend", {"backend": "triton"}),
         ("attend", {"num_warps": 8}),
         ("grad_q", {"GROUP": 2}),
         ("grad_kv_top", {"BLOCK_M": 128}),
@@ -103,7 +109,7 @@ def test_tensors_that_begin_anywhere_are_left_to_triton() -> None:
         ("grad_kv_tokens", {"num_warps": 2}),
     ],
 )
-def test_rows_with_other_tiles_get_the_kernels_in_triton(stage: str, tiles: dict[str, int]) -> None:
+def test_rows_with_other_tiles_get_the_kernels_in_triton(stage: str, tiles: dict[str, int | str]) -> None:
     plan = lower(PIXELS)
     text = emit.render(plan, schedules(plan, {"cuda:90": table(row(stage, tiles))}))
     module = load_text("rows", hashlib.sha256(text.encode()).hexdigest(), text)
@@ -112,6 +118,17 @@ def test_rows_with_other_tiles_get_the_kernels_in_triton(stage: str, tiles: dict
     assert f"{name}_kernel" in made and f"{name}_hopper_kernel" not in made
     assert {kernel for kernel in made if "hopper" in kernel}, "the others stay"
     assert ("attend_hopper_again_kernel" in made) == (stage != "attend")
+
+
+def test_each_launch_has_the_register_cap_of_its_own_kernel() -> None:
+    chosen, lengths = GLUON["l4"]  # loose ends of attention stay in Triton; of lists, all parts but the first
+    for n, attend, grad_q in ((lengths[0], 128, 168), (lengths[0] + 1, 128, 128)):
+        launches = record(module_for(chosen), n, "bfloat16", "cuda:90")
+        made = {launch.kernel: launch.options.get("maxnreg") for launch in launches if launch.grid[0]}
+        twin = "" if n % lengths[0] else "_hopper"
+        caps = {f"attend{twin}_kernel": attend, f"grad_q{twin}_kernel": grad_q, "grad_kv_l0_hopper_kernel": 168}
+        assert caps.items() <= made.items() and made["grad_kv_l4_hopper_kernel"] == 255
+        assert made.get("grad_kv_l0_extra_kernel", 168) == 168
 
 
 @pytest.mark.parametrize("n", [5, 4096, 4097])
@@ -133,13 +150,13 @@ def test_the_tokens_gradients_are_in_gluon_at_every_length(chosen: Spec, wanted:
 def test_rules_that_have_to_be_cut_get_the_kernels_in_triton() -> None:
     small = replace(target("cuda:90"), shared_memory=40_000)
     entry = schedule(lower(PIXELS), small, 2)["grad_q"]
-    assert entry["GROUP"] < 4 and "HOPPER" not in entry
+    assert entry["GROUP"] < 4 and entry["maxnreg"] == 128 and not {"backend", "triton_maxnreg"} & {*entry}
 
 
 def test_a_keeper_with_few_keys_is_left_to_triton() -> None:
     entries = schedule(lower(spec("few", 64, (32, 2), (8, 4))), target("cuda:90"), 2)
-    assert "HOPPER" not in entries["grad_kv_l1"] and entries["grad_kv_l1"]["BLOCK_N"] == 32
-    assert "HOPPER" in entries["grad_kv_l2"]
+    assert "backend" not in entries["grad_kv_l1"] and entries["grad_kv_l1"]["BLOCK_N"] == 32
+    assert entries["grad_kv_l2"]["backend"] == "gluon_sm90"
 
 
 @pytest.mark.parametrize(

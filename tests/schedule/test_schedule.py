@@ -15,6 +15,7 @@ from llsa_gen.aot.launches import record
 from llsa_gen.errors import ScheduleTableError
 from llsa_gen.fuzz.case import specs
 from llsa_gen.plan import lower
+from llsa_gen.runtime.backend import in_triton
 from llsa_gen.schedule import Target, choices, schedule, schedules, target, targets
 from llsa_gen.schedule.fit import misfit
 from llsa_gen.schedule.table import LENGTHS, LIMITS, STAGES, bucket, facts_of, parse, stage_kind
@@ -24,6 +25,10 @@ ROOT = Path(__file__).resolve().parents[2]
 L2 = load(ROOT / "spec" / "llsa_l2.yaml")
 WIDE = load(ROOT / "spec" / "topk_b128.yaml")
 BARE = Target("cuda:90", 232448, ())
+OWN = {"KEEP", "KEYS", "AHEAD", "DOUBLES"}
+"""What the spec or the target dictates, and no row may set."""
+TWO_BACKENDS = {"backend", "triton_maxnreg"}
+"""What an entry has if its launches are handed to Gluon."""
 
 
 # ---- what a table may say ---------------------------------------------------------------------------------------
@@ -45,12 +50,15 @@ GOOD = row("attend", {"BLOCK_N": 64}, element=2)
         ({"when": {"grouped": 1}}, "when.grouped: expected one of True, False, got 1"),
         ({"when": {"keep": 8}}, "when: expected one of"),
         ({"when": 7}, "rows[1]: when: expected an object of facts, got 7"),
-        ({"set": {"BLOCKN": 32}}, "BLOCK_M, BLOCK_C, BLOCK_N, num_warps, num_stages, maxnreg, HOPPER, got"),
+        ({"set": {"BLOCKN": 32}}, "BLOCK_M, BLOCK_C, BLOCK_N, num_warps, num_stages, maxnreg, backend, got"),
         ({"set": {"KEEP": 8}}, "got 'KEEP'"),
         ({"set": {"BLOCK_N": 48}}, "rows[1]: set.BLOCK_N: expected a power of two up to 1048576, got 48"),
         ({"set": {"BLOCK_N": "64"}}, "got '64'"),
         ({"set": {"BLOCK_N": True}}, "got True"),
         ({"set": {"num_warps": 64}}, "set.num_warps: expected a power of two up to 32, got 64"),
+        ({"set": {"HOPPER": 128}}, "got 'HOPPER'"),
+        ({"set": {"triton_maxnreg": 128}}, "got 'triton_maxnreg'"),
+        ({"set": {"backend": "cuda"}}, "rows[1]: set.backend: expected one of triton, gluon_sm90, got 'cuda'"),
         ({"set": {"num_stages": 0}}, "set.num_stages: expected a number from 1 to 8, got 0"),
         ({"set": {}}, "set: expected an object of tile shapes, got {}"),
         ({"why": ""}, "why: expected a sentence, got ''"),
@@ -102,17 +110,18 @@ def test_every_stage_has_a_kind_and_facts_and_rules_that_are_legal(chosen: Spec)
         for stage, choice in choices(plan, BARE, element).items():
             kind = stage_kind(plan, stage)
             assert set(facts_of(plan, stage, element, "short")) == {"element", "pad_dim", "length", *STAGES[kind].facts}
-            assert {*choice.entry} <= {*STAGES[kind].tiles, *LIMITS, "KEEP", "KEYS", "AHEAD", "DOUBLES"}
+            assert {*choice.entry} <= {*STAGES[kind].tiles, *LIMITS, *OWN, *TWO_BACKENDS}
             assert misfit(plan, stage, choice.entry, choice.entry, element, BARE) is None
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "spec").glob("*.yaml")), ids=lambda path: path.stem)
 def test_only_cuda_is_told_how_many_registers_to_use(path: Path) -> None:
-    with pytest.raises(ScheduleTableError, match="num_warps, num_stages, got 'maxnreg'"):
-        table(row("attend", {"maxnreg": 128}), name="hip:gfx942")
+    for option in ({"maxnreg": 128}, {"backend": "triton"}):
+        with pytest.raises(ScheduleTableError, match=f"num_warps, num_stages, got '{next(iter(option))}'"):
+            table(row("attend", option), name="hip:gfx942")
     assert table(row("attend", {"maxnreg": 128})).rows[0].set == {"maxnreg": 128}
     entries = schedule(lower(load(path)), targets()["hip:gfx942"], 2).values()
-    assert not any("maxnreg" in entry for entry in entries)
+    assert not any({"maxnreg", "backend"} & {*entry} for entry in entries)
 
 
 # ---- which row decides ------------------------------------------------------------------------------------------
@@ -140,15 +149,15 @@ def test_the_last_row_that_matches_decides_and_the_rules_give_the_rest() -> None
         (L2, "attend", {"BLOCK_M": 32}, "BLOCK_M 32: a block of 16 grouped tokens is a tile of 16 rows"),
         (spec("few", 64, (16, 8), (4, 8), (4, 8)), "attend", {"GROUP": 8}, "GROUP 8: only 4 query blocks share"),
         (WIDE, "attend", {"GROUP": 2}, "the kernel takes no GROUP"),
-        (WIDE, "attend", {"HOPPER": 128}, "the kernel takes no HOPPER"),
-        (L2, "attend", {"HOPPER": 128, "num_warps": 8}, "HOPPER 128: its kernel has other tiles"),
+        (WIDE, "attend", {"backend": "gluon_sm90"}, "backend gluon_sm90: it has no kernel for this stage"),
+        (L2, "attend", {"backend": "gluon_sm90", "num_warps": 8}, "backend gluon_sm90: its kernel has other tiles"),
         (L2, "grad_kv_tokens", {"BLOCK_N": 8}, "BLOCK_N 8: products need 16 rows and columns"),
         (L2, "select", {"BLOCK_N": 16}, "BLOCK_N 16: four threads take 8 candidates each, at least"),
         (spec("k", 64, (16, 33)), "select_top", {"BLOCK_N": 32}, "BLOCK_N 32: Top-64 of a tile needs as many"),
     ],
 )
 def test_what_does_not_fit_falls_back_and_says_why(
-    chosen: Spec, stage: str, tiles: dict[str, int], reason: str
+    chosen: Spec, stage: str, tiles: dict[str, Any], reason: str
 ) -> None:
     plan, fits = lower(chosen), row(stage, {"num_warps": 8})
     name = next(name for name in schedule(plan, BARE, 2) if stage_kind(plan, name) == stage)
@@ -159,8 +168,50 @@ def test_what_does_not_fit_falls_back_and_says_why(
         len(choice.pruned) == 1 and choice.pruned[0].startswith("test.json: rows[0]: ") and reason in choice.pruned[0]
     )
     choice = choices(plan, table(fits, row(stage, tiles)), 2)[name]
-    rule.pop("HOPPER", None)  # the kernel in Gluon has four warps
-    assert choice.entry == {**rule, "num_warps": 8}, "a row before it is asked next"
+    # the kernel in Gluon has four warps
+    assert choice.entry == {**in_triton(rule), "num_warps": 8}, "a row before it is asked next"
+
+
+CAPS = {
+    "attend": (128, 128), "grad_q": (168, 128), "grad_kv_l2": (255, None), "grad_kv_l1": (128, 128),
+    "grad_kv_l0": (168, 168),
+}  # fmt: skip
+"""Of stages that the rules hand to Gluon: registers of a thread there, and of what stays in Triton."""
+
+
+def test_each_backend_has_a_register_cap_of_its_own() -> None:
+    entries = schedule(lower(L2), BARE, 2)
+    assert {stage for stage, entry in entries.items() if "backend" in entry} == {*CAPS}
+    for stage, (own, triton) in CAPS.items():
+        entry = entries[stage]
+        assert (entry["backend"], entry["maxnreg"]) == ("gluon_sm90", own)
+        rest = {name: value for name, value in entry.items() if name not in TWO_BACKENDS | {"maxnreg"}}
+        assert in_triton(entry) == (rest if triton is None else rest | {"maxnreg": triton})
+        assert in_triton(in_triton(entry)) == in_triton(entry) == in_triton({**in_triton(entry), "backend": "triton"})
+
+
+@pytest.mark.parametrize(
+    ("tiles", "wanted"),
+    [
+        ({"maxnreg": 96}, {"backend": "gluon_sm90", "maxnreg": 168, "triton_maxnreg": 96}),
+        ({"backend": "gluon_sm90", "maxnreg": 96}, {"backend": "gluon_sm90", "maxnreg": 96, "triton_maxnreg": 128}),
+        ({"backend": "gluon_sm90"}, {"backend": "gluon_sm90", "maxnreg": 168, "triton_maxnreg": 128}),
+        ({"backend": "triton"}, {"maxnreg": 128}),
+        ({"backend": "triton", "maxnreg": 96}, {"maxnreg": 96}),
+        ({"num_warps": 8}, {"num_warps": 8, "maxnreg": 128}),
+        ({"num_warps": 8, "maxnreg": 96}, {"num_warps": 8, "maxnreg": 96}),
+    ],
+)
+def test_a_row_caps_the_backend_that_it_names(tiles: dict[str, Any], wanted: dict[str, Any]) -> None:
+    choice = choices(lower(L2), table(row("grad_q", tiles)), 2)["grad_q"]
+    rest = {"GROUP": 4, "BLOCK_M": 16, "BLOCK_C": 32, "BLOCK_N": 16, "num_warps": 4, "num_stages": 3, "AHEAD": 1}
+    assert choice.entry == rest | wanted and choice.origin == "test.json: rows[0]: a test"
+
+
+def test_a_row_may_name_the_only_backend() -> None:
+    tiles = {"backend": "triton", "num_warps": 8}
+    rule = schedule(lower(WIDE), BARE, 2)["attend"]
+    assert choices(lower(WIDE), table(row("attend", tiles)), 2)["attend"].entry == {**rule, "num_warps": 8}
 
 
 def test_a_rule_that_is_cut_to_fit_says_so() -> None:

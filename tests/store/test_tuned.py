@@ -16,7 +16,7 @@ from llsa_gen import Level, Spec, compile
 from llsa_gen.errors import ScheduleTableError
 from llsa_gen.plan import lower
 from llsa_gen.schedule import schedules
-from llsa_gen.schedule.table import FACTS, LIMITS, STAGES, parse
+from llsa_gen.schedule.table import BACKENDS, FACTS, LIMITS, STAGES, parse
 from llsa_gen.schedule.table import targets as shipped
 from llsa_gen.store import Store, tuned
 
@@ -54,6 +54,7 @@ BROKEN: dict[str, bytes] = {
     "numbers as rows": b'{"target": "cuda:80", "rows": [1, null]}',
     "a true stage": json.dumps(table(stage=True)).encode(),
     "a list as a stage": json.dumps(table(stage=[])).encode(),
+    "a field of an older version": json.dumps(table(set={"HOPPER": 128})).encode(),
     "another target": b'{"target": "cuda:90", "rows": []}',
     "five mebibytes": b" " * (5 * 2**20),
 }
@@ -132,7 +133,7 @@ rows = st.fixed_dictionaries({}, optional=row_fields) | anything
 good_fields = {
     "stage": st.sampled_from(sorted(STAGES)),
     "when": st.dictionaries(st.sampled_from(sorted(FACTS)), anything, max_size=2),
-    "set": st.dictionaries(st.sampled_from(["BLOCK_M", "num_warps", "HOPPER"]), anything, max_size=2),
+    "set": st.dictionaries(st.sampled_from(["BLOCK_M", "num_warps", "backend"]), anything, max_size=2),
     "measured": st.fixed_dictionaries(dict.fromkeys(MEASURED, anything)),
 }
 tables = st.fixed_dictionaries(
@@ -170,6 +171,7 @@ def legal_rows(draw: st.DrawFn) -> dict[str, Any]:
     name = draw(st.sampled_from(sorted(STAGES)))
     sizes = {tile: powers for tile in STAGES[name].tiles}
     sizes |= {option: powers.filter(lambda size, most=most: size <= most) for option, most in LIMITS.items()}
+    sizes["backend"] = st.sampled_from(BACKENDS)
     chosen = draw(st.lists(st.sampled_from(sorted(sizes)), min_size=1, unique=True))
     return {"stage": name, "when": {}, "set": {size: draw(sizes[size]) for size in chosen}, "why": "drawn"}
 

@@ -20,7 +20,8 @@ from llsa_gen.compiler import explain_miss
 from llsa_gen.emit import golden
 from llsa_gen.errors import DeviceLost, LlsaGenError, ScheduleTableError
 from llsa_gen.fuzz.case import Case
-from llsa_gen.plan import lower
+from llsa_gen.plan import Plan, lower
+from llsa_gen.runtime.backend import in_triton
 from llsa_gen.schedule import Entry, Schedule, schedule, targets
 from llsa_gen.schedule.fit import misfit
 from llsa_gen.store import Store, tuned
@@ -85,12 +86,13 @@ def test_candidates_are_near_and_can_be_launched(name: str) -> None:
         found = list(candidates(plan, stage, entry, 2, GOAL))
         legal = [one.entry for one in found if one.reason is None]
         assert legal, stage
-        # what no kernel in Gluon has for tiles goes without HOPPER
-        changes = [sum(one[key] != entry[key] for key in one) for one in legal]
+        # what the kernel in Gluon has no tiles for is in Triton, with the register cap of that kernel
+        near = [entry if "backend" in one else in_triton(entry) for one in legal]
+        changes = [sum(one[key] != other[key] for key in one) for one, other in zip(legal, near, strict=True)]
         assert changes == sorted(changes) and {1} <= set(changes) <= {1, 2}
         for one in legal:
             assert list(one) == [key for key in entry if key in one], "in the order of the launch"
-            assert {*entry} - {*one} <= {"HOPPER"}
+            assert {*one} == {*(entry if "backend" in one else in_triton(entry))}
             assert misfit(plan, stage, entry, one, 2, GOAL) is None
             assert {key: one[key] for key in ("KEEP",) if key in one} == {
                 key: entry[key] for key in ("KEEP",) if key in one
@@ -101,16 +103,16 @@ def test_every_candidate_in_gluon_is_launched_differently() -> None:
     plan = lower(L2)
     attention, present = compile(L2), schedule(plan, targets()["cuda:90"], 2)
 
-    def launched(stage: str, entry: dict[str, int]) -> list[object]:
+    def launched(stage: str, entry: Entry) -> list[object]:
         made = record(attention, 65_536, "bfloat16", "cuda:90", tiles={**present, stage: entry})
         shapes = [{name: x for name, x in launch.arguments.items() if name.isupper()} for launch in made]
         return [(launch.kernel, launch.grid, launch.options, one) for launch, one in zip(made, shapes, strict=True)]
 
-    stages = [stage for stage, entry in present.items() if "HOPPER" in entry]
+    stages = [stage for stage, entry in present.items() if "backend" in entry]
     assert len(stages) == 5
     for stage in stages:
         found = [one.entry for one in candidates(plan, stage, present[stage], 2, GOAL) if not one.reason]
-        made = [launched(stage, entry) for entry in (present[stage], *found) if "HOPPER" in entry]
+        made = [launched(stage, entry) for entry in (present[stage], *found) if "backend" in entry]
         assert len(made) > 3 and all(one not in made[:at] for at, one in enumerate(made)), stage
 
 
@@ -268,6 +270,33 @@ def test_a_winner_is_stored_and_used_by_the_next_compile(tmp_path: Path) -> None
     assert [tiles["attend"]["num_warps"] == 4 for tiles in by_length.values()] == [False, True]
     assert compile(SMALL, store=Store(tmp_path / "elsewhere")).source == before.source
     assert golden.check(golden.files(golden.modules())) == [], "what is committed does not depend on a machine"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "told"),
+    [
+        ({"backend": "gluon_sm90", "maxnreg": 255}, {"backend": "gluon_sm90", "maxnreg": 255}),
+        ({"num_warps": 8}, {"backend": "triton", "maxnreg": 128, "num_warps": 8}),
+        # in two steps: the tiles of the kernel in Gluon again, but measured in Triton
+        ({"num_warps": 4, "BLOCK_C": 64}, {"backend": "triton", "maxnreg": 128, "num_warps": 4, "BLOCK_C": 64}),
+    ],
+)
+def test_a_row_names_the_backend_that_was_measured(
+    wanted: Entry, told: Entry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    present = schedule(lower(L2), GOAL, 2)["grad_q"]
+    winner = {**(present if "backend" in wanted else in_triton(present)), **wanted}
+
+    def found(plan: Plan, entries: Schedule, *_: object, **__: object) -> list[StageResult]:
+        return [StageResult("grad_q", entries["grad_q"], 100.0, winner, 50.0)]
+
+    store = Store(tmp_path)
+    module = compile(L2, store=store).module
+    monkeypatch.setattr(module, "target_of", lambda device: "cuda:90")
+    monkeypatch.setattr("llsa_gen.tune.tuner.search", found)
+    report = tune(L2, stages=["grad_q"], store=store, make_bench=lambda *_: Fake())
+    assert told.items() <= report.rows[0]["set"].items()
+    assert schedule(lower(L2), tuned.targets(store)["cuda:90"], 2)["grad_q"] == winner
 
 
 def test_rows_of_the_same_facts_take_each_others_place(tmp_path: Path) -> None:
