@@ -30,7 +30,7 @@ class Buffer:
 
     axes: the shape in the names of a signature. says: what it holds. strides: the letter in the names of its strides,
     where the caller decides how its batches, heads and rows lie. width: the number of columns, which its kernels are
-    told, of an index list. level: None for what is not of a level.
+    told, of an index list.
     """
 
     name: str
@@ -38,7 +38,6 @@ class Buffer:
     shape: tuple[sympy.Expr, ...]
     dtype: str
     role: Role
-    level: int | None = None
     says: str = ""
     strides: str = ""
     width: str = ""
@@ -85,11 +84,11 @@ class Buffers(Levels):
 
     def _buffers(self) -> Iterable[Buffer]:
         def buffer(
-            name: str, axes: str, dtype: str, role: Role, level: int | None = None, says: str = "",
+            name: str, axes: str, dtype: str, role: Role, says: str = "",
             strides: str = "", width: str = "",
         ) -> Buffer:  # fmt: skip
             names = tuple(axes.split(", "))
-            return Buffer(name, names, tuple(self._sizes[x] for x in names), dtype, role, level, says, strides, width)
+            return Buffer(name, names, tuple(self._sizes[x] for x in names), dtype, role, says, strides, width)
 
         for name in ("q", "k", "v"):
             yield buffer(name, "B*H, N, D", "input", Role.INPUT, strides=name)
@@ -100,18 +99,16 @@ class Buffers(Levels):
         for level in self.levels:
             for name in ("q", "k", "v") if self.enriched else ("q", "k"):
                 role = Role.SAVED if name != "q" and level in self.enriched else Role.SCRATCH
-                yield buffer(f"{name}_l{level}", f"B*H, T_{level}, D", "input", role, level, "means")
+                yield buffer(f"{name}_l{level}", f"B*H, T_{level}, D", "input", role, "means")
         for step in self.pool_steps[:-1]:
             level = step[-1]
-            yield buffer(
-                f"sums_l{level}", f"tensors, B*H, T_{level}, D", "float32", Role.SCRATCH, level, "sums of tokens"
-            )
+            yield buffer(f"sums_l{level}", f"tensors, B*H, T_{level}, D", "float32", Role.SCRATCH, "sums of tokens")
         for level in self.levels:
             says = "how many query tokens keep each key token"
-            yield buffer(f"counts_l{level}", f"B*H, T_{level}", "int32", Role.SAVED, level, says)
+            yield buffer(f"counts_l{level}", f"B*H, T_{level}", "int32", Role.SAVED, says)
         for level in self.levels:
             width, says = f"width_l{level}", "kept key tokens, best first, then -1"
-            yield buffer(f"kept_l{level}", f"B*H, T_{level}, {width}", "int32", Role.SAVED, level, says, width=width)
+            yield buffer(f"kept_l{level}", f"B*H, T_{level}, {width}", "int32", Role.SAVED, says, width=width)
         yield buffer("grad_o", "B*H, N, D", "input", Role.INPUT, strides="g")
         yield buffer("grad_lse", "B*H, N", "float32", Role.OPTIONAL, says="None where lse has no gradient")
         for name in ("grad_q", "grad_k", "grad_v"):
@@ -119,26 +116,26 @@ class Buffers(Levels):
         yield buffer("delta", "B*H, N", "float32", Role.SCRATCH)
         for level in self.levels:
             says = "where the list of each key token begins"
-            yield buffer(f"offsets_l{level}", f"B*H, T_{level} + 1", "int32", Role.SCRATCH, level, says)
+            yield buffer(f"offsets_l{level}", f"B*H, T_{level} + 1", "int32", Role.SCRATCH, says)
             width, says = f"width_l{level}", "query tokens by the key token that they keep"
             axes = f"B*H, T_{level} * {width}"
-            yield buffer(f"keepers_l{level}", axes, "int32", Role.SCRATCH, level, says, width=width)
+            yield buffer(f"keepers_l{level}", axes, "int32", Role.SCRATCH, says, width=width)
             if level in self.parted:
                 says = f"where its parts of part_l{level} entries beyond the first begin"
-                yield buffer(f"extra_l{level}", f"B*H, T_{level} + 1", "int32", Role.SCRATCH, level, says)
+                yield buffer(f"extra_l{level}", f"B*H, T_{level} + 1", "int32", Role.SCRATCH, says)
         for level in self.by_list:
             axes = f"B*H, parts_l{level}, b_{level + 1}, D"
             for name in ("k", "v"):
-                yield buffer(f"extra_grad_{name}_l{level}", axes, "float32", Role.SCRATCH, level)
+                yield buffer(f"extra_grad_{name}_l{level}", axes, "float32", Role.SCRATCH)
         for level in self.split:
             top, up = level == self.top, level + 1
             keys = f"splits_l{level}, T_{level}" if top else f"T_{up}, splits_l{level}, width_l{up} * b_{up}"
             for name in ("k", "v"):
                 yield buffer(
-                    f"split_grad_{name}_l{level}", f"B*H, {keys}, D", "share", Role.SCRATCH, level, "per token covered"
+                    f"split_grad_{name}_l{level}", f"B*H, {keys}, D", "share", Role.SCRATCH, "per token covered"
                 )
         for level in self.enriched:
             for name in ("k", "v"):
                 yield buffer(
-                    f"grad_{name}_l{level}", f"B*H, T_{level}, D", "float32", Role.SCRATCH, level, "per token covered"
+                    f"grad_{name}_l{level}", f"B*H, T_{level}, D", "float32", Role.SCRATCH, "per token covered"
                 )

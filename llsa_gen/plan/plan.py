@@ -35,10 +35,13 @@ H, B_H, N_TOKENS = Scalar("heads_per_batch", "H"), Scalar("heads", "B*H"), Scala
 
 @dataclass(frozen=True)
 class Kernel:
-    """One launch: how many programs, which buffers it reads and writes, and which numbers it is told, in this order."""
+    """One launch: how many programs, which buffers it reads and writes, and which numbers it is told, in this order.
+
+    Kernels of one kind do the same, at a level each, if at any; a kind with its level is a stage of the schedule.
+    """
 
     name: str
-    stage: str  # the schedule entry that gives its tile shapes
+    kind: str
     computes: str
     programs: sympy.Expr
     reads: Names
@@ -47,6 +50,11 @@ class Kernel:
     optional: Names = ()  # buffers that are read where there are any, and None otherwise
     level: int | None = None
     twin: bool = False  # whether a kernel in Gluon can take its place
+
+    @property
+    def stage(self) -> str:
+        """The schedule entry that gives its tile shapes."""
+        return self.kind if self.level is None else f"{self.kind}_l{self.level}"
 
     @property
     def takes(self) -> Names:
@@ -139,6 +147,11 @@ class Plan(Buffers):
         return (*self.forward, *self.backward)
 
     @cached_property
+    def stages(self) -> dict[str, tuple[str, int | None]]:
+        """Kind and level of every stage."""
+        return {kernel.stage: (kernel.kind, kernel.level) for kernel in self.kernels}
+
+    @cached_property
     def kernel(self) -> dict[str, Kernel]:
         """Every launch by the name of its kernel."""
         return {kernel.name: kernel for kernel in (*self.kernels, self.recompute)}
@@ -147,7 +160,7 @@ class Plan(Buffers):
         names = ("q", "k", "v")[: self.pooled_tensors]
         for step in self.pool_steps:
             first, last = step[0], step[-1]
-            stage = "pool" if first == 1 else "pool_sums"
+            kind = "pool" if first == 1 else "pool_sums"
             reads = names if first == 1 else (f"sums_l{first - 1}",)
             writes = [f"{name}_l{level}" for level in step for name in names]
             writes += [f"counts_l{level}" for level in step]  # zero, before the selection adds to them
@@ -156,8 +169,8 @@ class Plan(Buffers):
             programs = ceil_div(self.tokens(last), 1 if len(step) == 2 else tile("CHILDREN"))
             tensors = self.pooled_tensors - (LATE if self.values_may_wait else 0)
             yield Kernel(
-                f"pool_l{first}_kernel", stage, f"means of level {' and '.join(map(str, step))}",
-                tensors * HEADS * programs, tuple(reads), tuple(writes), scalars, level=first,
+                f"pool_l{first}_kernel", kind, f"means of level {' and '.join(map(str, step))}",
+                tensors * HEADS * programs, tuple(reads), tuple(writes), scalars,
             )  # fmt: skip
 
     def _select(self) -> Iterable[Kernel]:
@@ -177,7 +190,7 @@ class Plan(Buffers):
                 scalars = (Scalar("late", "1 if values have waited, otherwise 0"), H, N_TOKENS)
             yield Kernel(
                 f"select_l{level}_kernel",
-                f"select_l{level}",
+                "select",
                 computes,
                 HEADS * rows,
                 reads,
@@ -245,7 +258,7 @@ class Plan(Buffers):
                 reads += (f"offsets_l{level + 1}", f"keepers_l{level + 1}")
                 programs = self.tokens(level + 1)
             yield Kernel(
-                f"invert_l{level}_kernel", f"invert_l{level}", f"which query tokens keep which key of level {level}",
+                f"invert_l{level}_kernel", "invert", f"which query tokens keep which key of level {level}",
                 HEADS * programs, reads, (f"keepers_l{level}",), level=level,
             )  # fmt: skip
 
@@ -270,20 +283,20 @@ class Plan(Buffers):
         programs = self.keepers(level) * splits(level) * ceil_div(self.keys_of_keeper(level), tile("BLOCK_N"))
         lists: Names = ()
         if level == self.top:
-            stage, sums = "grad_sum", ceil_div(self.tokens(level), tile("BLOCK"))
+            kind, at, sums = "grad_sum", None, ceil_div(self.tokens(level), tile("BLOCK"))
         else:
             reads += (f"kept_l{level + 1}",)
             children = ceil_div(sympy.Integer(self.block(level + 1)), tile("BLOCK"))
-            stage, sums = f"grad_gather_l{level}", self.tokens(level + 1) * children
+            kind, at, sums = "grad_gather", level, self.tokens(level + 1) * children
             lists = (f"kept_l{level + 1}", f"keepers_l{level + 1}", f"offsets_l{level + 1}")
         rows, shares = Scalar(f"rows_l{level}", "queries a split"), Scalar(f"splits_l{level}", "how many splits")
         yield Kernel(
-            f"grad_kv_l{level}_kernel", f"grad_kv_l{level}", f"dk, dv of level {level}, a share of the queries each",
+            f"grad_kv_l{level}_kernel", "grad_kv", f"dk, dv of level {level}, a share of the queries each",
             HEADS * programs, reads, partial, (rows, shares, SCALE, H, N_TOKENS), level=level, twin=True,
         )  # fmt: skip
         yield Kernel(
-            f"grad_kv_l{level}_sum_kernel", stage, f"dk, dv of level {level}: the shares summed in order",
-            HEADS * sums, (*partial, *lists, *flow), made, (shares, N_TOKENS), level=level,
+            f"grad_kv_l{level}_sum_kernel", kind, f"dk, dv of level {level}: the shares summed in order",
+            HEADS * sums, (*partial, *lists, *flow), made, (shares, N_TOKENS), level=at,
         )  # fmt: skip
 
     def _by_list(self, level: int, reads: Names, flow: Names, made: Names) -> Iterable[Kernel]:
@@ -292,12 +305,12 @@ class Plan(Buffers):
         extra = f"extra_grad_k_l{level}", f"extra_grad_v_l{level}"
         scalars = (Scalar(f"parts_l{level}", "room for extra parts a head"), SCALE, H, N_TOKENS)
         yield Kernel(
-            f"grad_kv_l{level}_extra_kernel", f"grad_kv_l{level}",
+            f"grad_kv_l{level}_extra_kernel", "grad_kv",
             f"dk, dv of level {level}: what the first part of a popular list leaves over",
             HEADS * parts(level) * tiles, reads, extra, scalars, level=level,
         )  # fmt: skip
         yield Kernel(
-            f"grad_kv_l{level}_kernel", f"grad_kv_l{level}", f"dk, dv of level {level}",
+            f"grad_kv_l{level}_kernel", "grad_kv", f"dk, dv of level {level}",
             HEADS * self.tokens(level + 1) * tiles, (*reads, *extra, *flow), made, scalars, level=level, twin=True,
         )  # fmt: skip
 

@@ -156,10 +156,9 @@ def bucket(n_tokens: int) -> str:
 
 def stage_kind(plan: Plan, stage: str) -> str:
     """How tables call a stage of the plan: `select_l2` is `select_top` where level 2 is the coarsest."""
-    kind, _, number = stage.rpartition("_l")
-    if not number.isdigit():
-        return stage
-    level = int(number)
+    kind, level = plan.stages[stage]
+    if level is None:
+        return kind
     if level == plan.top:
         return f"{kind}_top"
     if kind != "grad_kv":
@@ -169,8 +168,7 @@ def stage_kind(plan: Plan, stage: str) -> str:
 
 def facts_of(plan: Plan, stage: str, element: int, length: str) -> Facts:
     """What is true of a stage of the plan, for elements of `element` bytes and a bucket of lengths."""
-    kind, number = stage_kind(plan, stage), stage.rpartition("_l")[2]
-    level = int(number) if number.isdigit() else 0
+    kind, level = stage_kind(plan, stage), plan.stages[stage][1] or 0
     listed = kind in ("grad_kv_coarse", "grad_kv_keeper", "grad_kv_tokens", "grad_gather")
     known: Facts = {"element": element, "pad_dim": pad(plan.head_dim), "length": length}
     for fact in STAGES[kind].facts:
