@@ -80,10 +80,9 @@ def test_the_specs_take_every_branch() -> None:
 
 
 def test_the_short_set_has_every_kind_of_kernel() -> None:
-    def kinds(specs: Iterable[Spec]) -> set[str]:
-        plans = [lower(chosen) for chosen in specs]
-        names = ((plan, kernel.name.removesuffix("_kernel")) for plan in plans for kernel in plan.kernels)
-        return {re.sub(r"_l\d", "", stage_kind(plan, name)) for plan, name in names}
+    def kinds(specs: Iterable[Spec]) -> set[tuple[str, str]]:
+        planned = [(plan, kernel) for plan in map(lower, specs) for kernel in plan.kernels]
+        return {(stage_kind(plan, one.stage), re.sub(r"_l\d", "", one.name)) for plan, one in planned}
 
     assert kinds(chosen for chosen in BRANCHES if chosen.name in OTHER_VERSIONS) == kinds(BRANCHES)
 
