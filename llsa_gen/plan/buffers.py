@@ -72,23 +72,16 @@ class Buffers(Levels):
         }
         for level in self.levels:
             tokens, width = self.tokens(level), self.width(level)
-            sizes |= {
-                f"T_{level}": tokens,
-                f"T_{level} + 1": tokens + 1,
-                f"b_{level}": sympy.Integer(self.block(level)),
-            }
-            sizes |= {f"width_l{level}": width, f"T_{level} * width_l{level}": tokens * width}
+            sizes |= {f"b_{level}": sympy.Integer(self.block(level)), f"width_l{level}": width}
+            sizes |= {f"T_{level}": tokens, f"T_{level} + 1": tokens + 1, f"T_{level} * width_l{level}": tokens * width}
             sizes |= {f"width_l{level} * b_{level}": width * self.block(level)}
         sizes |= {f"parts_l{level}": parts(level) for level in self.by_list}
         return sizes | {f"splits_l{level}": splits(level) for level in self.split}
 
     def _buffers(self) -> Iterable[Buffer]:
-        def buffer(
-            name: str, axes: str, dtype: str, role: Role, says: str = "",
-            strides: str = "", width: str = "",
-        ) -> Buffer:  # fmt: skip
+        def buffer(name: str, axes: str, dtype: str, role: Role, says: str = "", **more: str) -> Buffer:
             names = tuple(axes.split(", "))
-            return Buffer(name, names, tuple(self._sizes[x] for x in names), dtype, role, says, strides, width)
+            return Buffer(name, names, tuple(self._sizes[x] for x in names), dtype, role, says, **more)
 
         for name in ("q", "k", "v"):
             yield buffer(name, "B*H, N, D", "input", Role.INPUT, strides=name)
