@@ -40,7 +40,7 @@ SPEC = {
     "name": "uneven",
     "reweight": True,
 }
-OPERATOR = "uneven_2ebec065a1863859"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
+OPERATOR = "uneven_9a32f2a3c815dbc2"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -72,11 +72,11 @@ TILES_1 = {
     "pool": {"CHILDREN": 8, "ROWS": 8, "num_warps": 2},
     "select_l1": {"BLOCK_M": 16, "BLOCK_N": 32, "KEEP": 8, "num_warps": 1, "num_stages": 2, "DOUBLES": 0},
     "select_l2": {"BLOCK_M": 16, "BLOCK_N": 64, "KEEP": 4, "num_warps": 4, "num_stages": 2, "DOUBLES": 0, "SPLIT": 4},
-    "attend": {"GROUP": 4, "BLOCK_M": 16, "BLOCK_C": 64, "BLOCK_N": 16, "num_warps": 4, "num_stages": 3, "AHEAD": 0},
+    "attend": {"GROUP": 4, "BLOCK_M": 16, "BLOCK_C": 64, "BLOCK_N": 16, "num_warps": 4, "num_stages": 3, "PIPELINED_QK": 0},
     "scan": {"BLOCK": 1024, "num_warps": 4},
     "invert_l1": {"BLOCK_M": 128, "KEYS": 8, "num_warps": 4},
     "invert_l2": {"BLOCK_M": 128, "KEYS": 32, "num_warps": 4},
-    "grad_q": {"GROUP": 4, "BLOCK_M": 16, "BLOCK_C": 32, "BLOCK_N": 16, "num_warps": 4, "num_stages": 3, "AHEAD": 0},
+    "grad_q": {"GROUP": 4, "BLOCK_M": 16, "BLOCK_C": 32, "BLOCK_N": 16, "num_warps": 4, "num_stages": 3, "PIPELINED_QK": 0},
     "grad_kv_l2": {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
     "grad_sum": {"BLOCK": 2, "num_warps": 4},
     "grad_kv_l1": {"PART": 24, "BLOCK_M": 128, "BLOCK_N": 16, "num_warps": 4, "num_stages": 2},
@@ -86,11 +86,11 @@ TILES_2 = {
     "pool": {"CHILDREN": 8, "ROWS": 8, "num_warps": 2},
     "select_l1": {"BLOCK_M": 16, "BLOCK_N": 32, "KEEP": 8, "num_warps": 1, "num_stages": 2, "DOUBLES": 0},
     "select_l2": {"BLOCK_M": 16, "BLOCK_N": 32, "KEEP": 4, "num_warps": 1, "num_stages": 2, "DOUBLES": 0, "SPLIT": 1},
-    "attend": {"GROUP": 2, "BLOCK_M": 16, "BLOCK_C": 16, "BLOCK_N": 16, "num_warps": 8, "num_stages": 2, "AHEAD": 0},
+    "attend": {"GROUP": 2, "BLOCK_M": 16, "BLOCK_C": 16, "BLOCK_N": 16, "num_warps": 8, "num_stages": 2, "PIPELINED_QK": 0},
     "scan": {"BLOCK": 1024, "num_warps": 4},
     "invert_l1": {"BLOCK_M": 128, "KEYS": 8, "num_warps": 4},
     "invert_l2": {"BLOCK_M": 128, "KEYS": 32, "num_warps": 4},
-    "grad_q": {"GROUP": 2, "BLOCK_M": 16, "BLOCK_C": 16, "BLOCK_N": 16, "num_warps": 8, "num_stages": 2, "AHEAD": 0},
+    "grad_q": {"GROUP": 2, "BLOCK_M": 16, "BLOCK_C": 16, "BLOCK_N": 16, "num_warps": 8, "num_stages": 2, "PIPELINED_QK": 0},
     "grad_kv_l2": {"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 4, "num_stages": 2},
     "grad_sum": {"BLOCK": 2, "num_warps": 4},
     "grad_kv_l1": {"PART": 24, "BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 8, "num_stages": 2},
@@ -101,8 +101,8 @@ TILES_3 = TILES_1 | {
     "select_l2": {"BLOCK_M": 16, "BLOCK_N": 64, "KEEP": 4, "num_warps": 4, "num_stages": 2, "DOUBLES": 1, "SPLIT": 4},
 }
 TILES_4 = TILES_1 | {
-    "attend": {"GROUP": 4, "BLOCK_M": 16, "BLOCK_C": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 3, "AHEAD": 0},
-    "grad_q": {"GROUP": 4, "BLOCK_M": 16, "BLOCK_C": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 3, "AHEAD": 0},
+    "attend": {"GROUP": 4, "BLOCK_M": 16, "BLOCK_C": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 3, "PIPELINED_QK": 0},
+    "grad_q": {"GROUP": 4, "BLOCK_M": 16, "BLOCK_C": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 3, "PIPELINED_QK": 0},
 }
 SCHEDULES = {  # the schedule of a length is the first whose key, in tokens, it does not exceed
     "cuda:100": {2: {MAX_TOKENS: TILES_1}, 4: {MAX_TOKENS: TILES_2}},
@@ -117,16 +117,16 @@ SCHEDULES = {  # the schedule of a length is the first whose key, in tokens, it 
 
 
 @triton.jit
-def load_rows(ptr, row, stride, inside, STREAM: tl.constexpr = False):
+def load_rows(ptr, row, stride, inside, EVICT_FIRST: tl.constexpr = False):
     """Rows `row` of a matrix [*, HEAD_DIM] as a tile [..., PAD_DIM]; zero where not `inside` and in the padding.
 
-    `stride` is a multiple of ROW_UNIT: rows that begin at multiples of 16 bytes are loaded 16 bytes at a time. STREAM: in
+    `stride` is a multiple of ROW_UNIT: rows that begin at multiples of 16 bytes are loaded 16 bytes at a time. EVICT_FIRST: in
     the cache these rows are the first to make way, before anything that others may read again or that is still to be written.
     """
     dim = tl.arange(0, PAD_DIM)
     begin = tl.multiple_of(row.to(tl.int64) * stride, [ROW_UNIT] * len(row.shape))
     at = tl.expand_dims(begin, -1) + dim
-    policy: tl.constexpr = "evict_first" if STREAM else ""
+    policy: tl.constexpr = "evict_first" if EVICT_FIRST else ""
     return tl.load(ptr + at, mask=tl.expand_dims(inside, -1) & (dim < HEAD_DIM), other=0.0, eviction_policy=policy)
 
 
@@ -160,27 +160,27 @@ def parents(list_ptr, start, within, width, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def children(parent, start, within, n_tokens, BLOCK: tl.constexpr, WHOLE: tl.constexpr):
+def children(parent, start, within, n_tokens, BLOCK: tl.constexpr, FULL: tl.constexpr):
     """The tokens at `start + within` in the children of a list, of which `parents` are known, and which of them exist.
 
-    Lists have -1 where there are fewer to keep; n_tokens of the children's level exist. Where WHOLE, all do, and the
+    Lists have -1 where there are fewer to keep; n_tokens of the children's level exist. Where FULL, all do, and the
     compiler drops the masks made of it.
     """
     token = parent * BLOCK + (start + within) % BLOCK
-    if WHOLE:
+    if FULL:
         return token, tl.full(token.shape, True, tl.int1)
     else:
         return token, (token >= 0) & (token < n_tokens)
 
 
 @triton.jit
-def log_weight(token, inside, n_tokens, SPAN: tl.constexpr, WHOLE: tl.constexpr):
+def log_weight(token, inside, n_tokens, SPAN: tl.constexpr, FULL: tl.constexpr):
     """log2 of w(j) = c(j), the tokens that key token j of span P really covers; -inf where not `inside`.
 
-    Only the last token of a level can cover fewer than P, and where WHOLE not even that.
+    Only the last token of a level can cover fewer than P, and where FULL not even that.
     """
     weight = tl.log2(tl.full([1] * len(token.shape), SPAN, tl.float32))
-    if not WHOLE:
+    if not FULL:
         last = tl.cdiv(n_tokens, SPAN) - 1
         weight = tl.where(token == last, tl.log2((n_tokens - last * SPAN).to(tl.float32)), weight)
     return tl.where(inside, weight, float("-inf"))
@@ -220,7 +220,7 @@ def softmax_step(logits, v, peak, total, acc):
 @triton.jit
 def sum_below(
     ptr, stride, token, inside, n_below,
-    BLOCK: tl.constexpr, ROWS: tl.constexpr, SUMS: tl.constexpr, STREAM: tl.constexpr,
+    BLOCK: tl.constexpr, ROWS: tl.constexpr, SUMS: tl.constexpr, EVICT_FIRST: tl.constexpr,
 ):
     """For each token [M], `inside` or not, the sum of the rows that it pools, ROWS of them at a time: [M, PAD_DIM], float32.
 
@@ -239,7 +239,7 @@ def sum_below(
                 below = start + turn + i * SIDE + tl.arange(0, SIDE)
                 row = token[:, None] * BLOCK + below[None, :]
                 exists = inside[:, None] & (below < BLOCK)[None, :] & (row < n_below)
-                more += (sums[i] + load_rows(ptr, row, stride, exists, STREAM).to(tl.float32),)
+                more += (sums[i] + load_rows(ptr, row, stride, exists, EVICT_FIRST).to(tl.float32),)
             sums = more
     total = sums[0]
     for i in tl.static_range(1, SUMS):
@@ -251,7 +251,7 @@ def sum_below(
 def pool_l1_tile(
     x_ptr, stride_n, mean_l1_ptr, mean_l2_ptr,
     counts_l1_ptr, counts_l2_ptr, first, n_tokens,
-    CHILDREN: tl.constexpr, ROWS: tl.constexpr, SUMS: tl.constexpr, STREAM: tl.constexpr,
+    CHILDREN: tl.constexpr, ROWS: tl.constexpr, SUMS: tl.constexpr, EVICT_FIRST: tl.constexpr,
 ):
     """Level-2 token `first` of one head: its mean, and the means of the level-1 tokens that it covers; zeroes counts, if any."""
     n_l1 = tl.cdiv(n_tokens, SPAN_1)
@@ -260,7 +260,7 @@ def pool_l1_tile(
         place = child + tl.arange(0, CHILDREN)
         token = first * BLOCK_2 + place
         inside = (place < BLOCK_2) & (token < n_l1)
-        total = sum_below(x_ptr, stride_n, token, inside, n_tokens, BLOCK_1, ROWS, SUMS, STREAM)
+        total = sum_below(x_ptr, stride_n, token, inside, n_tokens, BLOCK_1, ROWS, SUMS, EVICT_FIRST)
         covered = tl.minimum(n_tokens - token * SPAN_1, SPAN_1).to(tl.float32)
         store_rows(mean_l1_ptr, token, HEAD_DIM, inside, total / covered[:, None])
         if counts_l1_ptr is not None:
@@ -284,7 +284,7 @@ def pool_l1_kernel(
     counts_l2_ptr,  # [B*H, T_2] int32, out: how many query tokens keep each key token
     heads_per_batch, heads, n_tokens,  # H, B*H, N
     CHILDREN: tl.constexpr, ROWS: tl.constexpr,  # level-1 tokens summed at a time, and rows of each
-    STREAM: tl.constexpr,  # see load_rows
+    EVICT_FIRST: tl.constexpr,  # see load_rows
 ):
     """Means over the tokens that each token of level 1 and 2 covers: float32 sums, rounded once.
 
@@ -303,19 +303,19 @@ def pool_l1_kernel(
         base = head_base(q_ptr, head, stride_qb, stride_qh, heads_per_batch)
         pool_l1_tile(
             base, stride_qn, q_l1_ptr + to_l1, q_l2_ptr + to_l2,
-            counts_l1_ptr, counts_l2_ptr, first, n_tokens, CHILDREN, ROWS, SUMS, STREAM,
+            counts_l1_ptr, counts_l2_ptr, first, n_tokens, CHILDREN, ROWS, SUMS, EVICT_FIRST,
         )
     elif tensor == 1:
         base = head_base(k_ptr, head, stride_kb, stride_kh, heads_per_batch)
         pool_l1_tile(
             base, stride_kn, k_l1_ptr + to_l1, k_l2_ptr + to_l2,
-            counts_l1_ptr, counts_l2_ptr, first, n_tokens, CHILDREN, ROWS, SUMS, STREAM,
+            counts_l1_ptr, counts_l2_ptr, first, n_tokens, CHILDREN, ROWS, SUMS, EVICT_FIRST,
         )
     else:
         base = head_base(v_ptr, head, stride_vb, stride_vh, heads_per_batch)
         pool_l1_tile(
             base, stride_vn, v_l1_ptr + to_l1, v_l2_ptr + to_l2,
-            counts_l1_ptr, counts_l2_ptr, first, n_tokens, CHILDREN, ROWS, SUMS, STREAM,
+            counts_l1_ptr, counts_l2_ptr, first, n_tokens, CHILDREN, ROWS, SUMS, EVICT_FIRST,
         )
 
 
@@ -618,7 +618,7 @@ def pool_values(v_ptr, stride_vb, stride_vh, stride_vn, v_l1_ptr, v_l2_ptr, head
     v_l2_ptr += head * tl.cdiv(n_tokens, SPAN_2) * HEAD_DIM
     pool_l1_tile(
         base, stride_vn, v_l1_ptr, v_l2_ptr, None, None, parent, n_tokens,
-        CHILDREN=2, ROWS=8, SUMS=1, STREAM=True,
+        CHILDREN=2, ROWS=8, SUMS=1, EVICT_FIRST=True,
     )
 
 
@@ -728,7 +728,7 @@ def attend_kernel(
     peak_ptr, total_ptr,  # [B*H, N] float32, out: the same sum as 2^peak * total
     scale, heads_per_batch, n_tokens,  # s, H, N
     GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
-    AHEAD: tl.constexpr, WHOLE: tl.constexpr,
+    PIPELINED_QK: tl.constexpr, FULL: tl.constexpr,
 ):
     """o_i = sum_j w_j exp(s q_i.k_j) v_j / sum_j w_j exp(s q_i.k_j) over the keys of levels 2, 1 and 0.
 
@@ -760,7 +760,7 @@ def attend_kernel(
     for start in range(0, filled, BLOCK_C):
         key = start + tl.arange(0, BLOCK_C)
         exists = tl.full([BLOCK_C], True, tl.int1)
-        bias = log_weight(key, exists, n_tokens, SPAN_2, WHOLE)
+        bias = log_weight(key, exists, n_tokens, SPAN_2, FULL)
         k = load_rows(k_base, key, HEAD_DIM, exists)
         v = load_rows(v_base, key, HEAD_DIM, exists)
         logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale + bias[None, :]
@@ -768,7 +768,7 @@ def attend_kernel(
     if filled < n_l2:
         key = filled + tl.arange(0, BLOCK_C)
         exists = key < n_l2
-        bias = log_weight(key, exists, n_tokens, SPAN_2, WHOLE)
+        bias = log_weight(key, exists, n_tokens, SPAN_2, FULL)
         k = load_rows(k_base, key, HEAD_DIM, exists)
         v = load_rows(v_base, key, HEAD_DIM, exists)
         logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale + bias[None, :]
@@ -781,9 +781,9 @@ def attend_kernel(
     place = tl.arange(0, BLOCK_C)
     parent = parents(list_ptr, 0, place, width_l2, BLOCK_2)
     for start in range(0, width_l2 * BLOCK_2, BLOCK_C):
-        key, exists = children(parent, start, place, n_l1, BLOCK_2, WHOLE)
+        key, exists = children(parent, start, place, n_l1, BLOCK_2, FULL)
         parent = parents(list_ptr, start + BLOCK_C, place, width_l2, BLOCK_2)  # of the next tile, in time
-        bias = log_weight(key, exists, n_tokens, SPAN_1, WHOLE)
+        bias = log_weight(key, exists, n_tokens, SPAN_1, FULL)
         k = load_rows(k_base, key, HEAD_DIM, exists)
         v = load_rows(v_base, key, HEAD_DIM, exists)
         logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale + bias[None, :]
@@ -799,8 +799,8 @@ def attend_kernel(
     list_ptr = kept_l1_ptr + (head * n_l1 + tl.minimum(block, n_l1 - 1)[:, None]) * width_l1
     place = tl.arange(0, BLOCK_N)[None, :]
     parent = parents(list_ptr, 0, place, width_l1, BLOCK_1)
-    if AHEAD:  # the products of the next tile need nothing of this one: they run while its softmax is worked out
-        key, exists = children(parent, 0, place, n_tokens, BLOCK_1, WHOLE)
+    if PIPELINED_QK:  # the products of the next tile need nothing of this one: they run while its softmax is worked out
+        key, exists = children(parent, 0, place, n_tokens, BLOCK_1, FULL)
         parent = parents(list_ptr, BLOCK_N, place, width_l1, BLOCK_1)
         k = load_rows(k_base, key, stride_kn, exists)
         products = tl.dot(q_blocks, tl.permute(k, (0, 2, 1)), input_precision="ieee")
@@ -808,7 +808,7 @@ def attend_kernel(
             bias = tl.where(exists, 0.0, float("-inf"))
             v = load_rows(v_base, key, stride_vn, exists)
             after = start + BLOCK_N
-            key, exists = children(parent, after, place, n_tokens, BLOCK_1, WHOLE)
+            key, exists = children(parent, after, place, n_tokens, BLOCK_1, FULL)
             parent = parents(list_ptr, after + BLOCK_N, place, width_l1, BLOCK_1)
             k = load_rows(k_base, key, stride_kn, tl.where(after < width_l1 * BLOCK_1, exists, False))
             ahead = tl.dot(q_blocks, tl.permute(k, (0, 2, 1)), input_precision="ieee")
@@ -817,7 +817,7 @@ def attend_kernel(
             products = ahead
     else:
         for start in range(0, width_l1 * BLOCK_1, BLOCK_N):
-            key, exists = children(parent, start, place, n_tokens, BLOCK_1, WHOLE)
+            key, exists = children(parent, start, place, n_tokens, BLOCK_1, FULL)
             parent = parents(list_ptr, start + BLOCK_N, place, width_l1, BLOCK_1)  # of the next tile, in time
             bias = tl.where(exists, 0.0, float("-inf"))
             k = load_rows(k_base, key, stride_kn, exists)
@@ -864,9 +864,9 @@ def scan_kernel(
     counts_l1_ptr,  # [B*H, T_1] int32
     counts_l2_ptr,  # [B*H, T_2] int32
     offsets_l1_ptr,  # [B*H, T_1 + 1] int32, out: where the list of each key token begins
-    extra_l1_ptr,  # [B*H, T_1 + 1] int32, out: where its parts of part_l1 entries beyond the first begin
+    overflow_l1_ptr,  # [B*H, T_1 + 1] int32, out: where its parts of part_l1 entries beyond the first begin
     offsets_l2_ptr,  # [B*H, T_2 + 1] int32, out: where the list of each key token begins
-    extra_l2_ptr,  # [B*H, T_2 + 1] int32, out: where its parts of part_l2 entries beyond the first begin
+    overflow_l2_ptr,  # [B*H, T_2 + 1] int32, out: where its parts of part_l2 entries beyond the first begin
     part_l1, part_l2, heads, n_tokens,  # entries a part, B*H, N
     BLOCK: tl.constexpr,
 ):
@@ -879,11 +879,11 @@ def scan_kernel(
     if which == 0:
         running_sum(counts_l1_ptr, offsets_l1_ptr, head, tl.cdiv(n_tokens, SPAN_1), 0, BLOCK)
     if which == 1:
-        running_sum(counts_l1_ptr, extra_l1_ptr, head, tl.cdiv(n_tokens, SPAN_1), part_l1, BLOCK)
+        running_sum(counts_l1_ptr, overflow_l1_ptr, head, tl.cdiv(n_tokens, SPAN_1), part_l1, BLOCK)
     if which == 2:
         running_sum(counts_l2_ptr, offsets_l2_ptr, head, tl.cdiv(n_tokens, SPAN_2), 0, BLOCK)
     if which == 3:
-        running_sum(counts_l2_ptr, extra_l2_ptr, head, tl.cdiv(n_tokens, SPAN_2), part_l2, BLOCK)
+        running_sum(counts_l2_ptr, overflow_l2_ptr, head, tl.cdiv(n_tokens, SPAN_2), part_l2, BLOCK)
 
 
 @triton.jit
@@ -977,7 +977,7 @@ def grad_q_kernel(
     delta_ptr,  # [B*H, N] float32, out
     scale, heads_per_batch, n_tokens,  # s, H, N
     GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
-    AHEAD: tl.constexpr, WHOLE: tl.constexpr,
+    PIPELINED_QK: tl.constexpr, FULL: tl.constexpr,
 ):
     """dq_i = s sum_j p_ij (do_i.v_j - delta_i) k_j, with delta_i = o_i.do_i - dlse_i, over the keys of levels 2, 1 and 0.
 
@@ -1015,7 +1015,7 @@ def grad_q_kernel(
     for start in range(0, filled, BLOCK_C):
         key = start + tl.arange(0, BLOCK_C)
         exists = tl.full([BLOCK_C], True, tl.int1)
-        bias = log_weight(key, exists, n_tokens, SPAN_2, WHOLE)
+        bias = log_weight(key, exists, n_tokens, SPAN_2, FULL)
         k = load_rows(k_base, key, HEAD_DIM, exists)
         v = load_rows(v_base, key, HEAD_DIM, exists)
         logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2e + (bias[None, :] - peak[:, None])
@@ -1025,7 +1025,7 @@ def grad_q_kernel(
     if filled < n_l2:
         key = filled + tl.arange(0, BLOCK_C)
         exists = key < n_l2
-        bias = log_weight(key, exists, n_tokens, SPAN_2, WHOLE)
+        bias = log_weight(key, exists, n_tokens, SPAN_2, FULL)
         k = load_rows(k_base, key, HEAD_DIM, exists)
         v = load_rows(v_base, key, HEAD_DIM, exists)
         logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2e + (bias[None, :] - peak[:, None])
@@ -1040,9 +1040,9 @@ def grad_q_kernel(
     place = tl.arange(0, BLOCK_C)
     parent = parents(list_ptr, 0, place, width_l2, BLOCK_2)
     for start in range(0, width_l2 * BLOCK_2, BLOCK_C):
-        key, exists = children(parent, start, place, n_l1, BLOCK_2, WHOLE)
+        key, exists = children(parent, start, place, n_l1, BLOCK_2, FULL)
         parent = parents(list_ptr, start + BLOCK_C, place, width_l2, BLOCK_2)  # of the next tile, in time
-        bias = log_weight(key, exists, n_tokens, SPAN_1, WHOLE)
+        bias = log_weight(key, exists, n_tokens, SPAN_1, FULL)
         k = load_rows(k_base, key, HEAD_DIM, exists)
         v = load_rows(v_base, key, HEAD_DIM, exists)
         logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2e + (bias[None, :] - peak[:, None])
@@ -1061,9 +1061,9 @@ def grad_q_kernel(
     list_ptr = kept_l1_ptr + (head * n_l1 + tl.minimum(block, n_l1 - 1)[:, None]) * width_l1
     place = tl.arange(0, BLOCK_N)[None, :]
     parent = parents(list_ptr, 0, place, width_l1, BLOCK_1)
-    if AHEAD:  # the first tile on its own, so that the rows of the queries stay in registers
+    if PIPELINED_QK:  # the first tile on its own, so that the rows of the queries stay in registers
         start = 0
-        key, exists = children(parent, start, place, n_tokens, BLOCK_1, WHOLE)
+        key, exists = children(parent, start, place, n_tokens, BLOCK_1, FULL)
         parent = parents(list_ptr, start + BLOCK_N, place, width_l1, BLOCK_1)  # of the next tile, in time
         bias = tl.where(exists, 0.0, float("-inf"))
         k = load_rows(k_base, key, stride_kn, exists)
@@ -1072,8 +1072,8 @@ def grad_q_kernel(
         dp = tl.dot(grad_o_blocks, tl.permute(v, (0, 2, 1)), input_precision="ieee")
         grad_logits = tl.exp2(logits) * (dp - delta)
         grad_q = add_product(grad_logits.to(k.dtype), k, grad_q)
-    for start in range(BLOCK_N if AHEAD else 0, width_l1 * BLOCK_1, BLOCK_N):
-        key, exists = children(parent, start, place, n_tokens, BLOCK_1, WHOLE)
+    for start in range(BLOCK_N if PIPELINED_QK else 0, width_l1 * BLOCK_1, BLOCK_N):
+        key, exists = children(parent, start, place, n_tokens, BLOCK_1, FULL)
         parent = parents(list_ptr, start + BLOCK_N, place, width_l1, BLOCK_1)  # of the next tile, in time
         bias = tl.where(exists, 0.0, float("-inf"))
         k = load_rows(k_base, key, stride_kn, exists)
@@ -1137,13 +1137,13 @@ def grad_run(
 
 
 @triton.jit
-def extra_owner(extra_ptr, part, n_rows):
+def overflow_owner(overflow_ptr, part, n_rows):
     """The list that extra part number `part` belongs to: the last row whose running sum of parts is at most `part`."""
     low = part * 0
     high = low + n_rows
     while high - low > 1:
         middle = (low + high) // 2
-        below = tl.load(extra_ptr + middle) <= part
+        below = tl.load(overflow_ptr + middle) <= part
         low = tl.where(below, middle, low)
         high = tl.where(below, high, middle)
     return low
@@ -1155,7 +1155,7 @@ def grad_kv_l2_kernel(
     grad_o_ptr, stride_gb, stride_gh, stride_gn,  # [B, H, N, D]
     peak_ptr, total_ptr, delta_ptr,  # [B*H, N] float32
     k_l2_ptr, v_l2_ptr,  # [B*H, T_2, D]
-    split_grad_k_l2_ptr, split_grad_v_l2_ptr,  # [B*H, splits_l2, T_2, D], out: per token covered
+    partial_grad_k_l2_ptr, partial_grad_v_l2_ptr,  # [B*H, splits_l2, T_2, D], out: per token covered
     rows_l2, splits_l2, scale, heads_per_batch, n_tokens,  # queries a split, how many splits, s, H, N
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
@@ -1183,13 +1183,13 @@ def grad_kv_l2_kernel(
         peak_ptr + row, total_ptr + row, delta_ptr + row, begin, end, k, v, bias, scale, BLOCK_M,
     )
     covered = tl.where(exists, tl.minimum(n_tokens - key * SPAN_2, SPAN_2), 1).to(tl.float32)[:, None]
-    store_rows(split_grad_k_l2_ptr + to_split, place, HEAD_DIM, place < n_keys, grad_k / covered)
-    store_rows(split_grad_v_l2_ptr + to_split, place, HEAD_DIM, place < n_keys, grad_v / covered)
+    store_rows(partial_grad_k_l2_ptr + to_split, place, HEAD_DIM, place < n_keys, grad_k / covered)
+    store_rows(partial_grad_v_l2_ptr + to_split, place, HEAD_DIM, place < n_keys, grad_v / covered)
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def grad_kv_l2_sum_kernel(
-    split_grad_k_l2_ptr, split_grad_v_l2_ptr,  # [B*H, splits_l2, T_2, D]
+    partial_grad_k_l2_ptr, partial_grad_v_l2_ptr,  # [B*H, splits_l2, T_2, D]
     grad_k_l2_ptr, grad_v_l2_ptr,  # [B*H, T_2, D] float32, out: per token covered
     splits_l2, n_tokens,  # how many splits, N
     BLOCK: tl.constexpr,
@@ -1207,8 +1207,8 @@ def grad_kv_l2_sum_kernel(
     grad_v = tl.zeros([BLOCK, PAD_DIM], tl.float32)
     for split in range(0, splits_l2):
         to_split = (head * splits_l2 + split) * n_l2 * HEAD_DIM
-        grad_k += load_rows(split_grad_k_l2_ptr + to_split, key, HEAD_DIM, exists).to(tl.float32)
-        grad_v += load_rows(split_grad_v_l2_ptr + to_split, key, HEAD_DIM, exists).to(tl.float32)
+        grad_k += load_rows(partial_grad_k_l2_ptr + to_split, key, HEAD_DIM, exists).to(tl.float32)
+        grad_v += load_rows(partial_grad_v_l2_ptr + to_split, key, HEAD_DIM, exists).to(tl.float32)
     store_rows(grad_k_l2_ptr + head * n_l2 * HEAD_DIM, key, HEAD_DIM, exists, grad_k)
     store_rows(grad_v_l2_ptr + head * n_l2 * HEAD_DIM, key, HEAD_DIM, exists, grad_v)
 
@@ -1246,14 +1246,14 @@ def grad_kv_l1_part(
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
-def grad_kv_l1_extra_kernel(
+def grad_kv_l1_overflow_kernel(
     q_ptr, stride_qb, stride_qh, stride_qn,  # [B, H, N, D]
     grad_o_ptr, stride_gb, stride_gh, stride_gn,  # [B, H, N, D]
     peak_ptr, total_ptr, delta_ptr,  # [B*H, N] float32
     k_l1_ptr, v_l1_ptr,  # [B*H, T_1, D]
     keepers_l2_ptr, width_l2,  # [B*H, T_2 * width_l2] int32
-    offsets_l2_ptr, extra_l2_ptr,  # [B*H, T_2 + 1] int32
-    extra_grad_k_l1_ptr, extra_grad_v_l1_ptr,  # [B*H, parts_l1, b_2, D] float32, out
+    offsets_l2_ptr, overflow_l2_ptr,  # [B*H, T_2 + 1] int32
+    overflow_grad_k_l1_ptr, overflow_grad_v_l1_ptr,  # [B*H, parts_l1, b_2, D] float32, out
     parts_l1, scale, heads_per_batch, n_tokens,  # room for extra parts a head, s, H, N
     PART: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
@@ -1267,12 +1267,12 @@ def grad_kv_l1_extra_kernel(
     child = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     head = (tl.program_id(0) // tiles // parts_l1).to(tl.int64)
     part = tl.program_id(0) // tiles % parts_l1
-    extra_ptr = extra_l2_ptr + head * (n_l2 + 1)
-    if part >= tl.load(extra_ptr + n_l2):
+    overflow_ptr = overflow_l2_ptr + head * (n_l2 + 1)
+    if part >= tl.load(overflow_ptr + n_l2):
         return
-    parent = extra_owner(extra_ptr, part, n_l2)
+    parent = overflow_owner(overflow_ptr, part, n_l2)
     offsets_ptr = offsets_l2_ptr + head * (n_l2 + 1) + parent
-    begin = tl.load(offsets_ptr) + (1 + part - tl.load(extra_ptr + parent)) * PART
+    begin = tl.load(offsets_ptr) + (1 + part - tl.load(overflow_ptr + parent)) * PART
     end = tl.minimum(begin + PART, tl.load(offsets_ptr + 1))
     key = parent * BLOCK_2 + child
     n_l1 = tl.cdiv(n_tokens, SPAN_1)
@@ -1287,8 +1287,8 @@ def grad_kv_l1_extra_kernel(
         keepers_l2_ptr + head * n_l2 * width_l2, begin, end, key, exists, scale, n_tokens, BLOCK_M, BLOCK_N,
     )
     to_part = (head * parts_l1 + part) * BLOCK_2 * HEAD_DIM
-    store_rows(extra_grad_k_l1_ptr + to_part, child, HEAD_DIM, child < BLOCK_2, grad_k)
-    store_rows(extra_grad_v_l1_ptr + to_part, child, HEAD_DIM, child < BLOCK_2, grad_v)
+    store_rows(overflow_grad_k_l1_ptr + to_part, child, HEAD_DIM, child < BLOCK_2, grad_k)
+    store_rows(overflow_grad_v_l1_ptr + to_part, child, HEAD_DIM, child < BLOCK_2, grad_v)
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
@@ -1298,8 +1298,8 @@ def grad_kv_l1_kernel(
     peak_ptr, total_ptr, delta_ptr,  # [B*H, N] float32
     k_l1_ptr, v_l1_ptr,  # [B*H, T_1, D]
     keepers_l2_ptr, width_l2,  # [B*H, T_2 * width_l2] int32
-    offsets_l2_ptr, extra_l2_ptr,  # [B*H, T_2 + 1] int32
-    extra_grad_k_l1_ptr, extra_grad_v_l1_ptr,  # [B*H, parts_l1, b_2, D] float32
+    offsets_l2_ptr, overflow_l2_ptr,  # [B*H, T_2 + 1] int32
+    overflow_grad_k_l1_ptr, overflow_grad_v_l1_ptr,  # [B*H, parts_l1, b_2, D] float32
     grad_k_l2_ptr, grad_v_l2_ptr,  # [B*H, T_2, D] float32
     grad_k_l1_ptr, grad_v_l1_ptr,  # [B*H, T_1, D] float32, out: per token covered
     parts_l1, scale, heads_per_batch, n_tokens,  # room for extra parts a head, s, H, N
@@ -1315,8 +1315,8 @@ def grad_kv_l1_kernel(
     head = (tl.program_id(0) // tiles // n_l2).to(tl.int64)
     parent = tl.program_id(0) // tiles % n_l2
     # added at the end, read now, while there is nothing else to do: extra parts, and what the token above hands down
-    extra_ptr = extra_l2_ptr + head * (n_l2 + 1) + parent
-    first_extra, last_extra = tl.load(extra_ptr), tl.load(extra_ptr + 1)
+    overflow_ptr = overflow_l2_ptr + head * (n_l2 + 1) + parent
+    first_overflow, last_overflow = tl.load(overflow_ptr), tl.load(overflow_ptr + 1)
     coarse = parent + tl.zeros([1], tl.int32)
     to_above = head * n_l2 * HEAD_DIM
     from_above_k = load_rows(grad_k_l2_ptr + to_above, coarse, HEAD_DIM, coarse >= 0)
@@ -1336,10 +1336,10 @@ def grad_kv_l1_kernel(
         k_l1_ptr + to_head, v_l1_ptr + to_head,
         keepers_l2_ptr + head * n_l2 * width_l2, begin, end, key, exists, scale, n_tokens, BLOCK_M, BLOCK_N,
     )
-    for part in range(first_extra, last_extra):
+    for part in range(first_overflow, last_overflow):
         to_part = (head * parts_l1 + part) * BLOCK_2 * HEAD_DIM
-        grad_k += load_rows(extra_grad_k_l1_ptr + to_part, child, HEAD_DIM, child < BLOCK_2)
-        grad_v += load_rows(extra_grad_v_l1_ptr + to_part, child, HEAD_DIM, child < BLOCK_2)
+        grad_k += load_rows(overflow_grad_k_l1_ptr + to_part, child, HEAD_DIM, child < BLOCK_2)
+        grad_v += load_rows(overflow_grad_v_l1_ptr + to_part, child, HEAD_DIM, child < BLOCK_2)
     covered = tl.minimum(n_tokens - key * SPAN_1, SPAN_1).to(tl.float32)[:, None]
     grad_k /= covered
     grad_v /= covered
@@ -1383,15 +1383,15 @@ def grad_kv_l0_part(
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
-def grad_kv_l0_extra_kernel(
+def grad_kv_l0_overflow_kernel(
     q_ptr, stride_qb, stride_qh, stride_qn,  # [B, H, N, D]
     grad_o_ptr, stride_gb, stride_gh, stride_gn,  # [B, H, N, D]
     peak_ptr, total_ptr, delta_ptr,  # [B*H, N] float32
     k_ptr, stride_kb, stride_kh, stride_kn,  # [B, H, N, D]
     v_ptr, stride_vb, stride_vh, stride_vn,  # [B, H, N, D]
     keepers_l1_ptr, width_l1,  # [B*H, T_1 * width_l1] int32
-    offsets_l1_ptr, extra_l1_ptr,  # [B*H, T_1 + 1] int32
-    extra_grad_k_l0_ptr, extra_grad_v_l0_ptr,  # [B*H, parts_l0, b_1, D] float32, out
+    offsets_l1_ptr, overflow_l1_ptr,  # [B*H, T_1 + 1] int32
+    overflow_grad_k_l0_ptr, overflow_grad_v_l0_ptr,  # [B*H, parts_l0, b_1, D] float32, out
     parts_l0, scale, heads_per_batch, n_tokens,  # room for extra parts a head, s, H, N
     PART: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
@@ -1405,12 +1405,12 @@ def grad_kv_l0_extra_kernel(
     child = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     head = (tl.program_id(0) // tiles // parts_l0).to(tl.int64)
     part = tl.program_id(0) // tiles % parts_l0
-    extra_ptr = extra_l1_ptr + head * (n_l1 + 1)
-    if part >= tl.load(extra_ptr + n_l1):
+    overflow_ptr = overflow_l1_ptr + head * (n_l1 + 1)
+    if part >= tl.load(overflow_ptr + n_l1):
         return
-    parent = extra_owner(extra_ptr, part, n_l1)
+    parent = overflow_owner(overflow_ptr, part, n_l1)
     offsets_ptr = offsets_l1_ptr + head * (n_l1 + 1) + parent
-    begin = tl.load(offsets_ptr) + (1 + part - tl.load(extra_ptr + parent)) * PART
+    begin = tl.load(offsets_ptr) + (1 + part - tl.load(overflow_ptr + parent)) * PART
     end = tl.minimum(begin + PART, tl.load(offsets_ptr + 1))
     key = parent * BLOCK_1 + child
     exists = (child < BLOCK_1) & (key < n_tokens)
@@ -1424,8 +1424,8 @@ def grad_kv_l0_extra_kernel(
         keepers_l1_ptr + head * n_l1 * width_l1, begin, end, key, exists, scale, n_tokens, BLOCK_M, BLOCK_N,
     )
     to_part = (head * parts_l0 + part) * BLOCK_1 * HEAD_DIM
-    store_rows(extra_grad_k_l0_ptr + to_part, child, HEAD_DIM, child < BLOCK_1, grad_k)
-    store_rows(extra_grad_v_l0_ptr + to_part, child, HEAD_DIM, child < BLOCK_1, grad_v)
+    store_rows(overflow_grad_k_l0_ptr + to_part, child, HEAD_DIM, child < BLOCK_1, grad_k)
+    store_rows(overflow_grad_v_l0_ptr + to_part, child, HEAD_DIM, child < BLOCK_1, grad_v)
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
@@ -1436,8 +1436,8 @@ def grad_kv_l0_kernel(
     k_ptr, stride_kb, stride_kh, stride_kn,  # [B, H, N, D]
     v_ptr, stride_vb, stride_vh, stride_vn,  # [B, H, N, D]
     keepers_l1_ptr, width_l1,  # [B*H, T_1 * width_l1] int32
-    offsets_l1_ptr, extra_l1_ptr,  # [B*H, T_1 + 1] int32
-    extra_grad_k_l0_ptr, extra_grad_v_l0_ptr,  # [B*H, parts_l0, b_1, D] float32
+    offsets_l1_ptr, overflow_l1_ptr,  # [B*H, T_1 + 1] int32
+    overflow_grad_k_l0_ptr, overflow_grad_v_l0_ptr,  # [B*H, parts_l0, b_1, D] float32
     grad_k_l1_ptr, grad_v_l1_ptr,  # [B*H, T_1, D] float32
     grad_k_ptr, grad_v_ptr,  # [B*H, N, D], out
     parts_l0, scale, heads_per_batch, n_tokens,  # room for extra parts a head, s, H, N
@@ -1453,8 +1453,8 @@ def grad_kv_l0_kernel(
     head = (tl.program_id(0) // tiles // n_l1).to(tl.int64)
     parent = tl.program_id(0) // tiles % n_l1
     # added at the end, read now, while there is nothing else to do: extra parts, and what the token above hands down
-    extra_ptr = extra_l1_ptr + head * (n_l1 + 1) + parent
-    first_extra, last_extra = tl.load(extra_ptr), tl.load(extra_ptr + 1)
+    overflow_ptr = overflow_l1_ptr + head * (n_l1 + 1) + parent
+    first_overflow, last_overflow = tl.load(overflow_ptr), tl.load(overflow_ptr + 1)
     coarse = parent + tl.zeros([1], tl.int32)
     to_above = head * n_l1 * HEAD_DIM
     from_above_k = load_rows(grad_k_l1_ptr + to_above, coarse, HEAD_DIM, coarse >= 0)
@@ -1473,10 +1473,10 @@ def grad_kv_l0_kernel(
         head_base(v_ptr, head, stride_vb, stride_vh, heads_per_batch), stride_vn,
         keepers_l1_ptr + head * n_l1 * width_l1, begin, end, key, exists, scale, n_tokens, BLOCK_M, BLOCK_N,
     )
-    for part in range(first_extra, last_extra):
+    for part in range(first_overflow, last_overflow):
         to_part = (head * parts_l0 + part) * BLOCK_1 * HEAD_DIM
-        grad_k += load_rows(extra_grad_k_l0_ptr + to_part, child, HEAD_DIM, child < BLOCK_1)
-        grad_v += load_rows(extra_grad_v_l0_ptr + to_part, child, HEAD_DIM, child < BLOCK_1)
+        grad_k += load_rows(overflow_grad_k_l0_ptr + to_part, child, HEAD_DIM, child < BLOCK_1)
+        grad_v += load_rows(overflow_grad_v_l0_ptr + to_part, child, HEAD_DIM, child < BLOCK_1)
     grad_k += from_above_k
     grad_v += from_above_v
     to_out = head * n_tokens * HEAD_DIM
@@ -1502,10 +1502,10 @@ LAYOUTS = {
         "kept_l1": torch.int32, "kept_l2": torch.int32,
     },
     "gradients": {
-        "delta": torch.float32, "offsets_l1": torch.int32, "keepers_l1": torch.int32, "extra_l1": torch.int32,
-        "offsets_l2": torch.int32, "keepers_l2": torch.int32, "extra_l2": torch.int32, "extra_grad_k_l0": torch.float32,
-        "extra_grad_v_l0": torch.float32, "extra_grad_k_l1": torch.float32, "extra_grad_v_l1": torch.float32, "split_grad_k_l2": "share",
-        "split_grad_v_l2": "share", "grad_k_l1": torch.float32, "grad_v_l1": torch.float32, "grad_k_l2": torch.float32,
+        "delta": torch.float32, "offsets_l1": torch.int32, "keepers_l1": torch.int32, "overflow_l1": torch.int32,
+        "offsets_l2": torch.int32, "keepers_l2": torch.int32, "overflow_l2": torch.int32, "overflow_grad_k_l0": torch.float32,
+        "overflow_grad_v_l0": torch.float32, "overflow_grad_k_l1": torch.float32, "overflow_grad_v_l1": torch.float32, "partial_grad_k_l2": "share",
+        "partial_grad_v_l2": "share", "grad_k_l1": torch.float32, "grad_v_l1": torch.float32, "grad_k_l2": torch.float32,
         "grad_v_l2": torch.float32,
     },
 }
@@ -1524,7 +1524,7 @@ def saved_shapes(heads, n_tokens):
 
 
 def work_out(at, tiles):
-    """Fill in a `Prepared`: shapes of buffers, programs and tile shapes of launches; `tiles` are those of every stage."""
+    """Fill in a `LaunchPlan`: shapes of buffers, programs and tile shapes of launches; `tiles` are those of every stage."""
     heads, n_tokens, dtype = at.heads, at.n_tokens, at.dtype
     tokens = level_tokens(n_tokens)
     at.rows_l2, splits_l2 = split_queries(heads, n_tokens, tokens[2], tiles["grad_kv_l2"])
@@ -1541,11 +1541,11 @@ def work_out(at, tiles):
         "grad_q": (heads, n_tokens, 80), "grad_k": (heads, n_tokens, 80),
         "grad_v": (heads, n_tokens, 80), "delta": (heads, n_tokens),
         "offsets_l1": (heads, tokens[1] + 1), "keepers_l1": (heads, tokens[1] * min(7, tokens[1])),
-        "extra_l1": (heads, tokens[1] + 1), "offsets_l2": (heads, tokens[2] + 1),
-        "keepers_l2": (heads, tokens[2] * min(3, tokens[2])), "extra_l2": (heads, tokens[2] + 1),
-        "extra_grad_k_l0": (heads, parts_l0, 12, 80), "extra_grad_v_l0": (heads, parts_l0, 12, 80),
-        "extra_grad_k_l1": (heads, parts_l1, 5, 80), "extra_grad_v_l1": (heads, parts_l1, 5, 80),
-        "split_grad_k_l2": (heads, splits_l2, tokens[2], 80), "split_grad_v_l2": (heads, splits_l2, tokens[2], 80),
+        "overflow_l1": (heads, tokens[1] + 1), "offsets_l2": (heads, tokens[2] + 1),
+        "keepers_l2": (heads, tokens[2] * min(3, tokens[2])), "overflow_l2": (heads, tokens[2] + 1),
+        "overflow_grad_k_l0": (heads, parts_l0, 12, 80), "overflow_grad_v_l0": (heads, parts_l0, 12, 80),
+        "overflow_grad_k_l1": (heads, parts_l1, 5, 80), "overflow_grad_v_l1": (heads, parts_l1, 5, 80),
+        "partial_grad_k_l2": (heads, splits_l2, tokens[2], 80), "partial_grad_v_l2": (heads, splits_l2, tokens[2], 80),
         "grad_k_l1": (heads, tokens[1], 80), "grad_v_l1": (heads, tokens[1], 80),
         "grad_k_l2": (heads, tokens[2], 80), "grad_v_l2": (heads, tokens[2], 80),
     }
@@ -1554,13 +1554,13 @@ def work_out(at, tiles):
     at.width_l1 = at.shapes["kept_l1"][2]
     at.width_l2 = at.shapes["kept_l2"][2]
     at.grids = {}
-    tile = tiles["pool"] | {"STREAM": is_long}
+    tile = tiles["pool"] | {"EVICT_FIRST": is_long}
     at.grids["pool_l1_kernel"] = heads * tokens[2] * (3 - late), tile
     tile = tiles["select_l2"] | {"RUNS": has_runs(tokens[2], tiles["select_l2"])}
     at.grids["select_l2_kernel"] = heads * ceil_div(tokens[2], tile["BLOCK_M"]), tile
     tile = tiles["select_l1"]
     at.grids["select_l1_kernel"] = heads * tokens[2] * ceil_div(min(5, tokens[1]), tile["BLOCK_M"]), tile
-    tile = tiles["attend"] | {"WHOLE": is_whole(tokens, tiles["attend"])}
+    tile = tiles["attend"] | {"FULL": is_full(tokens, tiles["attend"])}
     at.grids["attend_kernel"] = heads * tokens[2] * ceil_div(min(5, tokens[1]), tile["GROUP"]), tile
     tile = tiles["scan"]
     at.grids["scan_kernel"] = 4 * heads, tile
@@ -1568,22 +1568,22 @@ def work_out(at, tiles):
     at.grids["invert_l2_kernel"] = heads * ceil_div(tokens[2], tile["KEYS"]), tile
     tile = tiles["invert_l1"]
     at.grids["invert_l1_kernel"] = heads * tokens[2], tile
-    tile = tiles["grad_q"] | {"WHOLE": is_whole(tokens, tiles["grad_q"])}
+    tile = tiles["grad_q"] | {"FULL": is_full(tokens, tiles["grad_q"])}
     at.grids["grad_q_kernel"] = heads * tokens[2] * ceil_div(min(5, tokens[1]), tile["GROUP"]), tile
     tile = tiles["grad_kv_l2"]
     at.grids["grad_kv_l2_kernel"] = heads * splits_l2 * ceil_div(tokens[2], tile["BLOCK_N"]), tile
     tile = tiles["grad_sum"]
     at.grids["grad_kv_l2_sum_kernel"] = heads * ceil_div(tokens[2], tile["BLOCK"]), tile
     tile = tiles["grad_kv_l1"]
-    at.grids["grad_kv_l1_extra_kernel"] = heads * parts_l1 * ceil_div(5, tile["BLOCK_N"]), tile
+    at.grids["grad_kv_l1_overflow_kernel"] = heads * parts_l1 * ceil_div(5, tile["BLOCK_N"]), tile
     at.grids["grad_kv_l1_kernel"] = heads * tokens[2] * ceil_div(5, tile["BLOCK_N"]), tile
     tile = tiles["grad_kv_l0"]
-    at.grids["grad_kv_l0_extra_kernel"] = heads * parts_l0 * ceil_div(12, tile["BLOCK_N"]), tile
+    at.grids["grad_kv_l0_overflow_kernel"] = heads * parts_l0 * ceil_div(12, tile["BLOCK_N"]), tile
     at.grids["grad_kv_l0_kernel"] = heads * tokens[1] * ceil_div(12, tile["BLOCK_N"]), tile
 
 
 LISTS_FILL = True  # whether lists can be without gaps
-LOOSE_IN_GLUON = False  # there is none
+PARTIAL_IN_GLUON = False  # there is none
 
 
 def pool_and_select(at, launch, q, k, v, k_l1, v_l1, k_l2, v_l2, counts_l1, counts_l2, kept_l1, kept_l2, memory):
@@ -1633,15 +1633,15 @@ def grad_launches(at, launch, scale, q, k, v, grad_o, o, saved, grad_q, grad_k, 
         counts_l1, counts_l2, kept_l1, kept_l2,
     ] = at.buffers(saved, "saved")
     [
-        delta, offsets_l1, keepers_l1, extra_l1, offsets_l2, keepers_l2,
-        extra_l2, extra_grad_k_l0, extra_grad_v_l0, extra_grad_k_l1, extra_grad_v_l1, split_grad_k_l2,
-        split_grad_v_l2, grad_k_l1, grad_v_l1, grad_k_l2, grad_v_l2,
+        delta, offsets_l1, keepers_l1, overflow_l1, offsets_l2, keepers_l2,
+        overflow_l2, overflow_grad_k_l0, overflow_grad_v_l0, overflow_grad_k_l1, overflow_grad_v_l1, partial_grad_k_l2,
+        partial_grad_v_l2, grad_k_l1, grad_v_l1, grad_k_l2, grad_v_l2,
     ] = at.buffers(memory, "gradients")
     q_steps, k_steps, v_steps, grad_o_steps = at.steps
 
     launch(
-        scan_kernel, counts_l1, counts_l2, offsets_l1, extra_l1, offsets_l2, extra_l2, at.part_l1, at.part_l2, at.heads,
-        at.n_tokens,
+        scan_kernel, counts_l1, counts_l2, offsets_l1, overflow_l1, offsets_l2, overflow_l2, at.part_l1, at.part_l2,
+        at.heads, at.n_tokens,
     )
     launch(
         invert_l2_kernel, kept_l2, at.width_l2, offsets_l2, keepers_l2, at.n_tokens,
@@ -1656,31 +1656,31 @@ def grad_launches(at, launch, scale, q, k, v, grad_o, o, saved, grad_q, grad_k, 
         at.n_tokens,
     )
     launch(
-        grad_kv_l2_kernel, q, *q_steps, grad_o, *grad_o_steps, peak, total, delta, k_l2, v_l2, split_grad_k_l2,
-        split_grad_v_l2, at.rows_l2, at.splits_l2, scale, at.heads_per_batch, at.n_tokens,
+        grad_kv_l2_kernel, q, *q_steps, grad_o, *grad_o_steps, peak, total, delta, k_l2, v_l2, partial_grad_k_l2,
+        partial_grad_v_l2, at.rows_l2, at.splits_l2, scale, at.heads_per_batch, at.n_tokens,
     )
     launch(
-        grad_kv_l2_sum_kernel, split_grad_k_l2, split_grad_v_l2, grad_k_l2, grad_v_l2, at.splits_l2, at.n_tokens,
+        grad_kv_l2_sum_kernel, partial_grad_k_l2, partial_grad_v_l2, grad_k_l2, grad_v_l2, at.splits_l2, at.n_tokens,
     )
     launch(
-        grad_kv_l1_extra_kernel, q, *q_steps, grad_o, *grad_o_steps, peak, total, delta, k_l1, v_l1, keepers_l2,
-        at.width_l2, offsets_l2, extra_l2, extra_grad_k_l1, extra_grad_v_l1, at.parts_l1, scale, at.heads_per_batch,
-        at.n_tokens,
+        grad_kv_l1_overflow_kernel, q, *q_steps, grad_o, *grad_o_steps, peak, total, delta, k_l1, v_l1, keepers_l2,
+        at.width_l2, offsets_l2, overflow_l2, overflow_grad_k_l1, overflow_grad_v_l1, at.parts_l1, scale,
+        at.heads_per_batch, at.n_tokens,
     )
     launch(
         grad_kv_l1_kernel, q, *q_steps, grad_o, *grad_o_steps, peak, total, delta, k_l1, v_l1, keepers_l2, at.width_l2,
-        offsets_l2, extra_l2, extra_grad_k_l1, extra_grad_v_l1, grad_k_l2, grad_v_l2, grad_k_l1, grad_v_l1, at.parts_l1,
-        scale, at.heads_per_batch, at.n_tokens,
+        offsets_l2, overflow_l2, overflow_grad_k_l1, overflow_grad_v_l1, grad_k_l2, grad_v_l2, grad_k_l1, grad_v_l1,
+        at.parts_l1, scale, at.heads_per_batch, at.n_tokens,
     )
     launch(
-        grad_kv_l0_extra_kernel, q, *q_steps, grad_o, *grad_o_steps, peak, total, delta, k, *k_steps, v, *v_steps,
-        keepers_l1, at.width_l1, offsets_l1, extra_l1, extra_grad_k_l0, extra_grad_v_l0, at.parts_l0, scale,
+        grad_kv_l0_overflow_kernel, q, *q_steps, grad_o, *grad_o_steps, peak, total, delta, k, *k_steps, v, *v_steps,
+        keepers_l1, at.width_l1, offsets_l1, overflow_l1, overflow_grad_k_l0, overflow_grad_v_l0, at.parts_l0, scale,
         at.heads_per_batch, at.n_tokens,
     )
     launch(
         grad_kv_l0_kernel, q, *q_steps, grad_o, *grad_o_steps, peak, total, delta, k, *k_steps, v, *v_steps, keepers_l1,
-        at.width_l1, offsets_l1, extra_l1, extra_grad_k_l0, extra_grad_v_l0, grad_k_l1, grad_v_l1, grad_k, grad_v,
-        at.parts_l0, scale, at.heads_per_batch, at.n_tokens,
+        at.width_l1, offsets_l1, overflow_l1, overflow_grad_k_l0, overflow_grad_v_l0, grad_k_l1, grad_v_l1, grad_k,
+        grad_v, at.parts_l0, scale, at.heads_per_batch, at.n_tokens,
     )
 
 
@@ -1724,10 +1724,10 @@ WEIGHTED = True  # whether a key weighs as many tokens as it covers
 # ---- the same in every module from here on ---------------------------------------------------------------------------
 
 # What launches a whole pass, for the CUDA driver.
-PLAYER = r"""
-/* One call of C that launches a whole pass. The text is compiled by `player()` in player.py, which defines BASES and PARAMETERS.
+REPLAY_C = r"""
+/* One call of C that launches a whole pass. The text is compiled by `replayer` in driver.py, which defines BASES and PARAMETERS.
 
-   A tape is the context of the GPU and the launches. A parameter of a kernel is a base and an offset from it: base 0 is 0,
+   A captured pass is the context of the GPU and the launches. A parameter of a kernel is a base and an offset from it: base 0 is 0,
    base 1 the bits of the scale, the others are the addresses of the pass's tensors. */
 #include <Python.h>
 #include <stdatomic.h>
@@ -1759,7 +1759,7 @@ struct driver {
    thread that a fork left behind. Nodes are those of `all`, which has to stay. */
 struct graph { struct driver driver; atomic_flag busy; pid_t maker; void *all, *exec, *nodes[]; };
 
-/* Read one launch of a tape, with parameters put together in `values`; returns where the next begins. */
+/* Read one launch of a captured pass, with parameters put together in `values`; returns where the next begins. */
 static const char *next(const char *at, const uint64_t *bases, uint64_t *values, struct node *node) {
     const struct launch *launch = (const struct launch *)at;
     const struct parameter *parameter = (const struct parameter *)(launch + 1);
@@ -1778,12 +1778,12 @@ static struct node blank(uint64_t *values, void **parameters) {
     return (struct node){.grid = {1, 1, 1}, .block = {1, 1, 1}, .parameters = parameters};
 }
 
-/* The launches of a tape, with its context current: a thread that has launched nothing yet may have none. */
-static const char *open_tape(const struct driver *driver, const char *tape) {
+/* The launches of a captured pass, with its context current: a thread that has launched nothing yet may have none. */
+static const char *open_captured(const struct driver *driver, const char *captured) {
     void *context = NULL;
     if (!driver->get_context(&context) && !context)
-        driver->set_context(*(void *const *)tape);
-    return tape + sizeof(void *);
+        driver->set_context(*(void *const *)captured);
+    return captured + sizeof(void *);
 }
 
 static void release(struct graph *graph) {
@@ -1801,20 +1801,20 @@ static void release(struct graph *graph) {
 
 static void forget(PyObject *capsule) { release(PyCapsule_GetPointer(capsule, NULL)); }
 
-/* graph(driver, tape, launches, stream): the pass as a CUDA graph, one kernel after the other; False if the driver fails, and
+/* graph(driver, captured, launches, stream): the pass as a CUDA graph, one kernel after the other; False if the driver fails, and
    None while the stream is captured, which needs no graph. */
 static PyObject *make_graph(PyObject *self, PyObject *arguments) {
     (void)self;
-    PyObject *functions, *tape;
+    PyObject *functions, *captured;
     Py_ssize_t count;
     unsigned long long stream;
     uint64_t bases[BASES] = {0}, values[PARAMETERS] = {0};
     void *parameters[PARAMETERS];
     struct node node = blank(values, parameters);
-    if (!PyArg_ParseTuple(arguments, "SSnK", &functions, &tape, &count, &stream))
+    if (!PyArg_ParseTuple(arguments, "SSnK", &functions, &captured, &count, &stream))
         return NULL;
     const struct driver *driver = (const struct driver *)PyBytes_AS_STRING(functions);
-    const char *at = open_tape(driver, PyBytes_AS_STRING(tape));
+    const char *at = open_captured(driver, PyBytes_AS_STRING(captured));
     int capturing = 0, mode = RELAXED;
     if (driver->is_capturing((void *)stream, &capturing) || capturing)
         Py_RETURN_NONE;
@@ -1842,20 +1842,20 @@ static PyObject *make_graph(PyObject *self, PyObject *arguments) {
     return capsule;
 }
 
-/* play(driver, tape, graph, stream, scale, *addresses): what the driver says of the first launch that fails, or 0. As a graph
+/* run(driver, captured, graph, stream, scale, *addresses): what the driver says of the first launch that fails, or 0. As a graph
    whose nodes are set first; launch by launch where there is none, it is busy, or the stream is captured. Also where the
    driver refuses to set or to launch the graph: -1 then. */
-static PyObject *play(PyObject *self, PyObject *const *arguments, Py_ssize_t count) {
+static PyObject *run(PyObject *self, PyObject *const *arguments, Py_ssize_t count) {
     (void)self;
     uint64_t bases[BASES] = {0}, values[PARAMETERS];
     void *parameters[PARAMETERS];
     struct node node = blank(values, parameters);
     if (count < 5 || count - 3 > BASES || !PyBytes_Check(arguments[0]) || !PyBytes_Check(arguments[1])) {
-        PyErr_SetString(PyExc_TypeError, "play: expected the driver and a tape, bytes, a graph, a stream, a scale, addresses");
+        PyErr_SetString(PyExc_TypeError, "run: expected the driver and a captured pass, bytes, a graph, a stream, a scale, addresses");
         return NULL;
     }
     const struct driver *driver = (const struct driver *)PyBytes_AS_STRING(arguments[0]);
-    const char *tape = PyBytes_AS_STRING(arguments[1]), *end = tape + PyBytes_GET_SIZE(arguments[1]), *at;
+    const char *captured = PyBytes_AS_STRING(arguments[1]), *end = captured + PyBytes_GET_SIZE(arguments[1]), *at;
     struct graph *graph = PyCapsule_CheckExact(arguments[2]) ? PyCapsule_GetPointer(arguments[2], NULL) : NULL;
     void *stream = PyLong_AsVoidPtr(arguments[3]);
     union { float scale; uint32_t bits; } scale = {(float)PyFloat_AsDouble(arguments[4])};
@@ -1867,9 +1867,9 @@ static PyObject *play(PyObject *self, PyObject *const *arguments, Py_ssize_t cou
 
     int error = 0, capturing = 0, launched = 0, refused = 0;
     Py_BEGIN_ALLOW_THREADS
-    tape = open_tape(driver, tape);
+    captured = open_captured(driver, captured);
     if (graph && !driver->is_capturing(stream, &capturing) && !capturing && !atomic_flag_test_and_set(&graph->busy)) {
-        at = tape;
+        at = captured;
         for (int i = 0; at < end && !refused; i++) {
             at = next(at, bases, values, &node);
             refused = driver->set_node(graph->exec, graph->nodes[i], &node);
@@ -1879,7 +1879,7 @@ static PyObject *play(PyObject *self, PyObject *const *arguments, Py_ssize_t cou
         launched = !refused;
         atomic_flag_clear(&graph->busy);
     }
-    for (at = tape; at < end && !launched && !error;) {
+    for (at = captured; at < end && !launched && !error;) {
         at = next(at, bases, values, &node);
         error = driver->launch(node.kernel, node.grid[0], 1, 1, node.block[0], 1, 1, node.shared, stream, parameters, NULL);
     }
@@ -1888,9 +1888,9 @@ static PyObject *play(PyObject *self, PyObject *const *arguments, Py_ssize_t cou
 }
 
 static PyMethodDef methods[] = {
-    {"play", (PyCFunction)(void (*)(void))play, METH_FASTCALL, NULL}, {"graph", make_graph, METH_VARARGS, NULL}, {0} };
-static struct PyModuleDef module = {.m_base = PyModuleDef_HEAD_INIT, .m_name = "llsa_player", .m_size = -1, .m_methods = methods};
-PyMODINIT_FUNC PyInit_llsa_player(void) { return PyModule_Create(&module); }
+    {"run", (PyCFunction)(void (*)(void))run, METH_FASTCALL, NULL}, {"graph", make_graph, METH_VARARGS, NULL}, {0} };
+static struct PyModuleDef module = {.m_base = PyModuleDef_HEAD_INIT, .m_name = "llsa_replay", .m_size = -1, .m_methods = methods};
+PyMODINIT_FUNC PyInit_llsa_replay(void) { return PyModule_Create(&module); }
 """
 BASES, PARAMETERS = 16, 128  # of a pass and of a launch, at most
 DRIVER = (
@@ -1919,17 +1919,17 @@ def said(error: Exception) -> str:
 
 
 @functools.cache
-def player() -> Any:
-    """`play` and `graph` of PLAYER, compiled and kept as Triton does with its own driver, and the functions of DRIVER.
+def replayer() -> Any:
+    """`run` and `graph` of REPLAY_C, compiled and kept as Triton does with its own driver, and DRIVER's functions.
 
     What is wrong, in words, where that fails: it is tried once.
     """
-    source = f"#define BASES {BASES}\n#define PARAMETERS {PARAMETERS}\n{PLAYER}"
+    source = f"#define BASES {BASES}\n#define PARAMETERS {PARAMETERS}\n{REPLAY_C}"
     try:
         _ = libcuda().cuFuncGetParamInfo  # from CUDA 12.4 on
         functions = [ctypes.cast(getattr(libcuda(), name), ctypes.c_void_p).value for name in DRIVER]
-        compiled = triton.runtime.build.compile_module_from_src(source, "llsa_player")
-        return compiled.play, compiled.graph, struct.pack(f"{len(DRIVER)}P", *functions)
+        compiled = triton.runtime.build.compile_module_from_src(source, "llsa_replay")
+        return compiled.run, compiled.graph, struct.pack(f"{len(DRIVER)}P", *functions)
     except Exception as error:
         return said(error)
 
@@ -1966,14 +1966,14 @@ def variant(kernel: Any, tile: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """
     if not isinstance(kernel, tuple):
         return kernel, in_triton(tile)
-    if not is_in_gluon(tile) or not (LOOSE_IN_GLUON or tile.get("WHOLE", True)):
+    if not is_in_gluon(tile) or not (PARTIAL_IN_GLUON or tile.get("FULL", True)):
         return kernel[0], in_triton(tile)
     taken = ("num_warps", "maxnreg", *kernel[1].arg_names)
     return kernel[1], {name: value for name, value in tile.items() if name in taken}
 
 
 MANY_GRAPHS = 512  # are kept: each takes some 100 KB of the GPU, and half a millisecond to make
-SOON = 32  # plays of tapes: what comes back within so many takes the place of another's graph
+SOON = 32  # replays of any pass: what comes back within so many takes the place of another's graph
 ONE_BY_ONE = (
     os.environ.get("CUDA_LAUNCH_BLOCKING") == "1"
 )  # whoever asks which launch it was will not be told of a graph
@@ -1983,13 +1983,13 @@ if LAUNCH not in ("auto", "triton"):
     raise ValueError(f"LLSA_GEN_LAUNCH: expected auto or triton, got {LAUNCH!r}")
 PLAIN = LAUNCH == "triton" or INTERPRETED or bool(torch.version.hip)  # every launch as Triton does it; see `give_up`
 TOLD = []  # why launches take longer, once somebody was told
-CLOCK = itertools.count(1)  # ticks at every play of a tape
-GRAPHS = weakref.WeakSet()  # of all tapes
+CLOCK = itertools.count(1)  # ticks at every replay of a pass
+GRAPHS = weakref.WeakSet()  # of all passes
 MAKING = threading.Lock()  # a graph; nobody waits for it, for who has it may be a thread that a fork left behind
 
 
 class Argument(NamedTuple):
-    """What differs from call to call in the arguments of a launch, as `play` puts it together; its value now."""
+    """What differs from call to call in the arguments of a launch, as REPLAY_C puts it together; its value now."""
 
     value: torch.Tensor | float
     base: int
@@ -2024,8 +2024,8 @@ def parameters_of(compiled: Any) -> list[bool]:
     return taken
 
 
-def recorded(compiled: Any, programs: int, arguments: Sequence[Any]) -> bytes:
-    """A launch as PLAYER reads it; a RuntimeError where that cannot play it."""
+def captured(compiled: Any, programs: int, arguments: Sequence[Any]) -> bytes:
+    """A launch as REPLAY_C reads it; a RuntimeError where that cannot replay it."""
     parameters = []
     for argument in itertools.compress(arguments, parameters_of(compiled)):
         parameters += argument[1:] if isinstance(argument, Argument) else (0, argument % 2**64)
@@ -2036,48 +2036,48 @@ def recorded(compiled: Any, programs: int, arguments: Sequence[Any]) -> bytes:
 
 
 class Graph:
-    """A pass as a CUDA graph, `made` until another takes its place, and the tick of CLOCK when it was played last."""
+    """A pass as a CUDA graph, `made` until another takes its place, and the tick of CLOCK when it ran last."""
 
-    def __init__(self, made: Any, played: int) -> None:
-        self.made, self.played = made, played
+    def __init__(self, made: Any, replayed: int) -> None:
+        self.made, self.replayed = made, replayed
 
 
-class Tape:
+class Replay:
     """The launches of a pass, `parts`, on the GPU whose context is current; `kernels` are theirs and stay loaded.
 
-    graphs: by stream, for launches of one graph wait for each other. played: the tick of CLOCK of the last play, or 0.
+    graphs: by stream, for launches of one graph wait for each other. replayed: the tick of CLOCK of the last run, or 0.
     """
 
     def __init__(self, kernels: list[Any], parts: list[bytes]) -> None:
         context = ctypes.c_void_p()
         libcuda().cuCtxGetCurrent(ctypes.byref(context))
-        self.graphs, self.played, self.refused = {}, 0, ONE_BY_ONE
-        self.play_tape, self.make_graph, self.driver = player()
+        self.graphs, self.replayed, self.refused = {}, 0, ONE_BY_ONE
+        self.run_replay, self.make_graph, self.driver = replayer()
         self.text, self.count = b"".join([struct.pack("P", context.value or 0), *parts]), len(parts)
         self.kernels = kernels  # the last to go, after graphs of them
 
-    def play(self, stream: int, scale: float, tensors: Sequence[torch.Tensor]) -> int:
+    def run(self, stream: int, scale: float, tensors: Sequence[torch.Tensor]) -> int:
         """Launch them all for these tensors; what the driver says of the launch that fails, or 0."""
-        before, self.played = self.played, next(CLOCK)
+        before, self.replayed = self.replayed, next(CLOCK)
         graph = self.graphs.get(stream)
         made = graph and graph.made
         if graph and made:
-            graph.played = self.played
+            graph.replayed = self.replayed
         elif before and not self.refused:
             made = self.graph(stream, before)
-        error = self.play_tape(self.driver, self.text, made, stream, scale, *[x.data_ptr() for x in tensors])
+        error = self.run_replay(self.driver, self.text, made, stream, scale, *[x.data_ptr() for x in tensors])
         if error < 0:  # all are launched, one by one
             self.refuse()
             return 0
         return error
 
     def graph(self, stream: int, before: int) -> Any:
-        """The pass as a graph; None where there will be none now. `before` is the tick of the play before this one.
+        """The pass as a graph; None where there will be none now. `before` is the tick of the replay before this one.
 
         If there are as many as there may be, the least recently used one has to go, but only for a pass that comes back
         soon: who goes round and round more shapes than that would make all of them in vain.
         """
-        if (len(GRAPHS) >= MANY_GRAPHS and self.played - before > SOON) or not MAKING.acquire(blocking=False):
+        if (len(GRAPHS) >= MANY_GRAPHS and self.replayed - before > SOON) or not MAKING.acquire(blocking=False):
             return None
         try:
             made = self.make_graph(self.driver, self.text, self.count, stream)
@@ -2086,10 +2086,10 @@ class Tape:
             if not made:  # a stream that is captured needs none
                 return None
             if len(GRAPHS) >= MANY_GRAPHS:
-                oldest = min(GRAPHS, key=lambda graph: graph.played)
+                oldest = min(GRAPHS, key=lambda graph: graph.replayed)
                 oldest.made = None
                 GRAPHS.discard(oldest)
-            graph = Graph(made, self.played)
+            graph = Graph(made, self.replayed)
             GRAPHS.add(graph)
             self.graphs = {place: other for place, other in self.graphs.items() if other.made} | {stream: graph}
             return made
@@ -2128,11 +2128,11 @@ def by_what_is_ready(at: Any, kernel: Any, *arguments: Any) -> None:
         compiled[programs, 1, 1](*values_of(arguments), *shapes)
 
 
-class Recorder:
+class Capture:
     """Launches the kernels of a pass through Triton at the first call, and notes how: Triton needs to see no other.
 
-    Others are those that Triton does not tell apart, the calls of one `Prepared`. `why` says, in words, what went wrong
-    in noting, which is no reason to stop.
+    Others are those that Triton does not tell apart, the calls of one `LaunchPlan`. `why` says, in words, what went
+    wrong in noting, which is no reason to stop.
     """
 
     def __init__(self, at: Any) -> None:
@@ -2161,25 +2161,25 @@ class Recorder:
         with self.noting():
             if programs:
                 self.kernels.append(compiled)
-                self.parts.append(recorded(compiled, programs, arguments))
+                self.parts.append(captured(compiled, programs, arguments))
 
-    def tape(self) -> Tape | None:
-        """What was launched; None where that cannot be played."""
+    def replay(self) -> Replay | None:
+        """What was launched; None where that cannot be replayed."""
         if len(self.parts) < len(self.kernels):
             return None
-        if isinstance(player(), str):
-            self.why = self.why or player()
+        if isinstance(replayer(), str):
+            self.why = self.why or replayer()
             return None
         with self.noting():
-            return Tape(self.kernels, self.parts)
+            return Replay(self.kernels, self.parts)
 
 
 def warm_others(kernel: Any, tile: dict[str, Any], programs: int, values: list[Any]) -> None:
     """Compile the variants of a kernel that another length may need: nothing is compiled then."""
-    if "STREAM" in tile:
-        warm(kernel, tile | {"STREAM": not tile["STREAM"]}, programs, values)
-    if "WHOLE" in tile and LISTS_FILL:
-        warm(kernel, tile | {"WHOLE": not tile["WHOLE"]}, programs, values)
+    if "EVICT_FIRST" in tile:
+        warm(kernel, tile | {"EVICT_FIRST": not tile["EVICT_FIRST"]}, programs, values)
+    if "FULL" in tile and LISTS_FILL:
+        warm(kernel, tile | {"FULL": not tile["FULL"]}, programs, values)
     if "RUNS" in tile and has_runs(MANY_CANDIDATES, tile):
         warm(kernel, tile | {"RUNS": not tile["RUNS"]}, programs, values)
 
@@ -2224,7 +2224,7 @@ def split_queries(walks: int, n_queries: int, n_keys: int, tile: dict[str, int])
     return rows, ceil_div(n_queries, rows)
 
 
-def is_whole(tokens: Sequence[int], tile: dict[str, int]) -> bool:
+def is_full(tokens: Sequence[int], tile: dict[str, int]) -> bool:
     """Whether nothing needs a mask: all tokens are whole, so that no list has gaps, and lists fill their tiles."""
     if not LISTS_FILL or tokens[0] % SPANS[-1]:
         return False
@@ -2322,36 +2322,36 @@ def schedule_for(target: str, dtype: torch.dtype, n_tokens: int) -> dict[str, di
     return next(tiles for longest, tiles in by_length.items() if n_tokens <= longest)
 
 
-def prepare(tensors: Sequence[torch.Tensor], has_grad_lse: bool = False) -> tuple[Any, ...]:
-    """The `Prepared` for q, k, ... [B, H, N, D]; q, k, ..., `aligned`.
+def plan_launches(tensors: Sequence[torch.Tensor], has_grad_lse: bool = False) -> tuple[Any, ...]:
+    """The `LaunchPlan` for q, k, ... [B, H, N, D]; q, k, ..., `aligned`.
 
     Triton also tells apart where a row begins, at a multiple of 16 bytes or not, and whether lse has a gradient.
     """
     q = tensors[0]
     strides = tuple([x.stride() for x in tensors])
     starts = tuple([x.data_ptr() % 16 for x in tensors])
-    at = prepared(q.device, q.dtype, q.shape, strides, starts, has_grad_lse)
-    return (at, *tensors) if at is not None else prepare([aligned(x) for x in tensors], has_grad_lse)
+    at = launch_plan(q.device, q.dtype, q.shape, strides, starts, has_grad_lse)
+    return (at, *tensors) if at is not None else plan_launches([aligned(x) for x in tensors], has_grad_lse)
 
 
 @functools.lru_cache(maxsize=2048)
-def prepared(
+def launch_plan(
     device: torch.device, dtype: torch.dtype, shape: torch.Size, strides: tuple[tuple[int, ...], ...],
     starts: tuple[int, ...], has_grad_lse: bool,
-) -> "Prepared | None":  # fmt: skip
-    """One `Prepared` for all calls that Triton does not tell apart; None where tensors have to be copied first."""
+) -> "LaunchPlan | None":  # fmt: skip
+    """One `LaunchPlan` for all calls that Triton does not tell apart; None where tensors have to be copied first."""
     if not all(map(is_aligned, strides)):
         return None
-    return Prepared(device, dtype, shape, strides, starts, schedule_for(target_of(device), dtype, shape[2]))
+    return LaunchPlan(device, dtype, shape, strides, starts, schedule_for(target_of(device), dtype, shape[2]))
 
 
-class Prepared:
+class LaunchPlan:
     """What depends on shapes, strides, dtype and device alone, worked out at the first call with them.
 
     steps: between batches, heads and rows of each tensor. shapes: of every buffer. places, sizes: of buffers in the
     memory of each layout and of that memory, see `lay_out`. grids: programs and tile shapes of every launch.
-    ready: what Triton made of each launch, so that it need not look for it again. tapes: the launches of each pass,
-    from its first call on, or None where that cannot be played. What else there is, `work_out` says.
+    ready: what Triton made of each launch, so that it need not look for it again. replays: the launches of each pass,
+    from its first call on, or None where that cannot be replayed. What else there is, `work_out` says.
     """
 
     shapes: dict[str, tuple[int, ...]]
@@ -2373,7 +2373,7 @@ class Prepared:
         for layout in LAYOUTS:
             self.places[layout], self.sizes[layout] = lay_out(layout, self.shapes, dtype)
         self.ready: dict[str, Any] = {}
-        self.tapes: dict[Callable[..., None], Any] = {}
+        self.replays: dict[Callable[..., None], Any] = {}
 
     def memory(self, layout: str) -> torch.Tensor:
         """One piece of memory for all buffers of a layout."""
@@ -2392,30 +2392,30 @@ class Prepared:
         error = 0
         if PLAIN:
             self.launch(launches, functools.partial(by_triton, self), tensors, scale)
-        elif launches in self.tapes:
+        elif launches in self.replays:
             try:
-                error = self.again(launches, tensors, scale)
+                error = self.replay(launches, tensors, scale)
             except Exception as reason:
                 # Some kernels may be launched already. All are again, from those on that clear what others count in.
                 # What is wrong with more than the way of launching, Triton says.
                 self.launch(launches, functools.partial(by_triton, self), tensors, scale)
                 give_up(reason)
         else:
-            recorder = Recorder(self)
-            self.launch(launches, recorder, tensors, scale)
-            if not recorder.unknown:
-                self.tapes[launches] = recorder.tape()
-                if recorder.why is not None:
-                    tell(recorder.why)
+            capture = Capture(self)
+            self.launch(launches, capture, tensors, scale)
+            if not capture.unknown:
+                self.replays[launches] = capture.replay()
+                if capture.why is not None:
+                    tell(capture.why)
         if error:
             raise RuntimeError(f"{OPERATOR}: CUDA error {error} at a launch: {words_of(error)}")
 
-    def again(self, launches: Callable[..., None], tensors: Sequence[torch.Tensor], scale: float) -> int:
+    def replay(self, launches: Callable[..., None], tensors: Sequence[torch.Tensor], scale: float) -> int:
         """Launch a pass from its second call on; what the driver says of the launch that fails, or 0."""
-        tape = self.tapes[launches]
-        if tape is not None and not is_watched():
+        replay = self.replays[launches]
+        if replay is not None and not is_watched():
             stream: int = triton.runtime.driver.active.get_current_stream(self.device.index)  # type: ignore[attr-defined]
-            return tape.play(stream, scale, tensors)
+            return replay.run(stream, scale, tensors)
         self.launch(launches, functools.partial(by_what_is_ready, self), tensors, scale)
         return 0
 
@@ -2428,7 +2428,7 @@ class Prepared:
 
 def select_kernels(q: torch.Tensor, k: torch.Tensor) -> list[torch.Tensor]:
     """The kept tokens of each level, finest first, [B, H, T_l, width] each."""
-    at, *tensors = prepare((q, k, k) if ENRICHED else (q, k))  # k in place of v, whose means nobody will look at
+    at, *tensors = plan_launches((q, k, k) if ENRICHED else (q, k))  # k in place of v, whose means nobody will look at
     saved = at.memory("saved")
     at.run(select_launches, (*tensors, saved, at.memory("selection")))
     lists = views_of(saved, "saved", at.shapes, q.dtype)[-LEVELS:]
@@ -2439,7 +2439,7 @@ def attend_kernels(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """o, lse and what the backward pass needs, memory of the layout `saved`."""
-    at, q, k, v = prepare((q, k, v))
+    at, q, k, v = plan_launches((q, k, v))
     o, lse, saved = empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32), at.memory("saved")
     at.run(attend_launches, (q, k, v, o, lse, saved, at.memory("selection")), scale)
     return o, lse, saved
@@ -2450,7 +2450,7 @@ def grad_kernels(
     o: torch.Tensor, saved: torch.Tensor, scale: float,
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
     """dq, dk, dv from what `attend_kernels` returned; grad_lse may be None."""
-    at, q, k, v, grad_o = prepare((q, k, v, grad_o), grad_lse is not None)
+    at, q, k, v, grad_o = plan_launches((q, k, v, grad_o), grad_lse is not None)
     grads = empty_like(q), empty_like(q), empty_like(q)
     tensors = q, k, v, grad_o, o, saved, *grads, at.memory("gradients")
     at.run(grad_launches, tensors if grad_lse is None else (*tensors, grad_lse), scale)

@@ -41,7 +41,7 @@ class Launched:
     function: int
     name: str
     arguments: tuple[object, ...]
-    """Parameters of the kernel: numbers and, by Triton, tensors or, by the tape, addresses."""
+    """Parameters of the kernel: numbers and, by Triton, tensors or, by the replay, addresses."""
     stream: int
     by: Literal["triton", "launch", "graph"]
 
@@ -127,7 +127,7 @@ class PretendedGpu:
             get_device_properties=lambda device: {"max_shared_mem": 232_448},
         )
         for name, method, *kinds in (
-            ("cuLaunchKernel", self._play, Address, *[Number] * 7, Address, Address, Address),
+            ("cuLaunchKernel", self._replay, Address, *[Number] * 7, Address, Address, Address),
             ("cuStreamIsCapturing", self._is_capturing, Address, ctypes.POINTER(ctypes.c_int)),
             ("cuThreadExchangeStreamCaptureMode", self._exchange, ctypes.POINTER(ctypes.c_int)),
             ("cuGraphCreate", self._create, ctypes.POINTER(Address), Number),
@@ -205,7 +205,7 @@ class PretendedGpu:
         assert values[len(kinds) :] == [0] * len(self.scratch)
         return Launched(programs, threads, shared, function, name, tuple(values[: len(kinds)]), 0, "launch")
 
-    def _play(self, function: int, x: int, y: int, z: int, threads: int, *rest: int) -> int:
+    def _replay(self, function: int, x: int, y: int, z: int, threads: int, *rest: int) -> int:
         *one, shared, stream, parameters, extra = rest
         if self._now() != 77:
             return 201
@@ -321,8 +321,8 @@ def knowing(gpu: PretendedGpu, made: ModuleType) -> Iterator[ModuleType]:
 
 def forget(module: ModuleType) -> None:
     """What was made for a GPU that is gone, and what was wrong with it."""
-    module.prepared.cache_clear()
-    module.player.cache_clear()
+    module.launch_plan.cache_clear()
+    module.replayer.cache_clear()
     module.parameters_of.cache_clear()
     module.TOLD.clear()
     vars(module)["PLAIN"] = False
@@ -369,13 +369,13 @@ def launches(
 ) -> list[tuple[object, ...]]:
     gpu.log.clear()
     held: list[Tensor] = []
-    run_pass = module.Prepared.run
+    run_pass = module.LaunchPlan.run
 
     def hold(at: Any, launches: Any, pass_tensors: Any, *scale: float) -> None:
         held.extend(pass_tensors)
         run_pass(at, launches, pass_tensors, *scale)
 
-    with patch.object(module.Prepared, "run", hold):
+    with patch.object(module.LaunchPlan, "run", hold):
         run(module, tensors)
     places = Places(held)
     return [launch.told_apart(places) for launch in gpu.log if launch.programs]

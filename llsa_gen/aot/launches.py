@@ -25,7 +25,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 Phase = Literal["forward", "backward", "select"]
 
-_HOST_CODE = ("SCHEDULES", "Prepared", "attend_launches", "grad_launches", "select_launches")
+_HOST_CODE = ("SCHEDULES", "LaunchPlan", "attend_launches", "grad_launches", "select_launches")
 
 
 @dataclass(frozen=True)
@@ -166,10 +166,10 @@ class _Passes:
         at.launch(self.module.select_launches, partial(self._note, "select", at), tensors, 0.0)
 
     def _prepare(self, *tensors: Tensor) -> tuple[Any, ...]:
-        """`prepare` of the module: a `Prepared`, but one with these tiles and in no cache; the tensors, `aligned`."""
+        """`plan_launches` of the module, but with these tiles and in no cache: a `LaunchPlan`; tensors, `aligned`."""
         q, *_ = tensors = tuple(map(self.module.aligned, tensors))
         strides, starts = zip(*((x.stride(), x.data_ptr() % 16) for x in tensors), strict=True)
-        return self.module.Prepared(q.device, q.dtype, q.shape, strides, starts, self.tiles), *tensors
+        return self.module.LaunchPlan(q.device, q.dtype, q.shape, strides, starts, self.tiles), *tensors
 
     def _note(self, phase: Phase, at: Any, kernel: Any, *arguments: Any) -> None:
         """`by_triton` of the module, which takes one of a pair: the plan's kernel or the one in Gluon for its place."""

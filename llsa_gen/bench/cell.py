@@ -10,7 +10,7 @@ from torch import Tensor
 
 from llsa_gen.aot import record
 from llsa_gen.bench import check, kernels, timing
-from llsa_gen.bench.rivals import MOST_SAID, Implementation
+from llsa_gen.bench.baselines import MOST_SAID, Implementation
 from llsa_gen.bench.rows import Ceilings, KernelRow, Machine, Memory, Mode, Row, Timing
 from llsa_gen.bench.timing import Stopwatch
 from llsa_gen.compiler import Attention

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from llsa_gen import fuzz, reference
-from llsa_gen.bench.rivals import Implementation
+from llsa_gen.bench.baselines import Implementation
 from llsa_gen.compiler import Attention
 from llsa_gen.errors import CheckFailed, LlsaGenError
 from llsa_gen.fuzz import oracle
@@ -83,34 +83,34 @@ def check_replay(case: Case, eager: Tensors, replayed: Tensors) -> None:
             raise _failed(case, f"{name}: the replay of a CUDA graph gave other bits than an eager call")
 
 
-def check_dense(rival: Implementation, case: Case, inputs: Tensors, o: Tensor) -> float:
+def check_dense(baseline: Implementation, case: Case, inputs: Tensors, o: Tensor) -> float:
     """o of dense attention, for a sample of the queries, against a float64 softmax, by the same tolerance as ours.
 
     Returns the error as a fraction of what is allowed; raises LlsaGenError where that is more than one.
     """
-    check_other(rival, case, o)
+    check_other(baseline, case, o)
     q, k, v, _ = inputs
     queries = sample(case)[: max(LEAST_QUERIES, 2**26 // (case.batch * case.heads * case.n))]
     logits = case.softmax_scale * (q[:, :, queries].double() @ k.double().mT)
     wanted = logits.softmax(-1) @ v.double()
     error, allowed = reference.relative_error(o[:, :, queries], wanted), reference.tolerance(case.torch_dtype)
     if error > allowed:
-        raise LlsaGenError(f"{_place(rival, case)}: error of o {error:.3g}, allowed {allowed:.3g}")
+        raise LlsaGenError(f"{_place(baseline, case)}: error of o {error:.3g}, allowed {allowed:.3g}")
     return error / allowed
 
 
-def check_other(rival: Implementation, case: Case, o: object) -> None:
+def check_other(baseline: Implementation, case: Case, o: object) -> None:
     """What can be said about an attention that nobody has an oracle for: shape, dtype, finite. Raises LlsaGenError."""
     shape = (case.batch, case.heads, case.n, case.spec.head_dim)
     if not isinstance(o, Tensor) or o.shape != shape or o.dtype != case.torch_dtype:
         came = f"{o.dtype} {list(o.shape)}" if isinstance(o, Tensor) else type(o).__name__
-        raise LlsaGenError(f"{_place(rival, case)}: expected o, {case.torch_dtype} {list(shape)}, got {came}")
+        raise LlsaGenError(f"{_place(baseline, case)}: expected o, {case.torch_dtype} {list(shape)}, got {came}")
     if not o.isfinite().all():
-        raise LlsaGenError(f"{_place(rival, case)}: expected finite numbers in o, got {_not_finite(o)} that are not")
+        raise LlsaGenError(f"{_place(baseline, case)}: expected finite numbers in o, got {_not_finite(o)} that are not")
 
 
-def _place(rival: Implementation, case: Case) -> str:
-    return f"{rival.name} at {case.n:,} tokens, {case.dtype}"
+def _place(baseline: Implementation, case: Case) -> str:
+    return f"{baseline.name} at {case.n:,} tokens, {case.dtype}"
 
 
 def _not_finite(x: Tensor) -> str:

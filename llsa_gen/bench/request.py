@@ -13,10 +13,10 @@ from datetime import UTC, datetime
 
 import torch
 
-from llsa_gen.bench import kernels, rivals
+from llsa_gen.bench import baselines, kernels
+from llsa_gen.bench.baselines import Implementation
 from llsa_gen.bench.cell import OURS, Cell, Session, Step, empty_rows, no_memory, said
 from llsa_gen.bench.machine import machine
-from llsa_gen.bench.rivals import Implementation
 from llsa_gen.bench.rows import Mode, Row
 from llsa_gen.bench.timing import CpuStopwatch, GpuStopwatch
 from llsa_gen.compiler import compile
@@ -68,8 +68,8 @@ class Request:
 
 def _names(request: Request, dtype: DType, n: int) -> tuple[str, ...]:
     """The implementations at a length and dtype, in order."""
-    dense = rivals.dense(request.device, dtype) if n <= request.dense_up_to else ()
-    return (OURS, *(rival.name for rival in dense), *request.against)
+    dense = baselines.dense(request.device, dtype) if n <= request.dense_up_to else ()
+    return (OURS, *(baseline.name for baseline in dense), *request.against)
 
 
 def bench(request: Request, step: Step = lambda _: None) -> Iterator[Row]:
@@ -79,7 +79,7 @@ def bench(request: Request, step: Step = lambda _: None) -> Iterator[Row]:
     Raises CheckFailed where ours disagrees with the reference, LlsaGenError where another implementation is wrong or
     cannot be called at all.
     """
-    others = tuple(map(rivals.named, request.against))
+    others = tuple(map(baselines.named, request.against))
     attention = compile(request.spec)
     date, where = datetime.now(UTC).isoformat(timespec="seconds"), machine(request.device)
     with torch.cuda.device(request.device) if request.on_gpu else contextlib.nullcontext():
@@ -92,7 +92,7 @@ def bench(request: Request, step: Step = lambda _: None) -> Iterator[Row]:
                 case = Case(
                     request.spec, n, batch=request.batch, heads=request.heads, dtype=dtype, device=request.device
                 )
-                dense = rivals.dense(request.device, dtype) if n <= request.dense_up_to else ()
+                dense = baselines.dense(request.device, dtype) if n <= request.dense_up_to else ()
                 yield from _at(session, case, (session.ours, *dense, *others), step)
     step("")
 

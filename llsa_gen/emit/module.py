@@ -25,7 +25,7 @@ from llsa_gen.errors import TemplateError
 from llsa_gen.plan import Plan
 from llsa_gen.plan.cost import Cost
 from llsa_gen.plan.sizes import CACHED, FILLING
-from llsa_gen.schedule import LOOSE_LEVELS, Schedules, list_length, pad
+from llsa_gen.schedule import PARTIAL_LEVELS, Schedules, list_length, pad
 from llsa_gen.schedule.table import GLUON
 
 ROOT = Path(__file__).parents[1]
@@ -93,7 +93,7 @@ def render(plan: Plan, schedules: Schedules) -> str:
                 flops=[Cost(plan, {}).flops(kernels) for kernels in (plan.forward, plan.backward, plan.forward[:-1])],
                 cached=CACHED,
                 lists={level: list_length(plan, level) for level in plan.sorted_levels},
-                loose_in_gluon=plan.top <= LOOSE_LEVELS,
+                partial_in_gluon=plan.top <= PARTIAL_LEVELS,
             )
         )
     except Exception as error:  # whatever an expression in a template may raise

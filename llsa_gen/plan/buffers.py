@@ -115,17 +115,17 @@ class Buffers(Levels):
             yield buffer(f"keepers_l{level}", axes, "int32", Role.SCRATCH, says, width=width)
             if level in self.parted:
                 says = f"where its parts of part_l{level} entries beyond the first begin"
-                yield buffer(f"extra_l{level}", f"B*H, T_{level} + 1", "int32", Role.SCRATCH, says)
+                yield buffer(f"overflow_l{level}", f"B*H, T_{level} + 1", "int32", Role.SCRATCH, says)
         for level in self.by_list:
             axes = f"B*H, parts_l{level}, b_{level + 1}, D"
             for name in ("k", "v"):
-                yield buffer(f"extra_grad_{name}_l{level}", axes, "float32", Role.SCRATCH)
+                yield buffer(f"overflow_grad_{name}_l{level}", axes, "float32", Role.SCRATCH)
         for level in self.split:
             top, up = level == self.top, level + 1
             keys = f"splits_l{level}, T_{level}" if top else f"T_{up}, splits_l{level}, width_l{up} * b_{up}"
             for name in ("k", "v"):
                 yield buffer(
-                    f"split_grad_{name}_l{level}", f"B*H, {keys}, D", "share", Role.SCRATCH, "per token covered"
+                    f"partial_grad_{name}_l{level}", f"B*H, {keys}, D", "share", Role.SCRATCH, "per token covered"
                 )
         for level in self.enriched:
             for name in ("k", "v"):

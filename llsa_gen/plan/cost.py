@@ -144,7 +144,7 @@ class Cost:
 
     def kernel_flops(self, kernel: Kernel) -> sympy.Expr:
         """FLOPs of one launch. Parts of popular lists are counted where their lists are: in the kernel that follows."""
-        if self._only_extra(kernel):
+        if self._only_overflow(kernel):
             return sympy.Integer(0)
         shares = [share for share in self.shares if share.stage == kernel.stage]
         if kernel.stage == "pool_sums":  # one launch for every two levels
@@ -154,13 +154,13 @@ class Cost:
 
     # ---- bytes --------------------------------------------------------------------------------------------------
 
-    def _is_extra(self, name: str) -> bool:
+    def _is_overflow(self, name: str) -> bool:
         """Whether a buffer holds what parts of popular lists add up to, of which there are usually none."""
         return any(self.plan.buffers[name].elements.has(parts(level)) for level in self.plan.by_list)
 
-    def _only_extra(self, kernel: Kernel) -> bool:
+    def _only_overflow(self, kernel: Kernel) -> bool:
         """Whether a kernel computes nothing but such parts."""
-        return any(map(self._is_extra, kernel.writes))
+        return any(map(self._is_overflow, kernel.writes))
 
     def dtype_of(self, buffer: Buffer) -> str:
         """The dtype of a buffer."""
@@ -178,7 +178,7 @@ class Cost:
             (splits(level), self._splits(level)) for level in self.plan.split
         ]
         for level in self.plan.by_list:
-            most = self.plan.extra_parts(level).subs(tile("PART"), self.schedule[f"grad_kv_l{level}"]["PART"])
+            most = self.plan.overflow_parts(level).subs(tile("PART"), self.schedule[f"grad_kv_l{level}"]["PART"])
             decided.append((parts(level), most))
         return decided
 
@@ -188,18 +188,18 @@ class Cost:
         keys = plan.keys_of_keeper(level)
         queries = N if level == plan.top else sympy.Min(N, plan.span(level + 1))
         programs = HEADS * plan.keepers(level) * ceil_div(keys, tiles["BLOCK_N"])
-        few_shares = sympy.floor(queries / (plan.share_of_queries * keys))
+        few_shares = sympy.floor(queries / (plan.queries_per_partial * keys))
         wanted = sympy.Max(1, sympy.Min(sympy.ceiling(FILLING / programs), few_shares))
         rows = tiles["BLOCK_M"] * sympy.ceiling(sympy.ceiling(queries / wanted) / tiles["BLOCK_M"])
         return sympy.ceiling(queries / rows)
 
     def kernel_bytes(self, kernel: Kernel) -> sympy.Expr:
         """Bytes that one launch moves. Parts of popular lists are left out: usually there are none."""
-        if self._only_extra(kernel):
+        if self._only_overflow(kernel):
             return sympy.Integer(0)
         waiting = self.plan.waiting if kernel.name == "select_l1_kernel" else ()  # counted where values are pooled
         names = (*kernel.reads, *kernel.writes)
-        counted = (name for name in names if name not in waiting and not self._is_extra(name))
+        counted = (name for name in names if name not in waiting and not self._is_overflow(name))
         values = sympy.Add(*map(self._named_bytes, self.plan.waiting))
         return sympy.Add(*map(self._named_bytes, counted), self._late(kernel, values))
 

@@ -151,7 +151,7 @@ class Levels:
         return tuple(level + 1 for level in self.by_list)
 
     @property
-    def share_of_queries(self) -> int:
+    def queries_per_partial(self) -> int:
         """Where queries are split, shares of dk and dv have one row for so many of them at most, or are one split."""
         return 8
 

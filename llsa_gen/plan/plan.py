@@ -98,7 +98,7 @@ class Plan(Buffers):
         """Of a level that is `split`: the most keys that the queries of a keeper attend to."""
         return self.tokens(level) if level == self.top else self.width(level + 1) * self.block(level + 1)
 
-    def extra_parts(self, level: int) -> sympy.Expr:
+    def overflow_parts(self, level: int) -> sympy.Expr:
         """Most parts beyond the first into which the lists of a level's keys can be cut, PART entries each.
 
         A level has as many lists as tokens, each no longer than that, with K entries a token in all.
@@ -236,7 +236,7 @@ class Plan(Buffers):
         """
         programs = HEADS * ceil_div(ceil_div(self.tokens(1), 4), 16)
         return replace(
-            self._attend(), name="attend_hopper_again_kernel", computes="o and lse again", programs=programs, twin=False
+            self._attend(), name="attend_recompute_kernel", computes="o and lse again", programs=programs, twin=False
         )
 
     def _invert(self) -> Iterable[Kernel]:
@@ -244,7 +244,7 @@ class Plan(Buffers):
         sums = [
             name
             for level in self.levels
-            for name in (f"offsets_l{level}", *([f"extra_l{level}"] if level in self.parted else []))
+            for name in (f"offsets_l{level}", *([f"overflow_l{level}"] if level in self.parted else []))
         ]
         scalars = (*(Scalar(f"part_l{level}", "entries a part") for level in self.parted), B_H, N_TOKENS)
         yield Kernel(
@@ -279,7 +279,7 @@ class Plan(Buffers):
         yield from make(level, reads, flow, made)
 
     def _split(self, level: int, reads: Names, flow: Names, made: Names) -> Iterable[Kernel]:
-        partial = f"split_grad_k_l{level}", f"split_grad_v_l{level}"
+        partial = f"partial_grad_k_l{level}", f"partial_grad_v_l{level}"
         programs = self.keepers(level) * splits(level) * ceil_div(self.keys_of_keeper(level), tile("BLOCK_N"))
         lists: Names = ()
         if level == self.top:
@@ -301,11 +301,11 @@ class Plan(Buffers):
 
     def _by_list(self, level: int, reads: Names, flow: Names, made: Names) -> Iterable[Kernel]:
         tiles = ceil_div(sympy.Integer(self.block(level + 1)), tile("BLOCK_N"))
-        reads += (f"keepers_l{level + 1}", f"offsets_l{level + 1}", f"extra_l{level + 1}")
-        extra = f"extra_grad_k_l{level}", f"extra_grad_v_l{level}"
+        reads += (f"keepers_l{level + 1}", f"offsets_l{level + 1}", f"overflow_l{level + 1}")
+        extra = f"overflow_grad_k_l{level}", f"overflow_grad_v_l{level}"
         scalars = (Scalar(f"parts_l{level}", "room for extra parts a head"), SCALE, H, N_TOKENS)
         yield Kernel(
-            f"grad_kv_l{level}_extra_kernel", "grad_kv",
+            f"grad_kv_l{level}_overflow_kernel", "grad_kv",
             f"dk, dv of level {level}: what the first part of a popular list leaves over",
             HEADS * parts(level) * tiles, reads, extra, scalars, level=level,
         )  # fmt: skip

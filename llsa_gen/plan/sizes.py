@@ -15,7 +15,7 @@ def splits(level: int) -> sympy.Symbol:
 
 
 def parts(level: int) -> sympy.Symbol:
-    """Room for the extra parts of a level's popular lists: `Plan.extra_parts`, computed by the host code."""
+    """Room for the extra parts of a level's popular lists: `Plan.overflow_parts`, computed by the host code."""
     return sympy.Symbol(f"parts_l{level}", integer=True, nonnegative=True)
 
 

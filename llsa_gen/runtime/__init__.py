@@ -12,8 +12,8 @@ FOLDER = Path(__file__).parent
 SPLICED = "# ---- spliced into every module from here on\n"
 
 FILES = (
-    "player.c", "player.py", "backend.py", "tape.py", "sizes.py", "prepared.py", "kernels.py", "cpu.py", "passes.py",
-    "transforms.py", "operator.py",
+    "replay.c", "driver.py", "backend.py", "replay.py", "sizes.py", "launch_plan.py", "kernels.py", "cpu.py",
+    "passes.py", "transforms.py", "operator.py",
 )  # fmt: skip
 """Everything that is spliced, in the order of a module."""
 

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from llsa_gen.runtime.module import INTERPRETED, LOOSE_IN_GLUON
+    from llsa_gen.runtime.module import INTERPRETED, PARTIAL_IN_GLUON
 
 # ---- spliced into every module from here on
 
@@ -30,7 +30,7 @@ def variant(kernel: Any, tile: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """
     if not isinstance(kernel, tuple):
         return kernel, in_triton(tile)
-    if not is_in_gluon(tile) or not (LOOSE_IN_GLUON or tile.get("WHOLE", True)):
+    if not is_in_gluon(tile) or not (PARTIAL_IN_GLUON or tile.get("FULL", True)):
         return kernel[0], in_triton(tile)
     taken = ("num_warps", "maxnreg", *kernel[1].arg_names)
     return kernel[1], {name: value for name, value in tile.items() if name in taken}

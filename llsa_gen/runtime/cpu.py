@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
+    from llsa_gen.runtime.launch_plan import ceil_div, empty_like, empty_outputs, empty_selection, views_of
     from llsa_gen.runtime.module import (
         BLOCKS,
         EMPTY,
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
         WEIGHTED,
         saved_shapes,
     )
-    from llsa_gen.runtime.prepared import ceil_div, empty_like, empty_outputs, empty_selection, views_of
     from llsa_gen.runtime.sizes import level_tokens
 
 # ---- spliced into every module from here on

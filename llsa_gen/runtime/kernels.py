@@ -5,15 +5,15 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
+    from llsa_gen.runtime.launch_plan import empty_like, plan_launches, views_of
     from llsa_gen.runtime.module import ENRICHED, LEVELS, attend_launches, grad_launches, select_launches
-    from llsa_gen.runtime.prepared import empty_like, prepare, views_of
 
 # ---- spliced into every module from here on
 
 
 def select_kernels(q: torch.Tensor, k: torch.Tensor) -> list[torch.Tensor]:
     """The kept tokens of each level, finest first, [B, H, T_l, width] each."""
-    at, *tensors = prepare((q, k, k) if ENRICHED else (q, k))  # k in place of v, whose means nobody will look at
+    at, *tensors = plan_launches((q, k, k) if ENRICHED else (q, k))  # k in place of v, whose means nobody will look at
     saved = at.memory("saved")
     at.run(select_launches, (*tensors, saved, at.memory("selection")))
     lists = views_of(saved, "saved", at.shapes, q.dtype)[-LEVELS:]
@@ -24,7 +24,7 @@ def attend_kernels(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """o, lse and what the backward pass needs, memory of the layout `saved`."""
-    at, q, k, v = prepare((q, k, v))
+    at, q, k, v = plan_launches((q, k, v))
     o, lse, saved = empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32), at.memory("saved")
     at.run(attend_launches, (q, k, v, o, lse, saved, at.memory("selection")), scale)
     return o, lse, saved
@@ -35,7 +35,7 @@ def grad_kernels(
     o: torch.Tensor, saved: torch.Tensor, scale: float,
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
     """dq, dk, dv from what `attend_kernels` returned; grad_lse may be None."""
-    at, q, k, v, grad_o = prepare((q, k, v, grad_o), grad_lse is not None)
+    at, q, k, v, grad_o = plan_launches((q, k, v, grad_o), grad_lse is not None)
     grads = empty_like(q), empty_like(q), empty_like(q)
     tensors = q, k, v, grad_o, o, saved, *grads, at.memory("gradients")
     at.run(grad_launches, tensors if grad_lse is None else (*tensors, grad_lse), scale)

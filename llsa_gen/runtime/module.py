@@ -25,7 +25,7 @@ FILLING: int
 ENRICHED: tuple[int, ...]
 WEIGHTED: bool
 LISTS_FILL: bool
-LOOSE_IN_GLUON: bool
+PARTIAL_IN_GLUON: bool
 SCHEDULES: dict[str, dict[int, dict[int, dict[str, dict[str, Any]]]]]
 LAYOUTS: dict[str, dict[str, Any]]
 OPTIONS: dict[str, bool]

@@ -10,6 +10,7 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 if TYPE_CHECKING:
+    from llsa_gen.runtime.launch_plan import empty_like, empty_outputs, empty_selection
     from llsa_gen.runtime.module import DTYPES, HEAD_DIM, MAX_SCALE, MAX_TOKENS, OPERATOR, flops
     from llsa_gen.runtime.passes import (
         attend_eagerly,
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
         save_for_backward,
         select_forward,
     )
-    from llsa_gen.runtime.prepared import empty_like, empty_outputs, empty_selection
     from llsa_gen.runtime.transforms import AttendTransformed, select_batched
 
 # ---- spliced into every module from here on

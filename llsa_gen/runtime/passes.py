@@ -9,8 +9,8 @@ import torch
 if TYPE_CHECKING:
     from llsa_gen.runtime.cpu import attend_torch, grad_torch, select_torch
     from llsa_gen.runtime.kernels import attend_kernels, grad_kernels, select_kernels
+    from llsa_gen.runtime.launch_plan import empty_like, empty_outputs, empty_selection
     from llsa_gen.runtime.module import INTERPRETED, OPERATOR, Differentiate
-    from llsa_gen.runtime.prepared import empty_like, empty_outputs, empty_selection
 
 # ---- spliced into every module from here on
 

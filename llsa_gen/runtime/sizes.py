@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from llsa_gen.runtime.launch_plan import ceil_div
     from llsa_gen.runtime.module import BLOCKS, FILLING, LISTED, LISTS_FILL, SPANS, SPLIT_KEYS, WIDTHS
-    from llsa_gen.runtime.prepared import ceil_div
 
 # ---- spliced into every module from here on
 
@@ -27,7 +27,7 @@ def split_queries(walks: int, n_queries: int, n_keys: int, tile: dict[str, int])
     return rows, ceil_div(n_queries, rows)
 
 
-def is_whole(tokens: Sequence[int], tile: dict[str, int]) -> bool:
+def is_full(tokens: Sequence[int], tile: dict[str, int]) -> bool:
     """Whether nothing needs a mask: all tokens are whole, so that no list has gaps, and lists fill their tiles."""
     if not LISTS_FILL or tokens[0] % SPANS[-1]:
         return False

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
+    from llsa_gen.runtime.launch_plan import lay_out
     from llsa_gen.runtime.module import OPERATOR, saved_shapes
     from llsa_gen.runtime.passes import Attend, backward, forward, operator
-    from llsa_gen.runtime.prepared import lay_out
 else:  # for the class below, which in a module stands after it
     Attend = object
 

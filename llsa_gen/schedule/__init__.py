@@ -1,7 +1,7 @@
 """The schedule: tile shapes of every kernel, from tables of what was measured (`tables/`) or, failing those, rules."""
 
 from llsa_gen.schedule.rules import (
-    LOOSE_LEVELS,
+    PARTIAL_LEVELS,
     Choice,
     Entry,
     Schedule,
@@ -14,7 +14,7 @@ from llsa_gen.schedule.rules import (
 from llsa_gen.schedule.table import Target, pad, target, targets
 
 __all__ = [
-    "LOOSE_LEVELS",
+    "PARTIAL_LEVELS",
     "Choice",
     "Entry",
     "Schedule",

@@ -19,7 +19,7 @@ from llsa_gen.schedule.memory import WGMMA
 from llsa_gen.schedule.table import LENGTHS, TRITON, Target, bucket, facts_of, pad, stage_kind, target, targets
 
 __all__ = [
-    "LOOSE_LEVELS", "Choice", "Entry", "Schedule", "Schedules", "Target",
+    "PARTIAL_LEVELS", "Choice", "Entry", "Schedule", "Schedules", "Target",
     "choices", "list_length", "pad", "schedule", "schedules", "target", "targets",
 ]  # fmt: skip
 
@@ -39,7 +39,7 @@ Schedules = dict[str, dict[int, dict[int, Schedule]]]
 USUAL_TOKENS = LENGTHS["medium"]
 """The length meant where none is given."""
 
-LOOSE_LEVELS = 3
+PARTIAL_LEVELS = 3
 """The most levels with which attention in Gluon also takes what leaves loose ends, keys that do not exist or cover
 fewer tokens than others: some lengths, lists with gaps. With more, registers run out: 6% slower than Triton with
 four levels, 29% with six."""
@@ -178,15 +178,15 @@ def _walk(plan: Plan, goal: Target, element: int, stage: str) -> Entry:
         entry = {"GROUP": group, "BLOCK_M": rows, "BLOCK_C": 64 if attend else 32, "BLOCK_N": rows}
         entry |= {"num_warps": 2 if width <= 64 else 4, "num_stages": 2 if attend and width <= 64 else 3}
         # what is worked out ahead takes registers, or spares some: float32 halves what grad_q spills
-        entry |= {"AHEAD": int(element == 4 and width <= 64)}
+        entry |= {"PIPELINED_QK": int(element == 4 and width <= 64)}
         if width <= 64 and (group, rows) == (4, 16) and goal.name in WGMMA:
             # a warp a block, and four programs at a time on a multiprocessor, five where heads are short
-            entry |= {"num_warps": 4, "AHEAD": 1} | _capped(goal, 128 if width == 64 else 96)
+            entry |= {"num_warps": 4, "PIPELINED_QK": 1} | _capped(goal, 128 if width == 64 else 96)
             if attend and plan.topk(1) * plan.block(1) % 32 == 0:  # four warps with 16 rows of v meet in the same banks
                 entry["BLOCK_N"] = 32
             families = plan.block(1) == 16 and (plan.blocks_sharing or 4) % 4 == 0
             full = plan.lists_fill and all(plan.topk(up) * plan.block(up) % 64 == 0 for up in plan.levels[1:])
-            every_level = plan.enriched == tuple(plan.levels) and (full or plan.top <= LOOSE_LEVELS)
+            every_level = plan.enriched == tuple(plan.levels) and (full or plan.top <= PARTIAL_LEVELS)
             if families and every_level and _in_gluon(plan, goal, element):
                 entry = handed_to_gluon(entry, 128 if attend else 168)  # four programs on a multiprocessor, or three
     elif rows < 64:

@@ -239,7 +239,7 @@ def test_recording_leaves_the_module_alone_while_others_use_it() -> None:
     assert wrong and not any(wrong)
     after = vars(attention.module)
     assert before.keys() == after.keys() and all(before[name] is after[name] for name in before)
-    assert attention.module.prepared in caches and [cache.cache_info().currsize for cache in caches] == held
+    assert attention.module.launch_plan in caches and [cache.cache_info().currsize for cache in caches] == held
 
 
 def shown(x: object) -> object:
@@ -266,8 +266,8 @@ def test_what_is_recorded_is_what_calls_of_the_operator_launch(
 
         at.launch(launches, launch, tensors, scale)
 
-    monkeypatch.setattr(module.Prepared, "run", run)
-    monkeypatch.setattr(module, "prepared", module.prepared.__wrapped__)  # which remembers
+    monkeypatch.setattr(module.LaunchPlan, "run", run)
+    monkeypatch.setattr(module, "launch_plan", module.launch_plan.__wrapped__)  # which remembers
     monkeypatch.setattr(module, "target_of", lambda device: target)
     q, k, v, grad_o = (torch.empty(2, 3, n, head_dim, dtype=torch.bfloat16, device="meta") for _ in range(4))
     o, _, saved = module.attend_kernels(q, k, v, head_dim**-0.5)
@@ -292,7 +292,7 @@ def test_performing_makes_the_launches_that_it_notes(offset: int) -> None:
         assert [x.shape for x in results[:5]] == [(1, 2, 4096, 64)] * 4 + [(1, 2, 4096)]
         assert [one.kernel for one in made if one.grid[0]] == [one.name for one in gpu.log if one.programs]
         assert any(one.function.is_gluon() for one in made) == (not offset)
-        assert not module.prepared.cache_info().currsize
+        assert not module.launch_plan.cache_info().currsize
         recorded = aot.record(module, 4096, "bfloat16", "cuda:90", batch=1, heads=2, tiles=tiles)
     if not offset:
         wanted = [(one.phase, one.step, one.kernel, one.grid, one.options) for one in recorded if one.phase != "select"]
@@ -401,7 +401,7 @@ def test_the_widest_heads_fit_into_what_consumer_cards_have(block: int, dtype: s
 
 def test_variants_that_other_lengths_need_are_compiled_too() -> None:
     reports = aot.compile_kernels(shipped("topk_l1"), "cuda:90", "float16", kernels=["attend_kernel"])
-    assert sorted(report.constexprs["WHOLE"] for report in reports) == [False, True]
+    assert sorted(report.constexprs["FULL"] for report in reports) == [False, True]
 
 
 def test_products_of_float32_are_not_summed_in_one_chain() -> None:

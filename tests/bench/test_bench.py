@@ -18,9 +18,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llsa_gen import bench, compiler, fuzz, load, reference
+from llsa_gen.bench import baselines as bench_baselines
 from llsa_gen.bench import cell as bench_cell
 from llsa_gen.bench import check as bench_check
-from llsa_gen.bench import rivals as bench_rivals
 from llsa_gen.bench import timing as bench_timing
 from llsa_gen.bench.rows import dumps, read
 from llsa_gen.errors import CheckFailed, LlsaGenError
@@ -29,7 +29,7 @@ from llsa_gen.fuzz.case import Case
 
 ROOT = Path(__file__).resolve().parents[2]
 
-RIVALS = """\
+BASELINES = """\
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -77,12 +77,12 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def rivals(place: Path) -> Iterator[str]:
+def baselines(place: Path) -> Iterator[str]:
     """A module in the working directory; its name."""
     before = list(sys.path)
-    (place / "rival_attention.py").write_text(RIVALS)
-    yield "rival_attention"
-    sys.modules.pop("rival_attention", None)
+    (place / "dense_attention.py").write_text(BASELINES)
+    yield "dense_attention"
+    sys.modules.pop("dense_attention", None)
     sys.path[:] = before
 
 
@@ -103,11 +103,11 @@ def alter(monkeypatch: pytest.MonkeyPatch, change: Callable[[dict[str, torch.Ten
 CPU = "bench tiny --device cpu --batch 1 --heads 2"
 
 
-def test_a_bench_from_end_to_end(place: Path, rivals: str) -> None:
-    result = call(f"{CPU} -n 70 -n 33 --dtype float32 --against {rivals}:Space.attend --json rows.json --plot p.png")
+def test_a_bench_from_end_to_end(place: Path, baselines: str) -> None:
+    result = call(f"{CPU} -n 70 -n 33 --dtype float32 --against {baselines}:Space.attend --json rows.json --plot p.png")
     assert (result.code, result.err) == (0, ""), "no bar where there is no terminal"
     rows = read([place / "rows.json"])
-    names = ["llsa_gen", "sdpa", "rival_attention:Space.attend"]
+    names = ["llsa_gen", "sdpa", "dense_attention:Space.attend"]
     assert [(row.n_tokens, row.implementation) for row in rows] == [(n, name) for n in (70, 33) for name in names]
     for row in rows:
         assert (row.batch, row.heads, row.head_dim, row.dtype, row.mode) == (1, 2, 8, "float32", "eager")
@@ -120,7 +120,7 @@ def test_a_bench_from_end_to_end(place: Path, rivals: str) -> None:
         assert (row.error is None) == (row.kind == "other") and (row.error or 0) <= 1
         assert (row.host_us, row.memory, row.breakdown, row.ceilings) == (None, None, None, None)
         assert row.missing == dict.fromkeys(("host_us", "memory"), "measured on a GPU only")
-    for said in ("B=1, H=2, D=8, float32, called from Python", "tiny", "sdpa", "rival_attention:Space.attend"):
+    for said in ("B=1, H=2, D=8, float32, called from Python", "tiny", "sdpa", "dense_attention:Space.attend"):
         assert said in result.out
     assert (place / "p.png").stat().st_size > 1000
 
@@ -466,8 +466,8 @@ def test_a_replay_has_to_give_the_same_bits() -> None:
         bench_check.check_replay(case, eager, (*eager[:2], eager[2] * (1 + 1e-7) * 2, eager[3]))
 
 
-def test_wrong_dense_attention_stops_the_bench(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_rivals, "_attend", lambda q, k, v: v)
+def test_a_wrong_baseline_stops_the_bench(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_baselines, "_attend", lambda q, k, v: v)
     result = call(f"{CPU} -n 70 --json rows.json")
     assert result.code == 1 and result.err.startswith("sdpa at 70 tokens, float32: error of o")
     assert [row.kind for row in read([place / "rows.json"])] == ["ours"], "which was right"
@@ -479,22 +479,25 @@ def test_wrong_dense_attention_stops_the_bench(place: Path, monkeypatch: pytest.
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("raises", "rival_attention:raises at 20 tokens, float32: raised ValueError: not today"),
-        ("narrow", "rival_attention:narrow at 20 tokens, float32: expected o, torch.float32 [1, 2, 20, 8], got"),
-        ("nothing", "rival_attention:nothing at 20 tokens, float32: expected o, torch.float32 [1, 2, 20, 8], got None"),
-        ("nan", "rival_attention:nan at 20 tokens, float32: expected finite numbers in o, got 320 of 320"),
-        ("leaves", "rival_attention:leaves at 20 tokens, float32: raised SystemExit: 0"),
-        ("number", "--against rival_attention:number: expected a callable f(q, k, v), got int"),
-        ("gone", "--against rival_attention:gone: expected 'gone' in rival_attention, got no such name"),
+        ("raises", "dense_attention:raises at 20 tokens, float32: raised ValueError: not today"),
+        ("narrow", "dense_attention:narrow at 20 tokens, float32: expected o, torch.float32 [1, 2, 20, 8], got"),
+        (
+            "nothing",
+            "dense_attention:nothing at 20 tokens, float32: expected o, torch.float32 [1, 2, 20, 8], got None",
+        ),
+        ("nan", "dense_attention:nan at 20 tokens, float32: expected finite numbers in o, got 320 of 320"),
+        ("leaves", "dense_attention:leaves at 20 tokens, float32: raised SystemExit: 0"),
+        ("number", "--against dense_attention:number: expected a callable f(q, k, v), got int"),
+        ("gone", "--against dense_attention:gone: expected 'gone' in dense_attention, got no such name"),
     ],
 )
-def test_a_rival_that_cannot_be_used_is_one_message(
+def test_a_baseline_that_cannot_be_used_is_one_message(
     name: str,
     message: str,
-    rivals: str,
+    baselines: str,
     place: Path,
 ) -> None:
-    result = call(f"{CPU} -n 20 --against {rivals}:{name} --json rows.json")
+    result = call(f"{CPU} -n 20 --against {baselines}:{name} --json rows.json")
     assert result.code == 1
     assert result.err.startswith(message) and result.err.count("\n") == 1
     if message.startswith("--against"):
@@ -504,38 +507,39 @@ def test_a_rival_that_cannot_be_used_is_one_message(
         assert "tiny" in result.out and "sdpa" in result.out
 
 
-def test_a_rival_that_cannot_be_imported(rivals: str, tmp_path: Path) -> None:
+def test_a_baseline_that_cannot_be_imported(baselines: str, tmp_path: Path) -> None:
     with pytest.raises(LlsaGenError, match=r"--against no_such_module:f: importing no_such_module raised ModuleNotF"):
-        bench_rivals.named("no_such_module:f")
-    (tmp_path / "broken_rival.py").write_text("1 / 0")
-    with pytest.raises(LlsaGenError, match="importing broken_rival raised ZeroDivisionError"):
-        bench_rivals.named("broken_rival:f")
-    (tmp_path / "leaving_rival.py").write_text("raise SystemExit('x' * 10**6)")
-    with pytest.raises(LlsaGenError, match="importing leaving_rival raised SystemExit: xxx") as caught:
-        bench_rivals.named("leaving_rival:f")
+        bench_baselines.named("no_such_module:f")
+    (tmp_path / "broken_baseline.py").write_text("1 / 0")
+    with pytest.raises(LlsaGenError, match="importing broken_baseline raised ZeroDivisionError"):
+        bench_baselines.named("broken_baseline:f")
+    (tmp_path / "leaving_baseline.py").write_text("raise SystemExit('x' * 10**6)")
+    with pytest.raises(LlsaGenError, match="importing leaving_baseline raised SystemExit: xxx") as caught:
+        bench_baselines.named("leaving_baseline:f")
     assert len(str(caught.value)) < 1000
 
 
-def test_a_backward_that_fails_leaves_one_cell_empty(rivals: str) -> None:
-    rows = call(f"{CPU} -n 20 --against {rivals}:one_way --json -").json
+def test_a_backward_that_fails_leaves_one_cell_empty(baselines: str) -> None:
+    rows = call(f"{CPU} -n 20 --against {baselines}:one_way --json -").json
     row = rows[-1]
     assert row["forward"]["median_ms"] > 0 and row["forward_backward"] is None
     assert row["missing"]["forward_backward"] == "backward raised RuntimeError: no way back"
     assert (
-        "rival_attention:one_way at 20 tokens: backward raised" in call(f"{CPU} -n 20 --against {rivals}:one_way").out
+        "dense_attention:one_way at 20 tokens: backward raised"
+        in call(f"{CPU} -n 20 --against {baselines}:one_way").out
     )
 
 
-def test_a_rival_without_memory_leaves_its_row_empty(rivals: str) -> None:
-    row = call(f"{CPU} -n 20 --against {rivals}:full --json -").json[-1]
+def test_a_baseline_without_memory_leaves_its_row_empty(baselines: str) -> None:
+    row = call(f"{CPU} -n 20 --against {baselines}:full --json -").json[-1]
     assert (row["forward"], row["forward_backward"]) == (None, None)
     assert row["missing"] == dict.fromkeys(bench_cell.MEASURED, "not available: OutOfMemoryError: full")
 
 
 def test_a_backend_that_refuses_is_told_with_its_reason(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    backend = bench_rivals.SDPBackend.CUDNN_ATTENTION
-    refusing = bench_rivals.Implementation("sdpa-cudnn", "dense", bench_rivals._attend, backend)
-    monkeypatch.setattr(bench_rivals, "dense", lambda device, dtype: (refusing,))
+    backend = bench_baselines.SDPBackend.CUDNN_ATTENTION
+    refusing = bench_baselines.Implementation("sdpa-cudnn", "dense", bench_baselines._attend, backend)
+    monkeypatch.setattr(bench_baselines, "dense", lambda device, dtype: (refusing,))
     result = call(f"{CPU} -n 20")
     assert result.code == 0
     assert "sdpa-cudnn at 20 tokens: not available: RuntimeError: No" in result.out
@@ -543,7 +547,7 @@ def test_a_backend_that_refuses_is_told_with_its_reason(place: Path, monkeypatch
 
 def test_backends_by_device_and_dtype() -> None:
     def names(*where: str) -> list[str]:
-        return [one.name for one in bench_rivals.dense(*where)]
+        return [one.name for one in bench_baselines.dense(*where)]
 
     assert names("cpu", "float32") == ["sdpa"]
     assert names("cuda:1", "bfloat16") == ["sdpa-flash", "sdpa-cudnn"]

@@ -184,7 +184,7 @@ def test_the_operator_is_named_by_all_that_runs(templates: Path, monkeypatch: py
     assert re.fullmatch(r"small_[0-9a-f]{16}", operator(before))
     changed = SMALL.model_copy(update={"reweight": False})
     assert operator(render(changed)) != operator(before)
-    replace_in(templates / "host/prepared.py.j2", "at.grids = {}", "at.grids  = {}")  # one blank within a line
+    replace_in(templates / "host/tables.py.j2", "at.grids = {}", "at.grids  = {}")  # one blank within a line
     other = operator(render(SMALL))
     assert other != operator(before)
     monkeypatch.setattr(emission, "generator_version", lambda: "0.0")

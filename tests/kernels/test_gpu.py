@@ -55,7 +55,7 @@ def results(attention: Callable[..., Any], inputs: Sequence[Tensor]) -> tuple[Te
 
 def fill_with_one(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """Have a module take one program for enough to fill the GPU; what it prepared before is forgotten meanwhile."""
-    monkeypatch.setattr(module, "prepared", functools.lru_cache(module.prepared.__wrapped__))
+    monkeypatch.setattr(module, "launch_plan", functools.lru_cache(module.launch_plan.__wrapped__))
     monkeypatch.setattr(module, "FILLING", 1)
 
 
@@ -114,11 +114,11 @@ def test_sums_that_are_next_to_nothing(
     found = []
     for entries in (tiles, plain):
         monkeypatch.setattr(module, "schedule_for", lambda *_, entries=entries: entries)
-        module.prepared.cache_clear()
+        module.launch_plan.cache_clear()
         q, k, v, grad_o = (x.detach() for x in draw(n, 64, 2, getattr(torch, dtype)))
         q[..., 0], k[..., 0] = far, -far
         found.append(results(attention, (*(x.requires_grad_() for x in (q, k, v)), grad_o)))
-    module.prepared.cache_clear()
+    module.launch_plan.cache_clear()
     for one, other in zip(*found, strict=True):
         assert one.isfinite().all()
         one, other = one[..., 1:].float(), other[..., 1:].float()  # that channel is a difference of large numbers
@@ -128,7 +128,7 @@ def test_sums_that_are_next_to_nothing(
 class Missing:
     """Stands where a kernel stood, and does nothing."""
 
-    __name__ = "attend_hopper_again_kernel"
+    __name__ = "attend_recompute_kernel"
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         return lambda *args, **kwargs: None
@@ -136,16 +136,16 @@ class Missing:
 
 def test_sums_that_do_not_fit_are_found_and_left_to_a_second_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     module = llsa_gen.compile(SPECS["llsa_l2"]).module
-    monkeypatch.setattr(module, "attend_hopper_again_kernel", Missing())
+    monkeypatch.setattr(module, "attend_recompute_kernel", Missing())
 
     def totals(n: int, std: float, towards_last: float) -> list[float]:
-        module.prepared.cache_clear()
+        module.launch_plan.cache_clear()
         q, k, v, _ = (x.detach() * std for x in draw(n, 64, 2, torch.bfloat16))
         q[..., 0] += towards_last
         k[:, :, 2048:, 0] += towards_last
         _, _, saved = module.attend_kernels(q, k, v, 0.125)
         _, total, *_ = module.views_of(saved, "saved", module.saved_shapes(2, n), q.dtype)
-        module.prepared.cache_clear()
+        module.launch_plan.cache_clear()
         return total.unique().tolist()
 
     assert totals(2048, 1.0, 0.0) == totals(2052, 1.0, 0.0) == [1.0]
@@ -187,7 +187,7 @@ def test_values_pooled_by_the_selection(name: str, dtype: fuzz.DType, monkeypatc
     layouts: Layouts = ("transposed", "sliced", "every_second", "contiguous")
     for n in (1, 1021, 4096):
         q = torch.empty(2, 2, n, spec.head_dim, dtype=getattr(torch, dtype), device=DEVICE)
-        assert module.prepare((q, q, q))[0].late == 1
+        assert module.plan_launches((q, q, q))[0].late == 1
         for seed in range(2):
             case = fuzz.Case(spec, n=n, heads=2, batch=2, layouts=layouts, dtype=dtype, seed=seed, device=DEVICE)
             fuzz.run(case).raise_if_failed()
@@ -349,18 +349,22 @@ def test_many_calls_in_flight(name: str, through_triton: Callable[[], None]) -> 
     for _ in range(2):
         results(attention, inputs[0])
     found = [results(attention, one) for one in inputs]
-    tapes = tapes_of(attention.module, inputs[0])
+    replays = replays_of(attention.module, inputs[0])
     stream = torch.cuda.current_stream().cuda_stream
-    assert len(tapes) == 2 and all(tape.graphs[stream].made for tape in tapes)
+    assert len(replays) == 2 and all(replay.graphs[stream].made for replay in replays)
     through_triton()
-    for one, played in zip(inputs, found, strict=True):
-        assert all(map(torch.equal, results(attention, one), played))
+    for one, replayed in zip(inputs, found, strict=True):
+        assert all(map(torch.equal, results(attention, one), replayed))
 
 
-def tapes_of(module: Any, inputs: Sequence[Tensor]) -> list[Any]:
-    """The tapes for inputs like these, of the forward pass and of the backward pass."""
+def replays_of(module: Any, inputs: Sequence[Tensor]) -> list[Any]:
+    """The replays for inputs like these, of the forward pass and of the backward pass."""
     q, k, v, grad_o = (x.detach() for x in inputs)
-    return [tape for tensors in ((q, k, v), (q, k, v, grad_o)) for tape in module.prepare(tensors)[0].tapes.values()]
+    return [
+        replay
+        for tensors in ((q, k, v), (q, k, v, grad_o))
+        for replay in module.plan_launches(tensors)[0].replays.values()
+    ]
 
 
 def test_threads_and_streams(through_triton: Callable[[], None]) -> None:
@@ -378,8 +382,8 @@ def test_threads_and_streams(through_triton: Callable[[], None]) -> None:
         found = [one for part in pool.map(work, range(8)) for one in part]
     torch.cuda.synchronize()
     through_triton()
-    for one, played in zip(inputs, found, strict=True):
-        assert all(map(torch.equal, results(attention, one), played))
+    for one, replayed in zip(inputs, found, strict=True):
+        assert all(map(torch.equal, results(attention, one), replayed))
 
 
 @pytest.mark.parametrize("own_stream", [True, False])
@@ -413,7 +417,7 @@ def test_graphs_made_and_destroyed_while_another_thread_captures() -> None:
     def work() -> tuple[Any, ...]:
         with torch.cuda.stream(stream):
             found = tuple(attention(q, k, v) for _ in range(3))
-        module.prepared.cache_clear()  # and the graphs
+        module.launch_plan.cache_clear()  # and the graphs
         return found
 
     with ThreadPoolExecutor(1) as pool:

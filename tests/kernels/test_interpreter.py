@@ -99,7 +99,7 @@ def test_kernels_agree_with_the_reference(chosen: Spec) -> None:
 def take_schedule_of(goal: str, chosen: Spec, monkeypatch: pytest.MonkeyPatch) -> None:
     """Give the kernels of a spec the schedule of another GPU than the interpreter's usual cuda:80."""
     module = compile(chosen).module
-    monkeypatch.setattr(module, "prepared", module.prepared.__wrapped__)  # which remembers schedules
+    monkeypatch.setattr(module, "launch_plan", module.launch_plan.__wrapped__)  # which remembers schedules
     monkeypatch.setattr(module, "target_of", lambda device: goal)
 
 
@@ -136,7 +136,7 @@ def test_tiles_smaller_than_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_runs_of_candidates(topk: int, values: fuzz.Values, monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = spec("many_candidates", 16, (2, topk), enrich="none")
     module = compile(chosen).module
-    monkeypatch.setattr(module, "prepared", module.prepared.__wrapped__)
+    monkeypatch.setattr(module, "launch_plan", module.launch_plan.__wrapped__)
     monkeypatch.setattr(module, "MANY_CANDIDATES", 16)  # with 1,024, it takes minutes
     for n in (2 * 99 + 1, 33):  # the last run is not full
         fuzz.run(fuzz.Case(chosen, n=n, dtype="float16", values=values)).raise_if_failed()
@@ -156,12 +156,12 @@ def test_values_pooled_by_the_selection(
 ) -> None:
     chosen = spec("late", 24, *blocks)
     module = compile(chosen).module
-    monkeypatch.setattr(module, "prepared", module.prepared.__wrapped__)
+    monkeypatch.setattr(module, "launch_plan", module.launch_plan.__wrapped__)
     monkeypatch.setattr(module, "FILLING", 1)  # with 1,024, it takes minutes
     monkeypatch.setattr(module, "CACHED", 0)
     for n in (chosen.span(2) * 3, chosen.span(2) * 2 + 1, 3):
         q = torch.empty(1, 2, n, 24, dtype=getattr(torch, dtype))
-        assert module.prepare((q, q, q))[0].late == 1
+        assert module.plan_launches((q, q, q))[0].late == 1
         fuzz.run(fuzz.Case(chosen, n=n, heads=2, dtype=dtype, layouts=MIXED)).raise_if_failed()
 
 

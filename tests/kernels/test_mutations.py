@@ -80,12 +80,12 @@ def mutation(name: str, template: str, old: str, new: str, case: fuzz.Case = TAI
 KERNELS = (
     # weights
     mutation("weight dropped", "tiles.py", "where(inside, weight, float", "where(inside, 0.0, float"),
-    mutation("weight of a tail", "tiles.py", "if not WHOLE:", "if False:"),
+    mutation("weight of a tail", "tiles.py", "if not FULL:", "if False:"),
     mutation(
         "weight of another level",
         "walk",
-        'pairs.bias(level, "WHOLE")',
-        'pairs.bias(1, "WHOLE")',
+        'pairs.bias(level, "FULL")',
+        'pairs.bias(1, "FULL")',
     ),
     mutation(
         "coarse dk without weight",
@@ -103,7 +103,7 @@ KERNELS = (
     mutation("list of a tile before", "walk", "(list_ptr, start + BLOCK_N,", "(list_ptr, start,", LONG_LISTS),
     mutation("last coarse key", "walk", "exists = key < n_l{{ level }}", "exists = key < n_l{{ level }} - 1"),
     mutation("the coarse keys' last tile left out", "walk", "if filled < n_l{{ level }}:", "if filled < 0:"),
-    mutation("the first fine tile twice", "walk", "range(BLOCK_N if AHEAD else 0,", "range(0,", LONG_LISTS),
+    mutation("the first fine tile twice", "walk", "range(BLOCK_N if PIPELINED_QK else 0,", "range(0,", LONG_LISTS),
     mutation(
         "values of another key", "attend.py", "v = load_rows(v_base, key,", "v = load_rows(v_base, key * 0,", LONG_LISTS
     ),
@@ -114,11 +114,11 @@ KERNELS = (
         "parents(list_ptr, start,",
         LONG_LISTS,
     ),
-    mutation("fine keys that do not exist", "attend.py", '{{ pairs.bias(0, "WHOLE") }}', "tl.where(exists, 0.0, 0.0)"),
+    mutation("fine keys that do not exist", "attend.py", '{{ pairs.bias(0, "FULL") }}', "tl.where(exists, 0.0, 0.0)"),
     mutation(
         "keys that do not exist",
         "walk",
-        '{{ pairs.bias(0, "WHOLE") }}',
+        '{{ pairs.bias(0, "FULL") }}',
         "tl.where(exists, 0.0, 0.0)",
         HALF_TAILS,
     ),
@@ -254,8 +254,8 @@ KERNELS = (
     mutation(
         "extra parts dropped",
         "grad_kv.py",
-        "in range(first_extra, last_extra)",
-        "in range(first_extra, first_extra)",
+        "in range(first_overflow, last_overflow)",
+        "in range(first_overflow, first_overflow)",
         POPULAR,
     ),
     mutation("strides of another tensor", "launches.py", "k_steps, v_steps =", "v_steps, k_steps =", STRIDES),

@@ -82,10 +82,10 @@ def test_the_order_of_calls_does_not_matter(gpu: PretendedGpu, module: ModuleTyp
     runs = step, attend, select
     wanted = {}
     for run in runs:
-        module.prepared.cache_clear()
+        module.launch_plan.cache_clear()
         wanted[run] = launches(gpu, module, tensors, run)
     for order in permutations(runs):
-        module.prepared.cache_clear()
+        module.launch_plan.cache_clear()
         for run in (*order, *order):
             assert launches(gpu, module, tensors, run) == wanted[run], order
     assert len(gpu.loaded) == 15, "nothing is compiled for the second of them"
@@ -96,7 +96,7 @@ def test_tensors_that_were_one_in_the_first_call_are_told_apart(gpu: PretendedGp
     step(module, [q, q, q, q])
     found = [launches(gpu, module, [q, k, v, grad_o]) for _ in range(2)]
     assert {launch.by for launch in gpu.log} == {"graph"}
-    module.prepared.cache_clear()
+    module.launch_plan.cache_clear()
     assert found == 2 * [launches(gpu, module, [q, k, v, grad_o])]
 
 
@@ -142,7 +142,7 @@ def no_compiler(gpu: PretendedGpu, module: ModuleType, monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     "without", [no_driver, driver_of_cuda_12_3, driver_of_cuda_11, unknown_parameters, no_compiler]
 )
-def test_what_cannot_be_played_goes_through_triton_and_one_warning_says_why(
+def test_what_cannot_be_replayed_goes_through_triton_and_one_warning_says_why(
     gpu: PretendedGpu, module: ModuleType, without: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     without(gpu, module, monkeypatch)
@@ -248,7 +248,7 @@ def test_a_thread_that_has_done_nothing_on_the_gpu(gpu: PretendedGpu, module: Mo
 
 
 def test_play_says_what_it_expects(gpu: PretendedGpu, module: ModuleType) -> None:
-    play, _, driver = module.player()
+    replay, _, driver = module.replayer()
     for wrong in (
         (),
         (driver, b"", None, 0),
@@ -259,8 +259,8 @@ def test_play_says_what_it_expects(gpu: PretendedGpu, module: ModuleType) -> Non
         (driver, b"", None, 0, 1.0, *range(module.BASES - 1)),
     ):
         with pytest.raises((TypeError, OverflowError)):
-            play(*wrong)
-    assert play(driver, b"", None, 0, 1.0, *range(module.BASES - 2)) == 0 and not gpu.log
+            replay(*wrong)
+    assert replay(driver, b"", None, 0, 1.0, *range(module.BASES - 2)) == 0 and not gpu.log
 
 
 def test_hooks_are_told_of_every_launch(gpu: PretendedGpu, module: ModuleType) -> None:
@@ -290,16 +290,16 @@ def test_hooks_are_told_of_every_launch(gpu: PretendedGpu, module: ModuleType) -
 def test_a_hook_may_take_the_place_of_triton_s_own_list(
     gpu: PretendedGpu, module: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Recorder(list[str]):  # false while it is empty
+    class Capture(list[str]):  # false while it is empty
         def __call__(self, metadata: Any) -> None:
             self.append(metadata.get()["name"])
 
     step(module, draw(4096))
-    recorder = Recorder()
-    monkeypatch.setattr(knobs.runtime, "launch_enter_hook", recorder)
+    capture = Capture()
+    monkeypatch.setattr(knobs.runtime, "launch_enter_hook", capture)
     gpu.log.clear()
     step(module, draw(4096))
-    assert recorder == [launch.name for launch in gpu.log]
+    assert capture == [launch.name for launch in gpu.log]
 
 
 def test_launches_go_to_the_stream_that_is_current_at_the_call(gpu: PretendedGpu, module: ModuleType) -> None:
@@ -324,10 +324,10 @@ def test_calls_do_not_get_in_each_others_way(gpu: PretendedGpu, module: ModuleTy
     }
     alone = {}
     for name, tensors in calls.items():
-        module.prepared.cache_clear()
+        module.launch_plan.cache_clear()
         alone[name] = launches(gpu, module, tensors)
     assert len({str(found) for found in alone.values()}) == len(calls)
-    module.prepared.cache_clear()
+    module.launch_plan.cache_clear()
     for _ in range(3):
         for name, tensors in calls.items():
             assert launches(gpu, module, tensors) == alone[name], name
@@ -394,9 +394,9 @@ def test_a_first_call_may_be_interrupted_anywhere(gpu: PretendedGpu, module: Mod
     tensors = draw(4096)
     wanted = launches(gpu, module, tensors)
     names = [name for name in vars(module) if name.endswith("_kernel")]
-    assert "attend_hopper_again_kernel" in names
+    assert "attend_recompute_kernel" in names
     for name in names:
-        module.prepared.cache_clear()
+        module.launch_plan.cache_clear()
         with patch.object(module, name, Interrupted(name)), suppress(KeyboardInterrupt):
             step(module, tensors)
         assert launches(gpu, module, tensors) == launches(gpu, module, tensors) == wanted, name
@@ -449,7 +449,7 @@ def test_buffers_have_their_own_part_of_their_memory(
     gpu: PretendedGpu, module: ModuleType, layout: str, n: int
 ) -> None:
     q = torch.empty(1, 2, n, 64, dtype=torch.bfloat16)
-    at, *_ = module.prepare((q, q, q))
+    at, *_ = module.plan_launches((q, q, q))
     memory = at.memory(layout)
     arguments = at.buffers(module.Argument(memory, 5), layout)
     tensors = [argument.value for argument in arguments]

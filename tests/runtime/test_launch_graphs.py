@@ -37,30 +37,32 @@ def module(gpu: PretendedGpu) -> Iterator[ModuleType]:
         yield made
 
 
-def tapes_of(module: ModuleType, tensors: list[Any]) -> list[Any]:
+def replays_of(module: ModuleType, tensors: list[Any]) -> list[Any]:
     q, k, v, grad_o = tensors
-    return [tape for each in ((q, k, v), (q, k, v, grad_o)) for tape in module.prepare(each)[0].tapes.values()]
+    return [
+        replay for each in ((q, k, v), (q, k, v, grad_o)) for replay in module.plan_launches(each)[0].replays.values()
+    ]
 
 
 def test_a_tape_keeps_its_kernels_and_goes_before_them(gpu: PretendedGpu, module: ModuleType) -> None:
     tensors = draw(4096)
     for _ in range(3):
         step(module, tensors)
-    tapes = tapes_of(module, tensors)
-    kernels = weakref.WeakSet(kernel for tape in tapes for kernel in tape.kernels)
+    replays = replays_of(module, tensors)
+    kernels = weakref.WeakSet(kernel for replay in replays for kernel in replay.kernels)
     assert len(kernels) == 15 and {launch.by for launch in gpu.log} >= {"graph"}
     for forget_shapes in (False, True):
         if forget_shapes:
-            module.prepared.cache_clear()
+            module.launch_plan.cache_clear()
         module.parameters_of.cache_clear()
         drop_kernels(module)
         assert len(kernels) == 15 and not gpu.unloaded
         gpu.log.clear()
-        for tape, count in zip(tapes, (9, 10), strict=True):
-            assert tape.play(0, 1.0, [draw(4096)[0]] * count) == 0
+        for replay, count in zip(replays, (9, 10), strict=True):
+            assert replay.run(0, 1.0, [draw(4096)[0]] * count) == 0
         assert len(gpu.log) == 15 and {launch.by for launch in gpu.log} == {"graph"}
-    tapes.clear()
-    del tape
+    replays.clear()
+    del replay
     gc.collect()
     assert not kernels and not gpu.nodes and not module.GRAPHS
     assert len(gpu.unloaded) in (0, 15), "where Triton unloads them"
@@ -97,7 +99,7 @@ def test_a_loader_of_many_resolutions(gpu: PretendedGpu, module: ModuleType) -> 
         shuffled = random.Random(1).sample(order, len(order))
         rounds(gpu, module, shuffled, tensors)
         assert gpu.calls["cuGraphCreate"] < 512 + 0.1 * 2 * SHAPES
-    module.prepared.cache_clear()
+    module.launch_plan.cache_clear()
     assert not gpu.nodes
 
 
@@ -153,7 +155,7 @@ def test_threads_share_few_graphs(gpu: PretendedGpu, module: ModuleType, monkeyp
         sys.setswitchinterval(interval)
     assert len(gpu.log) == 4 * 40 * 5 and {launch.name for launch in gpu.log} == set(names)
     assert {launch.by for launch in gpu.log} == {"launch", "graph"}
-    assert most <= 3 + 4, "each thread makes one before another goes, or plays one that has gone"
+    assert most <= 3 + 4, "each thread makes one before another goes, or replays one that has gone"
     assert len(module.GRAPHS) <= 3 and not module.PLAIN and not module.TOLD
 
 
@@ -187,7 +189,7 @@ def test_a_fork_waits_for_no_thread_of_its_parent(gpu: PretendedGpu, module: Mod
                 for _ in range(3):
                     step(module, others)
                 by = {launch.by for launch in gpu.log}
-                module.prepared.cache_clear()
+                module.launch_plan.cache_clear()
                 destroyed = gpu.calls["cuGraphExecDestroy"] + gpu.calls["cuGraphDestroy"]
                 # the frame of the thread that is gone has one still
                 os._exit(0 if by == {"launch"} and not destroyed and len(module.GRAPHS) <= 1 else 1)

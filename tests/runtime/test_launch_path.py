@@ -59,7 +59,7 @@ def watched() -> Iterator[None]:
 
 
 def ways(gpu: PretendedGpu, module: ModuleType) -> tuple[list[object], list[set[str]]]:
-    """The launches of four calls, recorded, played and, the last, watched; and by whom each was launched."""
+    """The launches of four calls, recorded, replayed and, the last, watched; and by whom each was launched."""
     found, by = [], []
     for call in range(4):
         if call < 3:
@@ -73,8 +73,8 @@ def ways(gpu: PretendedGpu, module: ModuleType) -> tuple[list[object], list[set[
 
 def afresh(module: ModuleType, *, plain: bool = False) -> None:
     """Forget shapes and what was wrong, not what is compiled."""
-    module.prepared.cache_clear()
-    module.player.cache_clear()
+    module.launch_plan.cache_clear()
+    module.replayer.cache_clear()
     module.parameters_of.cache_clear()
     module.TOLD.clear()
     vars(module)["PLAIN"] = plain
@@ -205,7 +205,7 @@ def test_a_driver_may_refuse_or_lack_any_function(
                 setattr(gpu, name, None)
         assert found == wanted and by[-1] == {"triton"}
         assert len(recwarn) == (1 if lacks else warnings), [str(one.message) for one in recwarn]
-        module.prepared.cache_clear()
+        module.launch_plan.cache_clear()
 
 
 def test_a_launch_that_is_cut_short_is_begun_again(gpu: PretendedGpu, module: ModuleType) -> None:
@@ -241,14 +241,14 @@ def test_an_error_that_is_not_of_the_way_of_launching_stays_one(gpu: PretendedGp
 
 
 @pytest.mark.parametrize("cached", [b"", b"no library", None])
-def test_what_lies_in_the_cache_of_the_player_may_be_broken(
+def test_what_lies_in_the_cache_of_the_replayer_may_be_broken(
     gpu: PretendedGpu, module: ModuleType, cached: bytes | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wanted = launches(gpu, module, draw(4096))
     monkeypatch.setattr(knobs.cache, "dir", str(tmp_path))
-    module.player.cache_clear()
-    assert not isinstance(module.player(), str)
-    (library,) = tmp_path.rglob("llsa_player*.so")
+    module.replayer.cache_clear()
+    assert not isinstance(module.replayer(), str)
+    (library,) = tmp_path.rglob("llsa_replay*.so")
     library.unlink()
     if cached is None:
         library.mkdir()
@@ -278,12 +278,12 @@ def test_the_environment_chooses_the_way(gpu: PretendedGpu, value: str, monkeypa
     assert found == 4 * found[:1]
     assert by == (4 * [{"triton"}] if value == "triton" else [{"triton"}, {"launch"}, {"graph"}, {"triton"}])
     assert gpu.calls.total() == 0 or value != "triton"
-    made.prepared.cache_clear()
+    made.launch_plan.cache_clear()
 
 
-def test_the_player_has_no_warnings(module: ModuleType, tmp_path: Path) -> None:
-    source = tmp_path / "player.c"
-    source.write_text(f"#define BASES {module.BASES}\n#define PARAMETERS {module.PARAMETERS}\n{module.PLAYER}")
+def test_the_replayer_has_no_warnings(module: ModuleType, tmp_path: Path) -> None:
+    source = tmp_path / "replay.c"
+    source.write_text(f"#define BASES {module.BASES}\n#define PARAMETERS {module.PARAMETERS}\n{module.REPLAY_C}")
     include = sysconfig.get_paths()["include"]
     strict = ["-Wall", "-Wextra", "-Werror", "-fsyntax-only", "-isystem", include]
     subprocess.run([os.environ.get("CC", "cc"), *strict, str(source)], check=True)

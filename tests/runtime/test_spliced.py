@@ -113,7 +113,7 @@ def test_a_letter_in_a_file_is_another_module_and_another_key(
 
 
 @pytest.mark.slow
-def test_the_player_reads_and_writes_only_what_is_its_own(tmp_path: Path) -> None:
+def test_the_replayer_reads_and_writes_only_what_is_its_own(tmp_path: Path) -> None:
     """Graphs and plain launches with the pretended driver once more, the C compiled with sanitizers."""
     found = shutil.which(os.environ.get("CC", "cc"))
     library = found and subprocess.run([found, "-print-file-name=libasan.so"], capture_output=True, text=True).stdout
@@ -128,8 +128,8 @@ def test_the_player_reads_and_writes_only_what_is_its_own(tmp_path: Path) -> Non
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *tests]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | variables, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
-    (player,) = tmp_path.rglob("llsa_player*.so")
-    assert b"__asan_" in player.read_bytes(), "it was compiled with them"
+    (library,) = tmp_path.rglob("llsa_replay*.so")
+    assert b"__asan_" in library.read_bytes(), "it was compiled with them"
 
 
 SANITIZED = ("test_threads_share_few_graphs",)

@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 L2 = load(ROOT / "spec" / "llsa_l2.yaml")
 WIDE = load(ROOT / "spec" / "topk_b128.yaml")
 BARE = Target("cuda:90", 232448, ())
-OWN = {"KEEP", "KEYS", "AHEAD", "DOUBLES"}
+OWN = {"KEEP", "KEYS", "PIPELINED_QK", "DOUBLES"}
 """What the spec or the target dictates, and no row may set."""
 TWO_BACKENDS = {"backend", "triton_maxnreg"}
 """What an entry has if its launches are handed to Gluon."""
@@ -204,7 +204,7 @@ def test_each_backend_has_a_register_cap_of_its_own() -> None:
 )
 def test_a_row_caps_the_backend_that_it_names(tiles: dict[str, Any], wanted: dict[str, Any]) -> None:
     choice = choices(lower(L2), table(row("grad_q", tiles)), 2)["grad_q"]
-    rest = {"GROUP": 4, "BLOCK_M": 16, "BLOCK_C": 32, "BLOCK_N": 16, "num_warps": 4, "num_stages": 3, "AHEAD": 1}
+    rest = {"GROUP": 4, "BLOCK_M": 16, "BLOCK_C": 32, "BLOCK_N": 16, "num_warps": 4, "num_stages": 3, "PIPELINED_QK": 1}
     assert choice.entry == rest | wanted and choice.origin == "test.json: rows[0]: a test"
 
 
@@ -262,7 +262,7 @@ def test_buckets_that_differ_are_written_once(buckets: tuple[str, ...], told: st
 def test_a_module_is_compiled_once_a_bucket_at_the_most(buckets: tuple[str, ...], dtype: str) -> None:
     """When only N changes: the constexprs and options of each kernel, which Triton compiles for, over many lengths.
 
-    WHOLE, RUNS and STREAM are not counted: for what is compiled, so is the other, at once (test_host.py).
+    FULL, RUNS and EVICT_FIRST are not counted: for what is compiled, so is the other, at once (test_host.py).
     """
     plan = lower(L2)
     tables = schedules(plan, by_length(*buckets))
@@ -273,7 +273,7 @@ def test_a_module_is_compiled_once_a_bucket_at_the_most(buckets: tuple[str, ...]
     for n in lengths:
         for launch in record(module, n, dtype, "cuda:90"):
             shapes = {name: value for name, value in launch.arguments.items() if name.isupper()}
-            shapes = {name: value for name, value in shapes.items() if name not in ("WHOLE", "RUNS", "STREAM")}
+            shapes = {name: value for name, value in shapes.items() if name not in ("FULL", "RUNS", "EVICT_FIRST")}
             variants.setdefault(launch.kernel, set()).add((*shapes.items(), *launch.options.items()))
             if launch.kernel == "attend_kernel":
                 most = next(most for most in LENGTHS.values() if n <= most)
@@ -291,10 +291,10 @@ def test_a_module_by_length_is_compiled_for_its_lengths() -> None:
         (report,) = aot.compile_kernels(module, "cuda:90", "float32", n, kernels=["attend_kernel"])
         assert report.num_stages == stages
     reports = aot.compile_kernels(module, "cuda:90", "float32", kernels=["attend_kernel"])
-    assert {report.constexprs["WHOLE"] for report in reports} == {True, False}, "without a length, for all there are"
+    assert {report.constexprs["FULL"] for report in reports} == {True, False}, "without a length, for all there are"
     assert {report.num_stages for report in reports} == {2, 4}, "and for every bucket"
     reports = aot.compile_kernels(module, "cuda:90", "bfloat16", kernels=["attend_hopper_kernel"])
-    assert sorted(report.constexprs["WHOLE"] for report in reports) == [False, True]
+    assert sorted(report.constexprs["FULL"] for report in reports) == [False, True]
 
 
 @pytest.mark.parametrize("chosen", BRANCHES[::4], ids=lambda chosen: chosen.name)
@@ -311,7 +311,7 @@ def test_four_warps_where_they_take_64_rows_at_once(topk: int) -> None:
     assert made["cuda:90"]["attend"]["BLOCK_N"] == (32 if topk % 2 == 0 else 16)
     for stage in ("attend", "grad_q"):
         entries = {name: one[stage] for name, one in made.items()}
-        assert {name for name, one in entries.items() if one["AHEAD"]} == {"cuda:90"}
+        assert {name for name, one in entries.items() if one["PIPELINED_QK"]} == {"cuda:90"}
         assert {name: one["num_warps"] for name, one in entries.items()} == {name: 2 for name in made} | {"cuda:90": 4}
 
 

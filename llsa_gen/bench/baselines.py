@@ -1,4 +1,4 @@
-"""Rivals: what a compiled spec is timed beside. Torch's dense attention, and callables that a user names."""
+"""Baselines: what a compiled spec is timed beside. Torch's dense attention, and callables that a user names."""
 
 import importlib
 import os

@@ -1,6 +1,6 @@
-/* One call of C that launches a whole pass. The text is compiled by `player()` in player.py, which defines BASES and PARAMETERS.
+/* One call of C that launches a whole pass. The text is compiled by `replayer` in driver.py, which defines BASES and PARAMETERS.
 
-   A tape is the context of the GPU and the launches. A parameter of a kernel is a base and an offset from it: base 0 is 0,
+   A captured pass is the context of the GPU and the launches. A parameter of a kernel is a base and an offset from it: base 0 is 0,
    base 1 the bits of the scale, the others are the addresses of the pass's tensors. */
 #include <Python.h>
 #include <stdatomic.h>
@@ -32,7 +32,7 @@ struct driver {
    thread that a fork left behind. Nodes are those of `all`, which has to stay. */
 struct graph { struct driver driver; atomic_flag busy; pid_t maker; void *all, *exec, *nodes[]; };
 
-/* Read one launch of a tape, with parameters put together in `values`; returns where the next begins. */
+/* Read one launch of a captured pass, with parameters put together in `values`; returns where the next begins. */
 static const char *next(const char *at, const uint64_t *bases, uint64_t *values, struct node *node) {
     const struct launch *launch = (const struct launch *)at;
     const struct parameter *parameter = (const struct parameter *)(launch + 1);
@@ -51,12 +51,12 @@ static struct node blank(uint64_t *values, void **parameters) {
     return (struct node){.grid = {1, 1, 1}, .block = {1, 1, 1}, .parameters = parameters};
 }
 
-/* The launches of a tape, with its context current: a thread that has launched nothing yet may have none. */
-static const char *open_tape(const struct driver *driver, const char *tape) {
+/* The launches of a captured pass, with its context current: a thread that has launched nothing yet may have none. */
+static const char *open_captured(const struct driver *driver, const char *captured) {
     void *context = NULL;
     if (!driver->get_context(&context) && !context)
-        driver->set_context(*(void *const *)tape);
-    return tape + sizeof(void *);
+        driver->set_context(*(void *const *)captured);
+    return captured + sizeof(void *);
 }
 
 static void release(struct graph *graph) {
@@ -74,20 +74,20 @@ static void release(struct graph *graph) {
 
 static void forget(PyObject *capsule) { release(PyCapsule_GetPointer(capsule, NULL)); }
 
-/* graph(driver, tape, launches, stream): the pass as a CUDA graph, one kernel after the other; False if the driver fails, and
+/* graph(driver, captured, launches, stream): the pass as a CUDA graph, one kernel after the other; False if the driver fails, and
    None while the stream is captured, which needs no graph. */
 static PyObject *make_graph(PyObject *self, PyObject *arguments) {
     (void)self;
-    PyObject *functions, *tape;
+    PyObject *functions, *captured;
     Py_ssize_t count;
     unsigned long long stream;
     uint64_t bases[BASES] = {0}, values[PARAMETERS] = {0};
     void *parameters[PARAMETERS];
     struct node node = blank(values, parameters);
-    if (!PyArg_ParseTuple(arguments, "SSnK", &functions, &tape, &count, &stream))
+    if (!PyArg_ParseTuple(arguments, "SSnK", &functions, &captured, &count, &stream))
         return NULL;
     const struct driver *driver = (const struct driver *)PyBytes_AS_STRING(functions);
-    const char *at = open_tape(driver, PyBytes_AS_STRING(tape));
+    const char *at = open_captured(driver, PyBytes_AS_STRING(captured));
     int capturing = 0, mode = RELAXED;
     if (driver->is_capturing((void *)stream, &capturing) || capturing)
         Py_RETURN_NONE;
@@ -115,20 +115,20 @@ static PyObject *make_graph(PyObject *self, PyObject *arguments) {
     return capsule;
 }
 
-/* play(driver, tape, graph, stream, scale, *addresses): what the driver says of the first launch that fails, or 0. As a graph
+/* run(driver, captured, graph, stream, scale, *addresses): what the driver says of the first launch that fails, or 0. As a graph
    whose nodes are set first; launch by launch where there is none, it is busy, or the stream is captured. Also where the
    driver refuses to set or to launch the graph: -1 then. */
-static PyObject *play(PyObject *self, PyObject *const *arguments, Py_ssize_t count) {
+static PyObject *run(PyObject *self, PyObject *const *arguments, Py_ssize_t count) {
     (void)self;
     uint64_t bases[BASES] = {0}, values[PARAMETERS];
     void *parameters[PARAMETERS];
     struct node node = blank(values, parameters);
     if (count < 5 || count - 3 > BASES || !PyBytes_Check(arguments[0]) || !PyBytes_Check(arguments[1])) {
-        PyErr_SetString(PyExc_TypeError, "play: expected the driver and a tape, bytes, a graph, a stream, a scale, addresses");
+        PyErr_SetString(PyExc_TypeError, "run: expected the driver and a captured pass, bytes, a graph, a stream, a scale, addresses");
         return NULL;
     }
     const struct driver *driver = (const struct driver *)PyBytes_AS_STRING(arguments[0]);
-    const char *tape = PyBytes_AS_STRING(arguments[1]), *end = tape + PyBytes_GET_SIZE(arguments[1]), *at;
+    const char *captured = PyBytes_AS_STRING(arguments[1]), *end = captured + PyBytes_GET_SIZE(arguments[1]), *at;
     struct graph *graph = PyCapsule_CheckExact(arguments[2]) ? PyCapsule_GetPointer(arguments[2], NULL) : NULL;
     void *stream = PyLong_AsVoidPtr(arguments[3]);
     union { float scale; uint32_t bits; } scale = {(float)PyFloat_AsDouble(arguments[4])};
@@ -140,9 +140,9 @@ static PyObject *play(PyObject *self, PyObject *const *arguments, Py_ssize_t cou
 
     int error = 0, capturing = 0, launched = 0, refused = 0;
     Py_BEGIN_ALLOW_THREADS
-    tape = open_tape(driver, tape);
+    captured = open_captured(driver, captured);
     if (graph && !driver->is_capturing(stream, &capturing) && !capturing && !atomic_flag_test_and_set(&graph->busy)) {
-        at = tape;
+        at = captured;
         for (int i = 0; at < end && !refused; i++) {
             at = next(at, bases, values, &node);
             refused = driver->set_node(graph->exec, graph->nodes[i], &node);
@@ -152,7 +152,7 @@ static PyObject *play(PyObject *self, PyObject *const *arguments, Py_ssize_t cou
         launched = !refused;
         atomic_flag_clear(&graph->busy);
     }
-    for (at = tape; at < end && !launched && !error;) {
+    for (at = captured; at < end && !launched && !error;) {
         at = next(at, bases, values, &node);
         error = driver->launch(node.kernel, node.grid[0], 1, 1, node.block[0], 1, 1, node.shared, stream, parameters, NULL);
     }
@@ -161,6 +161,6 @@ static PyObject *play(PyObject *self, PyObject *const *arguments, Py_ssize_t cou
 }
 
 static PyMethodDef methods[] = {
-    {"play", (PyCFunction)(void (*)(void))play, METH_FASTCALL, NULL}, {"graph", make_graph, METH_VARARGS, NULL}, {0} };
-static struct PyModuleDef module = {.m_base = PyModuleDef_HEAD_INIT, .m_name = "llsa_player", .m_size = -1, .m_methods = methods};
-PyMODINIT_FUNC PyInit_llsa_player(void) { return PyModule_Create(&module); }
+    {"run", (PyCFunction)(void (*)(void))run, METH_FASTCALL, NULL}, {"graph", make_graph, METH_VARARGS, NULL}, {0} };
+static struct PyModuleDef module = {.m_base = PyModuleDef_HEAD_INIT, .m_name = "llsa_replay", .m_size = -1, .m_methods = methods};
+PyMODINIT_FUNC PyInit_llsa_replay(void) { return PyModule_Create(&module); }

@@ -1,4 +1,4 @@
-"""What the CUDA driver is asked for: the launches of a pass, played by one call of C, and what it says of errors."""
+"""What the CUDA driver is asked for: the launches of a pass, replayed by one call of C, and what it says of errors."""
 
 import ctypes
 import functools
@@ -8,7 +8,7 @@ from typing import Any
 
 import triton.runtime.build
 
-PLAYER = (Path(__file__).parent / "player.c").read_text(encoding="utf-8")
+REPLAY_C = (Path(__file__).parent / "replay.c").read_text(encoding="utf-8")
 
 # ---- spliced into every module from here on
 
@@ -39,17 +39,17 @@ def said(error: Exception) -> str:
 
 
 @functools.cache
-def player() -> Any:
-    """`play` and `graph` of PLAYER, compiled and kept as Triton does with its own driver, and the functions of DRIVER.
+def replayer() -> Any:
+    """`run` and `graph` of REPLAY_C, compiled and kept as Triton does with its own driver, and DRIVER's functions.
 
     What is wrong, in words, where that fails: it is tried once.
     """
-    source = f"#define BASES {BASES}\n#define PARAMETERS {PARAMETERS}\n{PLAYER}"
+    source = f"#define BASES {BASES}\n#define PARAMETERS {PARAMETERS}\n{REPLAY_C}"
     try:
         _ = libcuda().cuFuncGetParamInfo  # from CUDA 12.4 on
         functions = [ctypes.cast(getattr(libcuda(), name), ctypes.c_void_p).value for name in DRIVER]
-        compiled = triton.runtime.build.compile_module_from_src(source, "llsa_player")
-        return compiled.play, compiled.graph, struct.pack(f"{len(DRIVER)}P", *functions)
+        compiled = triton.runtime.build.compile_module_from_src(source, "llsa_replay")
+        return compiled.run, compiled.graph, struct.pack(f"{len(DRIVER)}P", *functions)
     except Exception as error:
         return said(error)
 

@@ -1,4 +1,4 @@
-"""The launches of a pass: by Triton and recorded at the first call, one call of C from the second on."""
+"""The launches of a pass: by Triton and captured at the first call, one call of C from the second on."""
 
 import contextlib
 import ctypes
@@ -17,15 +17,15 @@ import triton.knobs
 
 if TYPE_CHECKING:
     from llsa_gen.runtime.backend import variant
+    from llsa_gen.runtime.driver import PARAMETERS, libcuda, parameter_sizes, replayer, said
     from llsa_gen.runtime.module import LISTS_FILL, OPERATOR, OPTIONS
-    from llsa_gen.runtime.player import PARAMETERS, libcuda, parameter_sizes, player, said
 
 INTERPRETED = triton.knobs.runtime.interpret
 
 # ---- spliced into every module from here on
 
 MANY_GRAPHS = 512  # are kept: each takes some 100 KB of the GPU, and half a millisecond to make
-SOON = 32  # plays of tapes: what comes back within so many takes the place of another's graph
+SOON = 32  # replays of any pass: what comes back within so many takes the place of another's graph
 ONE_BY_ONE = (
     os.environ.get("CUDA_LAUNCH_BLOCKING") == "1"
 )  # whoever asks which launch it was will not be told of a graph
@@ -35,13 +35,13 @@ if LAUNCH not in ("auto", "triton"):
     raise ValueError(f"LLSA_GEN_LAUNCH: expected auto or triton, got {LAUNCH!r}")
 PLAIN = LAUNCH == "triton" or INTERPRETED or bool(torch.version.hip)  # every launch as Triton does it; see `give_up`
 TOLD = []  # why launches take longer, once somebody was told
-CLOCK = itertools.count(1)  # ticks at every play of a tape
-GRAPHS = weakref.WeakSet()  # of all tapes
+CLOCK = itertools.count(1)  # ticks at every replay of a pass
+GRAPHS = weakref.WeakSet()  # of all passes
 MAKING = threading.Lock()  # a graph; nobody waits for it, for who has it may be a thread that a fork left behind
 
 
 class Argument(NamedTuple):
-    """What differs from call to call in the arguments of a launch, as `play` puts it together; its value now."""
+    """What differs from call to call in the arguments of a launch, as REPLAY_C puts it together; its value now."""
 
     value: torch.Tensor | float
     base: int
@@ -76,8 +76,8 @@ def parameters_of(compiled: Any) -> list[bool]:
     return taken
 
 
-def recorded(compiled: Any, programs: int, arguments: Sequence[Any]) -> bytes:
-    """A launch as PLAYER reads it; a RuntimeError where that cannot play it."""
+def captured(compiled: Any, programs: int, arguments: Sequence[Any]) -> bytes:
+    """A launch as REPLAY_C reads it; a RuntimeError where that cannot replay it."""
     parameters = []
     for argument in itertools.compress(arguments, parameters_of(compiled)):
         parameters += argument[1:] if isinstance(argument, Argument) else (0, argument % 2**64)
@@ -88,48 +88,48 @@ def recorded(compiled: Any, programs: int, arguments: Sequence[Any]) -> bytes:
 
 
 class Graph:
-    """A pass as a CUDA graph, `made` until another takes its place, and the tick of CLOCK when it was played last."""
+    """A pass as a CUDA graph, `made` until another takes its place, and the tick of CLOCK when it ran last."""
 
-    def __init__(self, made: Any, played: int) -> None:
-        self.made, self.played = made, played
+    def __init__(self, made: Any, replayed: int) -> None:
+        self.made, self.replayed = made, replayed
 
 
-class Tape:
+class Replay:
     """The launches of a pass, `parts`, on the GPU whose context is current; `kernels` are theirs and stay loaded.
 
-    graphs: by stream, for launches of one graph wait for each other. played: the tick of CLOCK of the last play, or 0.
+    graphs: by stream, for launches of one graph wait for each other. replayed: the tick of CLOCK of the last run, or 0.
     """
 
     def __init__(self, kernels: list[Any], parts: list[bytes]) -> None:
         context = ctypes.c_void_p()
         libcuda().cuCtxGetCurrent(ctypes.byref(context))
-        self.graphs, self.played, self.refused = {}, 0, ONE_BY_ONE
-        self.play_tape, self.make_graph, self.driver = player()
+        self.graphs, self.replayed, self.refused = {}, 0, ONE_BY_ONE
+        self.run_replay, self.make_graph, self.driver = replayer()
         self.text, self.count = b"".join([struct.pack("P", context.value or 0), *parts]), len(parts)
         self.kernels = kernels  # the last to go, after graphs of them
 
-    def play(self, stream: int, scale: float, tensors: Sequence[torch.Tensor]) -> int:
+    def run(self, stream: int, scale: float, tensors: Sequence[torch.Tensor]) -> int:
         """Launch them all for these tensors; what the driver says of the launch that fails, or 0."""
-        before, self.played = self.played, next(CLOCK)
+        before, self.replayed = self.replayed, next(CLOCK)
         graph = self.graphs.get(stream)
         made = graph and graph.made
         if graph and made:
-            graph.played = self.played
+            graph.replayed = self.replayed
         elif before and not self.refused:
             made = self.graph(stream, before)
-        error = self.play_tape(self.driver, self.text, made, stream, scale, *[x.data_ptr() for x in tensors])
+        error = self.run_replay(self.driver, self.text, made, stream, scale, *[x.data_ptr() for x in tensors])
         if error < 0:  # all are launched, one by one
             self.refuse()
             return 0
         return error
 
     def graph(self, stream: int, before: int) -> Any:
-        """The pass as a graph; None where there will be none now. `before` is the tick of the play before this one.
+        """The pass as a graph; None where there will be none now. `before` is the tick of the replay before this one.
 
         If there are as many as there may be, the least recently used one has to go, but only for a pass that comes back
         soon: who goes round and round more shapes than that would make all of them in vain.
         """
-        if (len(GRAPHS) >= MANY_GRAPHS and self.played - before > SOON) or not MAKING.acquire(blocking=False):
+        if (len(GRAPHS) >= MANY_GRAPHS and self.replayed - before > SOON) or not MAKING.acquire(blocking=False):
             return None
         try:
             made = self.make_graph(self.driver, self.text, self.count, stream)
@@ -138,10 +138,10 @@ class Tape:
             if not made:  # a stream that is captured needs none
                 return None
             if len(GRAPHS) >= MANY_GRAPHS:
-                oldest = min(GRAPHS, key=lambda graph: graph.played)
+                oldest = min(GRAPHS, key=lambda graph: graph.replayed)
                 oldest.made = None
                 GRAPHS.discard(oldest)
-            graph = Graph(made, self.played)
+            graph = Graph(made, self.replayed)
             GRAPHS.add(graph)
             self.graphs = {place: other for place, other in self.graphs.items() if other.made} | {stream: graph}
             return made
@@ -180,11 +180,11 @@ def by_what_is_ready(at: Any, kernel: Any, *arguments: Any) -> None:
         compiled[programs, 1, 1](*values_of(arguments), *shapes)
 
 
-class Recorder:
+class Capture:
     """Launches the kernels of a pass through Triton at the first call, and notes how: Triton needs to see no other.
 
-    Others are those that Triton does not tell apart, the calls of one `Prepared`. `why` says, in words, what went wrong
-    in noting, which is no reason to stop.
+    Others are those that Triton does not tell apart, the calls of one `LaunchPlan`. `why` says, in words, what went
+    wrong in noting, which is no reason to stop.
     """
 
     def __init__(self, at: Any) -> None:
@@ -213,25 +213,25 @@ class Recorder:
         with self.noting():
             if programs:
                 self.kernels.append(compiled)
-                self.parts.append(recorded(compiled, programs, arguments))
+                self.parts.append(captured(compiled, programs, arguments))
 
-    def tape(self) -> Tape | None:
-        """What was launched; None where that cannot be played."""
+    def replay(self) -> Replay | None:
+        """What was launched; None where that cannot be replayed."""
         if len(self.parts) < len(self.kernels):
             return None
-        if isinstance(player(), str):
-            self.why = self.why or player()
+        if isinstance(replayer(), str):
+            self.why = self.why or replayer()
             return None
         with self.noting():
-            return Tape(self.kernels, self.parts)
+            return Replay(self.kernels, self.parts)
 
 
 def warm_others(kernel: Any, tile: dict[str, Any], programs: int, values: list[Any]) -> None:
     """Compile the variants of a kernel that another length may need: nothing is compiled then."""
-    if "STREAM" in tile:
-        warm(kernel, tile | {"STREAM": not tile["STREAM"]}, programs, values)
-    if "WHOLE" in tile and LISTS_FILL:
-        warm(kernel, tile | {"WHOLE": not tile["WHOLE"]}, programs, values)
+    if "EVICT_FIRST" in tile:
+        warm(kernel, tile | {"EVICT_FIRST": not tile["EVICT_FIRST"]}, programs, values)
+    if "FULL" in tile and LISTS_FILL:
+        warm(kernel, tile | {"FULL": not tile["FULL"]}, programs, values)
     if "RUNS" in tile and has_runs(MANY_CANDIDATES, tile):
         warm(kernel, tile | {"RUNS": not tile["RUNS"]}, programs, values)
 

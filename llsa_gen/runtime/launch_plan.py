@@ -10,9 +10,9 @@ import triton
 
 if TYPE_CHECKING:
     from llsa_gen.runtime.backend import in_triton
+    from llsa_gen.runtime.driver import words_of
     from llsa_gen.runtime.module import LAYOUTS, LEVELS, OPERATOR, ROW_UNIT, SCHEDULES, saved_shapes, work_out
-    from llsa_gen.runtime.player import words_of
-    from llsa_gen.runtime.tape import PLAIN, Argument, Recorder, by_triton, by_what_is_ready, give_up, is_watched, tell
+    from llsa_gen.runtime.replay import PLAIN, Argument, Capture, by_triton, by_what_is_ready, give_up, is_watched, tell
 
 # ---- spliced into every module from here on
 
@@ -105,36 +105,36 @@ def schedule_for(target: str, dtype: torch.dtype, n_tokens: int) -> dict[str, di
     return next(tiles for longest, tiles in by_length.items() if n_tokens <= longest)
 
 
-def prepare(tensors: Sequence[torch.Tensor], has_grad_lse: bool = False) -> tuple[Any, ...]:
-    """The `Prepared` for q, k, ... [B, H, N, D]; q, k, ..., `aligned`.
+def plan_launches(tensors: Sequence[torch.Tensor], has_grad_lse: bool = False) -> tuple[Any, ...]:
+    """The `LaunchPlan` for q, k, ... [B, H, N, D]; q, k, ..., `aligned`.
 
     Triton also tells apart where a row begins, at a multiple of 16 bytes or not, and whether lse has a gradient.
     """
     q = tensors[0]
     strides = tuple([x.stride() for x in tensors])
     starts = tuple([x.data_ptr() % 16 for x in tensors])
-    at = prepared(q.device, q.dtype, q.shape, strides, starts, has_grad_lse)
-    return (at, *tensors) if at is not None else prepare([aligned(x) for x in tensors], has_grad_lse)
+    at = launch_plan(q.device, q.dtype, q.shape, strides, starts, has_grad_lse)
+    return (at, *tensors) if at is not None else plan_launches([aligned(x) for x in tensors], has_grad_lse)
 
 
 @functools.lru_cache(maxsize=2048)
-def prepared(
+def launch_plan(
     device: torch.device, dtype: torch.dtype, shape: torch.Size, strides: tuple[tuple[int, ...], ...],
     starts: tuple[int, ...], has_grad_lse: bool,
-) -> "Prepared | None":  # fmt: skip
-    """One `Prepared` for all calls that Triton does not tell apart; None where tensors have to be copied first."""
+) -> "LaunchPlan | None":  # fmt: skip
+    """One `LaunchPlan` for all calls that Triton does not tell apart; None where tensors have to be copied first."""
     if not all(map(is_aligned, strides)):
         return None
-    return Prepared(device, dtype, shape, strides, starts, schedule_for(target_of(device), dtype, shape[2]))
+    return LaunchPlan(device, dtype, shape, strides, starts, schedule_for(target_of(device), dtype, shape[2]))
 
 
-class Prepared:
+class LaunchPlan:
     """What depends on shapes, strides, dtype and device alone, worked out at the first call with them.
 
     steps: between batches, heads and rows of each tensor. shapes: of every buffer. places, sizes: of buffers in the
     memory of each layout and of that memory, see `lay_out`. grids: programs and tile shapes of every launch.
-    ready: what Triton made of each launch, so that it need not look for it again. tapes: the launches of each pass,
-    from its first call on, or None where that cannot be played. What else there is, `work_out` says.
+    ready: what Triton made of each launch, so that it need not look for it again. replays: the launches of each pass,
+    from its first call on, or None where that cannot be replayed. What else there is, `work_out` says.
     """
 
     shapes: dict[str, tuple[int, ...]]
@@ -156,7 +156,7 @@ class Prepared:
         for layout in LAYOUTS:
             self.places[layout], self.sizes[layout] = lay_out(layout, self.shapes, dtype)
         self.ready: dict[str, Any] = {}
-        self.tapes: dict[Callable[..., None], Any] = {}
+        self.replays: dict[Callable[..., None], Any] = {}
 
     def memory(self, layout: str) -> torch.Tensor:
         """One piece of memory for all buffers of a layout."""
@@ -175,30 +175,30 @@ class Prepared:
         error = 0
         if PLAIN:
             self.launch(launches, functools.partial(by_triton, self), tensors, scale)
-        elif launches in self.tapes:
+        elif launches in self.replays:
             try:
-                error = self.again(launches, tensors, scale)
+                error = self.replay(launches, tensors, scale)
             except Exception as reason:
                 # Some kernels may be launched already. All are again, from those on that clear what others count in.
                 # What is wrong with more than the way of launching, Triton says.
                 self.launch(launches, functools.partial(by_triton, self), tensors, scale)
                 give_up(reason)
         else:
-            recorder = Recorder(self)
-            self.launch(launches, recorder, tensors, scale)
-            if not recorder.unknown:
-                self.tapes[launches] = recorder.tape()
-                if recorder.why is not None:
-                    tell(recorder.why)
+            capture = Capture(self)
+            self.launch(launches, capture, tensors, scale)
+            if not capture.unknown:
+                self.replays[launches] = capture.replay()
+                if capture.why is not None:
+                    tell(capture.why)
         if error:
             raise RuntimeError(f"{OPERATOR}: CUDA error {error} at a launch: {words_of(error)}")
 
-    def again(self, launches: Callable[..., None], tensors: Sequence[torch.Tensor], scale: float) -> int:
+    def replay(self, launches: Callable[..., None], tensors: Sequence[torch.Tensor], scale: float) -> int:
         """Launch a pass from its second call on; what the driver says of the launch that fails, or 0."""
-        tape = self.tapes[launches]
-        if tape is not None and not is_watched():
+        replay = self.replays[launches]
+        if replay is not None and not is_watched():
             stream: int = triton.runtime.driver.active.get_current_stream(self.device.index)  # type: ignore[attr-defined]
-            return tape.play(stream, scale, tensors)
+            return replay.run(stream, scale, tensors)
         self.launch(launches, functools.partial(by_what_is_ready, self), tensors, scale)
         return 0
 
