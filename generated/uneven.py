@@ -40,7 +40,7 @@ SPEC = {
     "name": "uneven",
     "reweight": True,
 }
-OPERATOR = "uneven_9a32f2a3c815dbc2"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
+OPERATOR = "uneven_3de0a8680478328e"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -59,8 +59,8 @@ EMPTY = tl.constexpr(-(2**63))  # the rank of no token at all
 
 # What differs from call to call: Triton makes no kernel of its own where one of these is 1 or a multiple of 16.
 UNSPECIALISED = [
-    "heads_per_batch", "heads", "n_tokens", "late", "part_l1", "part_l2", "rows_l2", "splits_l2",
-    "parts_l1", "parts_l0", "width_l1", "width_l2",
+    "heads_per_batch", "heads", "n_tokens", "part_l1", "part_l2", "rows_l2", "splits_l2", "parts_l1",
+    "parts_l0", "width_l1", "width_l2",
 ]
 
 # How every kernel is compiled: a product and a sum are rounded once, whatever the default of the Triton that is installed,
@@ -253,7 +253,7 @@ def pool_l1_tile(
     counts_l1_ptr, counts_l2_ptr, first, n_tokens,
     CHILDREN: tl.constexpr, ROWS: tl.constexpr, SUMS: tl.constexpr, EVICT_FIRST: tl.constexpr,
 ):
-    """Level-2 token `first` of one head: its mean, and the means of the level-1 tokens that it covers; zeroes counts, if any."""
+    """Level-2 token `first` of one head: its mean, and the means of the level-1 tokens that it covers; zeroes counts."""
     n_l1 = tl.cdiv(n_tokens, SPAN_1)
     whole = tl.zeros([PAD_DIM], tl.float32)
     for child in range(0, tl.minimum(BLOCK_2, n_l1 - first * BLOCK_2), CHILDREN):
@@ -263,14 +263,12 @@ def pool_l1_tile(
         total = sum_below(x_ptr, stride_n, token, inside, n_tokens, BLOCK_1, ROWS, SUMS, EVICT_FIRST)
         covered = tl.minimum(n_tokens - token * SPAN_1, SPAN_1).to(tl.float32)
         store_rows(mean_l1_ptr, token, HEAD_DIM, inside, total / covered[:, None])
-        if counts_l1_ptr is not None:
-            tl.store(counts_l1_ptr + token, 0, mask=inside)
+        tl.store(counts_l1_ptr + token, 0, mask=inside)
         whole += tl.sum(total, 0)
     token = first + tl.arange(0, 1)
     covered = tl.minimum(n_tokens - token * SPAN_2, SPAN_2).to(tl.float32)
     store_rows(mean_l2_ptr, token, HEAD_DIM, token >= 0, whole[None, :] / covered[:, None])
-    if counts_l2_ptr is not None:
-        tl.store(counts_l2_ptr + token, 0)
+    tl.store(counts_l2_ptr + token, 0)
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
@@ -288,7 +286,7 @@ def pool_l1_kernel(
 ):
     """Means over the tokens that each token of level 1 and 2 covers: float32 sums, rounded once.
 
-    Grid: 3 * B*H * T_2, one tensor after the other; values last, or not at all if they wait for the selection.
+    Grid: 3 * B*H * T_2, one tensor after the other.
     """
     tiles = tl.cdiv(n_tokens, SPAN_2)
     first = tl.program_id(0) % tiles
@@ -606,22 +604,6 @@ def best_by_runs(
     return tl.bitonic_merge(tl.topk(tl.trans(keys), KEEP))
 
 
-@triton.jit
-def pool_values(v_ptr, stride_vb, stride_vh, stride_vn, v_l1_ptr, v_l2_ptr, head, parent, heads_per_batch, n_tokens):
-    """The means of the values under a level-2 token.
-
-    A row of each of some tokens at a time fills a warp's loads. Were more on their way, what the selection asks for would
-    have to wait behind them.
-    """
-    base = head_base(v_ptr, head, stride_vb, stride_vh, heads_per_batch)
-    v_l1_ptr += head * tl.cdiv(n_tokens, SPAN_1) * HEAD_DIM
-    v_l2_ptr += head * tl.cdiv(n_tokens, SPAN_2) * HEAD_DIM
-    pool_l1_tile(
-        base, stride_vn, v_l1_ptr, v_l2_ptr, None, None, parent, n_tokens,
-        CHILDREN=2, ROWS=8, SUMS=1, EVICT_FIRST=True,
-    )
-
-
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def select_l2_kernel(
     q_l2_ptr, k_l2_ptr,  # [B*H, T_2, D]
@@ -666,17 +648,12 @@ def select_l2_kernel(
 def select_l1_kernel(
     q_l1_ptr, k_l1_ptr,  # [B*H, T_1, D]
     kept_l2_ptr, width_l2,  # [B*H, T_2, width_l2] int32
-    v_ptr, stride_vb, stride_vh, stride_vn,  # [B, H, N, D]
     kept_l1_ptr, width_l1,  # [B*H, T_1, width_l1] int32, out: kept key tokens, best first, then -1
     counts_l1_ptr,  # [B*H, T_1] int32, out: how many query tokens keep each key token
-    v_l1_ptr,  # [B*H, T_1, D], out: means
-    v_l2_ptr,  # [B*H, T_2, D], out: means
-    late, heads_per_batch, n_tokens,  # 1 if values have waited, otherwise 0, H, N
+    n_tokens,  # N
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, KEEP: tl.constexpr, DOUBLES: tl.constexpr,
 ):
     """I^(1): the K_1 = 7 best children of I^(2), for the query tokens under one parent.
-
-    If `late`, also the means of the values under it: before, where the parent's number is even, or else afterwards.
 
     Grid: B*H * T_2 * ceil(min(b_2, T_1) / BLOCK_M).
     """
@@ -690,8 +667,6 @@ def select_l1_kernel(
     inside = (child < BLOCK_2) & (row < n_l1)
     kept_above_ptr = kept_l2_ptr + (head * n_l2 + parent) * width_l2
     n_candidates = width_l2 * BLOCK_2
-    if (late != 0) & (parent % 2 == 0):
-        pool_values(v_ptr, stride_vb, stride_vh, stride_vn, v_l1_ptr, v_l2_ptr, head, parent, heads_per_batch, n_tokens)
     counts_ptr = counts_l1_ptr + head * n_l1  # integer sums are the same in any order
     k_ptr = k_l1_ptr + head * n_l1 * HEAD_DIM
     q = load_rows(q_l1_ptr + head * n_l1 * HEAD_DIM, row, HEAD_DIM, inside)
@@ -707,8 +682,6 @@ def select_l1_kernel(
         best = add_to_best_8(best, by_thread(keys))
     best = rows_of_best_8(best, BLOCK_M)
     store_kept(kept_l1_ptr + head * n_l1 * width_l1, counts_ptr, row, width_l1, inside, best, KEEP, DOUBLES)
-    if (late != 0) & (parent % 2 == 1):
-        pool_values(v_ptr, stride_vb, stride_vh, stride_vn, v_l1_ptr, v_l2_ptr, head, parent, heads_per_batch, n_tokens)
 
 
 # ---- attention -------------------------------------------------------------------------------------------------------
@@ -1550,12 +1523,11 @@ def work_out(at, tiles):
         "grad_k_l2": (heads, tokens[2], 80), "grad_v_l2": (heads, tokens[2], 80),
     }
     is_long = 3 * heads * n_tokens * HEAD_DIM.value * dtype.itemsize > CACHED
-    late = at.late = int(is_long and heads * tokens[2] >= FILLING)  # whether values wait until level 1 is selected
     at.width_l1 = at.shapes["kept_l1"][2]
     at.width_l2 = at.shapes["kept_l2"][2]
     at.grids = {}
     tile = tiles["pool"] | {"EVICT_FIRST": is_long}
-    at.grids["pool_l1_kernel"] = heads * tokens[2] * (3 - late), tile
+    at.grids["pool_l1_kernel"] = 3 * heads * tokens[2], tile
     tile = tiles["select_l2"] | {"RUNS": has_runs(tokens[2], tiles["select_l2"])}
     at.grids["select_l2_kernel"] = heads * ceil_div(tokens[2], tile["BLOCK_M"]), tile
     tile = tiles["select_l1"]
@@ -1601,8 +1573,7 @@ def pool_and_select(at, launch, q, k, v, k_l1, v_l1, k_l2, v_l2, counts_l1, coun
         select_l2_kernel, q_l2, k_l2, kept_l2, at.width_l2, counts_l2, at.n_tokens,
     )
     launch(
-        select_l1_kernel, q_l1, k_l1, kept_l2, at.width_l2, v, *v_steps, kept_l1, at.width_l1, counts_l1, v_l1, v_l2,
-        at.late, at.heads_per_batch, at.n_tokens,
+        select_l1_kernel, q_l1, k_l1, kept_l2, at.width_l2, kept_l1, at.width_l1, counts_l1, at.n_tokens,
     )
 
 

@@ -24,7 +24,7 @@ import sympy
 
 from llsa_gen.plan.buffers import Buffer, Role
 from llsa_gen.plan.plan import Kernel, Plan
-from llsa_gen.plan.sizes import CACHED, FILLING, HEADS, N, ceil_div, parts, splits, tile
+from llsa_gen.plan.sizes import FILLING, HEADS, N, ceil_div, parts, splits, tile
 
 __all__ = ["BYTES", "Cost", "Pass", "Share", "Totals", "dense", "evaluate"]
 
@@ -149,8 +149,7 @@ class Cost:
         shares = [share for share in self.shares if share.stage == kernel.stage]
         if kernel.stage == "pool_sums":  # one launch for every two levels
             shares = [share for share in shares if f"k_l{share.level}" in kernel.writes]
-        pooling = sympy.Add(*(share.flops for share in self.shares if share.stage == "pool"))
-        return sympy.Add(*(share.flops for share in shares), self._late(kernel, pooling / self.plan.pooled_tensors))
+        return sympy.Add(*(share.flops for share in shares))
 
     # ---- bytes --------------------------------------------------------------------------------------------------
 
@@ -197,23 +196,9 @@ class Cost:
         """Bytes that one launch moves. Parts of popular lists are left out: usually there are none."""
         if self._only_overflow(kernel):
             return sympy.Integer(0)
-        waiting = self.plan.waiting if kernel.name == "select_l1_kernel" else ()  # counted where values are pooled
         names = (*kernel.reads, *kernel.writes)
-        counted = (name for name in names if name not in waiting and not self._is_overflow(name))
-        values = sympy.Add(*map(self._named_bytes, self.plan.waiting))
-        return sympy.Add(*map(self._named_bytes, counted), self._late(kernel, values))
-
-    def _named_bytes(self, name: str) -> sympy.Expr:
-        return self.buffer_bytes(self.plan.buffers[name])
-
-    def _late(self, kernel: Kernel, values: sympy.Expr) -> sympy.Expr:
-        """Work on values that a launch does more or less where they wait, and the selection pools them."""
-        sign = {"pool_l1_kernel": -1, "select_l1_kernel": 1}.get(kernel.name)
-        if sign is None or not self.plan.values_may_wait:
-            return sympy.Integer(0)
-        pooled = sympy.Add(*map(self._named_bytes, ("q", "k", "v")))
-        is_late = sympy.And(pooled > CACHED, HEADS * self.plan.tokens(2) >= FILLING)  # as the host code has it
-        return sign * sympy.Piecewise((1, is_late), (0, True)) * values
+        counted = (self.plan.buffers[name] for name in names if not self._is_overflow(name))
+        return sympy.Add(*map(self.buffer_bytes, counted))
 
     def _bytes_of(self, role: Role, names: Iterable[str]) -> sympy.Expr:
         chosen = (self.plan.buffers[name] for name in dict.fromkeys(names))

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import sympy
 
 from llsa_gen.plan.buffers import Buffers, Role
-from llsa_gen.plan.sizes import HEADS, LATE, ceil_div, parts, splits, tile
+from llsa_gen.plan.sizes import HEADS, ceil_div, parts, splits, tile
 from llsa_gen.spec import Spec
 
 Names = tuple[str, ...]
@@ -75,20 +75,6 @@ class Plan(Buffers):
     def row_unit(self) -> int:
         """Rows of q, k and v begin at multiples of so many elements, of which 8 of two bytes load at once."""
         return math.gcd(self.head_dim, 8)
-
-    @property
-    def values_may_wait(self) -> bool:
-        """Whether values can be pooled by the selection of level 1, a program each token of level 2.
-
-        With more levels, the pyramid above would have to wait too; with wider blocks, several programs have one parent:
-        16 is the smallest tile of queries.
-        """
-        return bool(self.enriched) and self.top == 2 and self.block(2) <= 16 and 1 in self.sorted_levels
-
-    @property
-    def waiting(self) -> tuple[str, ...]:
-        """Values and their means: given to two kernels, the first pooling and the last selection, for one of them."""
-        return ("v", "v_l1", "v_l2") if self.values_may_wait else ()
 
     def keepers(self, level: int) -> sympy.Expr:
         """Of a level that is `split`: query tokens a head whose queries all attend to the same keys of it."""
@@ -167,10 +153,9 @@ class Plan(Buffers):
             writes += [f"sums_l{last}"] * (last < self.top)
             scalars = (H, B_H, N_TOKENS) if first == 1 else (B_H, N_TOKENS)
             programs = ceil_div(self.tokens(last), 1 if len(step) == 2 else tile("CHILDREN"))
-            tensors = self.pooled_tensors - (LATE if self.values_may_wait else 0)
             yield Kernel(
                 f"pool_l{first}_kernel", kind, f"means of level {' and '.join(map(str, step))}",
-                tensors * HEADS * programs, tuple(reads), tuple(writes), scalars,
+                self.pooled_tensors * HEADS * programs, tuple(reads), tuple(writes), scalars,
             )  # fmt: skip
 
     def _select(self) -> Iterable[Kernel]:
@@ -182,22 +167,10 @@ class Plan(Buffers):
                 reads += (f"kept_l{level + 1}",)
                 children = sympy.Min(self.block(level + 1), self.tokens(level))
                 rows = self.tokens(level + 1) * ceil_div(children, tile("BLOCK_M"))
-            computes, writes = f"Top-{self.topk(level)} of level {level}", (f"kept_l{level}", f"counts_l{level}")
-            scalars: tuple[Scalar, ...] = (N_TOKENS,)
-            if level == 1 and self.values_may_wait:
-                computes += ", and where late is 1 the means of values"
-                reads, writes = (*reads, *self.waiting[:1]), (*writes, *self.waiting[1:])
-                scalars = (Scalar("late", "1 if values have waited, otherwise 0"), H, N_TOKENS)
             yield Kernel(
-                f"select_l{level}_kernel",
-                "select",
-                computes,
-                HEADS * rows,
-                reads,
-                writes,
-                scalars,
-                level=level,
-            )
+                f"select_l{level}_kernel", "select", f"Top-{self.topk(level)} of level {level}", HEADS * rows,
+                reads, (f"kept_l{level}", f"counts_l{level}"), level=level,
+            )  # fmt: skip
 
     def _coarse(self) -> tuple[str, ...]:
         return tuple(f"{name}_l{level}" for level in self.enriched for name in ("k", "v"))

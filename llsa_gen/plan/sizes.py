@@ -19,9 +19,6 @@ def parts(level: int) -> sympy.Symbol:
     return sympy.Symbol(f"parts_l{level}", integer=True, nonnegative=True)
 
 
-LATE = sympy.Symbol("late", integer=True, nonnegative=True)
-"""1 where values are pooled while level 1 is selected, otherwise 0: the host's choice, by CACHED and FILLING."""
-
 FILLING = 1024
 """Programs that are enough to fill a GPU: where all queries attend to the same few keys, they are split no further."""
 

@@ -34,7 +34,7 @@ from llsa_gen.emit import TEMPLATES
 from llsa_gen.emit.origin import origin
 from llsa_gen.errors import KernelCompileError, LlsaGenError, SharedMemoryError, UnknownTargetError
 from llsa_gen.plan import lower
-from llsa_gen.plan.sizes import HEADS, LATE, N
+from llsa_gen.plan.sizes import HEADS, N
 from llsa_gen.schedule import targets
 from llsa_gen.store.loading import load_text
 
@@ -188,7 +188,7 @@ def test_extreme_specs_compile_and_fit(name: str) -> None:
     heads=st.integers(1, 5),
 )
 @example(name="llsa_l3", n_tokens=70_001, target="cuda:90", dtype="bfloat16", batch=2, heads=3)
-@example(name="llsa_l2", n_tokens=131_072, target="cuda:90", dtype="bfloat16", batch=2, heads=2)  # values wait
+@example(name="llsa_l2", n_tokens=131_072, target="cuda:90", dtype="bfloat16", batch=2, heads=2)
 @settings(max_examples=30)
 def test_the_host_code_launches_what_the_plan_says(
     name: str, n_tokens: int, target: str, dtype: str, batch: int, heads: int
@@ -197,12 +197,10 @@ def test_the_host_code_launches_what_the_plan_says(
     launches = aot.record(shipped(name), n_tokens, dtype, target, batch=batch, heads=heads)
     plan = lower(shipped(name).spec)
     planned = list(plan.kernels)
-    late = int(any(launch.arguments.get("late") for launch in launches))  # an argument of the selection alone
     for launch in [launch for launch in launches if launch.phase != "select" and launch.step]:
         step = planned.pop(0)
         assert step.name == launch.step
         known: dict[str, Any] = {N.name: n_tokens, HEADS.name: batch * heads}
-        known[LATE.name] = late
         programs: Any = step.programs
         in_gluon = {"GROUP": 4, "BLOCK_N": 16}  # where they are no arguments
         values = {symbol: {**in_gluon, **launch.arguments, **known}[symbol.name] for symbol in programs.free_symbols}

@@ -177,22 +177,6 @@ def test_lengths_for_kernels_in_gluon(name: str, dtype: fuzz.DType) -> None:
     fuzz.run(case).raise_if_failed()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", ["llsa_l2", "llsa_d128", "uneven"])
-def test_values_pooled_by_the_selection(name: str, dtype: fuzz.DType, monkeypatch: pytest.MonkeyPatch) -> None:
-    spec = shipped(name)
-    module = llsa_gen.compile(spec).module
-    fill_with_one(module, monkeypatch)
-    monkeypatch.setattr(module, "CACHED", 0)
-    layouts: Layouts = ("transposed", "sliced", "every_second", "contiguous")
-    for n in (1, 1021, 4096):
-        q = torch.empty(2, 2, n, spec.head_dim, dtype=getattr(torch, dtype), device=DEVICE)
-        assert module.plan_launches((q, q, q))[0].late == 1
-        for seed in range(2):
-            case = fuzz.Case(spec, n=n, heads=2, batch=2, layouts=layouts, dtype=dtype, seed=seed, device=DEVICE)
-            fuzz.run(case).raise_if_failed()
-
-
 @pytest.mark.parametrize("name", ["llsa_l1", "llsa_l2", "topk_b128", "uneven"])
 def test_popular_keys(name: str) -> None:
     # every list names the same blocks, so that theirs are cut into many parts
@@ -285,7 +269,7 @@ def test_more_than_2_to_the_31_elements(monkeypatch: pytest.MonkeyPatch) -> None
     if torch.cuda.mem_get_info()[0] < 45 << 30:
         pytest.skip("needs 45 GiB of free GPU memory")
     attention = llsa_gen.compile(SPECS["llsa_l2"])
-    fill_with_one(attention.module, monkeypatch)  # so that values wait for one head, too: sums have one order
+    fill_with_one(attention.module, monkeypatch)  # one split for one head, too: sums have one order
     generator = torch.Generator(DEVICE).manual_seed(0)
     shape = (1, n, heads, 64)
     made = [torch.randn(shape, generator=generator, device=DEVICE, dtype=torch.bfloat16) for _ in range(4)]

@@ -142,29 +142,6 @@ def test_runs_of_candidates(topk: int, values: fuzz.Values, monkeypatch: pytest.
         fuzz.run(fuzz.Case(chosen, n=n, dtype="float16", values=values)).raise_if_failed()
 
 
-@pytest.mark.parametrize(
-    ("blocks", "dtype"),
-    [
-        pytest.param(((4, 3), (4, 5)), "float16", marks=pytest.mark.versions),
-        (((4, 3), (4, 5)), "float32"),
-        (((5, 2), (16, 1)), "float16"),
-        (((5, 2), (16, 1)), "float32"),
-    ],
-)
-def test_values_pooled_by_the_selection(
-    blocks: tuple[tuple[int, int], ...], dtype: fuzz.DType, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    chosen = spec("late", 24, *blocks)
-    module = compile(chosen).module
-    monkeypatch.setattr(module, "launch_plan", module.launch_plan.__wrapped__)
-    monkeypatch.setattr(module, "FILLING", 1)  # with 1,024, it takes minutes
-    monkeypatch.setattr(module, "CACHED", 0)
-    for n in (chosen.span(2) * 3, chosen.span(2) * 2 + 1, 3):
-        q = torch.empty(1, 2, n, 24, dtype=getattr(torch, dtype))
-        assert module.plan_launches((q, q, q))[0].late == 1
-        fuzz.run(fuzz.Case(chosen, n=n, heads=2, dtype=dtype, layouts=MIXED)).raise_if_failed()
-
-
 @pytest.mark.parametrize("score", [-1.0, 0.0, 1.0])
 def test_of_equal_scores_the_lower_token(other_gpu: Spec, score: float) -> None:
     q, k = (torch.full((1, 1, 277, 16), value, dtype=torch.float16) for value in (1.0, score))

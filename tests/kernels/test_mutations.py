@@ -46,8 +46,6 @@ RUNS = "    elif RUNS:", "    elif BLOCK_N >= 8 * KEEP:"
 MANY = fuzz.Case(spec("many", 16, (2, 3)), n=200, dtype="float16")
 # 50 candidates, of which threads keep lists of 8
 SEVEN = fuzz.Case(spec("seven", 16, (2, 7)), n=100)
-# values pooled by the selection, too
-LATE = "(late != 0)", "(late == 0)"
 # blocks that are no power of two
 FIVES = fuzz.Case(spec("fives", 16, (5, 2)), n=23)
 # a K too large to sort for, of 70 candidates
@@ -179,8 +177,6 @@ KERNELS = (
     ),
     mutation("the last sum dropped", "pool.py", "tl.static_range(1, SUMS)", "tl.static_range(1, SUMS - 1)"),
     mutation("rows of the next token", "pool.py", " & (below < BLOCK)[None, :]", "", FIVES),
-    Mutation("values of another head", "select.py.j2", (LATE, ("head * tl.cdiv(n_tokens, SPAN_1)", "0 * n_tokens"))),
-    Mutation("values of the next token", "select.py.j2", (LATE, ("None, None, parent,", "None, None, parent + 1,"))),
     mutation("sums of another tensor", "pool.py", "(tensor.to(tl.int64) * heads + head)", "(head * 1)", THREE_LEVELS),
     # selection
     mutation(

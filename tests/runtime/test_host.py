@@ -320,7 +320,7 @@ def test_calls_do_not_get_in_each_others_way(gpu: PretendedGpu, module: ModuleTy
         "heads": draw(4096, batch=2, heads=1),
         "offset": draw(4096, offset=1),
         "transposed": [x.transpose(1, 2).contiguous().transpose(1, 2) for x in draw(4096)],
-        "late values": draw(131_072),
+        "beyond the cache": draw(131_072),
     }
     alone = {}
     for name, tensors in calls.items():
