@@ -8,7 +8,8 @@ Made by llsa_gen 0.1.0 from spec a53f1c088dc45f5e; do not edit: `llsa-gen export
         0           -             1           -   tokens of the blocks kept at level 1
 
 Names: a token of level l pools b_l tokens of the level below and covers P_l = b_1 ... b_l tokens of the sequence, fewer
-at its end; there are T_l = ceil(N / P_l). Each query token of a level keeps at most K_l key tokens of that level.
+at its end; there are T_l(M) = ceil(M / P_l) of M queries and T_l(N) of N keys. Each query token of a level keeps at most K_l
+key tokens of that level.
 """
 
 import ast
@@ -43,11 +44,11 @@ SPEC = {
     "name": "llsa_l2",
     "reweight": True,
 }
-OPERATOR = "llsa_l2_ddea837d6426ba73"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
+OPERATOR = "llsa_l2_f4faec565c8379b3"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
-MAX_TOKENS = 1073741824  # tokens and the entries of index lists are counted in 32 bits
+MAX_TOKENS = 1073741824  # of queries or keys: tokens and the entries of index lists are counted in 32 bits
 
 HEAD_DIM = tl.constexpr(64)  # D
 PAD_DIM = tl.constexpr(64)  # columns of a tile: D rounded up to a power of two, at least 16
@@ -62,8 +63,8 @@ EMPTY = tl.constexpr(-(2**63))  # the rank of no token at all
 
 # What differs from call to call: Triton makes no kernel of its own where one of these is 1 or a multiple of 16.
 UNSPECIALISED = [
-    "heads_per_batch", "heads", "n_tokens", "part_l1", "rows_l2", "splits_l2", "rows_l1", "splits_l1",
-    "parts_l0", "width_l1", "width_l2",
+    "heads_per_batch", "heads", "m_tokens", "n_tokens", "part_l1", "rows_l2", "splits_l2", "rows_l1",
+    "splits_l1", "parts_l0", "width_l1", "width_l2",
 ]
 
 # How every kernel is compiled: a product and a sum are rounded once, whatever the default of the Triton that is installed,
@@ -128,7 +129,39 @@ SCHEDULES = {  # the schedule of a length is the first whose key, in tokens, it 
     "hip:gfx942": {2: {MAX_TOKENS: TILES_4}, 4: {MAX_TOKENS: TILES_2}},
 }
 
-# ---- tiles -----------------------------------------------------------------------------------------------------------
+# ---- geometry and tiles ----------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def head_and_tile(program, tiles):
+    """The head of a program and which of the head's `tiles` it has."""
+    return program // tiles, program % tiles
+
+
+@triton.jit
+def head_token_and_tile(program, tokens, tiles):
+    """The head of a program, which of the head's `tokens` it has, and which of the token's `tiles`."""
+    return program // tiles // tokens, program // tiles % tokens, program % tiles
+
+
+@triton.jit
+def kv_head_of(head):
+    """The head of the keys that a query head attends to: there are as many of both."""
+    return head
+
+
+@triton.jit
+def of_head(ptr, head, rows, width):
+    """Start of one head of a contiguous buffer [B*H, rows, width]."""
+    return ptr + head.to(tl.int64) * rows * width
+
+
+@triton.jit
+def head_base(ptr, head, stride_batch, stride_head, heads_per_batch):
+    """Start of one head of a [B, H, *, *] tensor whose strides are multiples of ROW_UNIT."""
+    batch = (head // heads_per_batch).to(tl.int64)
+    begin = batch * stride_batch + (head % heads_per_batch).to(tl.int64) * stride_head
+    return ptr + tl.multiple_of(begin, [ROW_UNIT])
 
 
 @triton.jit
@@ -151,14 +184,6 @@ def store_rows(ptr, row, stride, inside, tile):
     dim = tl.arange(0, PAD_DIM)
     at = tl.expand_dims(row.to(tl.int64) * stride, -1) + dim
     tl.store(ptr + at, tile.to(ptr.dtype.element_ty), mask=tl.expand_dims(inside, -1))
-
-
-@triton.jit
-def head_base(ptr, head, stride_batch, stride_head, heads_per_batch):
-    """Start of one head of a [B, H, *, *] tensor whose strides are multiples of ROW_UNIT; `head` counts over B*H."""
-    batch = (head // heads_per_batch).to(tl.int64)
-    begin = batch * stride_batch + (head % heads_per_batch).to(tl.int64) * stride_head
-    return ptr + tl.multiple_of(begin, [ROW_UNIT])
 
 
 @triton.jit
@@ -265,71 +290,81 @@ def sum_below(
 @triton.jit
 def pool_l1_tile(
     x_ptr, stride_n, mean_l1_ptr, mean_l2_ptr,
-    counts_l1_ptr, counts_l2_ptr, first, n_tokens,
+    counts_l1_ptr, counts_l2_ptr, first, length,
     CHILDREN: tl.constexpr, ROWS: tl.constexpr, SUMS: tl.constexpr, EVICT_FIRST: tl.constexpr,
 ):
-    """Level-2 token `first` of one head: its mean, and the means of the level-1 tokens that it covers; zeroes counts."""
-    n_l1 = tl.cdiv(n_tokens, SPAN_1)
+    """Level-2 token `first` of a head of `length` tokens: its mean, and the means of the level-1 tokens that it covers.
+
+    Zeroes their counts, if any."""
+    l1 = tl.cdiv(length, SPAN_1)
     whole = tl.zeros([PAD_DIM], tl.float32)
-    for child in range(0, tl.minimum(BLOCK_2, n_l1 - first * BLOCK_2), CHILDREN):
+    for child in range(0, tl.minimum(BLOCK_2, l1 - first * BLOCK_2), CHILDREN):
         place = child + tl.arange(0, CHILDREN)
         token = first * BLOCK_2 + place
-        inside = (place < BLOCK_2) & (token < n_l1)
-        total = sum_below(x_ptr, stride_n, token, inside, n_tokens, BLOCK_1, ROWS, SUMS, EVICT_FIRST)
-        covered = tl.minimum(n_tokens - token * SPAN_1, SPAN_1).to(tl.float32)
+        inside = (place < BLOCK_2) & (token < l1)
+        total = sum_below(x_ptr, stride_n, token, inside, length, BLOCK_1, ROWS, SUMS, EVICT_FIRST)
+        covered = tl.minimum(length - token * SPAN_1, SPAN_1).to(tl.float32)
         store_rows(mean_l1_ptr, token, HEAD_DIM, inside, total / covered[:, None])
-        tl.store(counts_l1_ptr + token, 0, mask=inside)
+        if counts_l1_ptr is not None:
+            tl.store(counts_l1_ptr + token, 0, mask=inside)
         whole += tl.sum(total, 0)
     token = first + tl.arange(0, 1)
-    covered = tl.minimum(n_tokens - token * SPAN_2, SPAN_2).to(tl.float32)
+    covered = tl.minimum(length - token * SPAN_2, SPAN_2).to(tl.float32)
     store_rows(mean_l2_ptr, token, HEAD_DIM, token >= 0, whole[None, :] / covered[:, None])
-    tl.store(counts_l2_ptr + token, 0)
+    if counts_l2_ptr is not None:
+        tl.store(counts_l2_ptr + token, 0)
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def pool_l1_kernel(
-    q_ptr, stride_qb, stride_qh, stride_qn,  # [B, H, N, D]
-    k_ptr, stride_kb, stride_kh, stride_kn,  # [B, H, N, D]
-    v_ptr, stride_vb, stride_vh, stride_vn,  # [B, H, N, D]
-    q_l1_ptr, k_l1_ptr, v_l1_ptr,  # [B*H, T_1, D], out: means
-    q_l2_ptr, k_l2_ptr, v_l2_ptr,  # [B*H, T_2, D], out: means
-    counts_l1_ptr,  # [B*H, T_1] int32, out: how many query tokens keep each key token
-    counts_l2_ptr,  # [B*H, T_2] int32, out: how many query tokens keep each key token
-    heads_per_batch, heads, n_tokens,  # H, B*H, N
+    q_ptr, stride_qb, stride_qh, stride_qn,  # [B, H, M, D]
+    k_ptr, stride_kb, stride_kh, stride_kn,  # [B, H_kv, N, D]
+    v_ptr, stride_vb, stride_vh, stride_vn,  # [B, H_kv, N, D]
+    q_l1_ptr,  # [B*H, T_1(M), D], out: means
+    k_l1_ptr, v_l1_ptr,  # [B*H_kv, T_1(N), D], out: means
+    q_l2_ptr,  # [B*H, T_2(M), D], out: means
+    k_l2_ptr, v_l2_ptr,  # [B*H_kv, T_2(N), D], out: means
+    counts_l1_ptr,  # [B*H, T_1(N)] int32, out: how many query tokens keep each key token
+    counts_l2_ptr,  # [B*H, T_2(N)] int32, out: how many query tokens keep each key token
+    heads_per_batch, heads, m_tokens, n_tokens,  # H, B*H, M, N
     CHILDREN: tl.constexpr, ROWS: tl.constexpr,  # level-1 tokens summed at a time, and rows of each
     EVICT_FIRST: tl.constexpr,  # see load_rows
 ):
     """Means over the tokens that each token of level 1 and 2 covers: float32 sums, rounded once.
 
-    Grid: 3 * B*H * T_2, one tensor after the other.
+    Grid: B*H * T_2(M) + 2 * B*H_kv * T_2(N), one tensor after the other.
     """
-    tiles = tl.cdiv(n_tokens, SPAN_2)
-    first = tl.program_id(0) % tiles
     SUMS: tl.constexpr = 2 if CHILDREN > 1 and ROWS > 1 else 1  # registers for more programs: some ask while others add
-    tensor = tl.program_id(0) // tiles // heads
-    head = tl.program_id(0) // tiles % heads
-    to_l1 = head.to(tl.int64) * tl.cdiv(n_tokens, SPAN_1) * HEAD_DIM
-    counts_l1_ptr += head.to(tl.int64) * tl.cdiv(n_tokens, SPAN_1)
-    to_l2 = head.to(tl.int64) * tl.cdiv(n_tokens, SPAN_2) * HEAD_DIM
-    counts_l2_ptr += head.to(tl.int64) * tl.cdiv(n_tokens, SPAN_2)
-    if tensor == 0:
-        base = head_base(q_ptr, head, stride_qb, stride_qh, heads_per_batch)
+    q_tiles, k_tiles = tl.cdiv(m_tokens, SPAN_2), tl.cdiv(n_tokens, SPAN_2)
+    of_keys = tl.program_id(0) - heads * q_tiles  # the number of the program among those of keys and values, or less than 0
+    if of_keys < 0:
+        head, tile = head_and_tile(tl.program_id(0), q_tiles)
         pool_l1_tile(
-            base, stride_qn, q_l1_ptr + to_l1, q_l2_ptr + to_l2,
-            counts_l1_ptr, counts_l2_ptr, first, n_tokens, CHILDREN, ROWS, SUMS, EVICT_FIRST,
-        )
-    elif tensor == 1:
-        base = head_base(k_ptr, head, stride_kb, stride_kh, heads_per_batch)
-        pool_l1_tile(
-            base, stride_kn, k_l1_ptr + to_l1, k_l2_ptr + to_l2,
-            counts_l1_ptr, counts_l2_ptr, first, n_tokens, CHILDREN, ROWS, SUMS, EVICT_FIRST,
+            head_base(q_ptr, head, stride_qb, stride_qh, heads_per_batch), stride_qn,
+            of_head(q_l1_ptr, head, tl.cdiv(m_tokens, SPAN_1), HEAD_DIM),
+            of_head(q_l2_ptr, head, tl.cdiv(m_tokens, SPAN_2), HEAD_DIM),
+            None, None,
+            tile, m_tokens, CHILDREN, ROWS, SUMS, EVICT_FIRST,
         )
     else:
-        base = head_base(v_ptr, head, stride_vb, stride_vh, heads_per_batch)
-        pool_l1_tile(
-            base, stride_vn, v_l1_ptr + to_l1, v_l2_ptr + to_l2,
-            counts_l1_ptr, counts_l2_ptr, first, n_tokens, CHILDREN, ROWS, SUMS, EVICT_FIRST,
-        )
+        head, tile = head_and_tile(of_keys, k_tiles)  # of the keys, then of the values
+        if head < heads:
+            pool_l1_tile(
+                head_base(k_ptr, head, stride_kb, stride_kh, heads_per_batch), stride_kn,
+                of_head(k_l1_ptr, head, tl.cdiv(n_tokens, SPAN_1), HEAD_DIM),
+                of_head(k_l2_ptr, head, tl.cdiv(n_tokens, SPAN_2), HEAD_DIM),
+                of_head(counts_l1_ptr, head, tl.cdiv(n_tokens, SPAN_1), 1), of_head(counts_l2_ptr, head, tl.cdiv(n_tokens, SPAN_2), 1),
+                tile, n_tokens, CHILDREN, ROWS, SUMS, EVICT_FIRST,
+            )
+        else:
+            head -= heads
+            pool_l1_tile(
+                head_base(v_ptr, head, stride_vb, stride_vh, heads_per_batch), stride_vn,
+                of_head(v_l1_ptr, head, tl.cdiv(n_tokens, SPAN_1), HEAD_DIM),
+                of_head(v_l2_ptr, head, tl.cdiv(n_tokens, SPAN_2), HEAD_DIM),
+                None, None,
+                tile, n_tokens, CHILDREN, ROWS, SUMS, EVICT_FIRST,
+            )
 
 
 # ---- selection -------------------------------------------------------------------------------------------------------
@@ -565,26 +600,27 @@ def best_by_runs(
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def select_l2_kernel(
-    q_l2_ptr, k_l2_ptr,  # [B*H, T_2, D]
-    kept_l2_ptr, width_l2,  # [B*H, T_2, width_l2] int32, out: kept key tokens, best first, then -1
-    counts_l2_ptr,  # [B*H, T_2] int32, out: how many query tokens keep each key token
-    n_tokens,  # N
+    q_l2_ptr,  # [B*H, T_2(M), D]
+    k_l2_ptr,  # [B*H_kv, T_2(N), D]
+    kept_l2_ptr, width_l2,  # [B*H, T_2(M), width_l2] int32, out: kept key tokens, best first, then -1
+    counts_l2_ptr,  # [B*H, T_2(N)] int32, out: how many query tokens keep each key token
+    m_tokens, n_tokens,  # M, N
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, KEEP: tl.constexpr, DOUBLES: tl.constexpr, SPLIT: tl.constexpr, RUNS: tl.constexpr,
 ):
-    """I^(2): the K_2 = 8 best of all T_2 key tokens, for each query token of the coarsest level.
+    """I^(2): the K_2 = 8 best of all T_2(N) key tokens, for each query token of the coarsest level.
 
-    Grid: B*H * ceil(T_2 / BLOCK_M). KEEP is K_2 rounded up to a power of two, SPLIT how many share the candidates;
+    Grid: B*H * ceil(T_2(M) / BLOCK_M). KEEP is K_2 rounded up to a power of two, SPLIT how many share the candidates;
     RUNS: see `best_by_runs`.
     """
-    n_l2 = tl.cdiv(n_tokens, SPAN_2)
-    tiles = tl.cdiv(n_l2, BLOCK_M)
-    head = (tl.program_id(0) // tiles).to(tl.int64)
-    row = tl.program_id(0) % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
-    inside = row < n_l2
+    m_l2, n_l2 = tl.cdiv(m_tokens, SPAN_2), tl.cdiv(n_tokens, SPAN_2)
+    head, tile = head_and_tile(tl.program_id(0), tl.cdiv(m_l2, BLOCK_M))
+    row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    inside = row < m_l2
     n_candidates = n_l2
-    counts_ptr = counts_l2_ptr + head * n_l2  # integer sums are the same in any order
-    k_ptr = k_l2_ptr + head * n_l2 * HEAD_DIM
-    q = load_rows(q_l2_ptr + head * n_l2 * HEAD_DIM, row, HEAD_DIM, inside)
+    counts_ptr = of_head(counts_l2_ptr, head, n_l2, 1)  # integer sums are the same in any order
+    k_ptr = of_head(k_l2_ptr, kv_head_of(head), n_l2, HEAD_DIM)
+    q = load_rows(of_head(q_l2_ptr, head, m_l2, HEAD_DIM), row, HEAD_DIM, inside)
+    kept_ptr = of_head(kept_l2_ptr, head, m_l2, width_l2)
 
     if SPLIT == 1:
         best = no_best_8(BLOCK_M, DOUBLES)
@@ -600,35 +636,36 @@ def select_l2_kernel(
         best = best_by_runs(q, k_ptr, n_candidates, BLOCK_M, BLOCK_N, KEEP, DOUBLES, SPLIT)
     else:
         best = best_of_all(q, k_ptr, n_candidates, BLOCK_M, BLOCK_N, DOUBLES, SPLIT)
-    store_kept(kept_l2_ptr + head * n_l2 * width_l2, counts_ptr, row, width_l2, inside, best, KEEP, DOUBLES)
+    store_kept(kept_ptr, counts_ptr, row, width_l2, inside, best, KEEP, DOUBLES)
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def select_l1_kernel(
-    q_l1_ptr, k_l1_ptr,  # [B*H, T_1, D]
-    kept_l2_ptr, width_l2,  # [B*H, T_2, width_l2] int32
-    kept_l1_ptr, width_l1,  # [B*H, T_1, width_l1] int32, out: kept key tokens, best first, then -1
-    counts_l1_ptr,  # [B*H, T_1] int32, out: how many query tokens keep each key token
-    n_tokens,  # N
+    q_l1_ptr,  # [B*H, T_1(M), D]
+    k_l1_ptr,  # [B*H_kv, T_1(N), D]
+    kept_l2_ptr, width_l2,  # [B*H, T_2(M), width_l2] int32
+    kept_l1_ptr, width_l1,  # [B*H, T_1(M), width_l1] int32, out: kept key tokens, best first, then -1
+    counts_l1_ptr,  # [B*H, T_1(N)] int32, out: how many query tokens keep each key token
+    m_tokens, n_tokens,  # M, N
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, KEEP: tl.constexpr, DOUBLES: tl.constexpr,
 ):
     """I^(1): the K_1 = 8 best children of I^(2), for the query tokens under one parent.
 
-    Grid: B*H * T_2 * ceil(min(b_2, T_1) / BLOCK_M).
+    Grid: B*H * T_2(M) * ceil(min(b_2, T_1(M)) / BLOCK_M).
     """
-    n_l1 = tl.cdiv(n_tokens, SPAN_1)
-    n_l2 = tl.cdiv(n_tokens, SPAN_2)
-    tiles = tl.cdiv(tl.minimum(BLOCK_2, n_l1), BLOCK_M)
-    head = (tl.program_id(0) // tiles // n_l2).to(tl.int64)
-    parent = tl.program_id(0) // tiles % n_l2
-    child = tl.program_id(0) % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    m_l1, n_l1 = tl.cdiv(m_tokens, SPAN_1), tl.cdiv(n_tokens, SPAN_1)
+    m_l2 = tl.cdiv(m_tokens, SPAN_2)
+    tiles = tl.cdiv(tl.minimum(BLOCK_2, m_l1), BLOCK_M)
+    head, parent, tile = head_token_and_tile(tl.program_id(0), m_l2, tiles)
+    child = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     row = parent * BLOCK_2 + child
-    inside = (child < BLOCK_2) & (row < n_l1)
-    kept_above_ptr = kept_l2_ptr + (head * n_l2 + parent) * width_l2
+    inside = (child < BLOCK_2) & (row < m_l1)
+    kept_above_ptr = of_head(kept_l2_ptr, head, m_l2, width_l2) + parent * width_l2
     n_candidates = width_l2 * BLOCK_2
-    counts_ptr = counts_l1_ptr + head * n_l1  # integer sums are the same in any order
-    k_ptr = k_l1_ptr + head * n_l1 * HEAD_DIM
-    q = load_rows(q_l1_ptr + head * n_l1 * HEAD_DIM, row, HEAD_DIM, inside)
+    counts_ptr = of_head(counts_l1_ptr, head, n_l1, 1)  # integer sums are the same in any order
+    k_ptr = of_head(k_l1_ptr, kv_head_of(head), n_l1, HEAD_DIM)
+    q = load_rows(of_head(q_l1_ptr, head, m_l1, HEAD_DIM), row, HEAD_DIM, inside)
+    kept_ptr = of_head(kept_l1_ptr, head, m_l1, width_l1)
 
     best = no_best_8(BLOCK_M, DOUBLES)
     for start in range(0, n_candidates, BLOCK_N):
@@ -640,7 +677,7 @@ def select_l1_kernel(
         keys = rank_keys(scores, token[None, :], candidate[None, :], DOUBLES)
         best = add_to_best_8(best, by_thread(keys))
     best = rows_of_best_8(best, BLOCK_M)
-    store_kept(kept_l1_ptr + head * n_l1 * width_l1, counts_ptr, row, width_l1, inside, best, KEEP, DOUBLES)
+    store_kept(kept_ptr, counts_ptr, row, width_l1, inside, best, KEEP, DOUBLES)
 
 
 # ---- attention -------------------------------------------------------------------------------------------------------
@@ -648,36 +685,35 @@ def select_l1_kernel(
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def attend_kernel(
-    q_ptr, stride_qb, stride_qh, stride_qn,  # [B, H, N, D]
-    k_ptr, stride_kb, stride_kh, stride_kn,  # [B, H, N, D]
-    v_ptr, stride_vb, stride_vh, stride_vn,  # [B, H, N, D]
-    k_l1_ptr, v_l1_ptr,  # [B*H, T_1, D]
-    k_l2_ptr, v_l2_ptr,  # [B*H, T_2, D]
-    kept_l1_ptr, width_l1,  # [B*H, T_1, width_l1] int32
-    kept_l2_ptr, width_l2,  # [B*H, T_2, width_l2] int32
-    o_ptr,  # [B*H, N, D], out
-    lse_ptr,  # [B*H, N] float32, out: natural logarithm of the sum of weights
-    peak_ptr, total_ptr,  # [B*H, N] float32, out: the same sum as 2^peak * total
-    scale, heads_per_batch, n_tokens,  # s, H, N
+    q_ptr, stride_qb, stride_qh, stride_qn,  # [B, H, M, D]
+    k_ptr, stride_kb, stride_kh, stride_kn,  # [B, H_kv, N, D]
+    v_ptr, stride_vb, stride_vh, stride_vn,  # [B, H_kv, N, D]
+    k_l1_ptr, v_l1_ptr,  # [B*H_kv, T_1(N), D]
+    k_l2_ptr, v_l2_ptr,  # [B*H_kv, T_2(N), D]
+    kept_l1_ptr, width_l1,  # [B*H, T_1(M), width_l1] int32
+    kept_l2_ptr, width_l2,  # [B*H, T_2(M), width_l2] int32
+    o_ptr,  # [B*H, M, D], out
+    lse_ptr,  # [B*H, M] float32, out: natural logarithm of the sum of weights
+    peak_ptr, total_ptr,  # [B*H, M] float32, out: the same sum as 2^peak * total
+    scale, heads_per_batch, m_tokens, n_tokens,  # s, H, M, N
     GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
     PIPELINED_QK: tl.constexpr, FULL: tl.constexpr,
 ):
     """o_i = sum_j w_j exp(s q_i.k_j) v_j / sum_j w_j exp(s q_i.k_j) over the keys of levels 2, 1 and 0.
 
-    Grid: B*H * T_2 * ceil(min(16, T_1) / GROUP), GROUP query blocks of one level-2 token each.
+    Grid: B*H * T_2(M) * ceil(min(16, T_1(M)) / GROUP), GROUP query blocks of one level-2 token each.
     """
-    n_l1 = tl.cdiv(n_tokens, SPAN_1)
-    n_l2 = tl.cdiv(n_tokens, SPAN_2)
-    siblings = tl.minimum(16, n_l1)  # query blocks under one level-2 token
-    groups = tl.cdiv(siblings, GROUP)
-    head = (tl.program_id(0) // groups // n_l2).to(tl.int64)
-    above = tl.program_id(0) // groups % n_l2
-    place = tl.program_id(0) % groups * GROUP + tl.arange(0, GROUP)
+    m_l1 = tl.cdiv(m_tokens, SPAN_1)
+    siblings = tl.minimum(16, m_l1)  # query blocks under one level-2 token
+    m_l2 = tl.cdiv(m_tokens, SPAN_2)
+    head, above, group = head_token_and_tile(tl.program_id(0), m_l2, tl.cdiv(siblings, GROUP))
+    place = group * GROUP + tl.arange(0, GROUP)
     block = above * siblings + place
-    mine = (place < siblings) & (block < n_l1)
+    mine = (place < siblings) & (block < m_l1)
     within = tl.arange(0, BLOCK_M)
     token = tl.reshape(block[:, None] * BLOCK_1 + within[None, :], [GROUP * BLOCK_M])
-    inside = tl.reshape(mine[:, None] & (within < BLOCK_1)[None, :], [GROUP * BLOCK_M]) & (token < n_tokens)
+    inside = tl.reshape(mine[:, None] & (within < BLOCK_1)[None, :], [GROUP * BLOCK_M]) & (token < m_tokens)
+    kv_head = kv_head_of(head)
 
     q = load_rows(head_base(q_ptr, head, stride_qb, stride_qh, heads_per_batch), token, stride_qn, inside)
     scale *= LOG2E
@@ -686,8 +722,9 @@ def attend_kernel(
     acc = tl.zeros([GROUP * BLOCK_M, PAD_DIM], tl.float32)
 
     # level 2: all its tokens; the last tile, if they do not fill it, on its own, so that the loop needs no masks
-    k_base = k_l2_ptr + head * n_l2 * HEAD_DIM
-    v_base = v_l2_ptr + head * n_l2 * HEAD_DIM
+    n_l2 = tl.cdiv(n_tokens, SPAN_2)
+    k_base = of_head(k_l2_ptr, kv_head, n_l2, HEAD_DIM)
+    v_base = of_head(v_l2_ptr, kv_head, n_l2, HEAD_DIM)
     filled = n_l2 // BLOCK_C * BLOCK_C
     for start in range(0, filled, BLOCK_C):
         key = start + tl.arange(0, BLOCK_C)
@@ -707,9 +744,11 @@ def attend_kernel(
         peak, total, acc = softmax_step(logits, v, peak, total, acc)
 
     # level 1: the children of what the queries' level-2 token keeps
-    k_base = k_l1_ptr + head * n_l1 * HEAD_DIM
-    v_base = v_l1_ptr + head * n_l1 * HEAD_DIM
-    list_ptr = kept_l2_ptr + (head * n_l2 + above) * width_l2
+    n_l1 = tl.cdiv(n_tokens, SPAN_1)
+    k_base = of_head(k_l1_ptr, kv_head, n_l1, HEAD_DIM)
+    v_base = of_head(v_l1_ptr, kv_head, n_l1, HEAD_DIM)
+    list_ptr = of_head(kept_l2_ptr, head, tl.cdiv(m_tokens, SPAN_2), width_l2)
+    list_ptr += above * width_l2
     place = tl.arange(0, BLOCK_C)
     parent = parents(list_ptr, 0, place, width_l2, BLOCK_2)
     for start in range(0, width_l2 * BLOCK_2, BLOCK_C):
@@ -726,9 +765,9 @@ def attend_kernel(
     total = tl.reshape(total, [GROUP, BLOCK_M])
     acc = tl.reshape(acc, [GROUP, BLOCK_M, PAD_DIM])
     # level 0: the tokens of the key blocks that each query block keeps
-    k_base = head_base(k_ptr, head, stride_kb, stride_kh, heads_per_batch)
-    v_base = head_base(v_ptr, head, stride_vb, stride_vh, heads_per_batch)
-    list_ptr = kept_l1_ptr + (head * n_l1 + tl.minimum(block, n_l1 - 1)[:, None]) * width_l1
+    k_base = head_base(k_ptr, kv_head, stride_kb, stride_kh, heads_per_batch)
+    v_base = head_base(v_ptr, kv_head, stride_vb, stride_vh, heads_per_batch)
+    list_ptr = of_head(kept_l1_ptr, head, m_l1, width_l1) + tl.minimum(block, m_l1 - 1)[:, None] * width_l1
     place = tl.arange(0, BLOCK_N)[None, :]
     parent = parents(list_ptr, 0, place, width_l1, BLOCK_1)
     if PIPELINED_QK:  # the products of the next tile need nothing of this one: they run while its softmax is worked out
@@ -760,14 +799,14 @@ def attend_kernel(
     total = tl.reshape(total, [GROUP * BLOCK_M])
     acc = tl.reshape(acc, [GROUP * BLOCK_M, PAD_DIM])
 
-    store_rows(o_ptr + head * n_tokens * HEAD_DIM, token, HEAD_DIM, inside, acc * (1.0 / total)[:, None])
+    store_rows(of_head(o_ptr, head, m_tokens, HEAD_DIM), token, HEAD_DIM, inside, acc * (1.0 / total)[:, None])
     log_sum = peak + tl.log2(total)
-    tl.store(lse_ptr + head * n_tokens + token, log_sum * LN2, mask=inside)
+    tl.store(of_head(lse_ptr, head, m_tokens, 1) + token, log_sum * LN2, mask=inside)
     if q.dtype != tl.float32:  # half precision rounds more than this sum: the backward pass is spared a product
         peak = log_sum
         total = tl.full([GROUP * BLOCK_M], 1.0, tl.float32)
-    tl.store(peak_ptr + head * n_tokens + token, peak, mask=inside)
-    tl.store(total_ptr + head * n_tokens + token, total, mask=inside)
+    tl.store(of_head(peak_ptr, head, m_tokens, 1) + token, peak, mask=inside)
+    tl.store(of_head(total_ptr, head, m_tokens, 1) + token, total, mask=inside)
 
 
 # ---- gradients -------------------------------------------------------------------------------------------------------
@@ -779,25 +818,27 @@ def running_sum(counts_ptr, sums_ptr, head, n_rows, part, BLOCK: tl.constexpr):
 
     Where `part` is not 0, of the parts of `part` entries instead that a list has beyond its first.
     """
+    counts_ptr = of_head(counts_ptr, head, n_rows, 1)
+    sums_ptr = of_head(sums_ptr, head, n_rows + 1, 1)
     before = 0
     for start in range(0, n_rows, BLOCK):
         row = start + tl.arange(0, BLOCK)
-        value = tl.load(counts_ptr + head * n_rows + row, mask=row < n_rows, other=0)
+        value = tl.load(counts_ptr + row, mask=row < n_rows, other=0)
         if part > 0:
             value = tl.maximum(tl.cdiv(value, part) - 1, 0)
         sums = before + tl.cumsum(value, 0)
-        tl.store(sums_ptr + head * (n_rows + 1) + row, sums - value, mask=row < n_rows)
+        tl.store(sums_ptr + row, sums - value, mask=row < n_rows)
         before += tl.sum(value, 0)
-    tl.store(sums_ptr + head * (n_rows + 1) + n_rows, before)
+    tl.store(sums_ptr + n_rows, before)
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def scan_kernel(
-    counts_l1_ptr,  # [B*H, T_1] int32
-    counts_l2_ptr,  # [B*H, T_2] int32
-    offsets_l1_ptr,  # [B*H, T_1 + 1] int32, out: where the list of each key token begins
-    overflow_l1_ptr,  # [B*H, T_1 + 1] int32, out: where its parts of part_l1 entries beyond the first begin
-    offsets_l2_ptr,  # [B*H, T_2 + 1] int32, out: where the list of each key token begins
+    counts_l1_ptr,  # [B*H, T_1(N)] int32
+    counts_l2_ptr,  # [B*H, T_2(N)] int32
+    offsets_l1_ptr,  # [B*H, T_1(N) + 1] int32, out: where the list of each key token begins
+    overflow_l1_ptr,  # [B*H, T_1(N) + 1] int32, out: where its parts of part_l1 entries beyond the first begin
+    offsets_l2_ptr,  # [B*H, T_2(N) + 1] int32, out: where the list of each key token begins
     part_l1, heads, n_tokens,  # entries a part, B*H, N
     BLOCK: tl.constexpr,
 ):
@@ -805,8 +846,7 @@ def scan_kernel(
 
     Grid: B*H * 3.
     """
-    head = (tl.program_id(0) % heads).to(tl.int64)
-    which = tl.program_id(0) // heads
+    which, head = tl.program_id(0) // heads, tl.program_id(0) % heads
     if which == 0:
         running_sum(counts_l1_ptr, offsets_l1_ptr, head, tl.cdiv(n_tokens, SPAN_1), 0, BLOCK)
     if which == 1:
@@ -833,113 +873,112 @@ def scatter_keepers(keepers_ptr, cursor, key, kept_ptr, row, width, inside):
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def invert_l2_kernel(
-    kept_l2_ptr, width_l2,  # [B*H, T_2, width_l2] int32
-    offsets_l2_ptr,  # [B*H, T_2 + 1] int32
-    keepers_l2_ptr,  # [B*H, T_2 * width_l2] int32, out: query tokens by the key token that they keep
-    n_tokens,  # N
+    kept_l2_ptr, width_l2,  # [B*H, T_2(M), width_l2] int32
+    offsets_l2_ptr,  # [B*H, T_2(N) + 1] int32
+    keepers_l2_ptr,  # [B*H, T_2(M) * width_l2] int32, out: query tokens by the key token that they keep
+    m_tokens, n_tokens,  # M, N
     BLOCK_M: tl.constexpr, KEYS: tl.constexpr,
 ):
     """The query tokens that keep each of KEYS key tokens of level 2, found among all.
 
-    Grid: B*H * ceil(T_2 / KEYS).
+    Grid: B*H * ceil(T_2(N) / KEYS).
     """
-    n_l2 = tl.cdiv(n_tokens, SPAN_2)
-    tiles = tl.cdiv(n_l2, KEYS)
-    head = (tl.program_id(0) // tiles).to(tl.int64)
-    key = tl.program_id(0) % tiles * KEYS + tl.arange(0, KEYS)
-    cursor = tl.load(offsets_l2_ptr + head * (n_l2 + 1) + key, mask=key < n_l2, other=0)
-    kept_ptr = kept_l2_ptr + head * n_l2 * width_l2
-    keepers_ptr = keepers_l2_ptr + head * n_l2 * width_l2
-    for start in range(0, n_l2, BLOCK_M):
+    m_l2, n_l2 = tl.cdiv(m_tokens, SPAN_2), tl.cdiv(n_tokens, SPAN_2)
+    head, tile = head_and_tile(tl.program_id(0), tl.cdiv(n_l2, KEYS))
+    key = tile * KEYS + tl.arange(0, KEYS)
+    cursor = tl.load(of_head(offsets_l2_ptr, head, n_l2 + 1, 1) + key, mask=key < n_l2, other=0)
+    kept_ptr = of_head(kept_l2_ptr, head, m_l2, width_l2)
+    keepers_ptr = of_head(keepers_l2_ptr, head, m_l2, width_l2)
+    for start in range(0, m_l2, BLOCK_M):
         row = start + tl.arange(0, BLOCK_M)
-        cursor = scatter_keepers(keepers_ptr, cursor, key, kept_ptr, row, width_l2, row < n_l2)
+        cursor = scatter_keepers(keepers_ptr, cursor, key, kept_ptr, row, width_l2, row < m_l2)
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def invert_l1_kernel(
-    kept_l1_ptr, width_l1,  # [B*H, T_1, width_l1] int32
-    offsets_l1_ptr,  # [B*H, T_1 + 1] int32
-    offsets_l2_ptr,  # [B*H, T_2 + 1] int32
-    keepers_l2_ptr, width_l2,  # [B*H, T_2 * width_l2] int32
-    keepers_l1_ptr,  # [B*H, T_1 * width_l1] int32, out: query tokens by the key token that they keep
-    n_tokens,  # N
+    kept_l1_ptr, width_l1,  # [B*H, T_1(M), width_l1] int32
+    offsets_l1_ptr,  # [B*H, T_1(N) + 1] int32
+    offsets_l2_ptr,  # [B*H, T_2(N) + 1] int32
+    keepers_l2_ptr, width_l2,  # [B*H, T_2(M) * width_l2] int32
+    keepers_l1_ptr,  # [B*H, T_1(M) * width_l1] int32, out: query tokens by the key token that they keep
+    m_tokens, n_tokens,  # M, N
     BLOCK_M: tl.constexpr, KEYS: tl.constexpr,
 ):
     """The query tokens that keep each child of a level-2 key token, found among the children of its keepers.
 
-    Grid: B*H * T_2.
+    Grid: B*H * T_2(N).
     """
-    n_l1 = tl.cdiv(n_tokens, SPAN_1)
+    m_l1, n_l1 = tl.cdiv(m_tokens, SPAN_1), tl.cdiv(n_tokens, SPAN_1)
     n_l2 = tl.cdiv(n_tokens, SPAN_2)
-    head = (tl.program_id(0) // n_l2).to(tl.int64)
-    parent = tl.program_id(0) % n_l2
-    begin = tl.load(offsets_l2_ptr + head * (n_l2 + 1) + parent)
-    count = tl.load(offsets_l2_ptr + head * (n_l2 + 1) + parent + 1) - begin
-    list_ptr = keepers_l2_ptr + head * n_l2 * width_l2 + begin
+    head, parent = head_and_tile(tl.program_id(0), n_l2)
+    offsets_ptr = of_head(offsets_l2_ptr, head, n_l2 + 1, 1) + parent
+    begin = tl.load(offsets_ptr)
+    count = tl.load(offsets_ptr + 1) - begin
+    list_ptr = of_head(keepers_l2_ptr, head, tl.cdiv(m_tokens, SPAN_2), width_l2) + begin
     child = tl.arange(0, KEYS)
     exists = (child < BLOCK_2) & (parent * BLOCK_2 + child < n_l1)
     key = tl.where(exists, parent * BLOCK_2 + child, -2)  # -2: nobody's, neither a token nor the -1 of short lists
-    cursor = tl.load(offsets_l1_ptr + head * (n_l1 + 1) + key, mask=exists, other=0)
-    kept_ptr = kept_l1_ptr + head * n_l1 * width_l1
-    keepers_ptr = keepers_l1_ptr + head * n_l1 * width_l1
+    cursor = tl.load(of_head(offsets_l1_ptr, head, n_l1 + 1, 1) + key, mask=exists, other=0)
+    kept_ptr = of_head(kept_l1_ptr, head, m_l1, width_l1)
+    keepers_ptr = of_head(keepers_l1_ptr, head, m_l1, width_l1)
     for start in range(0, count * BLOCK_2, BLOCK_M):
         within = tl.arange(0, BLOCK_M)
         keeper = parents(list_ptr, start, within, count, BLOCK_2)
-        row, inside = children(keeper, start, within, n_l1, BLOCK_2, False)
+        row, inside = children(keeper, start, within, m_l1, BLOCK_2, False)
         cursor = scatter_keepers(keepers_ptr, cursor, key, kept_ptr, row, width_l1, inside)
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def grad_q_kernel(
-    q_ptr, stride_qb, stride_qh, stride_qn,  # [B, H, N, D]
-    k_ptr, stride_kb, stride_kh, stride_kn,  # [B, H, N, D]
-    v_ptr, stride_vb, stride_vh, stride_vn,  # [B, H, N, D]
-    k_l1_ptr, v_l1_ptr,  # [B*H, T_1, D]
-    k_l2_ptr, v_l2_ptr,  # [B*H, T_2, D]
-    kept_l1_ptr, width_l1,  # [B*H, T_1, width_l1] int32
-    kept_l2_ptr, width_l2,  # [B*H, T_2, width_l2] int32
-    o_ptr,  # [B*H, N, D]
-    grad_o_ptr, stride_gb, stride_gh, stride_gn,  # [B, H, N, D]
-    peak_ptr, total_ptr,  # [B*H, N] float32
-    grad_lse_ptr,  # [B*H, N] float32: None where lse has no gradient
-    grad_q_ptr,  # [B*H, N, D], out
-    delta_ptr,  # [B*H, N] float32, out
-    scale, heads_per_batch, n_tokens,  # s, H, N
+    q_ptr, stride_qb, stride_qh, stride_qn,  # [B, H, M, D]
+    k_ptr, stride_kb, stride_kh, stride_kn,  # [B, H_kv, N, D]
+    v_ptr, stride_vb, stride_vh, stride_vn,  # [B, H_kv, N, D]
+    k_l1_ptr, v_l1_ptr,  # [B*H_kv, T_1(N), D]
+    k_l2_ptr, v_l2_ptr,  # [B*H_kv, T_2(N), D]
+    kept_l1_ptr, width_l1,  # [B*H, T_1(M), width_l1] int32
+    kept_l2_ptr, width_l2,  # [B*H, T_2(M), width_l2] int32
+    o_ptr,  # [B*H, M, D]
+    grad_o_ptr, stride_gb, stride_gh, stride_gn,  # [B, H, M, D]
+    peak_ptr, total_ptr,  # [B*H, M] float32
+    grad_lse_ptr,  # [B*H, M] float32: None where lse has no gradient
+    grad_q_ptr,  # [B*H, M, D], out
+    delta_ptr,  # [B*H, M] float32, out
+    scale, heads_per_batch, m_tokens, n_tokens,  # s, H, M, N
     GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
     PIPELINED_QK: tl.constexpr, FULL: tl.constexpr,
 ):
     """dq_i = s sum_j p_ij (do_i.v_j - delta_i) k_j, with delta_i = o_i.do_i - dlse_i, over the keys of levels 2, 1 and 0.
 
-    Grid: B*H * T_2 * ceil(min(16, T_1) / GROUP), GROUP query blocks of one level-2 token each.
+    Grid: B*H * T_2(M) * ceil(min(16, T_1(M)) / GROUP), GROUP query blocks of one level-2 token each.
     """
-    n_l1 = tl.cdiv(n_tokens, SPAN_1)
-    n_l2 = tl.cdiv(n_tokens, SPAN_2)
-    siblings = tl.minimum(16, n_l1)  # query blocks under one level-2 token
-    groups = tl.cdiv(siblings, GROUP)
-    head = (tl.program_id(0) // groups // n_l2).to(tl.int64)
-    above = tl.program_id(0) // groups % n_l2
-    place = tl.program_id(0) % groups * GROUP + tl.arange(0, GROUP)
+    m_l1 = tl.cdiv(m_tokens, SPAN_1)
+    siblings = tl.minimum(16, m_l1)  # query blocks under one level-2 token
+    m_l2 = tl.cdiv(m_tokens, SPAN_2)
+    head, above, group = head_token_and_tile(tl.program_id(0), m_l2, tl.cdiv(siblings, GROUP))
+    place = group * GROUP + tl.arange(0, GROUP)
     block = above * siblings + place
-    mine = (place < siblings) & (block < n_l1)
+    mine = (place < siblings) & (block < m_l1)
     within = tl.arange(0, BLOCK_M)
     token = tl.reshape(block[:, None] * BLOCK_1 + within[None, :], [GROUP * BLOCK_M])
-    inside = tl.reshape(mine[:, None] & (within < BLOCK_1)[None, :], [GROUP * BLOCK_M]) & (token < n_tokens)
+    inside = tl.reshape(mine[:, None] & (within < BLOCK_1)[None, :], [GROUP * BLOCK_M]) & (token < m_tokens)
+    kv_head = kv_head_of(head)
 
     q = load_rows(head_base(q_ptr, head, stride_qb, stride_qh, heads_per_batch), token, stride_qn, inside)
     grad_o = load_rows(head_base(grad_o_ptr, head, stride_gb, stride_gh, heads_per_batch), token, stride_gn, inside)
-    o = load_rows(o_ptr + head * n_tokens * HEAD_DIM, token, HEAD_DIM, inside)
+    o = load_rows(of_head(o_ptr, head, m_tokens, HEAD_DIM), token, HEAD_DIM, inside)
     delta = tl.sum(o.to(tl.float32) * grad_o.to(tl.float32), 1)
     if grad_lse_ptr is not None:
-        delta -= tl.load(grad_lse_ptr + head * n_tokens + token, mask=inside, other=0.0)
-    tl.store(delta_ptr + head * n_tokens + token, delta, mask=inside)
-    peak = tl.load(peak_ptr + head * n_tokens + token, mask=inside, other=0.0)
-    total = tl.load(total_ptr + head * n_tokens + token, mask=inside, other=1.0)
+        delta -= tl.load(of_head(grad_lse_ptr, head, m_tokens, 1) + token, mask=inside, other=0.0)
+    tl.store(of_head(delta_ptr, head, m_tokens, 1) + token, delta, mask=inside)
+    peak = tl.load(of_head(peak_ptr, head, m_tokens, 1) + token, mask=inside, other=0.0)
+    total = tl.load(of_head(total_ptr, head, m_tokens, 1) + token, mask=inside, other=1.0)
     scale_log2e = scale * LOG2E
     grad_q = tl.zeros([GROUP * BLOCK_M, PAD_DIM], tl.float32)
 
     # level 2: all its tokens; the last tile, if they do not fill it, on its own, so that the loop needs no masks
-    k_base = k_l2_ptr + head * n_l2 * HEAD_DIM
-    v_base = v_l2_ptr + head * n_l2 * HEAD_DIM
+    n_l2 = tl.cdiv(n_tokens, SPAN_2)
+    k_base = of_head(k_l2_ptr, kv_head, n_l2, HEAD_DIM)
+    v_base = of_head(v_l2_ptr, kv_head, n_l2, HEAD_DIM)
     filled = n_l2 // BLOCK_C * BLOCK_C
     for start in range(0, filled, BLOCK_C):
         key = start + tl.arange(0, BLOCK_C)
@@ -963,9 +1002,11 @@ def grad_q_kernel(
         grad_q = add_product(grad_logits.to(k.dtype), k, grad_q)
 
     # level 1: the children of what the queries' level-2 token keeps
-    k_base = k_l1_ptr + head * n_l1 * HEAD_DIM
-    v_base = v_l1_ptr + head * n_l1 * HEAD_DIM
-    list_ptr = kept_l2_ptr + (head * n_l2 + above) * width_l2
+    n_l1 = tl.cdiv(n_tokens, SPAN_1)
+    k_base = of_head(k_l1_ptr, kv_head, n_l1, HEAD_DIM)
+    v_base = of_head(v_l1_ptr, kv_head, n_l1, HEAD_DIM)
+    list_ptr = of_head(kept_l2_ptr, head, tl.cdiv(m_tokens, SPAN_2), width_l2)
+    list_ptr += above * width_l2
     place = tl.arange(0, BLOCK_C)
     parent = parents(list_ptr, 0, place, width_l2, BLOCK_2)
     for start in range(0, width_l2 * BLOCK_2, BLOCK_C):
@@ -985,9 +1026,9 @@ def grad_q_kernel(
     delta = tl.reshape(delta, [GROUP, BLOCK_M, 1])
     grad_q = tl.reshape(grad_q, [GROUP, BLOCK_M, PAD_DIM])
     # level 0: the tokens of the key blocks that each query block keeps
-    k_base = head_base(k_ptr, head, stride_kb, stride_kh, heads_per_batch)
-    v_base = head_base(v_ptr, head, stride_vb, stride_vh, heads_per_batch)
-    list_ptr = kept_l1_ptr + (head * n_l1 + tl.minimum(block, n_l1 - 1)[:, None]) * width_l1
+    k_base = head_base(k_ptr, kv_head, stride_kb, stride_kh, heads_per_batch)
+    v_base = head_base(v_ptr, kv_head, stride_vb, stride_vh, heads_per_batch)
+    list_ptr = of_head(kept_l1_ptr, head, m_l1, width_l1) + tl.minimum(block, m_l1 - 1)[:, None] * width_l1
     place = tl.arange(0, BLOCK_N)[None, :]
     parent = parents(list_ptr, 0, place, width_l1, BLOCK_1)
     if PIPELINED_QK:  # the first tile on its own, so that the rows of the queries stay in registers
@@ -1013,7 +1054,7 @@ def grad_q_kernel(
         grad_q = add_product(grad_logits.to(k.dtype), k, grad_q)
     grad_q = tl.reshape(grad_q, [GROUP * BLOCK_M, PAD_DIM])
 
-    store_rows(grad_q_ptr + head * n_tokens * HEAD_DIM, token, HEAD_DIM, inside, grad_q * (scale / total)[:, None])
+    store_rows(of_head(grad_q_ptr, head, m_tokens, HEAD_DIM), token, HEAD_DIM, inside, grad_q * (scale / total)[:, None])
 
 
 @triton.jit
@@ -1067,7 +1108,7 @@ def grad_run(
 
 @triton.jit
 def overflow_owner(overflow_ptr, part, n_rows):
-    """The list that extra part number `part` belongs to: the last row whose running sum of parts is at most `part`."""
+    """The list that overflow part number `part` belongs to: the last row whose running sum of parts is at most `part`."""
     low = part * 0
     high = low + n_rows
     while high - low > 1:
@@ -1089,138 +1130,130 @@ def keeper_and_slot(keepers_ptr, kept_ptr, entry, end, parent, width, KEEP: tl.c
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def grad_kv_l2_kernel(
-    q_ptr, stride_qb, stride_qh, stride_qn,  # [B, H, N, D]
-    grad_o_ptr, stride_gb, stride_gh, stride_gn,  # [B, H, N, D]
-    peak_ptr, total_ptr, delta_ptr,  # [B*H, N] float32
-    k_l2_ptr, v_l2_ptr,  # [B*H, T_2, D]
-    partial_grad_k_l2_ptr, partial_grad_v_l2_ptr,  # [B*H, splits_l2, T_2, D], out: per token covered
-    rows_l2, splits_l2, scale, heads_per_batch, n_tokens,  # queries a split, how many splits, s, H, N
+    q_ptr, stride_qb, stride_qh, stride_qn,  # [B, H, M, D]
+    grad_o_ptr, stride_gb, stride_gh, stride_gn,  # [B, H, M, D]
+    peak_ptr, total_ptr, delta_ptr,  # [B*H, M] float32
+    k_l2_ptr, v_l2_ptr,  # [B*H_kv, T_2(N), D]
+    partial_grad_k_l2_ptr, partial_grad_v_l2_ptr,  # [B*H, splits_l2, T_2(N), D], out: per token covered
+    rows_l2, splits_l2, scale, heads_per_batch, m_tokens, n_tokens,  # queries a split, how many splits, s, H, M, N
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     """dk, dv of BLOCK_N tokens of level 2, which all queries attend to, from one split of the queries.
 
-    Grid: B*H * splits_l2 * ceil(T_2 / BLOCK_N).
+    Grid: B*H * splits_l2 * ceil(T_2(N) / BLOCK_N).
     """
     n_l2 = tl.cdiv(n_tokens, SPAN_2)
     n_keys = n_l2
-    tiles = tl.cdiv(n_keys, BLOCK_N)
-    head = (tl.program_id(0) // tiles // splits_l2).to(tl.int64)
-    split = tl.program_id(0) // tiles % splits_l2
-    place = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    head, split, tile = head_token_and_tile(tl.program_id(0), splits_l2, tl.cdiv(n_keys, BLOCK_N))
+    place = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     key, exists = place, place < n_keys
     begin = split * rows_l2
-    end = tl.minimum(begin + rows_l2, n_tokens)
-    to_split = (head * splits_l2 + split) * n_keys * HEAD_DIM
+    end = tl.minimum(begin + rows_l2, m_tokens)
+    to = head * splits_l2 + split
     bias = log_weight(key, exists, n_tokens, SPAN_2, False)
-    k = load_rows(k_l2_ptr + head * n_l2 * HEAD_DIM, key, HEAD_DIM, exists)
-    v = load_rows(v_l2_ptr + head * n_l2 * HEAD_DIM, key, HEAD_DIM, exists)
-    row = head * n_tokens
+    k = load_rows(of_head(k_l2_ptr, kv_head_of(head), n_l2, HEAD_DIM), key, HEAD_DIM, exists)
+    v = load_rows(of_head(v_l2_ptr, kv_head_of(head), n_l2, HEAD_DIM), key, HEAD_DIM, exists)
     grad_k, grad_v = grad_run(
         head_base(q_ptr, head, stride_qb, stride_qh, heads_per_batch), stride_qn,
         head_base(grad_o_ptr, head, stride_gb, stride_gh, heads_per_batch), stride_gn,
-        peak_ptr + row, total_ptr + row, delta_ptr + row, begin, end, k, v, bias, scale, BLOCK_M,
+        of_head(peak_ptr, head, m_tokens, 1), of_head(total_ptr, head, m_tokens, 1), of_head(delta_ptr, head, m_tokens, 1),
+        begin, end, k, v, bias, scale, BLOCK_M,
     )
     covered = tl.where(exists, tl.minimum(n_tokens - key * SPAN_2, SPAN_2), 1).to(tl.float32)[:, None]
-    store_rows(partial_grad_k_l2_ptr + to_split, place, HEAD_DIM, place < n_keys, grad_k / covered)
-    store_rows(partial_grad_v_l2_ptr + to_split, place, HEAD_DIM, place < n_keys, grad_v / covered)
+    store_rows(of_head(partial_grad_k_l2_ptr, to, n_keys, HEAD_DIM), place, HEAD_DIM, place < n_keys, grad_k / covered)
+    store_rows(of_head(partial_grad_v_l2_ptr, to, n_keys, HEAD_DIM), place, HEAD_DIM, place < n_keys, grad_v / covered)
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def grad_kv_l2_sum_kernel(
-    partial_grad_k_l2_ptr, partial_grad_v_l2_ptr,  # [B*H, splits_l2, T_2, D]
-    grad_k_l2_ptr, grad_v_l2_ptr,  # [B*H, T_2, D] float32, out: per token covered
+    partial_grad_k_l2_ptr, partial_grad_v_l2_ptr,  # [B*H, splits_l2, T_2(N), D]
+    grad_k_l2_ptr, grad_v_l2_ptr,  # [B*H_kv, T_2(N), D] float32, out: per token covered
     splits_l2, n_tokens,  # how many splits, N
     BLOCK: tl.constexpr,
 ):
     """dk, dv of BLOCK tokens of level 2: the splits summed in order, in float32.
 
-    Grid: B*H * ceil(T_2 / BLOCK).
+    Grid: B*H_kv * ceil(T_2(N) / BLOCK).
     """
     n_l2 = tl.cdiv(n_tokens, SPAN_2)
-    tiles = tl.cdiv(n_l2, BLOCK)
-    head = (tl.program_id(0) // tiles).to(tl.int64)
-    key = tl.program_id(0) % tiles * BLOCK + tl.arange(0, BLOCK)
+    head, tile = head_and_tile(tl.program_id(0), tl.cdiv(n_l2, BLOCK))
+    key = tile * BLOCK + tl.arange(0, BLOCK)
     exists = key < n_l2
     grad_k = tl.zeros([BLOCK, PAD_DIM], tl.float32)
     grad_v = tl.zeros([BLOCK, PAD_DIM], tl.float32)
     for split in range(0, splits_l2):
-        to_split = (head * splits_l2 + split) * n_l2 * HEAD_DIM
-        grad_k += load_rows(partial_grad_k_l2_ptr + to_split, key, HEAD_DIM, exists).to(tl.float32)
-        grad_v += load_rows(partial_grad_v_l2_ptr + to_split, key, HEAD_DIM, exists).to(tl.float32)
-    store_rows(grad_k_l2_ptr + head * n_l2 * HEAD_DIM, key, HEAD_DIM, exists, grad_k)
-    store_rows(grad_v_l2_ptr + head * n_l2 * HEAD_DIM, key, HEAD_DIM, exists, grad_v)
+        of = head * splits_l2 + split
+        grad_k += load_rows(of_head(partial_grad_k_l2_ptr, of, n_l2, HEAD_DIM), key, HEAD_DIM, exists).to(tl.float32)
+        grad_v += load_rows(of_head(partial_grad_v_l2_ptr, of, n_l2, HEAD_DIM), key, HEAD_DIM, exists).to(tl.float32)
+    store_rows(of_head(grad_k_l2_ptr, head, n_l2, HEAD_DIM), key, HEAD_DIM, exists, grad_k)
+    store_rows(of_head(grad_v_l2_ptr, head, n_l2, HEAD_DIM), key, HEAD_DIM, exists, grad_v)
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def grad_kv_l1_kernel(
-    q_ptr, stride_qb, stride_qh, stride_qn,  # [B, H, N, D]
-    grad_o_ptr, stride_gb, stride_gh, stride_gn,  # [B, H, N, D]
-    peak_ptr, total_ptr, delta_ptr,  # [B*H, N] float32
-    k_l1_ptr, v_l1_ptr,  # [B*H, T_1, D]
-    kept_l2_ptr, width_l2,  # [B*H, T_2, width_l2] int32
-    partial_grad_k_l1_ptr, partial_grad_v_l1_ptr,  # [B*H, T_2, splits_l1, width_l2 * b_2, D], out: per token covered
-    rows_l1, splits_l1, scale, heads_per_batch, n_tokens,  # queries a split, how many splits, s, H, N
+    q_ptr, stride_qb, stride_qh, stride_qn,  # [B, H, M, D]
+    grad_o_ptr, stride_gb, stride_gh, stride_gn,  # [B, H, M, D]
+    peak_ptr, total_ptr, delta_ptr,  # [B*H, M] float32
+    k_l1_ptr, v_l1_ptr,  # [B*H_kv, T_1(N), D]
+    kept_l2_ptr, width_l2,  # [B*H, T_2(M), width_l2] int32
+    partial_grad_k_l1_ptr, partial_grad_v_l1_ptr,  # [B*H, T_2(M), splits_l1, width_l2 * b_2, D], out: per token covered
+    rows_l1, splits_l1, scale, heads_per_batch, m_tokens, n_tokens,  # queries a split, how many splits, s, H, M, N
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     """dk, dv of BLOCK_N of the children of what a level-2 query token keeps, from one split of its queries.
 
-    Grid: B*H * T_2 * splits_l1 * ceil(width_l2 * b_2 / BLOCK_N).
+    Grid: B*H * T_2(M) * splits_l1 * ceil(width_l2 * b_2 / BLOCK_N).
     """
     n_l1 = tl.cdiv(n_tokens, SPAN_1)
-    n_l2 = tl.cdiv(n_tokens, SPAN_2)
     n_keys = width_l2 * BLOCK_2
-    tiles = tl.cdiv(n_keys, BLOCK_N)
-    keeper = tl.program_id(0) // tiles // splits_l1  # over all heads
-    head = (keeper // n_l2).to(tl.int64)
-    split = tl.program_id(0) // tiles % splits_l1
-    first = tl.program_id(0) % tiles * BLOCK_N
+    row, split, tile = head_token_and_tile(tl.program_id(0), splits_l1, tl.cdiv(n_keys, BLOCK_N))
+    head, keeper = head_and_tile(row, tl.cdiv(m_tokens, SPAN_2))
+    first = tile * BLOCK_N
     place = first + tl.arange(0, BLOCK_N)
-    list_ptr = kept_l2_ptr + keeper.to(tl.int64) * width_l2
+    list_ptr = of_head(kept_l2_ptr, row, width_l2, 1)
     parent = parents(list_ptr, first, tl.arange(0, BLOCK_N), width_l2, BLOCK_2)
     key, exists = children(parent, first, tl.arange(0, BLOCK_N), n_l1, BLOCK_2, False)
-    begin = keeper % n_l2 * SPAN_2 + split * rows_l1
-    end = tl.minimum(tl.minimum(begin + rows_l1, (keeper % n_l2 + 1) * SPAN_2), n_tokens)
-    to_split = (keeper.to(tl.int64) * splits_l1 + split) * n_keys * HEAD_DIM
+    begin = keeper * SPAN_2 + split * rows_l1
+    end = tl.minimum(tl.minimum(begin + rows_l1, (keeper + 1) * SPAN_2), m_tokens)
+    to = row * splits_l1 + split
     bias = log_weight(key, exists, n_tokens, SPAN_1, False)
-    k = load_rows(k_l1_ptr + head * n_l1 * HEAD_DIM, key, HEAD_DIM, exists)
-    v = load_rows(v_l1_ptr + head * n_l1 * HEAD_DIM, key, HEAD_DIM, exists)
-    row = head * n_tokens
+    k = load_rows(of_head(k_l1_ptr, kv_head_of(head), n_l1, HEAD_DIM), key, HEAD_DIM, exists)
+    v = load_rows(of_head(v_l1_ptr, kv_head_of(head), n_l1, HEAD_DIM), key, HEAD_DIM, exists)
     grad_k, grad_v = grad_run(
         head_base(q_ptr, head, stride_qb, stride_qh, heads_per_batch), stride_qn,
         head_base(grad_o_ptr, head, stride_gb, stride_gh, heads_per_batch), stride_gn,
-        peak_ptr + row, total_ptr + row, delta_ptr + row, begin, end, k, v, bias, scale, BLOCK_M,
+        of_head(peak_ptr, head, m_tokens, 1), of_head(total_ptr, head, m_tokens, 1), of_head(delta_ptr, head, m_tokens, 1),
+        begin, end, k, v, bias, scale, BLOCK_M,
     )
     covered = tl.where(exists, tl.minimum(n_tokens - key * SPAN_1, SPAN_1), 1).to(tl.float32)[:, None]
-    store_rows(partial_grad_k_l1_ptr + to_split, place, HEAD_DIM, place < n_keys, grad_k / covered)
-    store_rows(partial_grad_v_l1_ptr + to_split, place, HEAD_DIM, place < n_keys, grad_v / covered)
+    store_rows(of_head(partial_grad_k_l1_ptr, to, n_keys, HEAD_DIM), place, HEAD_DIM, place < n_keys, grad_k / covered)
+    store_rows(of_head(partial_grad_v_l1_ptr, to, n_keys, HEAD_DIM), place, HEAD_DIM, place < n_keys, grad_v / covered)
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def grad_kv_l1_sum_kernel(
-    partial_grad_k_l1_ptr, partial_grad_v_l1_ptr,  # [B*H, T_2, splits_l1, width_l2 * b_2, D]
-    kept_l2_ptr, width_l2,  # [B*H, T_2, width_l2] int32
-    keepers_l2_ptr,  # [B*H, T_2 * width_l2] int32
-    offsets_l2_ptr,  # [B*H, T_2 + 1] int32
-    grad_k_l2_ptr, grad_v_l2_ptr,  # [B*H, T_2, D] float32
-    grad_k_l1_ptr, grad_v_l1_ptr,  # [B*H, T_1, D] float32, out: per token covered
-    splits_l1, n_tokens,  # how many splits, N
+    partial_grad_k_l1_ptr, partial_grad_v_l1_ptr,  # [B*H, T_2(M), splits_l1, width_l2 * b_2, D]
+    kept_l2_ptr, width_l2,  # [B*H, T_2(M), width_l2] int32
+    keepers_l2_ptr,  # [B*H, T_2(M) * width_l2] int32
+    offsets_l2_ptr,  # [B*H, T_2(N) + 1] int32
+    grad_k_l2_ptr, grad_v_l2_ptr,  # [B*H_kv, T_2(N), D] float32
+    grad_k_l1_ptr, grad_v_l1_ptr,  # [B*H_kv, T_1(N), D] float32, out: per token covered
+    splits_l1, m_tokens, n_tokens,  # how many splits, M, N
     ROWS: tl.constexpr, BLOCK: tl.constexpr, KEEP: tl.constexpr,
 ):
-    """dk, dv of BLOCK children of a level-2 token: its keepers' shares, ROWS at a time in order, and level 2's, in float32.
+    """dk, dv of BLOCK children of a level-2 token: the partial sums of its keepers, ROWS at a time in order, and level 2's gradient, in float32.
 
-    Grid: B*H * T_2 * ceil(b_2 / BLOCK). KEEP is the largest width rounded up to a power of two.
+    Grid: B*H_kv * T_2(N) * ceil(b_2 / BLOCK). KEEP is the largest width rounded up to a power of two.
     """
-    n_l1 = tl.cdiv(n_tokens, SPAN_1)
-    n_l2 = tl.cdiv(n_tokens, SPAN_2)
-    tiles = tl.cdiv(BLOCK_2, BLOCK)
-    head = (tl.program_id(0) // tiles // n_l2).to(tl.int64)
-    parent = tl.program_id(0) // tiles % n_l2
-    child = tl.program_id(0) % tiles * BLOCK + tl.arange(0, BLOCK)
+    n_l1, n_l2 = tl.cdiv(n_tokens, SPAN_1), tl.cdiv(n_tokens, SPAN_2)
+    m_l2 = tl.cdiv(m_tokens, SPAN_2)
+    head, parent, tile = head_token_and_tile(tl.program_id(0), n_l2, tl.cdiv(BLOCK_2, BLOCK))
+    child = tile * BLOCK + tl.arange(0, BLOCK)
     key = parent * BLOCK_2 + child
     exists = (child < BLOCK_2) & (key < n_l1)
-    kept_ptr = kept_l2_ptr + head * n_l2 * width_l2
-    keepers_ptr = keepers_l2_ptr + head * n_l2 * width_l2
-    offsets_ptr = offsets_l2_ptr + head * (n_l2 + 1) + parent
+    kept_ptr = of_head(kept_l2_ptr, head, m_l2, width_l2)
+    keepers_ptr = of_head(keepers_l2_ptr, head, m_l2, width_l2)
+    offsets_ptr = of_head(offsets_l2_ptr, head, n_l2 + 1, 1) + parent
     begin, end = tl.load(offsets_ptr), tl.load(offsets_ptr + 1)
     grad_k = tl.zeros([BLOCK, PAD_DIM], tl.float32)
     grad_v = tl.zeros([BLOCK, PAD_DIM], tl.float32)
@@ -1228,24 +1261,24 @@ def grad_kv_l1_sum_kernel(
     keeper, slot = keeper_and_slot(keepers_ptr, kept_ptr, begin + entry, end, parent, width_l2, KEEP)
     for start in range(begin, end, ROWS):
         inside = (start + entry < end)[:, None] & exists[None, :]
-        first = (head * n_l2 + keeper) * splits_l1
+        first = (head.to(tl.int64) * m_l2 + keeper) * splits_l1
         for split in range(0, splits_l1):
             row = (((first + split) * width_l2 + slot) * BLOCK_2)[:, None] + child[None, :]
             grad_k += tl.sum(load_rows(partial_grad_k_l1_ptr, row, HEAD_DIM, inside).to(tl.float32), 0)
             grad_v += tl.sum(load_rows(partial_grad_v_l1_ptr, row, HEAD_DIM, inside).to(tl.float32), 0)
         keeper, slot = keeper_and_slot(keepers_ptr, kept_ptr, start + ROWS + entry, end, parent, width_l2, KEEP)  # in time
     coarse = parent + tl.zeros([1], tl.int32)
-    to_above = head * n_l2 * HEAD_DIM
-    grad_k += load_rows(grad_k_l2_ptr + to_above, coarse, HEAD_DIM, coarse >= 0)
-    grad_v += load_rows(grad_v_l2_ptr + to_above, coarse, HEAD_DIM, coarse >= 0)
-    store_rows(grad_k_l1_ptr + head * n_l1 * HEAD_DIM, key, HEAD_DIM, exists, grad_k)
-    store_rows(grad_v_l1_ptr + head * n_l1 * HEAD_DIM, key, HEAD_DIM, exists, grad_v)
+    n_above = n_l2
+    grad_k += load_rows(of_head(grad_k_l2_ptr, head, n_above, HEAD_DIM), coarse, HEAD_DIM, coarse >= 0)
+    grad_v += load_rows(of_head(grad_v_l2_ptr, head, n_above, HEAD_DIM), coarse, HEAD_DIM, coarse >= 0)
+    store_rows(of_head(grad_k_l1_ptr, head, n_l1, HEAD_DIM), key, HEAD_DIM, exists, grad_k)
+    store_rows(of_head(grad_v_l1_ptr, head, n_l1, HEAD_DIM), key, HEAD_DIM, exists, grad_v)
 
 
 @triton.jit
 def grad_kv_l0_part(
     q_ptr, stride_qn, grad_o_ptr, stride_gn, peak_ptr, total_ptr, delta_ptr,
-    k_ptr, stride_kn, v_ptr, stride_vn, keepers_ptr, begin, end, key, exists, scale, n_tokens,
+    k_ptr, stride_kn, v_ptr, stride_vn, keepers_ptr, begin, end, key, exists, scale, m_tokens, n_tokens,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     """dk, dv [BLOCK_N, D] of the level-0 tokens `key`, from the queries under entries begin..end of a keepers list.
@@ -1259,12 +1292,12 @@ def grad_kv_l0_part(
     grad_k = tl.zeros([BLOCK_N, PAD_DIM], tl.float32)
     grad_v = tl.zeros([BLOCK_N, PAD_DIM], tl.float32)
     last = tl.load(keepers_ptr + end - 1, mask=begin < end, other=0)
-    n_queries = (end - 1 - begin) * SPAN_1 + tl.minimum(n_tokens - last * SPAN_1, SPAN_1)
+    n_queries = (end - 1 - begin) * SPAN_1 + tl.minimum(m_tokens - last * SPAN_1, SPAN_1)
     n_queries = tl.where(begin < end, n_queries, 0)
     place = tl.arange(0, BLOCK_M)
     keeper = parents(keepers_ptr + begin, 0, place, end - begin, SPAN_1)
     for start in range(0, n_queries, BLOCK_M):
-        token, _ = children(keeper, start, place, n_tokens, SPAN_1, True)
+        token, _ = children(keeper, start, place, m_tokens, SPAN_1, True)
         inside = start + place < n_queries
         keeper = parents(keepers_ptr + begin, start + BLOCK_M, place, end - begin, SPAN_1)  # of the next tile, in time
         grad_k, grad_v = grad_queries(
@@ -1276,15 +1309,15 @@ def grad_kv_l0_part(
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def grad_kv_l0_overflow_kernel(
-    q_ptr, stride_qb, stride_qh, stride_qn,  # [B, H, N, D]
-    grad_o_ptr, stride_gb, stride_gh, stride_gn,  # [B, H, N, D]
-    peak_ptr, total_ptr, delta_ptr,  # [B*H, N] float32
-    k_ptr, stride_kb, stride_kh, stride_kn,  # [B, H, N, D]
-    v_ptr, stride_vb, stride_vh, stride_vn,  # [B, H, N, D]
-    keepers_l1_ptr, width_l1,  # [B*H, T_1 * width_l1] int32
-    offsets_l1_ptr, overflow_l1_ptr,  # [B*H, T_1 + 1] int32
+    q_ptr, stride_qb, stride_qh, stride_qn,  # [B, H, M, D]
+    grad_o_ptr, stride_gb, stride_gh, stride_gn,  # [B, H, M, D]
+    peak_ptr, total_ptr, delta_ptr,  # [B*H, M] float32
+    k_ptr, stride_kb, stride_kh, stride_kn,  # [B, H_kv, N, D]
+    v_ptr, stride_vb, stride_vh, stride_vn,  # [B, H_kv, N, D]
+    keepers_l1_ptr, width_l1,  # [B*H, T_1(M) * width_l1] int32
+    offsets_l1_ptr, overflow_l1_ptr,  # [B*H, T_1(N) + 1] int32
     overflow_grad_k_l0_ptr, overflow_grad_v_l0_ptr,  # [B*H, parts_l0, b_1, D] float32, out
-    parts_l0, scale, heads_per_batch, n_tokens,  # room for extra parts a head, s, H, N
+    parts_l0, scale, heads_per_batch, m_tokens, n_tokens,  # room for overflow parts a head, s, H, M, N
     PART: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     """dk, dv of the children of a level-1 token from one part of its keepers: PART entries beyond the first PART.
@@ -1292,88 +1325,85 @@ def grad_kv_l0_overflow_kernel(
     Popular key tokens, which many queries keep, are thereby spread over many programs.
     Grid: B*H * parts_l0 * ceil(b_1 / BLOCK_N); programs beyond the parts there are return at once.
     """
-    n_l1 = tl.cdiv(n_tokens, SPAN_1)
-    tiles = tl.cdiv(BLOCK_1, BLOCK_N)
-    child = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
-    head = (tl.program_id(0) // tiles // parts_l0).to(tl.int64)
-    part = tl.program_id(0) // tiles % parts_l0
-    overflow_ptr = overflow_l1_ptr + head * (n_l1 + 1)
+    m_l1, n_l1 = tl.cdiv(m_tokens, SPAN_1), tl.cdiv(n_tokens, SPAN_1)
+    head, part, tile = head_token_and_tile(tl.program_id(0), parts_l0, tl.cdiv(BLOCK_1, BLOCK_N))
+    overflow_ptr = of_head(overflow_l1_ptr, head, n_l1 + 1, 1)
     if part >= tl.load(overflow_ptr + n_l1):
         return
     parent = overflow_owner(overflow_ptr, part, n_l1)
-    offsets_ptr = offsets_l1_ptr + head * (n_l1 + 1) + parent
+    offsets_ptr = of_head(offsets_l1_ptr, head, n_l1 + 1, 1) + parent
     begin = tl.load(offsets_ptr) + (1 + part - tl.load(overflow_ptr + parent)) * PART
+    child = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     end = tl.minimum(begin + PART, tl.load(offsets_ptr + 1))
     key = parent * BLOCK_1 + child
     exists = (child < BLOCK_1) & (key < n_tokens)
-    row = head * n_tokens
+    kv_head = kv_head_of(head)
     grad_k, grad_v = grad_kv_l0_part(
         head_base(q_ptr, head, stride_qb, stride_qh, heads_per_batch), stride_qn,
         head_base(grad_o_ptr, head, stride_gb, stride_gh, heads_per_batch), stride_gn,
-        peak_ptr + row, total_ptr + row, delta_ptr + row,
-        head_base(k_ptr, head, stride_kb, stride_kh, heads_per_batch), stride_kn,
-        head_base(v_ptr, head, stride_vb, stride_vh, heads_per_batch), stride_vn,
-        keepers_l1_ptr + head * n_l1 * width_l1, begin, end, key, exists, scale, n_tokens, BLOCK_M, BLOCK_N,
+        of_head(peak_ptr, head, m_tokens, 1), of_head(total_ptr, head, m_tokens, 1), of_head(delta_ptr, head, m_tokens, 1),
+        head_base(k_ptr, kv_head, stride_kb, stride_kh, heads_per_batch), stride_kn,
+        head_base(v_ptr, kv_head, stride_vb, stride_vh, heads_per_batch), stride_vn,
+        of_head(keepers_l1_ptr, head, m_l1, width_l1), begin, end, key, exists, scale, m_tokens, n_tokens,
+        BLOCK_M, BLOCK_N,
     )
-    to_part = (head * parts_l0 + part) * BLOCK_1 * HEAD_DIM
-    store_rows(overflow_grad_k_l0_ptr + to_part, child, HEAD_DIM, child < BLOCK_1, grad_k)
-    store_rows(overflow_grad_v_l0_ptr + to_part, child, HEAD_DIM, child < BLOCK_1, grad_v)
+    to = head * parts_l0 + part
+    store_rows(of_head(overflow_grad_k_l0_ptr, to, BLOCK_1, HEAD_DIM), child, HEAD_DIM, child < BLOCK_1, grad_k)
+    store_rows(of_head(overflow_grad_v_l0_ptr, to, BLOCK_1, HEAD_DIM), child, HEAD_DIM, child < BLOCK_1, grad_v)
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def grad_kv_l0_kernel(
-    q_ptr, stride_qb, stride_qh, stride_qn,  # [B, H, N, D]
-    grad_o_ptr, stride_gb, stride_gh, stride_gn,  # [B, H, N, D]
-    peak_ptr, total_ptr, delta_ptr,  # [B*H, N] float32
-    k_ptr, stride_kb, stride_kh, stride_kn,  # [B, H, N, D]
-    v_ptr, stride_vb, stride_vh, stride_vn,  # [B, H, N, D]
-    keepers_l1_ptr, width_l1,  # [B*H, T_1 * width_l1] int32
-    offsets_l1_ptr, overflow_l1_ptr,  # [B*H, T_1 + 1] int32
+    q_ptr, stride_qb, stride_qh, stride_qn,  # [B, H, M, D]
+    grad_o_ptr, stride_gb, stride_gh, stride_gn,  # [B, H, M, D]
+    peak_ptr, total_ptr, delta_ptr,  # [B*H, M] float32
+    k_ptr, stride_kb, stride_kh, stride_kn,  # [B, H_kv, N, D]
+    v_ptr, stride_vb, stride_vh, stride_vn,  # [B, H_kv, N, D]
+    keepers_l1_ptr, width_l1,  # [B*H, T_1(M) * width_l1] int32
+    offsets_l1_ptr, overflow_l1_ptr,  # [B*H, T_1(N) + 1] int32
     overflow_grad_k_l0_ptr, overflow_grad_v_l0_ptr,  # [B*H, parts_l0, b_1, D] float32
-    grad_k_l1_ptr, grad_v_l1_ptr,  # [B*H, T_1, D] float32
-    grad_k_ptr, grad_v_ptr,  # [B*H, N, D], out
-    parts_l0, scale, heads_per_batch, n_tokens,  # room for extra parts a head, s, H, N
+    grad_k_l1_ptr, grad_v_l1_ptr,  # [B*H_kv, T_1(N), D] float32
+    grad_k_ptr, grad_v_ptr,  # [B*H_kv, N, D], out
+    parts_l0, scale, heads_per_batch, m_tokens, n_tokens,  # room for overflow parts a head, s, H, M, N
     PART: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
-    """dk, dv of the children of a level-1 token: the first PART of its keepers, the extra parts, and level 1's share.
+    """dk, dv of the children of a level-1 token: the first PART of its keepers, the overflow parts, and level 1's gradient.
 
-    Grid: B*H * T_1 * ceil(b_1 / BLOCK_N).
+    Grid: B*H_kv * T_1(N) * ceil(b_1 / BLOCK_N).
     """
-    n_l1 = tl.cdiv(n_tokens, SPAN_1)
-    tiles = tl.cdiv(BLOCK_1, BLOCK_N)
-    child = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
-    head = (tl.program_id(0) // tiles // n_l1).to(tl.int64)
-    parent = tl.program_id(0) // tiles % n_l1
-    # added at the end, read now, while there is nothing else to do: extra parts, and what the token above hands down
-    overflow_ptr = overflow_l1_ptr + head * (n_l1 + 1) + parent
+    m_l1, n_l1 = tl.cdiv(m_tokens, SPAN_1), tl.cdiv(n_tokens, SPAN_1)
+    head, parent, tile = head_token_and_tile(tl.program_id(0), n_l1, tl.cdiv(BLOCK_1, BLOCK_N))
+    # added at the end, read now, while there is nothing else to do: overflow parts, and what the token above hands down
+    overflow_ptr = of_head(overflow_l1_ptr, head, n_l1 + 1, 1) + parent
     first_overflow, last_overflow = tl.load(overflow_ptr), tl.load(overflow_ptr + 1)
     coarse = parent + tl.zeros([1], tl.int32)
-    to_above = head * n_l1 * HEAD_DIM
-    from_above_k = load_rows(grad_k_l1_ptr + to_above, coarse, HEAD_DIM, coarse >= 0)
-    from_above_v = load_rows(grad_v_l1_ptr + to_above, coarse, HEAD_DIM, coarse >= 0)
-    offsets_ptr = offsets_l1_ptr + head * (n_l1 + 1) + parent
+    n_above = n_l1
+    from_above_k = load_rows(of_head(grad_k_l1_ptr, head, n_above, HEAD_DIM), coarse, HEAD_DIM, coarse >= 0)
+    from_above_v = load_rows(of_head(grad_v_l1_ptr, head, n_above, HEAD_DIM), coarse, HEAD_DIM, coarse >= 0)
+    offsets_ptr = of_head(offsets_l1_ptr, head, n_l1 + 1, 1) + parent
     begin = tl.load(offsets_ptr)
+    child = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     end = tl.minimum(begin + PART, tl.load(offsets_ptr + 1))
     key = parent * BLOCK_1 + child
     exists = (child < BLOCK_1) & (key < n_tokens)
-    row = head * n_tokens
+    kv_head = kv_head_of(head)
     grad_k, grad_v = grad_kv_l0_part(
         head_base(q_ptr, head, stride_qb, stride_qh, heads_per_batch), stride_qn,
         head_base(grad_o_ptr, head, stride_gb, stride_gh, heads_per_batch), stride_gn,
-        peak_ptr + row, total_ptr + row, delta_ptr + row,
-        head_base(k_ptr, head, stride_kb, stride_kh, heads_per_batch), stride_kn,
-        head_base(v_ptr, head, stride_vb, stride_vh, heads_per_batch), stride_vn,
-        keepers_l1_ptr + head * n_l1 * width_l1, begin, end, key, exists, scale, n_tokens, BLOCK_M, BLOCK_N,
+        of_head(peak_ptr, head, m_tokens, 1), of_head(total_ptr, head, m_tokens, 1), of_head(delta_ptr, head, m_tokens, 1),
+        head_base(k_ptr, kv_head, stride_kb, stride_kh, heads_per_batch), stride_kn,
+        head_base(v_ptr, kv_head, stride_vb, stride_vh, heads_per_batch), stride_vn,
+        of_head(keepers_l1_ptr, head, m_l1, width_l1), begin, end, key, exists, scale, m_tokens, n_tokens,
+        BLOCK_M, BLOCK_N,
     )
     for part in range(first_overflow, last_overflow):
-        to_part = (head * parts_l0 + part) * BLOCK_1 * HEAD_DIM
-        grad_k += load_rows(overflow_grad_k_l0_ptr + to_part, child, HEAD_DIM, child < BLOCK_1)
-        grad_v += load_rows(overflow_grad_v_l0_ptr + to_part, child, HEAD_DIM, child < BLOCK_1)
+        of = head * parts_l0 + part
+        grad_k += load_rows(of_head(overflow_grad_k_l0_ptr, of, BLOCK_1, HEAD_DIM), child, HEAD_DIM, child < BLOCK_1)
+        grad_v += load_rows(of_head(overflow_grad_v_l0_ptr, of, BLOCK_1, HEAD_DIM), child, HEAD_DIM, child < BLOCK_1)
     grad_k += from_above_k
     grad_v += from_above_v
-    to_out = head * n_tokens * HEAD_DIM
-    store_rows(grad_k_ptr + to_out, key, HEAD_DIM, exists, grad_k)
-    store_rows(grad_v_ptr + to_out, key, HEAD_DIM, exists, grad_v)
+    store_rows(of_head(grad_k_ptr, head, n_tokens, HEAD_DIM), key, HEAD_DIM, exists, grad_k)
+    store_rows(of_head(grad_v_ptr, head, n_tokens, HEAD_DIM), key, HEAD_DIM, exists, grad_v)
 
 
 # ---- the same for the matrix units of H100 ---------------------------------------------------------------------------
@@ -1479,7 +1509,7 @@ class Keys(NamedTuple):
     k_stride: gl.tensor
     v_ptr: gl.tensor
     v_stride: gl.tensor
-    kept_l1_ptr: gl.tensor  # [T_1, width_l1]: whose children they are
+    kept_l1_ptr: gl.tensor  # [T_1(M), width_l1]: whose children they are
     width_l1: gl.tensor
     end: gl.tensor  # how many tiles there are
     k_l1_ptr: gl.tensor
@@ -1490,6 +1520,7 @@ class Keys(NamedTuple):
     k_l2_ptr: gl.tensor
     v_l2_ptr: gl.tensor
     end_l2: gl.tensor  # how many of the tiles are of level 2
+    m_tokens: gl.tensor  # M
     n_tokens: gl.tensor  # N
     first: gl.tensor  # of the query blocks
 
@@ -1511,7 +1542,7 @@ def parents_of_coarse(keys, tile, FULL: gl.constexpr):
 @gluon.jit
 def parents_of_fine(keys, tile):
     """Of each row of a fine tile, the kept token whose child it is: -1 for none, 0 beyond the last."""
-    last = gl.cdiv(keys.n_tokens, SPAN_1) - 1
+    last = gl.cdiv(keys.m_tokens, SPAN_1) - 1
     block = gl.minimum(keys.first + gl.arange(0, 64, layout=gl.SliceLayout(1, COPIED)) // 16, last)
     slot = tile - keys.end_l1
     inside = (block >= 0) & (slot >= 0) & (slot < keys.width_l1)
@@ -1591,7 +1622,7 @@ def is_partial(list_ptr, places, last, MOST: gl.constexpr):
 def has_partial_fine(keys):
     """Whether some fine keys of this program do not exist: it keeps the last block, or lists have gaps."""
     last = gl.cdiv(keys.n_tokens, SPAN_1) - 1
-    blocks = gl.minimum(4, last + 1 - keys.first)
+    blocks = gl.minimum(4, gl.cdiv(keys.m_tokens, SPAN_1) - keys.first)
     return is_partial(keys.kept_l1_ptr + keys.first * keys.width_l1, blocks * keys.width_l1, last, 32)
 
 
@@ -1657,7 +1688,7 @@ def fine_exist(keys, tile):
     """Which keys of a fine tile exist, [4, 1, 16] as BATCH."""
     TILE: gl.constexpr = gl.SliceLayout(1, BATCH)
     n_tokens = not_before(keys.n_tokens)
-    last = gl.cdiv(n_tokens, SPAN_1) - 1
+    last = gl.cdiv(not_before(keys.m_tokens), SPAN_1) - 1
     block = gl.minimum(keys.first + gl.arange(0, 4, layout=gl.SliceLayout(1, TILE)), last)
     parent = gl.load(keys.kept_l1_ptr + (block * keys.width_l1 + (tile - keys.end_l1)))
     key = parent[:, None] * 16 + gl.arange(0, 16, layout=gl.SliceLayout(0, TILE))[None, :]
@@ -1689,7 +1720,7 @@ def attend_tiles(keys, q_base, stride_qn, scale, FIXED_MAX: gl.constexpr, FULL: 
     k_tiles = gl.allocate_shared_memory(dtype, [STAGES, 64, PAD_DIM], SHARED)
     v_tiles = gl.allocate_shared_memory(dtype, [STAGES, 64, PAD_DIM], SHARED)
     token = keys.first * 16 + gl.arange(0, 64, layout=gl.SliceLayout(1, COPIED))
-    copy_rows(q, q_base, token, stride_qn, token < keys.n_tokens)
+    copy_rows(q, q_base, token, stride_qn, token < keys.m_tokens)
     parent = parents_of_tile(keys, 0, FULL)
     for tile in range(2):
         copy_tile(keys, tile, parent, k_tiles.index(tile), v_tiles.index(tile), FULL)
@@ -1803,157 +1834,159 @@ def batch_rows():
 
 
 @gluon.jit
-def write_attended(keys, o_ptr, lse_ptr, peak_ptr, total_ptr, head, n_tokens, peak, total, acc, fits):
+def write_attended(keys, o_ptr, lse_ptr, peak_ptr, total_ptr, head, peak, total, acc, fits):
     """Write what `attend_tiles` returned. `total`, 1 in half precision (attend_kernel), is 0 where the sum does not fit."""
     token = keys.first * 16 + gl.arange(0, 64, layout=gl.SliceLayout(1, COPIED))
     o = gl.reshape(acc * (1.0 / total)[:, :, None], [64, PAD_DIM])
-    write_rows(o_ptr + head * n_tokens * HEAD_DIM, token, token < n_tokens, o)
+    write_rows(of_head(o_ptr, head, keys.m_tokens, HEAD_DIM), token, token < keys.m_tokens, o)
     row = keys.first * 16 + batch_rows()
-    at = head * n_tokens + row
+    inside = row < keys.m_tokens
     log_sum = peak + gl.log2(total)
-    gl.store(lse_ptr + at, log_sum * LN2, mask=row < n_tokens)
-    gl.store(peak_ptr + at, log_sum, mask=row < n_tokens)
-    gl.store(total_ptr + at, gl.where(fits, 1.0, 0.0), mask=row < n_tokens)
+    gl.store(of_head(lse_ptr, head, keys.m_tokens, 1) + row, log_sum * LN2, mask=inside)
+    gl.store(of_head(peak_ptr, head, keys.m_tokens, 1) + row, log_sum, mask=inside)
+    gl.store(of_head(total_ptr, head, keys.m_tokens, 1) + row, gl.where(fits, 1.0, 0.0), mask=inside)
 
 
 @gluon.jit
-def all_fit(totals_ptr, first, n_tokens, ROWS: gl.constexpr):
+def all_fit(totals_ptr, first, m_tokens, ROWS: gl.constexpr):
     """Whether the sums of ROWS queries of one head from `first` on fit, by what `write_attended` left in `total`."""
     row = first + gl.arange(0, ROWS, layout=gl.BlockedLayout([(ROWS + 127) // 128], [32], [4], [0]))
-    return gl.min(gl.load(totals_ptr + row, mask=row < n_tokens, other=1.0), 0) > 0.0
+    return gl.min(gl.load(totals_ptr + row, mask=row < m_tokens, other=1.0), 0) > 0.0
 
 
 @gluon.jit(do_not_specialize=UNSPECIALISED)
 def attend_hopper_kernel(
-    q_ptr, stride_qb, stride_qh, stride_qn,  # [B, H, N, D]
-    k_ptr, stride_kb, stride_kh, stride_kn,  # [B, H, N, D]
-    v_ptr, stride_vb, stride_vh, stride_vn,  # [B, H, N, D]
-    k_l1_ptr, v_l1_ptr,  # [B*H, T_1, D]
-    k_l2_ptr, v_l2_ptr,  # [B*H, T_2, D]
-    kept_l1_ptr, width_l1,  # [B*H, T_1, width_l1] int32
-    kept_l2_ptr, width_l2,  # [B*H, T_2, width_l2] int32
-    o_ptr,  # [B*H, N, D], out
-    lse_ptr,  # [B*H, N] float32, out: natural logarithm of the sum of weights
-    peak_ptr, total_ptr,  # [B*H, N] float32, out: the same sum as 2^peak * total
-    scale, heads_per_batch, n_tokens,  # s, H, N
+    q_ptr, stride_qb, stride_qh, stride_qn,  # [B, H, M, D]
+    k_ptr, stride_kb, stride_kh, stride_kn,  # [B, H_kv, N, D]
+    v_ptr, stride_vb, stride_vh, stride_vn,  # [B, H_kv, N, D]
+    k_l1_ptr, v_l1_ptr,  # [B*H_kv, T_1(N), D]
+    k_l2_ptr, v_l2_ptr,  # [B*H_kv, T_2(N), D]
+    kept_l1_ptr, width_l1,  # [B*H, T_1(M), width_l1] int32
+    kept_l2_ptr, width_l2,  # [B*H, T_2(M), width_l2] int32
+    o_ptr,  # [B*H, M, D], out
+    lse_ptr,  # [B*H, M] float32, out: natural logarithm of the sum of weights
+    peak_ptr, total_ptr,  # [B*H, M] float32, out: the same sum as 2^peak * total
+    scale, heads_per_batch, m_tokens, n_tokens,  # s, H, M, N
     FULL: gl.constexpr,
 ):
     """What attend_kernel does, four query blocks a program, but for queries whose sums do not fit."""
     program = gl.program_id(0)
+    m_l1 = gl.cdiv(m_tokens, SPAN_1)
     n_l1 = gl.cdiv(n_tokens, SPAN_1)
     n_l2 = gl.cdiv(n_tokens, SPAN_2)
-    groups = gl.cdiv(n_l1, 4)
-    head = (program // groups).to(gl.int64)
-    first = program % groups * 4  # of the query blocks
+    head, group = head_and_tile(program, gl.cdiv(m_l1, 4))
+    kv_head = kv_head_of(head)
+    first = group * 4  # of the query blocks
     above = first // 16  # the level-2 token that they are under
     # tiles before the end of each level
     end_l2 = gl.cdiv(n_l2, 64)
     end_l1 = end_l2 + gl.cdiv(width_l2 * BLOCK_2, 64)
     keys = Keys(
-        head_base(k_ptr, head, stride_kb, stride_kh, heads_per_batch), stride_kn,
-        head_base(v_ptr, head, stride_vb, stride_vh, heads_per_batch), stride_vn,
-        kept_l1_ptr + head * n_l1 * width_l1, width_l1, end_l1 + width_l1,
-        k_l1_ptr + head * n_l1 * HEAD_DIM, v_l1_ptr + head * n_l1 * HEAD_DIM, end_l1,
-        kept_l2_ptr + (head * n_l2 + above) * width_l2, width_l2,
-        k_l2_ptr + head * n_l2 * HEAD_DIM, v_l2_ptr + head * n_l2 * HEAD_DIM, end_l2,
-        n_tokens, first,
+        head_base(k_ptr, kv_head, stride_kb, stride_kh, heads_per_batch), stride_kn,
+        head_base(v_ptr, kv_head, stride_vb, stride_vh, heads_per_batch), stride_vn,
+        of_head(kept_l1_ptr, head, m_l1, width_l1), width_l1, end_l1 + width_l1,
+        of_head(k_l1_ptr, kv_head, n_l1, HEAD_DIM), of_head(v_l1_ptr, kv_head, n_l1, HEAD_DIM), end_l1,
+        of_head(kept_l2_ptr, head, gl.cdiv(m_tokens, SPAN_2), width_l2) + above * width_l2, width_l2,
+        of_head(k_l2_ptr, kv_head, n_l2, HEAD_DIM), of_head(v_l2_ptr, kv_head, n_l2, HEAD_DIM), end_l2,
+        m_tokens, n_tokens, first,
     )
     q_base = head_base(q_ptr, head, stride_qb, stride_qh, heads_per_batch)
 
     peak, total, acc = attend_tiles(keys, q_base, stride_qn, scale * LOG2E, FIXED_MAX=True, FULL=FULL)
     # not too large for the dtype of p, not rounded away, and a number
     fits = (total > 0.5) & (total < (2.0**15 if q_base.dtype.element_ty == gl.float16 else 2.0**64))
-    write_attended(keys, o_ptr, lse_ptr, peak_ptr, total_ptr, head, n_tokens, peak, total, acc, fits)
+    write_attended(keys, o_ptr, lse_ptr, peak_ptr, total_ptr, head, peak, total, acc, fits)
 
 
 @gluon.jit(do_not_specialize=UNSPECIALISED)
 def attend_recompute_kernel(
-    q_ptr, stride_qb, stride_qh, stride_qn,  # [B, H, N, D]
-    k_ptr, stride_kb, stride_kh, stride_kn,  # [B, H, N, D]
-    v_ptr, stride_vb, stride_vh, stride_vn,  # [B, H, N, D]
-    k_l1_ptr, v_l1_ptr,  # [B*H, T_1, D]
-    k_l2_ptr, v_l2_ptr,  # [B*H, T_2, D]
-    kept_l1_ptr, width_l1,  # [B*H, T_1, width_l1] int32
-    kept_l2_ptr, width_l2,  # [B*H, T_2, width_l2] int32
-    o_ptr,  # [B*H, N, D], out
-    lse_ptr,  # [B*H, N] float32, out: natural logarithm of the sum of weights
-    peak_ptr, total_ptr,  # [B*H, N] float32, out: the same sum as 2^peak * total
-    scale, heads_per_batch, n_tokens,  # s, H, N
+    q_ptr, stride_qb, stride_qh, stride_qn,  # [B, H, M, D]
+    k_ptr, stride_kb, stride_kh, stride_kn,  # [B, H_kv, N, D]
+    v_ptr, stride_vb, stride_vh, stride_vn,  # [B, H_kv, N, D]
+    k_l1_ptr, v_l1_ptr,  # [B*H_kv, T_1(N), D]
+    k_l2_ptr, v_l2_ptr,  # [B*H_kv, T_2(N), D]
+    kept_l1_ptr, width_l1,  # [B*H, T_1(M), width_l1] int32
+    kept_l2_ptr, width_l2,  # [B*H, T_2(M), width_l2] int32
+    o_ptr,  # [B*H, M, D], out
+    lse_ptr,  # [B*H, M] float32, out: natural logarithm of the sum of weights
+    peak_ptr, total_ptr,  # [B*H, M] float32, out: the same sum as 2^peak * total
+    scale, heads_per_batch, m_tokens, n_tokens,  # s, H, M, N
 ):
     """Attend again with a running maximum where attend_hopper_kernel found sums that do not fit: `total` is 0 there.
 
     A kernel of its own, since in the same one it would take registers from the usual case; it has next to nothing to do.
-    Grid: B*H * ceil(ceil(T_1 / 4) / 16), 16 programs of the other one each.
+    Grid: B*H * ceil(ceil(T_1(M) / 4) / 16), 16 programs of the other one each.
     """
-    groups_of_head = gl.cdiv(gl.cdiv(n_tokens, SPAN_1), 4)
-    parts = gl.cdiv(groups_of_head, 16)
-    begin = gl.program_id(0) % parts * 16
-    totals_ptr = total_ptr + (gl.program_id(0) // parts).to(gl.int64) * n_tokens
-    if not all_fit(totals_ptr, begin * 64, n_tokens, 16 * 64):
-        for group in range(begin, gl.minimum(begin + 16, groups_of_head)):
-            if not all_fit(totals_ptr, group * 64, n_tokens, 64):
-                program = gl.program_id(0) // parts * groups_of_head + group
+    groups_of_head = gl.cdiv(gl.cdiv(m_tokens, SPAN_1), 4)
+    own_head, part = head_and_tile(gl.program_id(0), gl.cdiv(groups_of_head, 16))
+    totals_ptr = of_head(total_ptr, own_head, m_tokens, 1)
+    if not all_fit(totals_ptr, part * 16 * 64, m_tokens, 16 * 64):
+        for own_group in range(part * 16, gl.minimum(part * 16 + 16, groups_of_head)):
+            if not all_fit(totals_ptr, own_group * 64, m_tokens, 64):
+                program = own_head * groups_of_head + own_group
+                m_l1 = gl.cdiv(m_tokens, SPAN_1)
                 n_l1 = gl.cdiv(n_tokens, SPAN_1)
                 n_l2 = gl.cdiv(n_tokens, SPAN_2)
-                groups = gl.cdiv(n_l1, 4)
-                head = (program // groups).to(gl.int64)
-                first = program % groups * 4  # of the query blocks
+                head, group = head_and_tile(program, gl.cdiv(m_l1, 4))
+                kv_head = kv_head_of(head)
+                first = group * 4  # of the query blocks
                 above = first // 16  # the level-2 token that they are under
                 # tiles before the end of each level
                 end_l2 = gl.cdiv(n_l2, 64)
                 end_l1 = end_l2 + gl.cdiv(width_l2 * BLOCK_2, 64)
                 keys = Keys(
-                    head_base(k_ptr, head, stride_kb, stride_kh, heads_per_batch), stride_kn,
-                    head_base(v_ptr, head, stride_vb, stride_vh, heads_per_batch), stride_vn,
-                    kept_l1_ptr + head * n_l1 * width_l1, width_l1, end_l1 + width_l1,
-                    k_l1_ptr + head * n_l1 * HEAD_DIM, v_l1_ptr + head * n_l1 * HEAD_DIM, end_l1,
-                    kept_l2_ptr + (head * n_l2 + above) * width_l2, width_l2,
-                    k_l2_ptr + head * n_l2 * HEAD_DIM, v_l2_ptr + head * n_l2 * HEAD_DIM, end_l2,
-                    n_tokens, first,
+                    head_base(k_ptr, kv_head, stride_kb, stride_kh, heads_per_batch), stride_kn,
+                    head_base(v_ptr, kv_head, stride_vb, stride_vh, heads_per_batch), stride_vn,
+                    of_head(kept_l1_ptr, head, m_l1, width_l1), width_l1, end_l1 + width_l1,
+                    of_head(k_l1_ptr, kv_head, n_l1, HEAD_DIM), of_head(v_l1_ptr, kv_head, n_l1, HEAD_DIM), end_l1,
+                    of_head(kept_l2_ptr, head, gl.cdiv(m_tokens, SPAN_2), width_l2) + above * width_l2, width_l2,
+                    of_head(k_l2_ptr, kv_head, n_l2, HEAD_DIM), of_head(v_l2_ptr, kv_head, n_l2, HEAD_DIM), end_l2,
+                    m_tokens, n_tokens, first,
                 )
                 q_base = head_base(q_ptr, head, stride_qb, stride_qh, heads_per_batch)
                 peak, total, acc = attend_tiles(keys, q_base, stride_qn, scale * LOG2E, FIXED_MAX=False, FULL=False)
                 fits = gl.full([4, 16], True, gl.int1, layout=gl.SliceLayout(2, BATCH))
-                write_attended(keys, o_ptr, lse_ptr, peak_ptr, total_ptr, head, n_tokens, peak, total, acc, fits)
+                write_attended(keys, o_ptr, lse_ptr, peak_ptr, total_ptr, head, peak, total, acc, fits)
 
 
 @gluon.jit(do_not_specialize=UNSPECIALISED)
 def grad_q_hopper_kernel(
-    q_ptr, stride_qb, stride_qh, stride_qn,  # [B, H, N, D]
-    k_ptr, stride_kb, stride_kh, stride_kn,  # [B, H, N, D]
-    v_ptr, stride_vb, stride_vh, stride_vn,  # [B, H, N, D]
-    k_l1_ptr, v_l1_ptr,  # [B*H, T_1, D]
-    k_l2_ptr, v_l2_ptr,  # [B*H, T_2, D]
-    kept_l1_ptr, width_l1,  # [B*H, T_1, width_l1] int32
-    kept_l2_ptr, width_l2,  # [B*H, T_2, width_l2] int32
-    o_ptr,  # [B*H, N, D]
-    grad_o_ptr, stride_gb, stride_gh, stride_gn,  # [B, H, N, D]
-    peak_ptr, total_ptr,  # [B*H, N] float32
-    grad_lse_ptr,  # [B*H, N] float32: None where lse has no gradient
-    grad_q_ptr,  # [B*H, N, D], out
-    delta_ptr,  # [B*H, N] float32, out
-    scale, heads_per_batch, n_tokens,  # s, H, N
+    q_ptr, stride_qb, stride_qh, stride_qn,  # [B, H, M, D]
+    k_ptr, stride_kb, stride_kh, stride_kn,  # [B, H_kv, N, D]
+    v_ptr, stride_vb, stride_vh, stride_vn,  # [B, H_kv, N, D]
+    k_l1_ptr, v_l1_ptr,  # [B*H_kv, T_1(N), D]
+    k_l2_ptr, v_l2_ptr,  # [B*H_kv, T_2(N), D]
+    kept_l1_ptr, width_l1,  # [B*H, T_1(M), width_l1] int32
+    kept_l2_ptr, width_l2,  # [B*H, T_2(M), width_l2] int32
+    o_ptr,  # [B*H, M, D]
+    grad_o_ptr, stride_gb, stride_gh, stride_gn,  # [B, H, M, D]
+    peak_ptr, total_ptr,  # [B*H, M] float32
+    grad_lse_ptr,  # [B*H, M] float32: None where lse has no gradient
+    grad_q_ptr,  # [B*H, M, D], out
+    delta_ptr,  # [B*H, M] float32, out
+    scale, heads_per_batch, m_tokens, n_tokens,  # s, H, M, N
     FULL: gl.constexpr,
 ):
     """What grad_q_kernel does, with four query blocks a program. `total` is 1 in half precision."""
     program = gl.program_id(0)
+    m_l1 = gl.cdiv(m_tokens, SPAN_1)
     n_l1 = gl.cdiv(n_tokens, SPAN_1)
     n_l2 = gl.cdiv(n_tokens, SPAN_2)
-    groups = gl.cdiv(n_l1, 4)
-    head = (program // groups).to(gl.int64)
-    first = program % groups * 4  # of the query blocks
+    head, group = head_and_tile(program, gl.cdiv(m_l1, 4))
+    kv_head = kv_head_of(head)
+    first = group * 4  # of the query blocks
     above = first // 16  # the level-2 token that they are under
     # tiles before the end of each level
     end_l2 = gl.cdiv(n_l2, 64)
     end_l1 = end_l2 + gl.cdiv(width_l2 * BLOCK_2, 64)
     keys = Keys(
-        head_base(k_ptr, head, stride_kb, stride_kh, heads_per_batch), stride_kn,
-        head_base(v_ptr, head, stride_vb, stride_vh, heads_per_batch), stride_vn,
-        kept_l1_ptr + head * n_l1 * width_l1, width_l1, end_l1 + width_l1,
-        k_l1_ptr + head * n_l1 * HEAD_DIM, v_l1_ptr + head * n_l1 * HEAD_DIM, end_l1,
-        kept_l2_ptr + (head * n_l2 + above) * width_l2, width_l2,
-        k_l2_ptr + head * n_l2 * HEAD_DIM, v_l2_ptr + head * n_l2 * HEAD_DIM, end_l2,
-        n_tokens, first,
+        head_base(k_ptr, kv_head, stride_kb, stride_kh, heads_per_batch), stride_kn,
+        head_base(v_ptr, kv_head, stride_vb, stride_vh, heads_per_batch), stride_vn,
+        of_head(kept_l1_ptr, head, m_l1, width_l1), width_l1, end_l1 + width_l1,
+        of_head(k_l1_ptr, kv_head, n_l1, HEAD_DIM), of_head(v_l1_ptr, kv_head, n_l1, HEAD_DIM), end_l1,
+        of_head(kept_l2_ptr, head, gl.cdiv(m_tokens, SPAN_2), width_l2) + above * width_l2, width_l2,
+        of_head(k_l2_ptr, kv_head, n_l2, HEAD_DIM), of_head(v_l2_ptr, kv_head, n_l2, HEAD_DIM), end_l2,
+        m_tokens, n_tokens, first,
     )
     q_base = head_base(q_ptr, head, stride_qb, stride_qh, heads_per_batch)
 
@@ -1963,7 +1996,7 @@ def grad_q_hopper_kernel(
     k_tiles = gl.allocate_shared_memory(dtype, [STAGES, 64, PAD_DIM], SHARED)
     v_tiles = gl.allocate_shared_memory(dtype, [STAGES, 64, PAD_DIM], SHARED)
     token = first * 16 + gl.arange(0, 64, layout=gl.SliceLayout(1, COPIED))
-    inside = token < n_tokens
+    inside = token < m_tokens
     copy_rows(q, q_base, token, stride_qn, inside)
     parent = parents_of_tile(keys, 0, FULL)
     for tile in range(2):
@@ -1975,7 +2008,7 @@ def grad_q_hopper_kernel(
     else:
         partial_coarse = has_partial_coarse(keys)
         partial_fine = has_partial_fine(keys)
-    o_at, columns = row_tile(o_ptr + head * n_tokens * HEAD_DIM, token, HEAD_DIM, COPIED)
+    o_at, columns = row_tile(of_head(o_ptr, head, m_tokens, HEAD_DIM), token, HEAD_DIM, COPIED)
     o = gl.load(o_at, mask=inside[:, None] & columns, other=0.0)
     grad_o_base = head_base(grad_o_ptr, head, stride_gb, stride_gh, heads_per_batch)
     grad_o_at, _ = row_tile(grad_o_base, token, stride_gn, COPIED)
@@ -1983,11 +2016,11 @@ def grad_q_hopper_kernel(
     grad_o = gl.allocate_shared_memory(dtype, [64, PAD_DIM], SHARED, grad_o_rows)
     delta = gl.sum(o.to(gl.float32) * grad_o_rows.to(gl.float32), 1)
     if grad_lse_ptr is not None:
-        delta -= gl.load(grad_lse_ptr + head * n_tokens + token, mask=inside, other=0.0)
-    gl.store(delta_ptr + head * n_tokens + token, delta, mask=inside)
+        delta -= gl.load(of_head(grad_lse_ptr, head, m_tokens, 1) + token, mask=inside, other=0.0)
+    gl.store(of_head(delta_ptr, head, m_tokens, 1) + token, delta, mask=inside)
     delta = gl.convert_layout(delta, ROWS)
     row = first * 16 + gl.arange(0, 64, layout=ROWS)
-    peak = gl.load(peak_ptr + head * n_tokens + row, mask=row < n_tokens, other=0.0)
+    peak = gl.load(of_head(peak_ptr, head, m_tokens, 1) + row, mask=row < m_tokens, other=0.0)
     scale_log2e = scale * LOG2E
     grad_q = hopper.warpgroup_mma_init(gl.zeros([64, PAD_DIM], gl.float32, layout=PRODUCT))
     zeros = gl.zeros([64, 64], gl.float32, layout=PRODUCT)
@@ -2047,7 +2080,7 @@ def grad_q_hopper_kernel(
     hopper.async_copy.wait_group(0)
 
     grad_q = gl.reshape(grad_q * scale, [64, PAD_DIM])
-    write_rows(grad_q_ptr + head * n_tokens * HEAD_DIM, token, inside, grad_q)
+    write_rows(of_head(grad_q_ptr, head, m_tokens, HEAD_DIM), token, inside, grad_q)
 
 
 @gluon.jit
@@ -2110,29 +2143,27 @@ def grad_run_hopper(
 
 @gluon.jit(do_not_specialize=UNSPECIALISED)
 def grad_kv_l2_hopper_kernel(
-    q_ptr, stride_qb, stride_qh, stride_qn,  # [B, H, N, D]
-    grad_o_ptr, stride_gb, stride_gh, stride_gn,  # [B, H, N, D]
-    peak_ptr, total_ptr, delta_ptr,  # [B*H, N] float32
-    k_l2_ptr, v_l2_ptr,  # [B*H, T_2, D]
-    partial_grad_k_l2_ptr, partial_grad_v_l2_ptr,  # [B*H, splits_l2, T_2, D], out: per token covered
-    rows_l2, splits_l2, scale, heads_per_batch, n_tokens,  # queries a split, how many splits, s, H, N
+    q_ptr, stride_qb, stride_qh, stride_qn,  # [B, H, M, D]
+    grad_o_ptr, stride_gb, stride_gh, stride_gn,  # [B, H, M, D]
+    peak_ptr, total_ptr, delta_ptr,  # [B*H, M] float32
+    k_l2_ptr, v_l2_ptr,  # [B*H_kv, T_2(N), D]
+    partial_grad_k_l2_ptr, partial_grad_v_l2_ptr,  # [B*H, splits_l2, T_2(N), D], out: per token covered
+    rows_l2, splits_l2, scale, heads_per_batch, m_tokens, n_tokens,  # queries a split, how many splits, s, H, M, N
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
 ):
     """What grad_kv_l2_kernel does; BLOCK_N is 64. `total` is 1 in half precision."""
     n_l2 = gl.cdiv(n_tokens, SPAN_2)
     place = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, COPIED))
     n_keys = n_l2
-    tiles = gl.cdiv(n_keys, BLOCK_N)
-    head = (gl.program_id(0) // tiles // splits_l2).to(gl.int64)
-    split = gl.program_id(0) // tiles % splits_l2
-    first = gl.program_id(0) % tiles * BLOCK_N
+    head, split, tile = head_token_and_tile(gl.program_id(0), splits_l2, gl.cdiv(n_keys, BLOCK_N))
+    first = tile * BLOCK_N
     key = first + place
     begin = split * rows_l2
-    end = gl.minimum(begin + rows_l2, n_tokens)
-    to_split = (head * splits_l2 + split) * n_keys * HEAD_DIM
+    end = gl.minimum(begin + rows_l2, m_tokens)
+    to = head * splits_l2 + split
     exists = (key >= 0) & (key < n_l2)
-    k_at, column = row_tile(k_l2_ptr + head * n_l2 * HEAD_DIM, key, HEAD_DIM, COPIED)
-    v_at, _ = row_tile(v_l2_ptr + head * n_l2 * HEAD_DIM, key, HEAD_DIM, COPIED)
+    k_at, column = row_tile(of_head(k_l2_ptr, kv_head_of(head), n_l2, HEAD_DIM), key, HEAD_DIM, COPIED)
+    v_at, _ = row_tile(of_head(v_l2_ptr, kv_head_of(head), n_l2, HEAD_DIM), key, HEAD_DIM, COPIED)
     inside = exists[:, None] & column
     k = gl.load(k_at, mask=inside, other=0.0)
     v = gl.load(v_at, mask=inside, other=0.0)
@@ -2140,47 +2171,44 @@ def grad_kv_l2_hopper_kernel(
     exists = (key >= 0) & (key < n_l2)
     covered = gl.where(exists, gl.minimum(n_tokens - key * SPAN_2, SPAN_2), 1).to(gl.float32)
     bias = gl.where(exists, gl.log2(covered), float("-inf"))
-    row = head * n_tokens
     grad_k, grad_v = grad_run_hopper(
         head_base(q_ptr, head, stride_qb, stride_qh, heads_per_batch), stride_qn,
         head_base(grad_o_ptr, head, stride_gb, stride_gh, heads_per_batch), stride_gn,
-        peak_ptr + row, delta_ptr + row, begin, end, k, v, bias, scale, BLOCK_M, BLOCK_N,
+        of_head(peak_ptr, head, m_tokens, 1), of_head(delta_ptr, head, m_tokens, 1), begin, end, k, v, bias, scale, BLOCK_M, BLOCK_N,
     )
-    write_rows(partial_grad_k_l2_ptr + to_split, first + place, first + place < n_keys, grad_k / covered[:, None])
-    write_rows(partial_grad_v_l2_ptr + to_split, first + place, first + place < n_keys, grad_v / covered[:, None])
+    place += first
+    write_rows(of_head(partial_grad_k_l2_ptr, to, n_keys, HEAD_DIM), place, place < n_keys, grad_k / covered[:, None])
+    write_rows(of_head(partial_grad_v_l2_ptr, to, n_keys, HEAD_DIM), place, place < n_keys, grad_v / covered[:, None])
 
 
 @gluon.jit(do_not_specialize=UNSPECIALISED)
 def grad_kv_l1_hopper_kernel(
-    q_ptr, stride_qb, stride_qh, stride_qn,  # [B, H, N, D]
-    grad_o_ptr, stride_gb, stride_gh, stride_gn,  # [B, H, N, D]
-    peak_ptr, total_ptr, delta_ptr,  # [B*H, N] float32
-    k_l1_ptr, v_l1_ptr,  # [B*H, T_1, D]
-    kept_l2_ptr, width_l2,  # [B*H, T_2, width_l2] int32
-    partial_grad_k_l1_ptr, partial_grad_v_l1_ptr,  # [B*H, T_2, splits_l1, width_l2 * b_2, D], out: per token covered
-    rows_l1, splits_l1, scale, heads_per_batch, n_tokens,  # queries a split, how many splits, s, H, N
+    q_ptr, stride_qb, stride_qh, stride_qn,  # [B, H, M, D]
+    grad_o_ptr, stride_gb, stride_gh, stride_gn,  # [B, H, M, D]
+    peak_ptr, total_ptr, delta_ptr,  # [B*H, M] float32
+    k_l1_ptr, v_l1_ptr,  # [B*H_kv, T_1(N), D]
+    kept_l2_ptr, width_l2,  # [B*H, T_2(M), width_l2] int32
+    partial_grad_k_l1_ptr, partial_grad_v_l1_ptr,  # [B*H, T_2(M), splits_l1, width_l2 * b_2, D], out: per token covered
+    rows_l1, splits_l1, scale, heads_per_batch, m_tokens, n_tokens,  # queries a split, how many splits, s, H, M, N
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
 ):
     """What grad_kv_l1_kernel does; BLOCK_N is 64. `total` is 1 in half precision."""
     n_l1 = gl.cdiv(n_tokens, SPAN_1)
     place = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, COPIED))
-    n_l2 = gl.cdiv(n_tokens, SPAN_2)
     n_keys = width_l2 * BLOCK_2
-    tiles = gl.cdiv(n_keys, BLOCK_N)
-    keeper = gl.program_id(0) // tiles // splits_l1  # over all heads
-    head = (keeper // n_l2).to(gl.int64)
-    split = gl.program_id(0) // tiles % splits_l1
-    first = gl.program_id(0) % tiles * BLOCK_N
-    list_ptr = kept_l2_ptr + keeper.to(gl.int64) * width_l2
+    row, split, tile = head_token_and_tile(gl.program_id(0), splits_l1, gl.cdiv(n_keys, BLOCK_N))
+    head, keeper = head_and_tile(row, gl.cdiv(m_tokens, SPAN_2))
+    first = tile * BLOCK_N
+    list_ptr = of_head(kept_l2_ptr, row, width_l2, 1)
     slot = (first + place) // BLOCK_2
     parent = gl.load(list_ptr + slot, mask=slot < width_l2, other=-1)
     key = parent * BLOCK_2 + (first + place) % BLOCK_2
-    begin = keeper % n_l2 * SPAN_2 + split * rows_l1
-    end = gl.minimum(gl.minimum(begin + rows_l1, (keeper % n_l2 + 1) * SPAN_2), n_tokens)
-    to_split = (keeper.to(gl.int64) * splits_l1 + split) * n_keys * HEAD_DIM
+    begin = keeper * SPAN_2 + split * rows_l1
+    end = gl.minimum(gl.minimum(begin + rows_l1, (keeper + 1) * SPAN_2), m_tokens)
+    to = row * splits_l1 + split
     exists = (key >= 0) & (key < n_l1)
-    k_at, column = row_tile(k_l1_ptr + head * n_l1 * HEAD_DIM, key, HEAD_DIM, COPIED)
-    v_at, _ = row_tile(v_l1_ptr + head * n_l1 * HEAD_DIM, key, HEAD_DIM, COPIED)
+    k_at, column = row_tile(of_head(k_l1_ptr, kv_head_of(head), n_l1, HEAD_DIM), key, HEAD_DIM, COPIED)
+    v_at, _ = row_tile(of_head(v_l1_ptr, kv_head_of(head), n_l1, HEAD_DIM), key, HEAD_DIM, COPIED)
     inside = exists[:, None] & column
     k = gl.load(k_at, mask=inside, other=0.0)
     v = gl.load(v_at, mask=inside, other=0.0)
@@ -2188,14 +2216,14 @@ def grad_kv_l1_hopper_kernel(
     exists = (key >= 0) & (key < n_l1)
     covered = gl.where(exists, gl.minimum(n_tokens - key * SPAN_1, SPAN_1), 1).to(gl.float32)
     bias = gl.where(exists, gl.log2(covered), float("-inf"))
-    row = head * n_tokens
     grad_k, grad_v = grad_run_hopper(
         head_base(q_ptr, head, stride_qb, stride_qh, heads_per_batch), stride_qn,
         head_base(grad_o_ptr, head, stride_gb, stride_gh, heads_per_batch), stride_gn,
-        peak_ptr + row, delta_ptr + row, begin, end, k, v, bias, scale, BLOCK_M, BLOCK_N,
+        of_head(peak_ptr, head, m_tokens, 1), of_head(delta_ptr, head, m_tokens, 1), begin, end, k, v, bias, scale, BLOCK_M, BLOCK_N,
     )
-    write_rows(partial_grad_k_l1_ptr + to_split, first + place, first + place < n_keys, grad_k / covered[:, None])
-    write_rows(partial_grad_v_l1_ptr + to_split, first + place, first + place < n_keys, grad_v / covered[:, None])
+    place += first
+    write_rows(of_head(partial_grad_k_l1_ptr, to, n_keys, HEAD_DIM), place, place < n_keys, grad_k / covered[:, None])
+    write_rows(of_head(partial_grad_v_l1_ptr, to, n_keys, HEAD_DIM), place, place < n_keys, grad_v / covered[:, None])
 
 
 # Layouts of one warp: products of 16 rows and their operands; rows that are copied; rows in shared memory.
@@ -2221,17 +2249,17 @@ def copy_row(to, ptr):
 
 @gluon.jit(do_not_specialize=UNSPECIALISED)
 def grad_kv_l0_hopper_kernel(
-    q_ptr, stride_qb, stride_qh, stride_qn,  # [B, H, N, D]
-    grad_o_ptr, stride_gb, stride_gh, stride_gn,  # [B, H, N, D]
-    peak_ptr, total_ptr, delta_ptr,  # [B*H, N] float32
-    k_ptr, stride_kb, stride_kh, stride_kn,  # [B, H, N, D]
-    v_ptr, stride_vb, stride_vh, stride_vn,  # [B, H, N, D]
-    keepers_l1_ptr, width_l1,  # [B*H, T_1 * width_l1] int32
-    offsets_l1_ptr, overflow_l1_ptr,  # [B*H, T_1 + 1] int32
+    q_ptr, stride_qb, stride_qh, stride_qn,  # [B, H, M, D]
+    grad_o_ptr, stride_gb, stride_gh, stride_gn,  # [B, H, M, D]
+    peak_ptr, total_ptr, delta_ptr,  # [B*H, M] float32
+    k_ptr, stride_kb, stride_kh, stride_kn,  # [B, H_kv, N, D]
+    v_ptr, stride_vb, stride_vh, stride_vn,  # [B, H_kv, N, D]
+    keepers_l1_ptr, width_l1,  # [B*H, T_1(M) * width_l1] int32
+    offsets_l1_ptr, overflow_l1_ptr,  # [B*H, T_1(N) + 1] int32
     overflow_grad_k_l0_ptr, overflow_grad_v_l0_ptr,  # [B*H, parts_l0, b_1, D] float32
-    grad_k_l1_ptr, grad_v_l1_ptr,  # [B*H, T_1, D] float32
-    grad_k_ptr, grad_v_ptr,  # [B*H, N, D], out
-    parts_l0, scale, heads_per_batch, n_tokens,  # room for extra parts a head, s, H, N
+    grad_k_l1_ptr, grad_v_l1_ptr,  # [B*H_kv, T_1(N), D] float32
+    grad_k_ptr, grad_v_ptr,  # [B*H_kv, N, D], out
+    parts_l0, scale, heads_per_batch, m_tokens, n_tokens,  # room for overflow parts a head, s, H, M, N
     PART: gl.constexpr,
 ):
     """What grad_kv_l0_kernel does, a keeper's 16 queries a tile. `total` is 1 in half precision.
@@ -2241,29 +2269,29 @@ def grad_kv_l0_hopper_kernel(
     COLUMNS: gl.constexpr = gl.SliceLayout(0, WARP)
     VECTOR: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     dtype: gl.constexpr = q_ptr.dtype.element_ty
-    n_l1 = gl.cdiv(n_tokens, SPAN_1)
-    head = (gl.program_id(0) // n_l1).to(gl.int64)
-    parent = gl.program_id(0) % n_l1
+    m_l1, n_l1 = gl.cdiv(m_tokens, SPAN_1), gl.cdiv(n_tokens, SPAN_1)
+    head, parent = head_and_tile(gl.program_id(0), n_l1)
+    kv_head = kv_head_of(head)
 
     key = parent * 16 + gl.arange(0, 16, layout=gl.SliceLayout(1, COPIED_WARP))
     k_tile = gl.allocate_shared_memory(dtype, [16, PAD_DIM], SHARED_WARP)
     v_tile = gl.allocate_shared_memory(dtype, [16, PAD_DIM], SHARED_WARP)
-    copy_rows(k_tile, head_base(k_ptr, head, stride_kb, stride_kh, heads_per_batch), key, stride_kn, key < n_tokens)
-    copy_rows(v_tile, head_base(v_ptr, head, stride_vb, stride_vh, heads_per_batch), key, stride_vn, key < n_tokens)
+    copy_rows(k_tile, head_base(k_ptr, kv_head, stride_kb, stride_kh, heads_per_batch), key, stride_kn, key < n_tokens)
+    copy_rows(v_tile, head_base(v_ptr, kv_head, stride_vb, stride_vh, heads_per_batch), key, stride_vn, key < n_tokens)
     k_above = gl.allocate_shared_memory(gl.float32, [PAD_DIM], VECTOR)
     v_above = gl.allocate_shared_memory(gl.float32, [PAD_DIM], VECTOR)
-    to_above = (head * n_l1 + parent) * HEAD_DIM
-    copy_row(k_above, grad_k_l1_ptr + to_above)
-    copy_row(v_above, grad_v_l1_ptr + to_above)
+    n_above, at_above = n_l1, parent
+    copy_row(k_above, of_head(grad_k_l1_ptr, head, n_above, HEAD_DIM) + at_above * HEAD_DIM)
+    copy_row(v_above, of_head(grad_v_l1_ptr, head, n_above, HEAD_DIM) + at_above * HEAD_DIM)
 
-    offsets_ptr = offsets_l1_ptr + head * (n_l1 + 1) + parent
+    offsets_ptr = of_head(offsets_l1_ptr, head, n_l1 + 1, 1) + parent
     begin = gl.load(offsets_ptr)
     end = gl.minimum(begin + PART, gl.load(offsets_ptr + 1))
-    keepers_ptr = keepers_l1_ptr + head * n_l1 * width_l1
+    keepers_ptr = of_head(keepers_l1_ptr, head, m_l1, width_l1)
     q_base = head_base(q_ptr, head, stride_qb, stride_qh, heads_per_batch)
     grad_o_base = head_base(grad_o_ptr, head, stride_gb, stride_gh, heads_per_batch)
-    peak_ptr += head * n_tokens
-    delta_ptr += head * n_tokens
+    peak_ptr = of_head(peak_ptr, head, m_tokens, 1)
+    delta_ptr = of_head(delta_ptr, head, m_tokens, 1)
     q_tiles = gl.allocate_shared_memory(dtype, [STAGES, 16, PAD_DIM], SHARED_WARP)
     grad_o_tiles = gl.allocate_shared_memory(dtype, [STAGES, 16, PAD_DIM], SHARED_WARP)
     peaks = gl.allocate_shared_memory(gl.float32, [STAGES, 16], VECTOR)
@@ -2272,13 +2300,13 @@ def grad_kv_l0_hopper_kernel(
     for tile in range(2):
         if begin + tile < end:
             copy_queries(
-                q_base, stride_qn, grad_o_base, stride_gn, peak_ptr, delta_ptr, keeper * 16, n_tokens,
+                q_base, stride_qn, grad_o_base, stride_gn, peak_ptr, delta_ptr, keeper * 16, m_tokens,
                 q_tiles.index(tile), grad_o_tiles.index(tile), peaks.index(tile), deltas.index(tile), 16, COPIED_WARP,
             )
         hopper.async_copy.commit_group()
         keeper = keeper_at(keepers_ptr, begin + tile + 1, end)
     # added at the end, read now, while there is nothing else to do
-    overflow_ptr = overflow_l1_ptr + head * (n_l1 + 1) + parent
+    overflow_ptr = of_head(overflow_l1_ptr, head, n_l1 + 1, 1) + parent
     first_overflow, last_overflow = gl.load(overflow_ptr), gl.load(overflow_ptr + 1)
 
     hopper.async_copy.wait_group(1)
@@ -2297,7 +2325,7 @@ def grad_kv_l0_hopper_kernel(
         if entry + 2 < end:
             to = before(stage)
             copy_queries(
-                q_base, stride_qn, grad_o_base, stride_gn, peak_ptr, delta_ptr, keeper * 16, n_tokens,
+                q_base, stride_qn, grad_o_base, stride_gn, peak_ptr, delta_ptr, keeper * 16, m_tokens,
                 q_tiles.index(to), grad_o_tiles.index(to), peaks.index(to), deltas.index(to), 16, COPIED_WARP,
             )
         hopper.async_copy.commit_group()
@@ -2313,14 +2341,13 @@ def grad_kv_l0_hopper_kernel(
     dim = gl.arange(0, PAD_DIM, layout=COLUMNS)
     child = gl.arange(0, 16, layout=gl.SliceLayout(1, WARP))
     for part in range(first_overflow, last_overflow):
-        at = ((head * parts_l0 + part) * 16 + child)[:, None] * HEAD_DIM + dim[None, :]
-        grad_k += gl.load(overflow_grad_k_l0_ptr + at)
-        grad_v += gl.load(overflow_grad_v_l0_ptr + at)
+        of, at = head * parts_l0 + part, child[:, None] * HEAD_DIM + dim[None, :]
+        grad_k += gl.load(of_head(overflow_grad_k_l0_ptr, of, 16, HEAD_DIM) + at)
+        grad_v += gl.load(of_head(overflow_grad_v_l0_ptr, of, 16, HEAD_DIM) + at)
     grad_k += k_above.load(COLUMNS)[None, :]
     grad_v += v_above.load(COLUMNS)[None, :]
-    to_head = head * n_tokens * HEAD_DIM
-    write_rows(grad_k_ptr + to_head, key, key < n_tokens, grad_k)
-    write_rows(grad_v_ptr + to_head, key, key < n_tokens, grad_v)
+    write_rows(of_head(grad_k_ptr, head, n_tokens, HEAD_DIM), key, key < n_tokens, grad_k)
+    write_rows(of_head(grad_v_ptr, head, n_tokens, HEAD_DIM), key, key < n_tokens, grad_v)
 
 
 # ---- launches --------------------------------------------------------------------------------------------------------
@@ -2343,110 +2370,112 @@ LAYOUTS = {
     "gradients": {
         "delta": torch.float32, "offsets_l1": torch.int32, "keepers_l1": torch.int32, "overflow_l1": torch.int32,
         "offsets_l2": torch.int32, "keepers_l2": torch.int32, "overflow_grad_k_l0": torch.float32, "overflow_grad_v_l0": torch.float32,
-        "partial_grad_k_l1": "share", "partial_grad_v_l1": "share", "partial_grad_k_l2": "share", "partial_grad_v_l2": "share",
+        "partial_grad_k_l1": "partial", "partial_grad_v_l1": "partial", "partial_grad_k_l2": "partial", "partial_grad_v_l2": "partial",
         "grad_k_l1": torch.float32, "grad_v_l1": torch.float32, "grad_k_l2": torch.float32, "grad_v_l2": torch.float32,
     },
 }
 
 
-def saved_shapes(heads, n_tokens):
+def saved_shapes(heads, kv_heads, m_tokens, n_tokens):
     """What the forward pass leaves to the backward pass: the shapes of the layout `saved`, symbols as in torch.compile or not."""
-    tokens = level_tokens(n_tokens)
+    queries, keys = level_tokens(m_tokens), level_tokens(n_tokens)
     return {
-        "peak": (heads, n_tokens), "total": (heads, n_tokens),
-        "k_l1": (heads, tokens[1], 64), "v_l1": (heads, tokens[1], 64),
-        "k_l2": (heads, tokens[2], 64), "v_l2": (heads, tokens[2], 64),
-        "counts_l1": (heads, tokens[1]), "counts_l2": (heads, tokens[2]),
-        "kept_l1": (heads, tokens[1], torch.sym_min(8, tokens[1])), "kept_l2": (heads, tokens[2], torch.sym_min(8, tokens[2])),
+        "peak": (heads, m_tokens), "total": (heads, m_tokens),
+        "k_l1": (kv_heads, keys[1], 64), "v_l1": (kv_heads, keys[1], 64),
+        "k_l2": (kv_heads, keys[2], 64), "v_l2": (kv_heads, keys[2], 64),
+        "counts_l1": (heads, keys[1]), "counts_l2": (heads, keys[2]),
+        "kept_l1": (heads, queries[1], torch.sym_min(8, keys[1])), "kept_l2": (heads, queries[2], torch.sym_min(8, keys[2])),
     }
 
 
 def work_out(at, tiles):
     """Fill in a `LaunchPlan`: shapes of buffers, programs and tile shapes of launches; `tiles` are those of every stage."""
-    heads, n_tokens, dtype = at.heads, at.n_tokens, at.dtype
-    tokens = level_tokens(n_tokens)
-    at.rows_l2, splits_l2 = split_queries(heads, n_tokens, tokens[2], tiles["grad_kv_l2"])
+    heads, kv_heads, m_tokens, n_tokens = sizes = at.heads, at.kv_heads, at.m_tokens, at.n_tokens
+    queries, keys = level_tokens(m_tokens), level_tokens(n_tokens)
+    at.rows_l2, splits_l2 = split_queries(heads, m_tokens, keys[2], tiles["grad_kv_l2"])
     at.splits_l2 = splits_l2
-    at.rows_l1, splits_l1 = split_queries(heads * tokens[2], min(n_tokens, 256), 16 * min(8, tokens[2]), tiles["grad_kv_l1"])
+    at.rows_l1, splits_l1 = split_queries(heads * queries[2], min(m_tokens, 256), 16 * min(8, keys[2]), tiles["grad_kv_l1"])
     at.splits_l1 = splits_l1
     tile = tiles["grad_kv_l0"]
-    parts_l0 = at.parts_l0 = min(((tokens[1] * min(8, tokens[1])) // tile["PART"]), tokens[1] * ((tokens[1] - 1) // tile["PART"]))
+    parts_l0 = at.parts_l0 = min(((queries[1] * min(8, keys[1])) // tile["PART"]), keys[1] * ((queries[1] - 1) // tile["PART"]))
     at.part_l1 = tile["PART"]
-    at.shapes = saved_shapes(heads, n_tokens) | {
-        "o": (heads, n_tokens, 64), "lse": (heads, n_tokens),
-        "q_l1": (heads, tokens[1], 64), "q_l2": (heads, tokens[2], 64),
-        "grad_q": (heads, n_tokens, 64), "grad_k": (heads, n_tokens, 64),
-        "grad_v": (heads, n_tokens, 64), "delta": (heads, n_tokens),
-        "offsets_l1": (heads, tokens[1] + 1), "keepers_l1": (heads, tokens[1] * min(8, tokens[1])),
-        "overflow_l1": (heads, tokens[1] + 1), "offsets_l2": (heads, tokens[2] + 1),
-        "keepers_l2": (heads, tokens[2] * min(8, tokens[2])), "overflow_grad_k_l0": (heads, parts_l0, 16, 64),
-        "overflow_grad_v_l0": (heads, parts_l0, 16, 64), "partial_grad_k_l1": (heads, tokens[2], splits_l1, 16 * min(8, tokens[2]), 64),
-        "partial_grad_v_l1": (heads, tokens[2], splits_l1, 16 * min(8, tokens[2]), 64), "partial_grad_k_l2": (heads, splits_l2, tokens[2], 64),
-        "partial_grad_v_l2": (heads, splits_l2, tokens[2], 64), "grad_k_l1": (heads, tokens[1], 64),
-        "grad_v_l1": (heads, tokens[1], 64), "grad_k_l2": (heads, tokens[2], 64),
-        "grad_v_l2": (heads, tokens[2], 64),
+    at.shapes = saved_shapes(*sizes) | {
+        "o": (heads, m_tokens, 64), "lse": (heads, m_tokens),
+        "q_l1": (heads, queries[1], 64), "q_l2": (heads, queries[2], 64),
+        "grad_q": (heads, m_tokens, 64), "grad_k": (kv_heads, n_tokens, 64),
+        "grad_v": (kv_heads, n_tokens, 64), "delta": (heads, m_tokens),
+        "offsets_l1": (heads, keys[1] + 1), "keepers_l1": (heads, queries[1] * min(8, keys[1])),
+        "overflow_l1": (heads, keys[1] + 1), "offsets_l2": (heads, keys[2] + 1),
+        "keepers_l2": (heads, queries[2] * min(8, keys[2])), "overflow_grad_k_l0": (heads, parts_l0, 16, 64),
+        "overflow_grad_v_l0": (heads, parts_l0, 16, 64), "partial_grad_k_l1": (heads, queries[2], splits_l1, 16 * min(8, keys[2]), 64),
+        "partial_grad_v_l1": (heads, queries[2], splits_l1, 16 * min(8, keys[2]), 64), "partial_grad_k_l2": (heads, splits_l2, keys[2], 64),
+        "partial_grad_v_l2": (heads, splits_l2, keys[2], 64), "grad_k_l1": (kv_heads, keys[1], 64),
+        "grad_v_l1": (kv_heads, keys[1], 64), "grad_k_l2": (kv_heads, keys[2], 64),
+        "grad_v_l2": (kv_heads, keys[2], 64),
     }
-    is_long = 3 * heads * n_tokens * HEAD_DIM.value * dtype.itemsize > CACHED
+    rows = heads * m_tokens + 2 * kv_heads * n_tokens
+    is_long = rows * HEAD_DIM.value * at.dtype.itemsize > CACHED
     at.width_l1 = at.shapes["kept_l1"][2]
     at.width_l2 = at.shapes["kept_l2"][2]
     at.grids = {}
     tile = tiles["pool"] | {"EVICT_FIRST": is_long}
-    at.grids["pool_l1_kernel"] = 3 * heads * tokens[2], tile
-    tile = tiles["select_l2"] | {"RUNS": has_runs(tokens[2], tiles["select_l2"])}
-    at.grids["select_l2_kernel"] = heads * ceil_div(tokens[2], tile["BLOCK_M"]), tile
+    at.grids["pool_l1_kernel"] = heads * queries[2] + 2 * keys[2] * kv_heads, tile
+    tile = tiles["select_l2"] | {"RUNS": has_runs(keys[2], tiles["select_l2"])}
+    at.grids["select_l2_kernel"] = heads * ceil_div(queries[2], tile["BLOCK_M"]), tile
     tile = tiles["select_l1"]
-    at.grids["select_l1_kernel"] = heads * tokens[2] * ceil_div(min(16, tokens[1]), tile["BLOCK_M"]), tile
-    tile = tiles["attend"] | {"FULL": is_full(tokens, tiles["attend"])}
-    at.grids["attend_kernel"] = heads * tokens[2] * ceil_div(min(16, tokens[1]), tile["GROUP"]), tile
+    at.grids["select_l1_kernel"] = heads * queries[2] * ceil_div(min(16, queries[1]), tile["BLOCK_M"]), tile
+    tile = tiles["attend"] | {"FULL": is_full(queries, keys, tiles["attend"])}
+    at.grids["attend_kernel"] = heads * queries[2] * ceil_div(min(16, queries[1]), tile["GROUP"]), tile
     if is_in_gluon(tile):  # that kernel's tiles, and four query blocks a program
-        tile["FULL"] = is_full(tokens, {"BLOCK_C": 64, "BLOCK_N": 16})
-        at.grids["attend_kernel"] = heads * ceil_div(tokens[1], 4), tile
-        programs = heads * ceil_div(n_tokens, 1024)
+        tile["FULL"] = is_full(queries, keys, {"BLOCK_C": 64, "BLOCK_N": 16})
+        at.grids["attend_kernel"] = heads * ceil_div(queries[1], 4), tile
+        programs = heads * ceil_div(m_tokens, 1024)
         at.grids["attend_recompute_kernel"] = programs, {"num_warps": 4, "maxnreg": 168}
     tile = tiles["scan"]
     at.grids["scan_kernel"] = 3 * heads, tile
     tile = tiles["invert_l2"]
-    at.grids["invert_l2_kernel"] = heads * ceil_div(tokens[2], tile["KEYS"]), tile
+    at.grids["invert_l2_kernel"] = heads * ceil_div(keys[2], tile["KEYS"]), tile
     tile = tiles["invert_l1"]
-    at.grids["invert_l1_kernel"] = heads * tokens[2], tile
-    tile = tiles["grad_q"] | {"FULL": is_full(tokens, tiles["grad_q"])}
-    at.grids["grad_q_kernel"] = heads * tokens[2] * ceil_div(min(16, tokens[1]), tile["GROUP"]), tile
+    at.grids["invert_l1_kernel"] = heads * keys[2], tile
+    tile = tiles["grad_q"] | {"FULL": is_full(queries, keys, tiles["grad_q"])}
+    at.grids["grad_q_kernel"] = heads * queries[2] * ceil_div(min(16, queries[1]), tile["GROUP"]), tile
     if is_in_gluon(tile):  # that kernel's tiles, and four query blocks a program
-        tile["FULL"] = is_full(tokens, {"BLOCK_C": 64, "BLOCK_N": 16})
-        at.grids["grad_q_kernel"] = heads * ceil_div(tokens[1], 4), tile
+        tile["FULL"] = is_full(queries, keys, {"BLOCK_C": 64, "BLOCK_N": 16})
+        at.grids["grad_q_kernel"] = heads * ceil_div(queries[1], 4), tile
     tile = tiles["grad_kv_l2"]
-    at.grids["grad_kv_l2_kernel"] = heads * splits_l2 * ceil_div(tokens[2], tile["BLOCK_N"]), tile
+    at.grids["grad_kv_l2_kernel"] = heads * splits_l2 * ceil_div(keys[2], tile["BLOCK_N"]), tile
     tile = tiles["grad_sum"]
-    at.grids["grad_kv_l2_sum_kernel"] = heads * ceil_div(tokens[2], tile["BLOCK"]), tile
+    at.grids["grad_kv_l2_sum_kernel"] = kv_heads * ceil_div(keys[2], tile["BLOCK"]), tile
     tile = tiles["grad_kv_l1"]
-    at.grids["grad_kv_l1_kernel"] = heads * splits_l1 * tokens[2] * ceil_div(16 * min(8, tokens[2]), tile["BLOCK_N"]), tile
+    at.grids["grad_kv_l1_kernel"] = heads * queries[2] * splits_l1 * ceil_div(16 * min(8, keys[2]), tile["BLOCK_N"]), tile
     tile = tiles["grad_gather_l1"]
-    at.grids["grad_kv_l1_sum_kernel"] = heads * tokens[2] * ceil_div(16, tile["BLOCK"]), tile
+    at.grids["grad_kv_l1_sum_kernel"] = keys[2] * kv_heads * ceil_div(16, tile["BLOCK"]), tile
     tile = tiles["grad_kv_l0"]
     at.grids["grad_kv_l0_overflow_kernel"] = heads * parts_l0 * ceil_div(16, tile["BLOCK_N"]), tile
-    at.grids["grad_kv_l0_kernel"] = heads * tokens[1] * ceil_div(16, tile["BLOCK_N"]), tile
+    at.grids["grad_kv_l0_kernel"] = keys[1] * kv_heads * ceil_div(16, tile["BLOCK_N"]), tile
 
 
 LISTS_FILL = True  # whether lists can be without gaps
-PARTIAL_IN_GLUON = True  # whether kernels in Gluon also take what leaves loose ends
+PARTIAL_IN_GLUON = True  # whether kernels in Gluon also take partial tiles
 
 
 def pool_and_select(at, launch, q, k, v, k_l1, v_l1, k_l2, v_l2, counts_l1, counts_l2, kept_l1, kept_l2, memory):
     """Fill in the pyramid and, from the coarsest level down, the tokens that are kept.
 
-    Out: means of k and of v, [B*H, T_l, D]; how many queries keep each token, [B*H, T_l]; lists of kept tokens, [B*H, T_l, width], int32.
+    Out: means of k and of v, [B*H_kv, T_l(N), D]; how many query tokens keep each key token, [B*H, T_l(N)]; lists of
+    kept tokens, [B*H, T_l(M), width], int32.
     """
     [q_l1, q_l2] = at.buffers(memory, "selection")
     q_steps, k_steps, v_steps = at.steps
     launch(
         pool_l1_kernel, q, *q_steps, k, *k_steps, v, *v_steps, q_l1, k_l1, v_l1, q_l2, k_l2, v_l2, counts_l1, counts_l2,
-        at.heads_per_batch, at.heads, at.n_tokens,
+        at.heads_per_batch, at.heads, at.m_tokens, at.n_tokens,
     )
     launch(
-        select_l2_kernel, q_l2, k_l2, kept_l2, at.width_l2, counts_l2, at.n_tokens,
+        select_l2_kernel, q_l2, k_l2, kept_l2, at.width_l2, counts_l2, at.m_tokens, at.n_tokens,
     )
     launch(
-        select_l1_kernel, q_l1, k_l1, kept_l2, at.width_l2, kept_l1, at.width_l1, counts_l1, at.n_tokens,
+        select_l1_kernel, q_l1, k_l1, kept_l2, at.width_l2, kept_l1, at.width_l1, counts_l1, at.m_tokens, at.n_tokens,
     )
 
 
@@ -2466,12 +2495,12 @@ def attend_launches(at, launch, scale, q, k, v, o, lse, saved, memory):
     q_steps, k_steps, v_steps = at.steps
     launch(
         (attend_kernel, attend_hopper_kernel), q, *q_steps, k, *k_steps, v, *v_steps, k_l1, v_l1, k_l2, v_l2, kept_l1,
-        at.width_l1, kept_l2, at.width_l2, o, lse, peak, total, scale, at.heads_per_batch, at.n_tokens,
+        at.width_l1, kept_l2, at.width_l2, o, lse, peak, total, scale, at.heads_per_batch, at.m_tokens, at.n_tokens,
     )
     if "attend_recompute_kernel" in at.grids:
         launch(
             attend_recompute_kernel, q, *q_steps, k, *k_steps, v, *v_steps, k_l1, v_l1, k_l2, v_l2, kept_l1, at.width_l1,
-            kept_l2, at.width_l2, o, lse, peak, total, scale, at.heads_per_batch, at.n_tokens,
+            kept_l2, at.width_l2, o, lse, peak, total, scale, at.heads_per_batch, at.m_tokens, at.n_tokens,
         )
 
 
@@ -2492,20 +2521,21 @@ def grad_launches(at, launch, scale, q, k, v, grad_o, o, saved, grad_q, grad_k, 
         scan_kernel, counts_l1, counts_l2, offsets_l1, overflow_l1, offsets_l2, at.part_l1, at.heads, at.n_tokens,
     )
     launch(
-        invert_l2_kernel, kept_l2, at.width_l2, offsets_l2, keepers_l2, at.n_tokens,
+        invert_l2_kernel, kept_l2, at.width_l2, offsets_l2, keepers_l2, at.m_tokens, at.n_tokens,
     )
     launch(
         invert_l1_kernel, kept_l1, at.width_l1, offsets_l1, offsets_l2, keepers_l2, at.width_l2, keepers_l1,
-        at.n_tokens,
+        at.m_tokens, at.n_tokens,
     )
     launch(
         (grad_q_kernel, grad_q_hopper_kernel), q, *q_steps, k, *k_steps, v, *v_steps, k_l1, v_l1, k_l2, v_l2, kept_l1,
         at.width_l1, kept_l2, at.width_l2, o, grad_o, *grad_o_steps, peak, total, grad_lse, grad_q, delta, scale,
-        at.heads_per_batch, at.n_tokens,
+        at.heads_per_batch, at.m_tokens, at.n_tokens,
     )
     launch(
         (grad_kv_l2_kernel, grad_kv_l2_hopper_kernel), q, *q_steps, grad_o, *grad_o_steps, peak, total, delta, k_l2,
-        v_l2, partial_grad_k_l2, partial_grad_v_l2, at.rows_l2, at.splits_l2, scale, at.heads_per_batch, at.n_tokens,
+        v_l2, partial_grad_k_l2, partial_grad_v_l2, at.rows_l2, at.splits_l2, scale, at.heads_per_batch, at.m_tokens,
+        at.n_tokens,
     )
     launch(
         grad_kv_l2_sum_kernel, partial_grad_k_l2, partial_grad_v_l2, grad_k_l2, grad_v_l2, at.splits_l2, at.n_tokens,
@@ -2513,48 +2543,52 @@ def grad_launches(at, launch, scale, q, k, v, grad_o, o, saved, grad_q, grad_k, 
     launch(
         (grad_kv_l1_kernel, grad_kv_l1_hopper_kernel), q, *q_steps, grad_o, *grad_o_steps, peak, total, delta, k_l1,
         v_l1, kept_l2, at.width_l2, partial_grad_k_l1, partial_grad_v_l1, at.rows_l1, at.splits_l1, scale,
-        at.heads_per_batch, at.n_tokens,
+        at.heads_per_batch, at.m_tokens, at.n_tokens,
     )
     launch(
         grad_kv_l1_sum_kernel, partial_grad_k_l1, partial_grad_v_l1, kept_l2, at.width_l2, keepers_l2, offsets_l2,
-        grad_k_l2, grad_v_l2, grad_k_l1, grad_v_l1, at.splits_l1, at.n_tokens,
+        grad_k_l2, grad_v_l2, grad_k_l1, grad_v_l1, at.splits_l1, at.m_tokens, at.n_tokens,
     )
     launch(
         grad_kv_l0_overflow_kernel, q, *q_steps, grad_o, *grad_o_steps, peak, total, delta, k, *k_steps, v, *v_steps,
         keepers_l1, at.width_l1, offsets_l1, overflow_l1, overflow_grad_k_l0, overflow_grad_v_l0, at.parts_l0, scale,
-        at.heads_per_batch, at.n_tokens,
+        at.heads_per_batch, at.m_tokens, at.n_tokens,
     )
     launch(
         (grad_kv_l0_kernel, grad_kv_l0_hopper_kernel), q, *q_steps, grad_o, *grad_o_steps, peak, total, delta, k,
         *k_steps, v, *v_steps, keepers_l1, at.width_l1, offsets_l1, overflow_l1, overflow_grad_k_l0, overflow_grad_v_l0,
-        grad_k_l1, grad_v_l1, grad_k, grad_v, at.parts_l0, scale, at.heads_per_batch, at.n_tokens,
+        grad_k_l1, grad_v_l1, grad_k, grad_v, at.parts_l0, scale, at.heads_per_batch, at.m_tokens, at.n_tokens,
     )
 
 
-def flops(heads, n_tokens):
+def flops(heads, kv_heads, m_tokens, n_tokens):
     """FLOPs of the forward pass, of the backward pass and of the selection alone, as llsa_gen's cost model counts them."""
-    tokens = level_tokens(n_tokens)
+    queries, keys = level_tokens(m_tokens), level_tokens(n_tokens)
     of_forward = (
-        256 * heads * n_tokens * tokens[2]
-        + 256 * heads * n_tokens * min(128, n_tokens)
-        + 256 * heads * n_tokens * min(128, tokens[1])
-        + 192 * heads * n_tokens
-        + 128 * heads * tokens[1] * min(128, tokens[1])
-        + 192 * heads * tokens[1]
-        + 128 * heads * tokens[2] ** 2
+        256 * heads * keys[2] * m_tokens
+        + 128 * heads * keys[2] * queries[2]
+        + 256 * heads * m_tokens * min(128, keys[1])
+        + 256 * heads * m_tokens * min(128, n_tokens)
+        + 64 * heads * m_tokens
+        + 128 * heads * queries[1] * min(128, keys[1])
+        + 64 * heads * queries[1]
+        + 128 * keys[1] * kv_heads
+        + 128 * kv_heads * n_tokens
     )
     of_backward = (
-        896 * heads * n_tokens * tokens[2]
-        + 896 * heads * n_tokens * min(128, n_tokens)
-        + 896 * heads * n_tokens * min(128, tokens[1])
-        + 128 * heads * n_tokens
-        + 128 * heads * tokens[1]
+        896 * heads * keys[2] * m_tokens
+        + 896 * heads * m_tokens * min(128, keys[1])
+        + 896 * heads * m_tokens * min(128, n_tokens)
+        + 128 * keys[1] * kv_heads
+        + 128 * kv_heads * n_tokens
     )
     of_selection = (
-        192 * heads * n_tokens
-        + 128 * heads * tokens[1] * min(128, tokens[1])
-        + 192 * heads * tokens[1]
-        + 128 * heads * tokens[2] ** 2
+        128 * heads * keys[2] * queries[2]
+        + 64 * heads * m_tokens
+        + 128 * heads * queries[1] * min(128, keys[1])
+        + 64 * heads * queries[1]
+        + 128 * keys[1] * kv_heads
+        + 128 * kv_heads * n_tokens
     )
     return of_forward, of_backward, of_selection
 
@@ -3054,9 +3088,14 @@ def is_watched() -> bool:
     return False
 
 
-def level_tokens(n_tokens: int) -> tuple[int, ...]:
-    """T_l, the tokens of every level l = 0..L."""
-    return n_tokens, *[ceil_div(n_tokens, span) for span in SPANS[1:]]
+def level_tokens(length: int) -> tuple[int, ...]:
+    """T_l of a length, the tokens of every level l = 0..L."""
+    return length, *[ceil_div(length, span) for span in SPANS[1:]]
+
+
+def sizes_of(q: torch.Tensor, k: torch.Tensor) -> tuple[int, int, int, int]:
+    """B*H, B*H_kv, M and N of queries and keys: what sizes of buffers depend on."""
+    return q.shape[0] * q.shape[1], k.shape[0] * k.shape[1], q.shape[2], k.shape[2]
 
 
 def split_queries(walks: int, n_queries: int, n_keys: int, tile: dict[str, int]) -> tuple[int, int]:
@@ -3071,12 +3110,12 @@ def split_queries(walks: int, n_queries: int, n_keys: int, tile: dict[str, int])
     return rows, ceil_div(n_queries, rows)
 
 
-def is_full(tokens: Sequence[int], tile: dict[str, int]) -> bool:
+def is_full(queries: Sequence[int], keys: Sequence[int], tile: dict[str, int]) -> bool:
     """Whether nothing needs a mask: all tokens are whole, so that no list has gaps, and lists fill their tiles."""
-    if not LISTS_FILL or tokens[0] % SPANS[-1]:
+    if not LISTS_FILL or queries[0] % SPANS[-1] or keys[0] % SPANS[-1]:
         return False
     return all(
-        min(WIDTHS[level], tokens[level + 1]) * BLOCKS[level] % tile["BLOCK_C" if level else "BLOCK_N"] == 0
+        min(WIDTHS[level], keys[level + 1]) * BLOCKS[level] % tile["BLOCK_C" if level else "BLOCK_N"] == 0
         for level in LISTED
     )
 
@@ -3087,8 +3126,8 @@ def ceil_div(a: int, b: int) -> int:
 
 
 def own_dtypes(layout: str, dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """The buffers of a layout and their dtypes; shares are rounded as their sum will be, where the range suffices."""
-    own: dict[Any, Any] = {"input": dtype, "share": dtype if dtype == torch.bfloat16 else torch.float32}
+    """The buffers of a layout and their dtypes; partial sums are rounded as the whole is, if that has the range."""
+    own: dict[Any, Any] = {"input": dtype, "partial": dtype if dtype == torch.bfloat16 else torch.float32}
     return {name: own.get(known, known) for name, known in LAYOUTS[layout].items()}
 
 
@@ -3118,20 +3157,20 @@ def empty_like(x: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def empty_saved(q: torch.Tensor) -> torch.Tensor:
-    """Memory for what the forward pass over `q` leaves to the backward pass."""
-    _, size = lay_out("saved", saved_shapes(q.shape[0] * q.shape[1], q.shape[2]), q.dtype)
+def empty_saved(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """Memory for what the forward pass over `q` and `k` leaves to the backward pass."""
+    _, size = lay_out("saved", saved_shapes(*sizes_of(q, k)), q.dtype)
     return q.new_empty(size, dtype=torch.uint8)
 
 
-def empty_outputs(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The operator's outputs for inputs like `q`, not filled in: o, lse and what is saved."""
-    return empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32), empty_saved(q)
+def empty_outputs(q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The operator's outputs for inputs like `q` and `k`, not filled in: o, lse and what is saved."""
+    return empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32), empty_saved(q, k)
 
 
 def empty_selection(q: torch.Tensor, k: torch.Tensor) -> list[torch.Tensor]:
     """The kept tokens of each level, finest first, not filled in."""
-    shapes = saved_shapes(q.shape[0] * q.shape[1], q.shape[2])
+    shapes = saved_shapes(*sizes_of(q, k))
     return [
         q.new_empty((*q.shape[:2], *shapes[f"kept_l{level}"][1:]), dtype=torch.int32) for level in range(1, LEVELS + 1)
     ]
@@ -3174,22 +3213,23 @@ def plan_launches(tensors: Sequence[torch.Tensor], has_grad_lse: bool = False) -
 
     Triton also tells apart where a row begins, at a multiple of 16 bytes or not, and whether lse has a gradient.
     """
-    q = tensors[0]
+    q, k, *_ = tensors
     strides = tuple([x.stride() for x in tensors])
     starts = tuple([x.data_ptr() % 16 for x in tensors])
-    at = launch_plan(q.device, q.dtype, q.shape, strides, starts, has_grad_lse)
+    at = launch_plan(q.device, q.dtype, q.shape, k.shape, strides, starts, has_grad_lse)
     return (at, *tensors) if at is not None else plan_launches([aligned(x) for x in tensors], has_grad_lse)
 
 
 @functools.lru_cache(maxsize=2048)
 def launch_plan(
-    device: torch.device, dtype: torch.dtype, shape: torch.Size, strides: tuple[tuple[int, ...], ...],
-    starts: tuple[int, ...], has_grad_lse: bool,
+    device: torch.device, dtype: torch.dtype, q_shape: torch.Size, k_shape: torch.Size,
+    strides: tuple[tuple[int, ...], ...], starts: tuple[int, ...], has_grad_lse: bool,
 ) -> "LaunchPlan | None":  # fmt: skip
     """One `LaunchPlan` for all calls that Triton does not tell apart; None where tensors have to be copied first."""
     if not all(map(is_aligned, strides)):
         return None
-    return LaunchPlan(device, dtype, shape, strides, starts, schedule_for(target_of(device), dtype, shape[2]))
+    tiles = schedule_for(target_of(device), dtype, k_shape[2])
+    return LaunchPlan(device, dtype, q_shape, k_shape, strides, starts, tiles)
 
 
 class LaunchPlan:
@@ -3205,12 +3245,12 @@ class LaunchPlan:
     grids: dict[str, tuple[int, dict[str, Any]]]
 
     def __init__(
-        self, device: torch.device, dtype: torch.dtype, shape: torch.Size, strides: tuple[tuple[int, ...], ...],
-        starts: tuple[int, ...], tiles: dict[str, dict[str, Any]],
+        self, device: torch.device, dtype: torch.dtype, q_shape: torch.Size, k_shape: torch.Size,
+        strides: tuple[tuple[int, ...], ...], starts: tuple[int, ...], tiles: dict[str, dict[str, Any]],
     ) -> None:  # fmt: skip
         self.device, self.dtype = device, dtype
-        batch, self.heads_per_batch, self.n_tokens, _ = shape
-        self.heads = batch * self.heads_per_batch
+        batch, self.heads_per_batch, self.m_tokens, _ = q_shape
+        self.heads, self.kv_heads, self.n_tokens = batch * self.heads_per_batch, batch * k_shape[1], k_shape[2]
         self.steps = [stride[:3] for stride in strides]
         # the kernels in Gluon copy 16 bytes at a time, and multiply a stride in 32 bits
         if any(starts) or any(stride[2] >= 2**30 for stride in strides):
@@ -3298,7 +3338,7 @@ def grad_kernels(
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
     """dq, dk, dv from what `attend_kernels` returned; grad_lse may be None."""
     at, q, k, v, grad_o = plan_launches((q, k, v, grad_o), grad_lse is not None)
-    grads = empty_like(q), empty_like(q), empty_like(q)
+    grads = empty_like(q), empty_like(k), empty_like(v)
     tensors = q, k, v, grad_o, o, saved, *grads, at.memory("gradients")
     at.run(grad_launches, tensors if grad_lse is None else (*tensors, grad_lse), scale)
     return grads
@@ -3316,9 +3356,9 @@ def slices(length: int, step: int) -> list[slice]:
     return [slice(first, min(first + step, length)) for first in range(0, length, step)]
 
 
-def block_sizes(n_tokens: int) -> Sequence[int]:
-    """b_1, b_2, ...; of a sequence shorter than a block N, 1, 1, ...: nothing is filled up to what it has none of."""
-    return BLOCKS if n_tokens >= BLOCKS[0] else (n_tokens, *(1 for _ in BLOCKS[1:]))
+def block_sizes(length: int) -> Sequence[int]:
+    """b_1, b_2, ...; of a sequence shorter than a block its length, 1, 1, ...: nothing is filled up."""
+    return BLOCKS if length >= BLOCKS[0] else (length, *(1 for _ in BLOCKS[1:]))
 
 
 def blocks_of(x: torch.Tensor, block: int, run: slice | None = None) -> torch.Tensor:
@@ -3406,36 +3446,39 @@ def best_tokens(scores: torch.Tensor, token: torch.Tensor, exists: torch.Tensor,
     return torch.where(best == EMPTY.value, -1, 0x7FFFFFFF - (best & 0x7FFFFFFF)).int()
 
 
-def select_means(kept: Tensors, q_means: Tensors, k_means: Tensors, n_tokens: int) -> None:
-    """Fill in the kept tokens [H, T_l, width] of each level, finest first, from the means [H, T_l, D] of each level."""
+def select_means(kept: Tensors, q_means: Tensors, k_means: Tensors, m_tokens: int, n_tokens: int) -> None:
+    """Fill in the kept tokens [H, T_l(M), width] of each level, finest first, from the means of each level.
+
+    Those of the queries are [H, T_l(M), D], those of the keys [H, T_l(N), D].
+    """
     heads, n_top, _ = k_means[-1].shape
     token = torch.arange(n_top, device=k_means[-1].device).expand(heads, 1, n_top)
-    for rows in slices(n_top, CHUNK // (heads * n_top)):
+    for rows in slices(q_means[-1].shape[1], CHUNK // (heads * n_top)):
         scores = q_means[-1][:, rows] @ k_means[-1].mT
         kept[-1][:, rows] = best_tokens(scores[:, None], token, token >= 0, kept[-1].shape[2])[:, 0]
     for level in range(LEVELS - 1, 0, -1):
-        above, block, n_rows = kept[level], block_sizes(n_tokens)[level], k_means[level - 1].shape[1]
-        k_blocks = blocks_of(k_means[level - 1], block)
-        for run in slices(above.shape[1], CHUNK // (heads * above.shape[2] * block * (HEAD_DIM.value + block))):
-            lists, queries = above[:, run], blocks_of(q_means[level - 1], block, run)
-            child, exists = children_of(lists, block, n_rows)
+        above, q_block, k_block = kept[level], block_sizes(m_tokens)[level], block_sizes(n_tokens)[level]
+        k_blocks = blocks_of(k_means[level - 1], k_block)
+        for run in slices(above.shape[1], CHUNK // (heads * above.shape[2] * k_block * (HEAD_DIM.value + q_block))):
+            lists, queries = above[:, run], blocks_of(q_means[level - 1], q_block, run)
+            child, exists = children_of(lists, k_block, k_means[level - 1].shape[1])
             scores = queries @ gather_blocks(k_blocks, lists).mT
             put_blocks(kept[level - 1], run, best_tokens(scores, child, exists, kept[level - 1].shape[2]))
 
 
-def elements_seen(kept: Tensors, n_tokens: int) -> int:
+def elements_seen(kept: Tensors, m_tokens: int, n_tokens: int) -> int:
     """Elements of the keys, values and logits of a block of queries of one head, the logits twice."""
     blocks = block_sizes(n_tokens)
     listed = sum(kept[level].shape[2] * blocks[level] for level in LISTED)
     seen = listed + level_tokens(n_tokens)[LEVELS] if LEVELS in ENRICHED else listed
-    return 2 * (listed * HEAD_DIM.value + seen * blocks[0])
+    return 2 * (listed * HEAD_DIM.value + seen * block_sizes(m_tokens)[0])
 
 
-def slices_of_heads(kept: Tensors, n_tokens: int) -> list[slice]:
+def slices_of_heads(kept: Tensors, m_tokens: int, n_tokens: int) -> list[slice]:
     """Slices of the heads: of so many that a block of queries of each, of any level, fits into CHUNK elements."""
-    most = max(elements_seen(kept, n_tokens), level_tokens(n_tokens)[LEVELS])
-    for lists, block in zip(kept[1:], block_sizes(n_tokens)[1:], strict=True):
-        most = max(most, lists.shape[2] * block * (HEAD_DIM.value + block))
+    most = max(elements_seen(kept, m_tokens, n_tokens), level_tokens(n_tokens)[LEVELS])
+    for lists, q_block, k_block in zip(kept[1:], block_sizes(m_tokens)[1:], block_sizes(n_tokens)[1:], strict=True):
+        most = max(most, lists.shape[2] * k_block * (HEAD_DIM.value + q_block))
     return slices(kept[0].shape[0], CHUNK // most)
 
 
@@ -3443,8 +3486,9 @@ def select_torch(q: torch.Tensor, k: torch.Tensor) -> list[torch.Tensor]:
     """The kept tokens of each level, finest first, in torch."""
     selection = empty_selection(q, k)
     q, k, *kept = (x.flatten(0, 1) for x in (q, k, *selection))
-    for heads in slices_of_heads(kept, q.shape[1]):
-        select_means([lists[heads] for lists in kept], token_means(q[heads]), token_means(k[heads]), q.shape[1])
+    lengths = q.shape[1], k.shape[1]
+    for heads in slices_of_heads(kept, *lengths):
+        select_means([lists[heads] for lists in kept], token_means(q[heads]), token_means(k[heads]), *lengths)
     return selection
 
 
@@ -3457,12 +3501,13 @@ def log_weights(level: int, token: torch.Tensor, exists: torch.Tensor, n_tokens:
 class Pyramid:
     """Keys and values of some heads as queries see them: every level in float32 and in blocks, and the kept tokens.
 
-    k_levels and v_levels: [H, T_l, D] of the levels, finest first; kept: [H, T_l, width] of every coarse level. top:
-    keys and values [H, T_L, D] and log weights [T_L] of the coarsest level, if all queries see it, or else None.
+    k_levels and v_levels: [H, T_l(N), D] of the levels, finest first; kept: [H, T_l(M), width] of every coarse level,
+    of m_tokens queries. top: keys and values [H, T_L(N), D] and log weights [T_L(N)] of the coarsest level, if all
+    queries see it, or else None.
     """
 
-    def __init__(self, k_levels: Tensors, v_levels: Tensors, kept: Tensors) -> None:
-        self.kept = kept
+    def __init__(self, k_levels: Tensors, v_levels: Tensors, kept: Tensors, m_tokens: int) -> None:
+        self.kept, self.m_tokens, self.q_block = kept, m_tokens, block_sizes(m_tokens)[0]
         self.heads, self.n_tokens, _ = k_levels[0].shape
         self.blocks = block_sizes(self.n_tokens)
         self.k_blocks, self.v_blocks = (
@@ -3476,7 +3521,8 @@ class Pyramid:
 
     def runs(self) -> list[slice]:
         """Slices of query blocks such that the keys, values and logits of each fit into CHUNK elements."""
-        return slices(self.kept[0].shape[1], CHUNK // (self.heads * elements_seen(self.kept, self.n_tokens)))
+        elements = self.heads * elements_seen(self.kept, self.m_tokens, self.n_tokens)
+        return slices(self.kept[0].shape[1], CHUNK // elements)
 
     def lists(self, run: slice) -> list[torch.Tensor]:
         """What the query blocks of a run keep one level above each listed level: a list of [H, R, width]."""
@@ -3549,10 +3595,10 @@ def attend_torch(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """o, lse and what the backward pass needs, in torch: of the layout `saved`, the kept tokens alone."""
-    o, lse, saved = empty_outputs(q)
-    kept = saved_lists(saved.zero_(), q)
+    o, lse, saved = empty_outputs(q, k)
+    kept = saved_lists(saved.zero_(), q, k)
     heads_o, heads_lse, q, k, v = (x.flatten(0, 1) for x in (o, lse, q, k, v))
-    for heads in slices_of_heads(kept, q.shape[1]):
+    for heads in slices_of_heads(kept, q.shape[1], k.shape[1]):
         lists = [level[heads] for level in kept]
         attend_heads(heads_o[heads], heads_lse[heads], lists, q[heads], k[heads], v[heads], scale)
     return o, lse, saved
@@ -3561,21 +3607,20 @@ def attend_torch(
 def attend_heads(
     o: torch.Tensor, lse: torch.Tensor, kept: Tensors, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
 ) -> None:
-    """Fill in o [H, N, D], lse [H, N] and the kept tokens of every level, finest first, of some heads."""
+    """Fill in o [H, M, D], lse [H, M] and the kept tokens of every level, finest first, of some heads."""
     k_levels = [k, *token_means(k)]
-    select_means(kept, token_means(q), k_levels[1:], q.shape[1])
-    pyramid = Pyramid(k_levels, enriched_by(v), kept)
+    select_means(kept, token_means(q), k_levels[1:], q.shape[1], k.shape[1])
+    pyramid = Pyramid(k_levels, enriched_by(v), kept, q.shape[1])
     for run in pyramid.runs():
-        queries = blocks_of(q, pyramid.blocks[0], run).float().contiguous()
+        queries = blocks_of(q, pyramid.q_block, run).float().contiguous()
         part_o, part_lse = attend_blocks(queries, *pyramid.gather(pyramid.lists(run)), pyramid.top, scale)
         put_blocks(o, run, part_o)
         put_blocks(lse, run, part_lse)
 
 
-def saved_lists(saved: torch.Tensor, q: torch.Tensor) -> list[torch.Tensor]:
-    """The kept tokens of each level, finest first, in what the forward pass over q left to the backward pass."""
-    heads, n_tokens = q.shape[0] * q.shape[1], q.shape[2]
-    return views_of(saved, "saved", saved_shapes(heads, n_tokens), q.dtype)[-LEVELS:]
+def saved_lists(saved: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> list[torch.Tensor]:
+    """The kept tokens of each level, finest first, in what the forward pass over q and k left to the backward pass."""
+    return views_of(saved, "saved", saved_shapes(*sizes_of(q, k)), q.dtype)[-LEVELS:]
 
 
 def grad_torch(
@@ -3583,12 +3628,12 @@ def grad_torch(
     saved: torch.Tensor, scale: float,
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
     """dq, dk, dv in torch: the softmax of every run of query blocks once more, then the pooling backwards."""
-    kept = saved_lists(saved, q)
-    grads = tuple(empty_like(q) for _ in range(3))
+    kept = saved_lists(saved, q, k)
+    grads = tuple(map(empty_like, (q, k, v)))
     dq, dk, dv, grad_o, q, k, v = (x.flatten(0, 1) for x in (*grads, grad_o, q, k, v))
     if grad_lse is not None:
         grad_lse = grad_lse.flatten(0, 1)[..., None]
-    for heads in slices_of_heads(kept, q.shape[1]):
+    for heads in slices_of_heads(kept, q.shape[1], k.shape[1]):
         lists = [level[heads] for level in kept]
         of_lse = None if grad_lse is None else grad_lse[heads]
         grad_heads(dq[heads], dk[heads], dv[heads], lists, grad_o[heads], of_lse, q[heads], k[heads], v[heads], scale)
@@ -3599,15 +3644,15 @@ def grad_heads(
     dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor, kept: Tensors, grad_o: torch.Tensor,
     grad_lse: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float,
 ) -> None:  # fmt: skip
-    """Fill in dq, dk, dv [H, N, D] of some heads."""
-    pyramid = Pyramid(enriched_by(k), enriched_by(v), kept)
+    """Fill in dq [H, M, D], dk and dv [H, N, D] of some heads."""
+    pyramid = Pyramid(enriched_by(k), enriched_by(v), kept, q.shape[1])
     grad_k = [torch.zeros_like(blocks) for blocks in pyramid.k_blocks]
     grad_v = [torch.zeros_like(blocks) for blocks in pyramid.v_blocks]
     of_top = [] if pyramid.top is None else [torch.zeros_like(x) for x in pyramid.top[:2]]
     for run in pyramid.runs():
         lists = pyramid.lists(run)
-        queries, grads = (blocks_of(x, pyramid.blocks[0], run).float().contiguous() for x in (q, grad_o))
-        of_lse = 0.0 if grad_lse is None else blocks_of(grad_lse, pyramid.blocks[0], run)
+        queries, grads = (blocks_of(x, pyramid.q_block, run).float().contiguous() for x in (q, grad_o))
+        of_lse = 0.0 if grad_lse is None else blocks_of(grad_lse, pyramid.q_block, run)
         gathered = pyramid.gather(lists)
         part_q, parts_k, parts_v = grad_attend_blocks(grads, of_lse, queries, *gathered, pyramid.top, scale)
         put_blocks(dq, run, part_q)
@@ -3701,7 +3746,7 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """o, lse and what the backward pass needs, memory of the layout `saved`."""
     if q.numel() == 0:
-        return empty_outputs(q)
+        return empty_outputs(q, k)
     if not runs_kernels(q):
         with without_autocast():
             return attend_torch(q, k, v, scale)
@@ -3722,7 +3767,7 @@ def backward(
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
     """dq, dk, dv, [B, H, N, D] each, from the gradient of o and, if it has one, that of lse."""
     if q.numel() == 0:
-        return tuple(empty_like(q) for _ in range(3))
+        return tuple(map(empty_like, (q, k, v)))
     saved = in_one_piece(saved)
     if grad_lse is not None:
         grad_lse = in_one_piece(grad_lse)
@@ -3800,24 +3845,24 @@ def unfolded(size: int, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return tuple(x.unflatten(0, (size, x.shape[0] // size)) for x in tensors)
 
 
-def places_of_saved(size: int, shape: Sequence[int], dtype: torch.dtype) -> list[tuple[list[tuple[int, int]], int]]:
-    """Where each buffer that is saved lies, and their length: for tensors of a shape, and for `size` in one batch."""
-    heads, n_tokens = shape[0] * shape[1], shape[2]
-    return [lay_out("saved", saved_shapes(many * heads, n_tokens), dtype) for many in (1, size)]
+def places_of_saved(size: int, q: torch.Tensor, k: torch.Tensor) -> list[tuple[list[tuple[int, int]], int]]:
+    """Where each buffer that is saved lies, and their length: for one of `size` parts of a batch, and for all of it."""
+    heads, kv_heads, *lengths = sizes_of(q, k)
+    return [lay_out("saved", saved_shapes(heads // many, kv_heads // many, *lengths), q.dtype) for many in (size, 1)]
 
 
-def saved_apart(size: int, saved: torch.Tensor, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """What a pass over `size` tensors of a shape at once has saved, [size, bytes]: a row is what each would have."""
-    (apart_at, length), (together_at, _) = places_of_saved(size, shape, dtype)
+def saved_apart(size: int, saved: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """What a pass over q and k has saved, [size, bytes]: a row is what one of `size` parts of the batch would have."""
+    (apart_at, length), (together_at, _) = places_of_saved(size, q, k)
     apart = saved.new_zeros((size, length))
     for (begin, end), (start, stop) in zip(apart_at, together_at, strict=True):
         apart[:, begin:end] = saved[start:stop].reshape(size, -1)  # heads come first in every buffer
     return apart
 
 
-def saved_together(apart: torch.Tensor, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """The inverse: from [size, bytes] what one pass over all would have saved."""
-    (apart_at, _), (together_at, length) = places_of_saved(apart.shape[0], shape, dtype)
+def saved_together(apart: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """The inverse: from [size, bytes] what one pass over q and k would have saved."""
+    (apart_at, _), (together_at, length) = places_of_saved(apart.shape[0], q, k)
     together = apart.new_zeros(length)
     for (begin, end), (start, stop) in zip(apart_at, together_at, strict=True):
         together[start:stop] = apart[:, begin:end].flatten()
@@ -3842,8 +3887,7 @@ class AttendTransformed(Attend):
         size = info.batch_size
         q, k, v = folded(size, dims[:3], (q, k, v))
         o, lse, saved = AttendTransformed.apply(q, k, v, scale)
-        apart = saved_apart(size, saved, (q.shape[0] // size, *q.shape[1:]), q.dtype)
-        return (*unfolded(size, o, lse), apart), (0, 0, 0)
+        return (*unfolded(size, o, lse), saved_apart(size, saved, q, k)), (0, 0, 0)
 
 
 class Differentiate(torch.autograd.Function):
@@ -3877,7 +3921,7 @@ class Differentiate(torch.autograd.Function):
         if grad_lse is not None:
             (grad_lse,) = folded(size, (at_lse,), (grad_lse,))
         apart = saved.expand(size, -1) if at_saved is None else saved.movedim(at_saved, 0)
-        saved = saved_together(apart, (q.shape[0] // size, *q.shape[1:]), q.dtype)
+        saved = saved_together(apart, q, k)
         grads = Differentiate.apply(grad_o, grad_lse, q, k, v, o, saved, scale)
         return unfolded(size, *grads), (0, 0, 0)
 
@@ -3914,25 +3958,29 @@ def register() -> torch.library.Library | None:
         library.impl(OPERATOR + suffix, function, "CUDA")
 
     def fake_backward(
-        grad_o: torch.Tensor, grad_lse: torch.Tensor | None, q: torch.Tensor, *_: object
+        grad_o: torch.Tensor,
+        grad_lse: torch.Tensor | None,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *_: object,
     ) -> tuple[torch.Tensor, ...]:
-        return tuple(empty_like(q) for _ in range(3))
+        return tuple(map(empty_like, (q, k, v)))
 
     name = f"llsa::{OPERATOR}"
-    torch.library.register_fake(name, lambda q, k, v, scale: empty_outputs(q), lib=library)
+    torch.library.register_fake(name, lambda q, k, v, scale: empty_outputs(q, k), lib=library)
     torch.library.register_fake(name + "_backward", fake_backward, lib=library)
     torch.library.register_fake(name + "_select", empty_selection, lib=library)
     torch.library.register_autograd(name, differentiate, setup_context=save_for_backward, lib=library)
     torch.library.register_vmap(name + "_select", select_batched, lib=library)
 
-    def count(which: int, q_shape: Sequence[int]) -> int:
-        batch, heads, n_tokens, _ = q_shape
-        return flops(batch * heads, n_tokens)[which]
+    def count(which: int, q: Sequence[int], k: Sequence[int]) -> int:
+        return flops(q[0] * q[1], k[0] * k[1], q[2], k[2])[which]
 
     operators = [getattr(torch.ops.llsa, OPERATOR + suffix) for suffix in ("", "_backward", "_select")]
-    register_flop_formula(operators[0])(lambda q, *_, **__: count(0, q))
-    register_flop_formula(operators[1])(lambda grad_o, *_, **__: count(1, grad_o))
-    register_flop_formula(operators[2])(lambda q, *_, **__: count(2, q))
+    register_flop_formula(operators[0])(lambda q, k, *_, **__: count(0, q, k))
+    register_flop_formula(operators[1])(lambda grad_o, grad_lse, q, k, *_, **__: count(1, q, k))
+    register_flop_formula(operators[2])(lambda q, k, **__: count(2, q, k))
     operators[0].source, operators[0].file = source, __file__
     return library
 

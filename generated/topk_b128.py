@@ -7,7 +7,8 @@ Made by llsa_gen 0.1.0 from spec d40b365fed0efd67; do not edit: `llsa-gen export
         0           -             1           -   tokens of the blocks kept at level 1
 
 Names: a token of level l pools b_l tokens of the level below and covers P_l = b_1 ... b_l tokens of the sequence, fewer
-at its end; there are T_l = ceil(N / P_l). Each query token of a level keeps at most K_l key tokens of that level.
+at its end; there are T_l(M) = ceil(M / P_l) of M queries and T_l(N) of N keys. Each query token of a level keeps at most K_l
+key tokens of that level.
 """
 
 import ast
@@ -39,11 +40,11 @@ SPEC = {
     "name": "topk_b128",
     "reweight": True,
 }
-OPERATOR = "topk_b128_3ce6f873f848f9a4"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
+OPERATOR = "topk_b128_0c60fcb409d45f8f"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
-MAX_TOKENS = 1073741824  # tokens and the entries of index lists are counted in 32 bits
+MAX_TOKENS = 1073741824  # of queries or keys: tokens and the entries of index lists are counted in 32 bits
 
 HEAD_DIM = tl.constexpr(64)  # D
 PAD_DIM = tl.constexpr(64)  # columns of a tile: D rounded up to a power of two, at least 16
@@ -56,7 +57,7 @@ EMPTY = tl.constexpr(-(2**63))  # the rank of no token at all
 
 # What differs from call to call: Triton makes no kernel of its own where one of these is 1 or a multiple of 16.
 UNSPECIALISED = [
-    "heads_per_batch", "heads", "n_tokens", "part_l1", "parts_l0", "width_l1",
+    "heads_per_batch", "heads", "m_tokens", "n_tokens", "part_l1", "parts_l0", "width_l1",
 ]
 
 # How every kernel is compiled: a product and a sum are rounded once, whatever the default of the Triton that is installed,
@@ -103,7 +104,39 @@ SCHEDULES = {  # the schedule of a length is the first whose key, in tokens, it 
     "hip:gfx942": {2: {MAX_TOKENS: TILES_4}, 4: {MAX_TOKENS: TILES_2}},
 }
 
-# ---- tiles -----------------------------------------------------------------------------------------------------------
+# ---- geometry and tiles ----------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def head_and_tile(program, tiles):
+    """The head of a program and which of the head's `tiles` it has."""
+    return program // tiles, program % tiles
+
+
+@triton.jit
+def head_token_and_tile(program, tokens, tiles):
+    """The head of a program, which of the head's `tokens` it has, and which of the token's `tiles`."""
+    return program // tiles // tokens, program // tiles % tokens, program % tiles
+
+
+@triton.jit
+def kv_head_of(head):
+    """The head of the keys that a query head attends to: there are as many of both."""
+    return head
+
+
+@triton.jit
+def of_head(ptr, head, rows, width):
+    """Start of one head of a contiguous buffer [B*H, rows, width]."""
+    return ptr + head.to(tl.int64) * rows * width
+
+
+@triton.jit
+def head_base(ptr, head, stride_batch, stride_head, heads_per_batch):
+    """Start of one head of a [B, H, *, *] tensor whose strides are multiples of ROW_UNIT."""
+    batch = (head // heads_per_batch).to(tl.int64)
+    begin = batch * stride_batch + (head % heads_per_batch).to(tl.int64) * stride_head
+    return ptr + tl.multiple_of(begin, [ROW_UNIT])
 
 
 @triton.jit
@@ -126,14 +159,6 @@ def store_rows(ptr, row, stride, inside, tile):
     dim = tl.arange(0, PAD_DIM)
     at = tl.expand_dims(row.to(tl.int64) * stride, -1) + dim
     tl.store(ptr + at, tile.to(ptr.dtype.element_ty), mask=tl.expand_dims(inside, -1))
-
-
-@triton.jit
-def head_base(ptr, head, stride_batch, stride_head, heads_per_batch):
-    """Start of one head of a [B, H, *, *] tensor whose strides are multiples of ROW_UNIT; `head` counts over B*H."""
-    batch = (head // heads_per_batch).to(tl.int64)
-    begin = batch * stride_batch + (head % heads_per_batch).to(tl.int64) * stride_head
-    return ptr + tl.multiple_of(begin, [ROW_UNIT])
 
 
 @triton.jit
@@ -227,51 +252,54 @@ def sum_below(
 @triton.jit
 def pool_l1_tile(
     x_ptr, stride_n, mean_l1_ptr,
-    counts_l1_ptr, first, n_tokens,
+    counts_l1_ptr, first, length,
     CHILDREN: tl.constexpr, ROWS: tl.constexpr, SUMS: tl.constexpr, EVICT_FIRST: tl.constexpr,
 ):
-    """CHILDREN tokens of level 1 of one head, from `first` on: their means; zeroes counts."""
-    n_l1 = tl.cdiv(n_tokens, SPAN_1)
+    """CHILDREN tokens of level 1 of a head of `length` tokens, from `first` on: their means. Zeroes their counts, if any."""
+    l1 = tl.cdiv(length, SPAN_1)
     token = first + tl.arange(0, CHILDREN)
-    inside = token < n_l1
-    total = sum_below(x_ptr, stride_n, token, inside, n_tokens, BLOCK_1, ROWS, SUMS, EVICT_FIRST)
-    covered = tl.minimum(n_tokens - token * SPAN_1, SPAN_1).to(tl.float32)
+    inside = token < l1
+    total = sum_below(x_ptr, stride_n, token, inside, length, BLOCK_1, ROWS, SUMS, EVICT_FIRST)
+    covered = tl.minimum(length - token * SPAN_1, SPAN_1).to(tl.float32)
     store_rows(mean_l1_ptr, token, HEAD_DIM, inside, total / covered[:, None])
-    tl.store(counts_l1_ptr + token, 0, mask=inside)
+    if counts_l1_ptr is not None:
+        tl.store(counts_l1_ptr + token, 0, mask=inside)
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def pool_l1_kernel(
-    q_ptr, stride_qb, stride_qh, stride_qn,  # [B, H, N, D]
-    k_ptr, stride_kb, stride_kh, stride_kn,  # [B, H, N, D]
-    q_l1_ptr, k_l1_ptr,  # [B*H, T_1, D], out: means
-    counts_l1_ptr,  # [B*H, T_1] int32, out: how many query tokens keep each key token
-    heads_per_batch, heads, n_tokens,  # H, B*H, N
+    q_ptr, stride_qb, stride_qh, stride_qn,  # [B, H, M, D]
+    k_ptr, stride_kb, stride_kh, stride_kn,  # [B, H_kv, N, D]
+    q_l1_ptr,  # [B*H, T_1(M), D], out: means
+    k_l1_ptr,  # [B*H_kv, T_1(N), D], out: means
+    counts_l1_ptr,  # [B*H, T_1(N)] int32, out: how many query tokens keep each key token
+    heads_per_batch, heads, m_tokens, n_tokens,  # H, B*H, M, N
     CHILDREN: tl.constexpr, ROWS: tl.constexpr,  # level-1 tokens summed at a time, and rows of each
     EVICT_FIRST: tl.constexpr,  # see load_rows
 ):
     """Means over the tokens that each token of level 1 covers: float32 sums, rounded once.
 
-    Grid: 2 * B*H * ceil(T_1 / CHILDREN), one tensor after the other.
+    Grid: B*H * ceil(T_1(M) / CHILDREN) + 1 * B*H_kv * ceil(T_1(N) / CHILDREN), one tensor after the other.
     """
-    tiles = tl.cdiv(tl.cdiv(n_tokens, SPAN_1), CHILDREN)
-    first = tl.program_id(0) % tiles * CHILDREN
     SUMS: tl.constexpr = ROWS if CHILDREN > 1 else 1  # all rows on their way at once: two sums took longer here
-    tensor = tl.program_id(0) // tiles // heads
-    head = tl.program_id(0) // tiles % heads
-    to_l1 = head.to(tl.int64) * tl.cdiv(n_tokens, SPAN_1) * HEAD_DIM
-    counts_l1_ptr += head.to(tl.int64) * tl.cdiv(n_tokens, SPAN_1)
-    if tensor == 0:
-        base = head_base(q_ptr, head, stride_qb, stride_qh, heads_per_batch)
+    q_tiles = tl.cdiv(tl.cdiv(m_tokens, SPAN_1), CHILDREN)
+    k_tiles = tl.cdiv(tl.cdiv(n_tokens, SPAN_1), CHILDREN)
+    of_keys = tl.program_id(0) - heads * q_tiles  # the number of the program among those of keys and values, or less than 0
+    if of_keys < 0:
+        head, tile = head_and_tile(tl.program_id(0), q_tiles)
         pool_l1_tile(
-            base, stride_qn, q_l1_ptr + to_l1,
-            counts_l1_ptr, first, n_tokens, CHILDREN, ROWS, SUMS, EVICT_FIRST,
+            head_base(q_ptr, head, stride_qb, stride_qh, heads_per_batch), stride_qn,
+            of_head(q_l1_ptr, head, tl.cdiv(m_tokens, SPAN_1), HEAD_DIM),
+            None,
+            tile * CHILDREN, m_tokens, CHILDREN, ROWS, SUMS, EVICT_FIRST,
         )
     else:
-        base = head_base(k_ptr, head, stride_kb, stride_kh, heads_per_batch)
+        head, tile = head_and_tile(of_keys, k_tiles)  # of the keys
         pool_l1_tile(
-            base, stride_kn, k_l1_ptr + to_l1,
-            counts_l1_ptr, first, n_tokens, CHILDREN, ROWS, SUMS, EVICT_FIRST,
+            head_base(k_ptr, head, stride_kb, stride_kh, heads_per_batch), stride_kn,
+            of_head(k_l1_ptr, head, tl.cdiv(n_tokens, SPAN_1), HEAD_DIM),
+            of_head(counts_l1_ptr, head, tl.cdiv(n_tokens, SPAN_1), 1),
+            tile * CHILDREN, n_tokens, CHILDREN, ROWS, SUMS, EVICT_FIRST,
         )
 
 
@@ -474,26 +502,27 @@ def best_by_runs(
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def select_l1_kernel(
-    q_l1_ptr, k_l1_ptr,  # [B*H, T_1, D]
-    kept_l1_ptr, width_l1,  # [B*H, T_1, width_l1] int32, out: kept key tokens, best first, then -1
-    counts_l1_ptr,  # [B*H, T_1] int32, out: how many query tokens keep each key token
-    n_tokens,  # N
+    q_l1_ptr,  # [B*H, T_1(M), D]
+    k_l1_ptr,  # [B*H_kv, T_1(N), D]
+    kept_l1_ptr, width_l1,  # [B*H, T_1(M), width_l1] int32, out: kept key tokens, best first, then -1
+    counts_l1_ptr,  # [B*H, T_1(N)] int32, out: how many query tokens keep each key token
+    m_tokens, n_tokens,  # M, N
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, KEEP: tl.constexpr, DOUBLES: tl.constexpr, SPLIT: tl.constexpr, RUNS: tl.constexpr,
 ):
-    """I^(1): the K_1 = 4 best of all T_1 key tokens, for each query token of the coarsest level.
+    """I^(1): the K_1 = 4 best of all T_1(N) key tokens, for each query token of the coarsest level.
 
-    Grid: B*H * ceil(T_1 / BLOCK_M). KEEP is K_1 rounded up to a power of two, SPLIT how many share the candidates;
+    Grid: B*H * ceil(T_1(M) / BLOCK_M). KEEP is K_1 rounded up to a power of two, SPLIT how many share the candidates;
     RUNS: see `best_by_runs`.
     """
-    n_l1 = tl.cdiv(n_tokens, SPAN_1)
-    tiles = tl.cdiv(n_l1, BLOCK_M)
-    head = (tl.program_id(0) // tiles).to(tl.int64)
-    row = tl.program_id(0) % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
-    inside = row < n_l1
+    m_l1, n_l1 = tl.cdiv(m_tokens, SPAN_1), tl.cdiv(n_tokens, SPAN_1)
+    head, tile = head_and_tile(tl.program_id(0), tl.cdiv(m_l1, BLOCK_M))
+    row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    inside = row < m_l1
     n_candidates = n_l1
-    counts_ptr = counts_l1_ptr + head * n_l1  # integer sums are the same in any order
-    k_ptr = k_l1_ptr + head * n_l1 * HEAD_DIM
-    q = load_rows(q_l1_ptr + head * n_l1 * HEAD_DIM, row, HEAD_DIM, inside)
+    counts_ptr = of_head(counts_l1_ptr, head, n_l1, 1)  # integer sums are the same in any order
+    k_ptr = of_head(k_l1_ptr, kv_head_of(head), n_l1, HEAD_DIM)
+    q = load_rows(of_head(q_l1_ptr, head, m_l1, HEAD_DIM), row, HEAD_DIM, inside)
+    kept_ptr = of_head(kept_l1_ptr, head, m_l1, width_l1)
 
     if SPLIT == 1:
         best = no_best_4(BLOCK_M, DOUBLES)
@@ -509,7 +538,7 @@ def select_l1_kernel(
         best = best_by_runs(q, k_ptr, n_candidates, BLOCK_M, BLOCK_N, KEEP, DOUBLES, SPLIT)
     else:
         best = best_of_all(q, k_ptr, n_candidates, BLOCK_M, BLOCK_N, DOUBLES, SPLIT)
-    store_kept(kept_l1_ptr + head * n_l1 * width_l1, counts_ptr, row, width_l1, inside, best, KEEP, DOUBLES)
+    store_kept(kept_ptr, counts_ptr, row, width_l1, inside, best, KEEP, DOUBLES)
 
 
 # ---- attention -------------------------------------------------------------------------------------------------------
@@ -547,43 +576,42 @@ def attend_list(
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def attend_kernel(
-    q_ptr, stride_qb, stride_qh, stride_qn,  # [B, H, N, D]
-    k_ptr, stride_kb, stride_kh, stride_kn,  # [B, H, N, D]
-    v_ptr, stride_vb, stride_vh, stride_vn,  # [B, H, N, D]
-    kept_l1_ptr, width_l1,  # [B*H, T_1, width_l1] int32
-    o_ptr,  # [B*H, N, D], out
-    lse_ptr,  # [B*H, N] float32, out: natural logarithm of the sum of weights
-    peak_ptr, total_ptr,  # [B*H, N] float32, out: the same sum as 2^peak * total
-    scale, heads_per_batch, n_tokens,  # s, H, N
+    q_ptr, stride_qb, stride_qh, stride_qn,  # [B, H, M, D]
+    k_ptr, stride_kb, stride_kh, stride_kn,  # [B, H_kv, N, D]
+    v_ptr, stride_vb, stride_vh, stride_vn,  # [B, H_kv, N, D]
+    kept_l1_ptr, width_l1,  # [B*H, T_1(M), width_l1] int32
+    o_ptr,  # [B*H, M, D], out
+    lse_ptr,  # [B*H, M] float32, out: natural logarithm of the sum of weights
+    peak_ptr, total_ptr,  # [B*H, M] float32, out: the same sum as 2^peak * total
+    scale, heads_per_batch, m_tokens, n_tokens,  # s, H, M, N
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FULL: tl.constexpr,
 ):
     """o_i = sum_j w_j exp(s q_i.k_j) v_j / sum_j w_j exp(s q_i.k_j) over the keys of level 0.
 
-    Grid: B*H * T_1 * ceil(b_1 / BLOCK_M), a tile of one query block each.
+    Grid: B*H * T_1(M) * ceil(b_1 / BLOCK_M), a tile of one query block each.
     """
-    n_l1 = tl.cdiv(n_tokens, SPAN_1)
-    tiles = tl.cdiv(BLOCK_1, BLOCK_M)
-    head = (tl.program_id(0) // tiles // n_l1).to(tl.int64)
-    block = tl.program_id(0) // tiles % n_l1
-    place = tl.program_id(0) % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    m_l1 = tl.cdiv(m_tokens, SPAN_1)
+    head, block, tile = head_token_and_tile(tl.program_id(0), m_l1, tl.cdiv(BLOCK_1, BLOCK_M))
+    place = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     token = block * BLOCK_1 + place
-    inside = (place < BLOCK_1) & (token < n_tokens)
+    inside = (place < BLOCK_1) & (token < m_tokens)
+    kv_head = kv_head_of(head)
 
     q = load_rows(head_base(q_ptr, head, stride_qb, stride_qh, heads_per_batch), token, stride_qn, inside)
     scale *= LOG2E
     # level 0: the tokens of the key blocks that the query block keeps
-    k_base = head_base(k_ptr, head, stride_kb, stride_kh, heads_per_batch)
-    v_base = head_base(v_ptr, head, stride_vb, stride_vh, heads_per_batch)
-    list_ptr = kept_l1_ptr + (head * n_l1 + block) * width_l1
+    k_base = head_base(k_ptr, kv_head, stride_kb, stride_kh, heads_per_batch)
+    v_base = head_base(v_ptr, kv_head, stride_vb, stride_vh, heads_per_batch)
+    list_ptr = of_head(kept_l1_ptr, head, m_l1, width_l1) + block * width_l1
     lowest = tl.full([BLOCK_M], float("-inf"), tl.float32)
     if FULL:
         # from the largest of 16 logits, which the list holds: no sum is much less than 1, and few are too large
         place = tl.arange(0, 16)
         key, exists = children(parents(list_ptr, 0, place, width_l1, BLOCK_1), 0, place, n_tokens, BLOCK_1, FULL)
         k = load_rows(k_base, key, stride_kn, exists)
-        anchor = tl.max(tl.dot(q, tl.trans(k), input_precision="ieee") * scale, 1)
+        fixed_max = tl.max(tl.dot(q, tl.trans(k), input_precision="ieee") * scale, 1)
         peak, total, acc = attend_list(
-            q, scale, anchor, k_base, stride_kn, v_base, stride_vn, list_ptr, width_l1, n_tokens, BLOCK_N, FULL, FIXED_MAX=True
+            q, scale, fixed_max, k_base, stride_kn, v_base, stride_vn, list_ptr, width_l1, n_tokens, BLOCK_N, FULL, FIXED_MAX=True
         )
         fits = (total > 0.5) & (total < (2.0**15 if q.dtype == tl.float16 else 2.0**64))
         if tl.min(fits.to(tl.int32), 0) == 0:  # too large for the dtype of p somewhere, or no number, or rounded away
@@ -595,14 +623,14 @@ def attend_kernel(
             q, scale, lowest, k_base, stride_kn, v_base, stride_vn, list_ptr, width_l1, n_tokens, BLOCK_N, FULL, FIXED_MAX=False
         )
 
-    store_rows(o_ptr + head * n_tokens * HEAD_DIM, token, HEAD_DIM, inside, acc * (1.0 / total)[:, None])
+    store_rows(of_head(o_ptr, head, m_tokens, HEAD_DIM), token, HEAD_DIM, inside, acc * (1.0 / total)[:, None])
     log_sum = peak + tl.log2(total)
-    tl.store(lse_ptr + head * n_tokens + token, log_sum * LN2, mask=inside)
+    tl.store(of_head(lse_ptr, head, m_tokens, 1) + token, log_sum * LN2, mask=inside)
     if q.dtype != tl.float32:  # half precision rounds more than this sum: the backward pass is spared a product
         peak = log_sum
         total = tl.full([BLOCK_M], 1.0, tl.float32)
-    tl.store(peak_ptr + head * n_tokens + token, peak, mask=inside)
-    tl.store(total_ptr + head * n_tokens + token, total, mask=inside)
+    tl.store(of_head(peak_ptr, head, m_tokens, 1) + token, peak, mask=inside)
+    tl.store(of_head(total_ptr, head, m_tokens, 1) + token, total, mask=inside)
 
 
 # ---- gradients -------------------------------------------------------------------------------------------------------
@@ -614,23 +642,25 @@ def running_sum(counts_ptr, sums_ptr, head, n_rows, part, BLOCK: tl.constexpr):
 
     Where `part` is not 0, of the parts of `part` entries instead that a list has beyond its first.
     """
+    counts_ptr = of_head(counts_ptr, head, n_rows, 1)
+    sums_ptr = of_head(sums_ptr, head, n_rows + 1, 1)
     before = 0
     for start in range(0, n_rows, BLOCK):
         row = start + tl.arange(0, BLOCK)
-        value = tl.load(counts_ptr + head * n_rows + row, mask=row < n_rows, other=0)
+        value = tl.load(counts_ptr + row, mask=row < n_rows, other=0)
         if part > 0:
             value = tl.maximum(tl.cdiv(value, part) - 1, 0)
         sums = before + tl.cumsum(value, 0)
-        tl.store(sums_ptr + head * (n_rows + 1) + row, sums - value, mask=row < n_rows)
+        tl.store(sums_ptr + row, sums - value, mask=row < n_rows)
         before += tl.sum(value, 0)
-    tl.store(sums_ptr + head * (n_rows + 1) + n_rows, before)
+    tl.store(sums_ptr + n_rows, before)
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def scan_kernel(
-    counts_l1_ptr,  # [B*H, T_1] int32
-    offsets_l1_ptr,  # [B*H, T_1 + 1] int32, out: where the list of each key token begins
-    overflow_l1_ptr,  # [B*H, T_1 + 1] int32, out: where its parts of part_l1 entries beyond the first begin
+    counts_l1_ptr,  # [B*H, T_1(N)] int32
+    offsets_l1_ptr,  # [B*H, T_1(N) + 1] int32, out: where the list of each key token begins
+    overflow_l1_ptr,  # [B*H, T_1(N) + 1] int32, out: where its parts of part_l1 entries beyond the first begin
     part_l1, heads, n_tokens,  # entries a part, B*H, N
     BLOCK: tl.constexpr,
 ):
@@ -638,8 +668,7 @@ def scan_kernel(
 
     Grid: B*H * 2.
     """
-    head = (tl.program_id(0) % heads).to(tl.int64)
-    which = tl.program_id(0) // heads
+    which, head = tl.program_id(0) // heads, tl.program_id(0) % heads
     if which == 0:
         running_sum(counts_l1_ptr, offsets_l1_ptr, head, tl.cdiv(n_tokens, SPAN_1), 0, BLOCK)
     if which == 1:
@@ -664,71 +693,69 @@ def scatter_keepers(keepers_ptr, cursor, key, kept_ptr, row, width, inside):
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def invert_l1_kernel(
-    kept_l1_ptr, width_l1,  # [B*H, T_1, width_l1] int32
-    offsets_l1_ptr,  # [B*H, T_1 + 1] int32
-    keepers_l1_ptr,  # [B*H, T_1 * width_l1] int32, out: query tokens by the key token that they keep
-    n_tokens,  # N
+    kept_l1_ptr, width_l1,  # [B*H, T_1(M), width_l1] int32
+    offsets_l1_ptr,  # [B*H, T_1(N) + 1] int32
+    keepers_l1_ptr,  # [B*H, T_1(M) * width_l1] int32, out: query tokens by the key token that they keep
+    m_tokens, n_tokens,  # M, N
     BLOCK_M: tl.constexpr, KEYS: tl.constexpr,
 ):
     """The query tokens that keep each of KEYS key tokens of level 1, found among all.
 
-    Grid: B*H * ceil(T_1 / KEYS).
+    Grid: B*H * ceil(T_1(N) / KEYS).
     """
-    n_l1 = tl.cdiv(n_tokens, SPAN_1)
-    tiles = tl.cdiv(n_l1, KEYS)
-    head = (tl.program_id(0) // tiles).to(tl.int64)
-    key = tl.program_id(0) % tiles * KEYS + tl.arange(0, KEYS)
-    cursor = tl.load(offsets_l1_ptr + head * (n_l1 + 1) + key, mask=key < n_l1, other=0)
-    kept_ptr = kept_l1_ptr + head * n_l1 * width_l1
-    keepers_ptr = keepers_l1_ptr + head * n_l1 * width_l1
-    for start in range(0, n_l1, BLOCK_M):
+    m_l1, n_l1 = tl.cdiv(m_tokens, SPAN_1), tl.cdiv(n_tokens, SPAN_1)
+    head, tile = head_and_tile(tl.program_id(0), tl.cdiv(n_l1, KEYS))
+    key = tile * KEYS + tl.arange(0, KEYS)
+    cursor = tl.load(of_head(offsets_l1_ptr, head, n_l1 + 1, 1) + key, mask=key < n_l1, other=0)
+    kept_ptr = of_head(kept_l1_ptr, head, m_l1, width_l1)
+    keepers_ptr = of_head(keepers_l1_ptr, head, m_l1, width_l1)
+    for start in range(0, m_l1, BLOCK_M):
         row = start + tl.arange(0, BLOCK_M)
-        cursor = scatter_keepers(keepers_ptr, cursor, key, kept_ptr, row, width_l1, row < n_l1)
+        cursor = scatter_keepers(keepers_ptr, cursor, key, kept_ptr, row, width_l1, row < m_l1)
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def grad_q_kernel(
-    q_ptr, stride_qb, stride_qh, stride_qn,  # [B, H, N, D]
-    k_ptr, stride_kb, stride_kh, stride_kn,  # [B, H, N, D]
-    v_ptr, stride_vb, stride_vh, stride_vn,  # [B, H, N, D]
-    kept_l1_ptr, width_l1,  # [B*H, T_1, width_l1] int32
-    o_ptr,  # [B*H, N, D]
-    grad_o_ptr, stride_gb, stride_gh, stride_gn,  # [B, H, N, D]
-    peak_ptr, total_ptr,  # [B*H, N] float32
-    grad_lse_ptr,  # [B*H, N] float32: None where lse has no gradient
-    grad_q_ptr,  # [B*H, N, D], out
-    delta_ptr,  # [B*H, N] float32, out
-    scale, heads_per_batch, n_tokens,  # s, H, N
+    q_ptr, stride_qb, stride_qh, stride_qn,  # [B, H, M, D]
+    k_ptr, stride_kb, stride_kh, stride_kn,  # [B, H_kv, N, D]
+    v_ptr, stride_vb, stride_vh, stride_vn,  # [B, H_kv, N, D]
+    kept_l1_ptr, width_l1,  # [B*H, T_1(M), width_l1] int32
+    o_ptr,  # [B*H, M, D]
+    grad_o_ptr, stride_gb, stride_gh, stride_gn,  # [B, H, M, D]
+    peak_ptr, total_ptr,  # [B*H, M] float32
+    grad_lse_ptr,  # [B*H, M] float32: None where lse has no gradient
+    grad_q_ptr,  # [B*H, M, D], out
+    delta_ptr,  # [B*H, M] float32, out
+    scale, heads_per_batch, m_tokens, n_tokens,  # s, H, M, N
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FULL: tl.constexpr,
 ):
     """dq_i = s sum_j p_ij (do_i.v_j - delta_i) k_j, with delta_i = o_i.do_i - dlse_i, over the keys of level 0.
 
-    Grid: B*H * T_1 * ceil(b_1 / BLOCK_M), a tile of one query block each.
+    Grid: B*H * T_1(M) * ceil(b_1 / BLOCK_M), a tile of one query block each.
     """
-    n_l1 = tl.cdiv(n_tokens, SPAN_1)
-    tiles = tl.cdiv(BLOCK_1, BLOCK_M)
-    head = (tl.program_id(0) // tiles // n_l1).to(tl.int64)
-    block = tl.program_id(0) // tiles % n_l1
-    place = tl.program_id(0) % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    m_l1 = tl.cdiv(m_tokens, SPAN_1)
+    head, block, tile = head_token_and_tile(tl.program_id(0), m_l1, tl.cdiv(BLOCK_1, BLOCK_M))
+    place = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     token = block * BLOCK_1 + place
-    inside = (place < BLOCK_1) & (token < n_tokens)
+    inside = (place < BLOCK_1) & (token < m_tokens)
+    kv_head = kv_head_of(head)
 
     q = load_rows(head_base(q_ptr, head, stride_qb, stride_qh, heads_per_batch), token, stride_qn, inside)
     grad_o = load_rows(head_base(grad_o_ptr, head, stride_gb, stride_gh, heads_per_batch), token, stride_gn, inside)
-    o = load_rows(o_ptr + head * n_tokens * HEAD_DIM, token, HEAD_DIM, inside)
+    o = load_rows(of_head(o_ptr, head, m_tokens, HEAD_DIM), token, HEAD_DIM, inside)
     delta = tl.sum(o.to(tl.float32) * grad_o.to(tl.float32), 1)
     if grad_lse_ptr is not None:
-        delta -= tl.load(grad_lse_ptr + head * n_tokens + token, mask=inside, other=0.0)
-    tl.store(delta_ptr + head * n_tokens + token, delta, mask=inside)
-    peak = tl.load(peak_ptr + head * n_tokens + token, mask=inside, other=0.0)
-    total = tl.load(total_ptr + head * n_tokens + token, mask=inside, other=1.0)
+        delta -= tl.load(of_head(grad_lse_ptr, head, m_tokens, 1) + token, mask=inside, other=0.0)
+    tl.store(of_head(delta_ptr, head, m_tokens, 1) + token, delta, mask=inside)
+    peak = tl.load(of_head(peak_ptr, head, m_tokens, 1) + token, mask=inside, other=0.0)
+    total = tl.load(of_head(total_ptr, head, m_tokens, 1) + token, mask=inside, other=1.0)
     scale_log2e = scale * LOG2E
     grad_q = tl.zeros([BLOCK_M, PAD_DIM], tl.float32)
 
     # level 0: the tokens of the key blocks that the query block keeps
-    k_base = head_base(k_ptr, head, stride_kb, stride_kh, heads_per_batch)
-    v_base = head_base(v_ptr, head, stride_vb, stride_vh, heads_per_batch)
-    list_ptr = kept_l1_ptr + (head * n_l1 + block) * width_l1
+    k_base = head_base(k_ptr, kv_head, stride_kb, stride_kh, heads_per_batch)
+    v_base = head_base(v_ptr, kv_head, stride_vb, stride_vh, heads_per_batch)
+    list_ptr = of_head(kept_l1_ptr, head, m_l1, width_l1) + block * width_l1
     place = tl.arange(0, BLOCK_N)
     parent = parents(list_ptr, 0, place, width_l1, BLOCK_1)
     for start in range(0, width_l1 * BLOCK_1, BLOCK_N):
@@ -742,7 +769,7 @@ def grad_q_kernel(
         grad_logits = tl.exp2(logits) * (dp - delta[:, None])
         grad_q = add_product(grad_logits.to(k.dtype), k, grad_q)
 
-    store_rows(grad_q_ptr + head * n_tokens * HEAD_DIM, token, HEAD_DIM, inside, grad_q * (scale / total)[:, None])
+    store_rows(of_head(grad_q_ptr, head, m_tokens, HEAD_DIM), token, HEAD_DIM, inside, grad_q * (scale / total)[:, None])
 
 
 @triton.jit
@@ -779,7 +806,7 @@ def grad_queries(
 
 @triton.jit
 def overflow_owner(overflow_ptr, part, n_rows):
-    """The list that extra part number `part` belongs to: the last row whose running sum of parts is at most `part`."""
+    """The list that overflow part number `part` belongs to: the last row whose running sum of parts is at most `part`."""
     low = part * 0
     high = low + n_rows
     while high - low > 1:
@@ -793,7 +820,7 @@ def overflow_owner(overflow_ptr, part, n_rows):
 @triton.jit
 def grad_kv_l0_part(
     q_ptr, stride_qn, grad_o_ptr, stride_gn, peak_ptr, total_ptr, delta_ptr,
-    k_ptr, stride_kn, v_ptr, stride_vn, keepers_ptr, begin, end, key, exists, scale, n_tokens,
+    k_ptr, stride_kn, v_ptr, stride_vn, keepers_ptr, begin, end, key, exists, scale, m_tokens, n_tokens,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     """dk, dv [BLOCK_N, D] of the level-0 tokens `key`, from the queries under entries begin..end of a keepers list.
@@ -807,12 +834,12 @@ def grad_kv_l0_part(
     grad_k = tl.zeros([BLOCK_N, PAD_DIM], tl.float32)
     grad_v = tl.zeros([BLOCK_N, PAD_DIM], tl.float32)
     last = tl.load(keepers_ptr + end - 1, mask=begin < end, other=0)
-    n_queries = (end - 1 - begin) * SPAN_1 + tl.minimum(n_tokens - last * SPAN_1, SPAN_1)
+    n_queries = (end - 1 - begin) * SPAN_1 + tl.minimum(m_tokens - last * SPAN_1, SPAN_1)
     n_queries = tl.where(begin < end, n_queries, 0)
     place = tl.arange(0, BLOCK_M)
     keeper = parents(keepers_ptr + begin, 0, place, end - begin, SPAN_1)
     for start in range(0, n_queries, BLOCK_M):
-        token, _ = children(keeper, start, place, n_tokens, SPAN_1, True)
+        token, _ = children(keeper, start, place, m_tokens, SPAN_1, True)
         inside = start + place < n_queries
         keeper = parents(keepers_ptr + begin, start + BLOCK_M, place, end - begin, SPAN_1)  # of the next tile, in time
         grad_k, grad_v = grad_queries(
@@ -824,15 +851,15 @@ def grad_kv_l0_part(
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def grad_kv_l0_overflow_kernel(
-    q_ptr, stride_qb, stride_qh, stride_qn,  # [B, H, N, D]
-    grad_o_ptr, stride_gb, stride_gh, stride_gn,  # [B, H, N, D]
-    peak_ptr, total_ptr, delta_ptr,  # [B*H, N] float32
-    k_ptr, stride_kb, stride_kh, stride_kn,  # [B, H, N, D]
-    v_ptr, stride_vb, stride_vh, stride_vn,  # [B, H, N, D]
-    keepers_l1_ptr, width_l1,  # [B*H, T_1 * width_l1] int32
-    offsets_l1_ptr, overflow_l1_ptr,  # [B*H, T_1 + 1] int32
+    q_ptr, stride_qb, stride_qh, stride_qn,  # [B, H, M, D]
+    grad_o_ptr, stride_gb, stride_gh, stride_gn,  # [B, H, M, D]
+    peak_ptr, total_ptr, delta_ptr,  # [B*H, M] float32
+    k_ptr, stride_kb, stride_kh, stride_kn,  # [B, H_kv, N, D]
+    v_ptr, stride_vb, stride_vh, stride_vn,  # [B, H_kv, N, D]
+    keepers_l1_ptr, width_l1,  # [B*H, T_1(M) * width_l1] int32
+    offsets_l1_ptr, overflow_l1_ptr,  # [B*H, T_1(N) + 1] int32
     overflow_grad_k_l0_ptr, overflow_grad_v_l0_ptr,  # [B*H, parts_l0, b_1, D] float32, out
-    parts_l0, scale, heads_per_batch, n_tokens,  # room for extra parts a head, s, H, N
+    parts_l0, scale, heads_per_batch, m_tokens, n_tokens,  # room for overflow parts a head, s, H, M, N
     PART: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     """dk, dv of the children of a level-1 token from one part of its keepers: PART entries beyond the first PART.
@@ -840,81 +867,78 @@ def grad_kv_l0_overflow_kernel(
     Popular key tokens, which many queries keep, are thereby spread over many programs.
     Grid: B*H * parts_l0 * ceil(b_1 / BLOCK_N); programs beyond the parts there are return at once.
     """
-    n_l1 = tl.cdiv(n_tokens, SPAN_1)
-    tiles = tl.cdiv(BLOCK_1, BLOCK_N)
-    child = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
-    head = (tl.program_id(0) // tiles // parts_l0).to(tl.int64)
-    part = tl.program_id(0) // tiles % parts_l0
-    overflow_ptr = overflow_l1_ptr + head * (n_l1 + 1)
+    m_l1, n_l1 = tl.cdiv(m_tokens, SPAN_1), tl.cdiv(n_tokens, SPAN_1)
+    head, part, tile = head_token_and_tile(tl.program_id(0), parts_l0, tl.cdiv(BLOCK_1, BLOCK_N))
+    overflow_ptr = of_head(overflow_l1_ptr, head, n_l1 + 1, 1)
     if part >= tl.load(overflow_ptr + n_l1):
         return
     parent = overflow_owner(overflow_ptr, part, n_l1)
-    offsets_ptr = offsets_l1_ptr + head * (n_l1 + 1) + parent
+    offsets_ptr = of_head(offsets_l1_ptr, head, n_l1 + 1, 1) + parent
     begin = tl.load(offsets_ptr) + (1 + part - tl.load(overflow_ptr + parent)) * PART
+    child = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     end = tl.minimum(begin + PART, tl.load(offsets_ptr + 1))
     key = parent * BLOCK_1 + child
     exists = (child < BLOCK_1) & (key < n_tokens)
-    row = head * n_tokens
+    kv_head = kv_head_of(head)
     grad_k, grad_v = grad_kv_l0_part(
         head_base(q_ptr, head, stride_qb, stride_qh, heads_per_batch), stride_qn,
         head_base(grad_o_ptr, head, stride_gb, stride_gh, heads_per_batch), stride_gn,
-        peak_ptr + row, total_ptr + row, delta_ptr + row,
-        head_base(k_ptr, head, stride_kb, stride_kh, heads_per_batch), stride_kn,
-        head_base(v_ptr, head, stride_vb, stride_vh, heads_per_batch), stride_vn,
-        keepers_l1_ptr + head * n_l1 * width_l1, begin, end, key, exists, scale, n_tokens, BLOCK_M, BLOCK_N,
+        of_head(peak_ptr, head, m_tokens, 1), of_head(total_ptr, head, m_tokens, 1), of_head(delta_ptr, head, m_tokens, 1),
+        head_base(k_ptr, kv_head, stride_kb, stride_kh, heads_per_batch), stride_kn,
+        head_base(v_ptr, kv_head, stride_vb, stride_vh, heads_per_batch), stride_vn,
+        of_head(keepers_l1_ptr, head, m_l1, width_l1), begin, end, key, exists, scale, m_tokens, n_tokens,
+        BLOCK_M, BLOCK_N,
     )
-    to_part = (head * parts_l0 + part) * BLOCK_1 * HEAD_DIM
-    store_rows(overflow_grad_k_l0_ptr + to_part, child, HEAD_DIM, child < BLOCK_1, grad_k)
-    store_rows(overflow_grad_v_l0_ptr + to_part, child, HEAD_DIM, child < BLOCK_1, grad_v)
+    to = head * parts_l0 + part
+    store_rows(of_head(overflow_grad_k_l0_ptr, to, BLOCK_1, HEAD_DIM), child, HEAD_DIM, child < BLOCK_1, grad_k)
+    store_rows(of_head(overflow_grad_v_l0_ptr, to, BLOCK_1, HEAD_DIM), child, HEAD_DIM, child < BLOCK_1, grad_v)
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def grad_kv_l0_kernel(
-    q_ptr, stride_qb, stride_qh, stride_qn,  # [B, H, N, D]
-    grad_o_ptr, stride_gb, stride_gh, stride_gn,  # [B, H, N, D]
-    peak_ptr, total_ptr, delta_ptr,  # [B*H, N] float32
-    k_ptr, stride_kb, stride_kh, stride_kn,  # [B, H, N, D]
-    v_ptr, stride_vb, stride_vh, stride_vn,  # [B, H, N, D]
-    keepers_l1_ptr, width_l1,  # [B*H, T_1 * width_l1] int32
-    offsets_l1_ptr, overflow_l1_ptr,  # [B*H, T_1 + 1] int32
+    q_ptr, stride_qb, stride_qh, stride_qn,  # [B, H, M, D]
+    grad_o_ptr, stride_gb, stride_gh, stride_gn,  # [B, H, M, D]
+    peak_ptr, total_ptr, delta_ptr,  # [B*H, M] float32
+    k_ptr, stride_kb, stride_kh, stride_kn,  # [B, H_kv, N, D]
+    v_ptr, stride_vb, stride_vh, stride_vn,  # [B, H_kv, N, D]
+    keepers_l1_ptr, width_l1,  # [B*H, T_1(M) * width_l1] int32
+    offsets_l1_ptr, overflow_l1_ptr,  # [B*H, T_1(N) + 1] int32
     overflow_grad_k_l0_ptr, overflow_grad_v_l0_ptr,  # [B*H, parts_l0, b_1, D] float32
-    grad_k_ptr, grad_v_ptr,  # [B*H, N, D], out
-    parts_l0, scale, heads_per_batch, n_tokens,  # room for extra parts a head, s, H, N
+    grad_k_ptr, grad_v_ptr,  # [B*H_kv, N, D], out
+    parts_l0, scale, heads_per_batch, m_tokens, n_tokens,  # room for overflow parts a head, s, H, M, N
     PART: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
-    """dk, dv of the children of a level-1 token: the first PART of its keepers, the extra parts.
+    """dk, dv of the children of a level-1 token: the first PART of its keepers, the overflow parts.
 
-    Grid: B*H * T_1 * ceil(b_1 / BLOCK_N).
+    Grid: B*H_kv * T_1(N) * ceil(b_1 / BLOCK_N).
     """
-    n_l1 = tl.cdiv(n_tokens, SPAN_1)
-    tiles = tl.cdiv(BLOCK_1, BLOCK_N)
-    child = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
-    head = (tl.program_id(0) // tiles // n_l1).to(tl.int64)
-    parent = tl.program_id(0) // tiles % n_l1
-    # added at the end, read now, while there is nothing else to do: extra parts
-    overflow_ptr = overflow_l1_ptr + head * (n_l1 + 1) + parent
+    m_l1, n_l1 = tl.cdiv(m_tokens, SPAN_1), tl.cdiv(n_tokens, SPAN_1)
+    head, parent, tile = head_token_and_tile(tl.program_id(0), n_l1, tl.cdiv(BLOCK_1, BLOCK_N))
+    # added at the end, read now, while there is nothing else to do: overflow parts
+    overflow_ptr = of_head(overflow_l1_ptr, head, n_l1 + 1, 1) + parent
     first_overflow, last_overflow = tl.load(overflow_ptr), tl.load(overflow_ptr + 1)
-    offsets_ptr = offsets_l1_ptr + head * (n_l1 + 1) + parent
+    offsets_ptr = of_head(offsets_l1_ptr, head, n_l1 + 1, 1) + parent
     begin = tl.load(offsets_ptr)
+    child = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     end = tl.minimum(begin + PART, tl.load(offsets_ptr + 1))
     key = parent * BLOCK_1 + child
     exists = (child < BLOCK_1) & (key < n_tokens)
-    row = head * n_tokens
+    kv_head = kv_head_of(head)
     grad_k, grad_v = grad_kv_l0_part(
         head_base(q_ptr, head, stride_qb, stride_qh, heads_per_batch), stride_qn,
         head_base(grad_o_ptr, head, stride_gb, stride_gh, heads_per_batch), stride_gn,
-        peak_ptr + row, total_ptr + row, delta_ptr + row,
-        head_base(k_ptr, head, stride_kb, stride_kh, heads_per_batch), stride_kn,
-        head_base(v_ptr, head, stride_vb, stride_vh, heads_per_batch), stride_vn,
-        keepers_l1_ptr + head * n_l1 * width_l1, begin, end, key, exists, scale, n_tokens, BLOCK_M, BLOCK_N,
+        of_head(peak_ptr, head, m_tokens, 1), of_head(total_ptr, head, m_tokens, 1), of_head(delta_ptr, head, m_tokens, 1),
+        head_base(k_ptr, kv_head, stride_kb, stride_kh, heads_per_batch), stride_kn,
+        head_base(v_ptr, kv_head, stride_vb, stride_vh, heads_per_batch), stride_vn,
+        of_head(keepers_l1_ptr, head, m_l1, width_l1), begin, end, key, exists, scale, m_tokens, n_tokens,
+        BLOCK_M, BLOCK_N,
     )
     for part in range(first_overflow, last_overflow):
-        to_part = (head * parts_l0 + part) * BLOCK_1 * HEAD_DIM
-        grad_k += load_rows(overflow_grad_k_l0_ptr + to_part, child, HEAD_DIM, child < BLOCK_1)
-        grad_v += load_rows(overflow_grad_v_l0_ptr + to_part, child, HEAD_DIM, child < BLOCK_1)
-    to_out = head * n_tokens * HEAD_DIM
-    store_rows(grad_k_ptr + to_out, key, HEAD_DIM, exists, grad_k)
-    store_rows(grad_v_ptr + to_out, key, HEAD_DIM, exists, grad_v)
+        of = head * parts_l0 + part
+        grad_k += load_rows(of_head(overflow_grad_k_l0_ptr, of, BLOCK_1, HEAD_DIM), child, HEAD_DIM, child < BLOCK_1)
+        grad_v += load_rows(of_head(overflow_grad_v_l0_ptr, of, BLOCK_1, HEAD_DIM), child, HEAD_DIM, child < BLOCK_1)
+    store_rows(of_head(grad_k_ptr, head, n_tokens, HEAD_DIM), key, HEAD_DIM, exists, grad_k)
+    store_rows(of_head(grad_v_ptr, head, n_tokens, HEAD_DIM), key, HEAD_DIM, exists, grad_v)
 
 
 # ---- launches --------------------------------------------------------------------------------------------------------
@@ -939,49 +963,50 @@ LAYOUTS = {
 }
 
 
-def saved_shapes(heads, n_tokens):
+def saved_shapes(heads, kv_heads, m_tokens, n_tokens):
     """What the forward pass leaves to the backward pass: the shapes of the layout `saved`, symbols as in torch.compile or not."""
-    tokens = level_tokens(n_tokens)
+    queries, keys = level_tokens(m_tokens), level_tokens(n_tokens)
     return {
-        "peak": (heads, n_tokens), "total": (heads, n_tokens),
-        "counts_l1": (heads, tokens[1]), "kept_l1": (heads, tokens[1], torch.sym_min(4, tokens[1])),
+        "peak": (heads, m_tokens), "total": (heads, m_tokens),
+        "counts_l1": (heads, keys[1]), "kept_l1": (heads, queries[1], torch.sym_min(4, keys[1])),
     }
 
 
 def work_out(at, tiles):
     """Fill in a `LaunchPlan`: shapes of buffers, programs and tile shapes of launches; `tiles` are those of every stage."""
-    heads, n_tokens, dtype = at.heads, at.n_tokens, at.dtype
-    tokens = level_tokens(n_tokens)
+    heads, kv_heads, m_tokens, n_tokens = sizes = at.heads, at.kv_heads, at.m_tokens, at.n_tokens
+    queries, keys = level_tokens(m_tokens), level_tokens(n_tokens)
     tile = tiles["grad_kv_l0"]
-    parts_l0 = at.parts_l0 = min(((tokens[1] * min(4, tokens[1])) // tile["PART"]), tokens[1] * ((tokens[1] - 1) // tile["PART"]))
+    parts_l0 = at.parts_l0 = min(((queries[1] * min(4, keys[1])) // tile["PART"]), keys[1] * ((queries[1] - 1) // tile["PART"]))
     at.part_l1 = tile["PART"]
-    at.shapes = saved_shapes(heads, n_tokens) | {
-        "o": (heads, n_tokens, 64), "lse": (heads, n_tokens),
-        "q_l1": (heads, tokens[1], 64), "k_l1": (heads, tokens[1], 64),
-        "grad_q": (heads, n_tokens, 64), "grad_k": (heads, n_tokens, 64),
-        "grad_v": (heads, n_tokens, 64), "delta": (heads, n_tokens),
-        "offsets_l1": (heads, tokens[1] + 1), "keepers_l1": (heads, tokens[1] * min(4, tokens[1])),
-        "overflow_l1": (heads, tokens[1] + 1), "overflow_grad_k_l0": (heads, parts_l0, 128, 64),
+    at.shapes = saved_shapes(*sizes) | {
+        "o": (heads, m_tokens, 64), "lse": (heads, m_tokens),
+        "q_l1": (heads, queries[1], 64), "k_l1": (kv_heads, keys[1], 64),
+        "grad_q": (heads, m_tokens, 64), "grad_k": (kv_heads, n_tokens, 64),
+        "grad_v": (kv_heads, n_tokens, 64), "delta": (heads, m_tokens),
+        "offsets_l1": (heads, keys[1] + 1), "keepers_l1": (heads, queries[1] * min(4, keys[1])),
+        "overflow_l1": (heads, keys[1] + 1), "overflow_grad_k_l0": (heads, parts_l0, 128, 64),
         "overflow_grad_v_l0": (heads, parts_l0, 128, 64),
     }
-    is_long = 2 * heads * n_tokens * HEAD_DIM.value * dtype.itemsize > CACHED
+    rows = heads * m_tokens + kv_heads * n_tokens
+    is_long = rows * HEAD_DIM.value * at.dtype.itemsize > CACHED
     at.width_l1 = at.shapes["kept_l1"][2]
     at.grids = {}
     tile = tiles["pool"] | {"EVICT_FIRST": is_long}
-    at.grids["pool_l1_kernel"] = 2 * heads * ceil_div(tokens[1], tile["CHILDREN"]), tile
-    tile = tiles["select_l1"] | {"RUNS": has_runs(tokens[1], tiles["select_l1"])}
-    at.grids["select_l1_kernel"] = heads * ceil_div(tokens[1], tile["BLOCK_M"]), tile
-    tile = tiles["attend"] | {"FULL": is_full(tokens, tiles["attend"])}
-    at.grids["attend_kernel"] = heads * tokens[1] * ceil_div(128, tile["BLOCK_M"]), tile
+    at.grids["pool_l1_kernel"] = heads * ceil_div(queries[1], tile["CHILDREN"]) + kv_heads * ceil_div(keys[1], tile["CHILDREN"]), tile
+    tile = tiles["select_l1"] | {"RUNS": has_runs(keys[1], tiles["select_l1"])}
+    at.grids["select_l1_kernel"] = heads * ceil_div(queries[1], tile["BLOCK_M"]), tile
+    tile = tiles["attend"] | {"FULL": is_full(queries, keys, tiles["attend"])}
+    at.grids["attend_kernel"] = heads * queries[1] * ceil_div(128, tile["BLOCK_M"]), tile
     tile = tiles["scan"]
     at.grids["scan_kernel"] = 2 * heads, tile
     tile = tiles["invert_l1"]
-    at.grids["invert_l1_kernel"] = heads * ceil_div(tokens[1], tile["KEYS"]), tile
-    tile = tiles["grad_q"] | {"FULL": is_full(tokens, tiles["grad_q"])}
-    at.grids["grad_q_kernel"] = heads * tokens[1] * ceil_div(128, tile["BLOCK_M"]), tile
+    at.grids["invert_l1_kernel"] = heads * ceil_div(keys[1], tile["KEYS"]), tile
+    tile = tiles["grad_q"] | {"FULL": is_full(queries, keys, tiles["grad_q"])}
+    at.grids["grad_q_kernel"] = heads * queries[1] * ceil_div(128, tile["BLOCK_M"]), tile
     tile = tiles["grad_kv_l0"]
     at.grids["grad_kv_l0_overflow_kernel"] = heads * parts_l0 * ceil_div(128, tile["BLOCK_N"]), tile
-    at.grids["grad_kv_l0_kernel"] = heads * tokens[1] * ceil_div(128, tile["BLOCK_N"]), tile
+    at.grids["grad_kv_l0_kernel"] = keys[1] * kv_heads * ceil_div(128, tile["BLOCK_N"]), tile
 
 
 LISTS_FILL = True  # whether lists can be without gaps
@@ -991,15 +1016,17 @@ PARTIAL_IN_GLUON = False  # there is none
 def pool_and_select(at, launch, q, k, counts_l1, kept_l1, memory):
     """Fill in the pyramid and, from the coarsest level down, the tokens that are kept.
 
-    Out: how many queries keep each token, [B*H, T_l]; lists of kept tokens, [B*H, T_l, width], int32.
+    Out: how many query tokens keep each key token, [B*H, T_l(N)]; lists of
+    kept tokens, [B*H, T_l(M), width], int32.
     """
     [q_l1, k_l1] = at.buffers(memory, "selection")
     q_steps, k_steps, *_ = at.steps
     launch(
-        pool_l1_kernel, q, *q_steps, k, *k_steps, q_l1, k_l1, counts_l1, at.heads_per_batch, at.heads, at.n_tokens,
+        pool_l1_kernel, q, *q_steps, k, *k_steps, q_l1, k_l1, counts_l1, at.heads_per_batch, at.heads, at.m_tokens,
+        at.n_tokens,
     )
     launch(
-        select_l1_kernel, q_l1, k_l1, kept_l1, at.width_l1, counts_l1, at.n_tokens,
+        select_l1_kernel, q_l1, k_l1, kept_l1, at.width_l1, counts_l1, at.m_tokens, at.n_tokens,
     )
 
 
@@ -1016,7 +1043,7 @@ def attend_launches(at, launch, scale, q, k, v, o, lse, saved, memory):
     q_steps, k_steps, v_steps = at.steps
     launch(
         attend_kernel, q, *q_steps, k, *k_steps, v, *v_steps, kept_l1, at.width_l1, o, lse, peak, total, scale,
-        at.heads_per_batch, at.n_tokens,
+        at.heads_per_batch, at.m_tokens, at.n_tokens,
     )
 
 
@@ -1030,38 +1057,40 @@ def grad_launches(at, launch, scale, q, k, v, grad_o, o, saved, grad_q, grad_k, 
         scan_kernel, counts_l1, offsets_l1, overflow_l1, at.part_l1, at.heads, at.n_tokens,
     )
     launch(
-        invert_l1_kernel, kept_l1, at.width_l1, offsets_l1, keepers_l1, at.n_tokens,
+        invert_l1_kernel, kept_l1, at.width_l1, offsets_l1, keepers_l1, at.m_tokens, at.n_tokens,
     )
     launch(
         grad_q_kernel, q, *q_steps, k, *k_steps, v, *v_steps, kept_l1, at.width_l1, o, grad_o, *grad_o_steps, peak,
-        total, grad_lse, grad_q, delta, scale, at.heads_per_batch, at.n_tokens,
+        total, grad_lse, grad_q, delta, scale, at.heads_per_batch, at.m_tokens, at.n_tokens,
     )
     launch(
         grad_kv_l0_overflow_kernel, q, *q_steps, grad_o, *grad_o_steps, peak, total, delta, k, *k_steps, v, *v_steps,
         keepers_l1, at.width_l1, offsets_l1, overflow_l1, overflow_grad_k_l0, overflow_grad_v_l0, at.parts_l0, scale,
-        at.heads_per_batch, at.n_tokens,
+        at.heads_per_batch, at.m_tokens, at.n_tokens,
     )
     launch(
         grad_kv_l0_kernel, q, *q_steps, grad_o, *grad_o_steps, peak, total, delta, k, *k_steps, v, *v_steps, keepers_l1,
         at.width_l1, offsets_l1, overflow_l1, overflow_grad_k_l0, overflow_grad_v_l0, grad_k, grad_v, at.parts_l0,
-        scale, at.heads_per_batch, at.n_tokens,
+        scale, at.heads_per_batch, at.m_tokens, at.n_tokens,
     )
 
 
-def flops(heads, n_tokens):
+def flops(heads, kv_heads, m_tokens, n_tokens):
     """FLOPs of the forward pass, of the backward pass and of the selection alone, as llsa_gen's cost model counts them."""
-    tokens = level_tokens(n_tokens)
+    queries, keys = level_tokens(m_tokens), level_tokens(n_tokens)
     of_forward = (
-        256 * heads * n_tokens * min(512, n_tokens)
-        + 128 * heads * n_tokens
-        + 128 * heads * tokens[1] ** 2
+        128 * heads * keys[1] * queries[1]
+        + 256 * heads * m_tokens * min(512, n_tokens)
+        + 64 * heads * m_tokens
+        + 64 * kv_heads * n_tokens
     )
     of_backward = (
-        896 * heads * n_tokens * min(512, n_tokens)
+        896 * heads * m_tokens * min(512, n_tokens)
     )
     of_selection = (
-        128 * heads * n_tokens
-        + 128 * heads * tokens[1] ** 2
+        128 * heads * keys[1] * queries[1]
+        + 64 * heads * m_tokens
+        + 64 * kv_heads * n_tokens
     )
     return of_forward, of_backward, of_selection
 
@@ -1561,9 +1590,14 @@ def is_watched() -> bool:
     return False
 
 
-def level_tokens(n_tokens: int) -> tuple[int, ...]:
-    """T_l, the tokens of every level l = 0..L."""
-    return n_tokens, *[ceil_div(n_tokens, span) for span in SPANS[1:]]
+def level_tokens(length: int) -> tuple[int, ...]:
+    """T_l of a length, the tokens of every level l = 0..L."""
+    return length, *[ceil_div(length, span) for span in SPANS[1:]]
+
+
+def sizes_of(q: torch.Tensor, k: torch.Tensor) -> tuple[int, int, int, int]:
+    """B*H, B*H_kv, M and N of queries and keys: what sizes of buffers depend on."""
+    return q.shape[0] * q.shape[1], k.shape[0] * k.shape[1], q.shape[2], k.shape[2]
 
 
 def split_queries(walks: int, n_queries: int, n_keys: int, tile: dict[str, int]) -> tuple[int, int]:
@@ -1578,12 +1612,12 @@ def split_queries(walks: int, n_queries: int, n_keys: int, tile: dict[str, int])
     return rows, ceil_div(n_queries, rows)
 
 
-def is_full(tokens: Sequence[int], tile: dict[str, int]) -> bool:
+def is_full(queries: Sequence[int], keys: Sequence[int], tile: dict[str, int]) -> bool:
     """Whether nothing needs a mask: all tokens are whole, so that no list has gaps, and lists fill their tiles."""
-    if not LISTS_FILL or tokens[0] % SPANS[-1]:
+    if not LISTS_FILL or queries[0] % SPANS[-1] or keys[0] % SPANS[-1]:
         return False
     return all(
-        min(WIDTHS[level], tokens[level + 1]) * BLOCKS[level] % tile["BLOCK_C" if level else "BLOCK_N"] == 0
+        min(WIDTHS[level], keys[level + 1]) * BLOCKS[level] % tile["BLOCK_C" if level else "BLOCK_N"] == 0
         for level in LISTED
     )
 
@@ -1594,8 +1628,8 @@ def ceil_div(a: int, b: int) -> int:
 
 
 def own_dtypes(layout: str, dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """The buffers of a layout and their dtypes; shares are rounded as their sum will be, where the range suffices."""
-    own: dict[Any, Any] = {"input": dtype, "share": dtype if dtype == torch.bfloat16 else torch.float32}
+    """The buffers of a layout and their dtypes; partial sums are rounded as the whole is, if that has the range."""
+    own: dict[Any, Any] = {"input": dtype, "partial": dtype if dtype == torch.bfloat16 else torch.float32}
     return {name: own.get(known, known) for name, known in LAYOUTS[layout].items()}
 
 
@@ -1625,20 +1659,20 @@ def empty_like(x: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def empty_saved(q: torch.Tensor) -> torch.Tensor:
-    """Memory for what the forward pass over `q` leaves to the backward pass."""
-    _, size = lay_out("saved", saved_shapes(q.shape[0] * q.shape[1], q.shape[2]), q.dtype)
+def empty_saved(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """Memory for what the forward pass over `q` and `k` leaves to the backward pass."""
+    _, size = lay_out("saved", saved_shapes(*sizes_of(q, k)), q.dtype)
     return q.new_empty(size, dtype=torch.uint8)
 
 
-def empty_outputs(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The operator's outputs for inputs like `q`, not filled in: o, lse and what is saved."""
-    return empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32), empty_saved(q)
+def empty_outputs(q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The operator's outputs for inputs like `q` and `k`, not filled in: o, lse and what is saved."""
+    return empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32), empty_saved(q, k)
 
 
 def empty_selection(q: torch.Tensor, k: torch.Tensor) -> list[torch.Tensor]:
     """The kept tokens of each level, finest first, not filled in."""
-    shapes = saved_shapes(q.shape[0] * q.shape[1], q.shape[2])
+    shapes = saved_shapes(*sizes_of(q, k))
     return [
         q.new_empty((*q.shape[:2], *shapes[f"kept_l{level}"][1:]), dtype=torch.int32) for level in range(1, LEVELS + 1)
     ]
@@ -1681,22 +1715,23 @@ def plan_launches(tensors: Sequence[torch.Tensor], has_grad_lse: bool = False) -
 
     Triton also tells apart where a row begins, at a multiple of 16 bytes or not, and whether lse has a gradient.
     """
-    q = tensors[0]
+    q, k, *_ = tensors
     strides = tuple([x.stride() for x in tensors])
     starts = tuple([x.data_ptr() % 16 for x in tensors])
-    at = launch_plan(q.device, q.dtype, q.shape, strides, starts, has_grad_lse)
+    at = launch_plan(q.device, q.dtype, q.shape, k.shape, strides, starts, has_grad_lse)
     return (at, *tensors) if at is not None else plan_launches([aligned(x) for x in tensors], has_grad_lse)
 
 
 @functools.lru_cache(maxsize=2048)
 def launch_plan(
-    device: torch.device, dtype: torch.dtype, shape: torch.Size, strides: tuple[tuple[int, ...], ...],
-    starts: tuple[int, ...], has_grad_lse: bool,
+    device: torch.device, dtype: torch.dtype, q_shape: torch.Size, k_shape: torch.Size,
+    strides: tuple[tuple[int, ...], ...], starts: tuple[int, ...], has_grad_lse: bool,
 ) -> "LaunchPlan | None":  # fmt: skip
     """One `LaunchPlan` for all calls that Triton does not tell apart; None where tensors have to be copied first."""
     if not all(map(is_aligned, strides)):
         return None
-    return LaunchPlan(device, dtype, shape, strides, starts, schedule_for(target_of(device), dtype, shape[2]))
+    tiles = schedule_for(target_of(device), dtype, k_shape[2])
+    return LaunchPlan(device, dtype, q_shape, k_shape, strides, starts, tiles)
 
 
 class LaunchPlan:
@@ -1712,12 +1747,12 @@ class LaunchPlan:
     grids: dict[str, tuple[int, dict[str, Any]]]
 
     def __init__(
-        self, device: torch.device, dtype: torch.dtype, shape: torch.Size, strides: tuple[tuple[int, ...], ...],
-        starts: tuple[int, ...], tiles: dict[str, dict[str, Any]],
+        self, device: torch.device, dtype: torch.dtype, q_shape: torch.Size, k_shape: torch.Size,
+        strides: tuple[tuple[int, ...], ...], starts: tuple[int, ...], tiles: dict[str, dict[str, Any]],
     ) -> None:  # fmt: skip
         self.device, self.dtype = device, dtype
-        batch, self.heads_per_batch, self.n_tokens, _ = shape
-        self.heads = batch * self.heads_per_batch
+        batch, self.heads_per_batch, self.m_tokens, _ = q_shape
+        self.heads, self.kv_heads, self.n_tokens = batch * self.heads_per_batch, batch * k_shape[1], k_shape[2]
         self.steps = [stride[:3] for stride in strides]
         # the kernels in Gluon copy 16 bytes at a time, and multiply a stride in 32 bits
         if any(starts) or any(stride[2] >= 2**30 for stride in strides):
@@ -1805,7 +1840,7 @@ def grad_kernels(
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
     """dq, dk, dv from what `attend_kernels` returned; grad_lse may be None."""
     at, q, k, v, grad_o = plan_launches((q, k, v, grad_o), grad_lse is not None)
-    grads = empty_like(q), empty_like(q), empty_like(q)
+    grads = empty_like(q), empty_like(k), empty_like(v)
     tensors = q, k, v, grad_o, o, saved, *grads, at.memory("gradients")
     at.run(grad_launches, tensors if grad_lse is None else (*tensors, grad_lse), scale)
     return grads
@@ -1823,9 +1858,9 @@ def slices(length: int, step: int) -> list[slice]:
     return [slice(first, min(first + step, length)) for first in range(0, length, step)]
 
 
-def block_sizes(n_tokens: int) -> Sequence[int]:
-    """b_1, b_2, ...; of a sequence shorter than a block N, 1, 1, ...: nothing is filled up to what it has none of."""
-    return BLOCKS if n_tokens >= BLOCKS[0] else (n_tokens, *(1 for _ in BLOCKS[1:]))
+def block_sizes(length: int) -> Sequence[int]:
+    """b_1, b_2, ...; of a sequence shorter than a block its length, 1, 1, ...: nothing is filled up."""
+    return BLOCKS if length >= BLOCKS[0] else (length, *(1 for _ in BLOCKS[1:]))
 
 
 def blocks_of(x: torch.Tensor, block: int, run: slice | None = None) -> torch.Tensor:
@@ -1913,36 +1948,39 @@ def best_tokens(scores: torch.Tensor, token: torch.Tensor, exists: torch.Tensor,
     return torch.where(best == EMPTY.value, -1, 0x7FFFFFFF - (best & 0x7FFFFFFF)).int()
 
 
-def select_means(kept: Tensors, q_means: Tensors, k_means: Tensors, n_tokens: int) -> None:
-    """Fill in the kept tokens [H, T_l, width] of each level, finest first, from the means [H, T_l, D] of each level."""
+def select_means(kept: Tensors, q_means: Tensors, k_means: Tensors, m_tokens: int, n_tokens: int) -> None:
+    """Fill in the kept tokens [H, T_l(M), width] of each level, finest first, from the means of each level.
+
+    Those of the queries are [H, T_l(M), D], those of the keys [H, T_l(N), D].
+    """
     heads, n_top, _ = k_means[-1].shape
     token = torch.arange(n_top, device=k_means[-1].device).expand(heads, 1, n_top)
-    for rows in slices(n_top, CHUNK // (heads * n_top)):
+    for rows in slices(q_means[-1].shape[1], CHUNK // (heads * n_top)):
         scores = q_means[-1][:, rows] @ k_means[-1].mT
         kept[-1][:, rows] = best_tokens(scores[:, None], token, token >= 0, kept[-1].shape[2])[:, 0]
     for level in range(LEVELS - 1, 0, -1):
-        above, block, n_rows = kept[level], block_sizes(n_tokens)[level], k_means[level - 1].shape[1]
-        k_blocks = blocks_of(k_means[level - 1], block)
-        for run in slices(above.shape[1], CHUNK // (heads * above.shape[2] * block * (HEAD_DIM.value + block))):
-            lists, queries = above[:, run], blocks_of(q_means[level - 1], block, run)
-            child, exists = children_of(lists, block, n_rows)
+        above, q_block, k_block = kept[level], block_sizes(m_tokens)[level], block_sizes(n_tokens)[level]
+        k_blocks = blocks_of(k_means[level - 1], k_block)
+        for run in slices(above.shape[1], CHUNK // (heads * above.shape[2] * k_block * (HEAD_DIM.value + q_block))):
+            lists, queries = above[:, run], blocks_of(q_means[level - 1], q_block, run)
+            child, exists = children_of(lists, k_block, k_means[level - 1].shape[1])
             scores = queries @ gather_blocks(k_blocks, lists).mT
             put_blocks(kept[level - 1], run, best_tokens(scores, child, exists, kept[level - 1].shape[2]))
 
 
-def elements_seen(kept: Tensors, n_tokens: int) -> int:
+def elements_seen(kept: Tensors, m_tokens: int, n_tokens: int) -> int:
     """Elements of the keys, values and logits of a block of queries of one head, the logits twice."""
     blocks = block_sizes(n_tokens)
     listed = sum(kept[level].shape[2] * blocks[level] for level in LISTED)
     seen = listed + level_tokens(n_tokens)[LEVELS] if LEVELS in ENRICHED else listed
-    return 2 * (listed * HEAD_DIM.value + seen * blocks[0])
+    return 2 * (listed * HEAD_DIM.value + seen * block_sizes(m_tokens)[0])
 
 
-def slices_of_heads(kept: Tensors, n_tokens: int) -> list[slice]:
+def slices_of_heads(kept: Tensors, m_tokens: int, n_tokens: int) -> list[slice]:
     """Slices of the heads: of so many that a block of queries of each, of any level, fits into CHUNK elements."""
-    most = max(elements_seen(kept, n_tokens), level_tokens(n_tokens)[LEVELS])
-    for lists, block in zip(kept[1:], block_sizes(n_tokens)[1:], strict=True):
-        most = max(most, lists.shape[2] * block * (HEAD_DIM.value + block))
+    most = max(elements_seen(kept, m_tokens, n_tokens), level_tokens(n_tokens)[LEVELS])
+    for lists, q_block, k_block in zip(kept[1:], block_sizes(m_tokens)[1:], block_sizes(n_tokens)[1:], strict=True):
+        most = max(most, lists.shape[2] * k_block * (HEAD_DIM.value + q_block))
     return slices(kept[0].shape[0], CHUNK // most)
 
 
@@ -1950,8 +1988,9 @@ def select_torch(q: torch.Tensor, k: torch.Tensor) -> list[torch.Tensor]:
     """The kept tokens of each level, finest first, in torch."""
     selection = empty_selection(q, k)
     q, k, *kept = (x.flatten(0, 1) for x in (q, k, *selection))
-    for heads in slices_of_heads(kept, q.shape[1]):
-        select_means([lists[heads] for lists in kept], token_means(q[heads]), token_means(k[heads]), q.shape[1])
+    lengths = q.shape[1], k.shape[1]
+    for heads in slices_of_heads(kept, *lengths):
+        select_means([lists[heads] for lists in kept], token_means(q[heads]), token_means(k[heads]), *lengths)
     return selection
 
 
@@ -1964,12 +2003,13 @@ def log_weights(level: int, token: torch.Tensor, exists: torch.Tensor, n_tokens:
 class Pyramid:
     """Keys and values of some heads as queries see them: every level in float32 and in blocks, and the kept tokens.
 
-    k_levels and v_levels: [H, T_l, D] of the levels, finest first; kept: [H, T_l, width] of every coarse level. top:
-    keys and values [H, T_L, D] and log weights [T_L] of the coarsest level, if all queries see it, or else None.
+    k_levels and v_levels: [H, T_l(N), D] of the levels, finest first; kept: [H, T_l(M), width] of every coarse level,
+    of m_tokens queries. top: keys and values [H, T_L(N), D] and log weights [T_L(N)] of the coarsest level, if all
+    queries see it, or else None.
     """
 
-    def __init__(self, k_levels: Tensors, v_levels: Tensors, kept: Tensors) -> None:
-        self.kept = kept
+    def __init__(self, k_levels: Tensors, v_levels: Tensors, kept: Tensors, m_tokens: int) -> None:
+        self.kept, self.m_tokens, self.q_block = kept, m_tokens, block_sizes(m_tokens)[0]
         self.heads, self.n_tokens, _ = k_levels[0].shape
         self.blocks = block_sizes(self.n_tokens)
         self.k_blocks, self.v_blocks = (
@@ -1983,7 +2023,8 @@ class Pyramid:
 
     def runs(self) -> list[slice]:
         """Slices of query blocks such that the keys, values and logits of each fit into CHUNK elements."""
-        return slices(self.kept[0].shape[1], CHUNK // (self.heads * elements_seen(self.kept, self.n_tokens)))
+        elements = self.heads * elements_seen(self.kept, self.m_tokens, self.n_tokens)
+        return slices(self.kept[0].shape[1], CHUNK // elements)
 
     def lists(self, run: slice) -> list[torch.Tensor]:
         """What the query blocks of a run keep one level above each listed level: a list of [H, R, width]."""
@@ -2056,10 +2097,10 @@ def attend_torch(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """o, lse and what the backward pass needs, in torch: of the layout `saved`, the kept tokens alone."""
-    o, lse, saved = empty_outputs(q)
-    kept = saved_lists(saved.zero_(), q)
+    o, lse, saved = empty_outputs(q, k)
+    kept = saved_lists(saved.zero_(), q, k)
     heads_o, heads_lse, q, k, v = (x.flatten(0, 1) for x in (o, lse, q, k, v))
-    for heads in slices_of_heads(kept, q.shape[1]):
+    for heads in slices_of_heads(kept, q.shape[1], k.shape[1]):
         lists = [level[heads] for level in kept]
         attend_heads(heads_o[heads], heads_lse[heads], lists, q[heads], k[heads], v[heads], scale)
     return o, lse, saved
@@ -2068,21 +2109,20 @@ def attend_torch(
 def attend_heads(
     o: torch.Tensor, lse: torch.Tensor, kept: Tensors, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
 ) -> None:
-    """Fill in o [H, N, D], lse [H, N] and the kept tokens of every level, finest first, of some heads."""
+    """Fill in o [H, M, D], lse [H, M] and the kept tokens of every level, finest first, of some heads."""
     k_levels = [k, *token_means(k)]
-    select_means(kept, token_means(q), k_levels[1:], q.shape[1])
-    pyramid = Pyramid(k_levels, enriched_by(v), kept)
+    select_means(kept, token_means(q), k_levels[1:], q.shape[1], k.shape[1])
+    pyramid = Pyramid(k_levels, enriched_by(v), kept, q.shape[1])
     for run in pyramid.runs():
-        queries = blocks_of(q, pyramid.blocks[0], run).float().contiguous()
+        queries = blocks_of(q, pyramid.q_block, run).float().contiguous()
         part_o, part_lse = attend_blocks(queries, *pyramid.gather(pyramid.lists(run)), pyramid.top, scale)
         put_blocks(o, run, part_o)
         put_blocks(lse, run, part_lse)
 
 
-def saved_lists(saved: torch.Tensor, q: torch.Tensor) -> list[torch.Tensor]:
-    """The kept tokens of each level, finest first, in what the forward pass over q left to the backward pass."""
-    heads, n_tokens = q.shape[0] * q.shape[1], q.shape[2]
-    return views_of(saved, "saved", saved_shapes(heads, n_tokens), q.dtype)[-LEVELS:]
+def saved_lists(saved: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> list[torch.Tensor]:
+    """The kept tokens of each level, finest first, in what the forward pass over q and k left to the backward pass."""
+    return views_of(saved, "saved", saved_shapes(*sizes_of(q, k)), q.dtype)[-LEVELS:]
 
 
 def grad_torch(
@@ -2090,12 +2130,12 @@ def grad_torch(
     saved: torch.Tensor, scale: float,
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
     """dq, dk, dv in torch: the softmax of every run of query blocks once more, then the pooling backwards."""
-    kept = saved_lists(saved, q)
-    grads = tuple(empty_like(q) for _ in range(3))
+    kept = saved_lists(saved, q, k)
+    grads = tuple(map(empty_like, (q, k, v)))
     dq, dk, dv, grad_o, q, k, v = (x.flatten(0, 1) for x in (*grads, grad_o, q, k, v))
     if grad_lse is not None:
         grad_lse = grad_lse.flatten(0, 1)[..., None]
-    for heads in slices_of_heads(kept, q.shape[1]):
+    for heads in slices_of_heads(kept, q.shape[1], k.shape[1]):
         lists = [level[heads] for level in kept]
         of_lse = None if grad_lse is None else grad_lse[heads]
         grad_heads(dq[heads], dk[heads], dv[heads], lists, grad_o[heads], of_lse, q[heads], k[heads], v[heads], scale)
@@ -2106,15 +2146,15 @@ def grad_heads(
     dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor, kept: Tensors, grad_o: torch.Tensor,
     grad_lse: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float,
 ) -> None:  # fmt: skip
-    """Fill in dq, dk, dv [H, N, D] of some heads."""
-    pyramid = Pyramid(enriched_by(k), enriched_by(v), kept)
+    """Fill in dq [H, M, D], dk and dv [H, N, D] of some heads."""
+    pyramid = Pyramid(enriched_by(k), enriched_by(v), kept, q.shape[1])
     grad_k = [torch.zeros_like(blocks) for blocks in pyramid.k_blocks]
     grad_v = [torch.zeros_like(blocks) for blocks in pyramid.v_blocks]
     of_top = [] if pyramid.top is None else [torch.zeros_like(x) for x in pyramid.top[:2]]
     for run in pyramid.runs():
         lists = pyramid.lists(run)
-        queries, grads = (blocks_of(x, pyramid.blocks[0], run).float().contiguous() for x in (q, grad_o))
-        of_lse = 0.0 if grad_lse is None else blocks_of(grad_lse, pyramid.blocks[0], run)
+        queries, grads = (blocks_of(x, pyramid.q_block, run).float().contiguous() for x in (q, grad_o))
+        of_lse = 0.0 if grad_lse is None else blocks_of(grad_lse, pyramid.q_block, run)
         gathered = pyramid.gather(lists)
         part_q, parts_k, parts_v = grad_attend_blocks(grads, of_lse, queries, *gathered, pyramid.top, scale)
         put_blocks(dq, run, part_q)
@@ -2208,7 +2248,7 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """o, lse and what the backward pass needs, memory of the layout `saved`."""
     if q.numel() == 0:
-        return empty_outputs(q)
+        return empty_outputs(q, k)
     if not runs_kernels(q):
         with without_autocast():
             return attend_torch(q, k, v, scale)
@@ -2229,7 +2269,7 @@ def backward(
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
     """dq, dk, dv, [B, H, N, D] each, from the gradient of o and, if it has one, that of lse."""
     if q.numel() == 0:
-        return tuple(empty_like(q) for _ in range(3))
+        return tuple(map(empty_like, (q, k, v)))
     saved = in_one_piece(saved)
     if grad_lse is not None:
         grad_lse = in_one_piece(grad_lse)
@@ -2307,24 +2347,24 @@ def unfolded(size: int, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return tuple(x.unflatten(0, (size, x.shape[0] // size)) for x in tensors)
 
 
-def places_of_saved(size: int, shape: Sequence[int], dtype: torch.dtype) -> list[tuple[list[tuple[int, int]], int]]:
-    """Where each buffer that is saved lies, and their length: for tensors of a shape, and for `size` in one batch."""
-    heads, n_tokens = shape[0] * shape[1], shape[2]
-    return [lay_out("saved", saved_shapes(many * heads, n_tokens), dtype) for many in (1, size)]
+def places_of_saved(size: int, q: torch.Tensor, k: torch.Tensor) -> list[tuple[list[tuple[int, int]], int]]:
+    """Where each buffer that is saved lies, and their length: for one of `size` parts of a batch, and for all of it."""
+    heads, kv_heads, *lengths = sizes_of(q, k)
+    return [lay_out("saved", saved_shapes(heads // many, kv_heads // many, *lengths), q.dtype) for many in (size, 1)]
 
 
-def saved_apart(size: int, saved: torch.Tensor, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """What a pass over `size` tensors of a shape at once has saved, [size, bytes]: a row is what each would have."""
-    (apart_at, length), (together_at, _) = places_of_saved(size, shape, dtype)
+def saved_apart(size: int, saved: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """What a pass over q and k has saved, [size, bytes]: a row is what one of `size` parts of the batch would have."""
+    (apart_at, length), (together_at, _) = places_of_saved(size, q, k)
     apart = saved.new_zeros((size, length))
     for (begin, end), (start, stop) in zip(apart_at, together_at, strict=True):
         apart[:, begin:end] = saved[start:stop].reshape(size, -1)  # heads come first in every buffer
     return apart
 
 
-def saved_together(apart: torch.Tensor, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """The inverse: from [size, bytes] what one pass over all would have saved."""
-    (apart_at, _), (together_at, length) = places_of_saved(apart.shape[0], shape, dtype)
+def saved_together(apart: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """The inverse: from [size, bytes] what one pass over q and k would have saved."""
+    (apart_at, _), (together_at, length) = places_of_saved(apart.shape[0], q, k)
     together = apart.new_zeros(length)
     for (begin, end), (start, stop) in zip(apart_at, together_at, strict=True):
         together[start:stop] = apart[:, begin:end].flatten()
@@ -2349,8 +2389,7 @@ class AttendTransformed(Attend):
         size = info.batch_size
         q, k, v = folded(size, dims[:3], (q, k, v))
         o, lse, saved = AttendTransformed.apply(q, k, v, scale)
-        apart = saved_apart(size, saved, (q.shape[0] // size, *q.shape[1:]), q.dtype)
-        return (*unfolded(size, o, lse), apart), (0, 0, 0)
+        return (*unfolded(size, o, lse), saved_apart(size, saved, q, k)), (0, 0, 0)
 
 
 class Differentiate(torch.autograd.Function):
@@ -2384,7 +2423,7 @@ class Differentiate(torch.autograd.Function):
         if grad_lse is not None:
             (grad_lse,) = folded(size, (at_lse,), (grad_lse,))
         apart = saved.expand(size, -1) if at_saved is None else saved.movedim(at_saved, 0)
-        saved = saved_together(apart, (q.shape[0] // size, *q.shape[1:]), q.dtype)
+        saved = saved_together(apart, q, k)
         grads = Differentiate.apply(grad_o, grad_lse, q, k, v, o, saved, scale)
         return unfolded(size, *grads), (0, 0, 0)
 
@@ -2421,25 +2460,29 @@ def register() -> torch.library.Library | None:
         library.impl(OPERATOR + suffix, function, "CUDA")
 
     def fake_backward(
-        grad_o: torch.Tensor, grad_lse: torch.Tensor | None, q: torch.Tensor, *_: object
+        grad_o: torch.Tensor,
+        grad_lse: torch.Tensor | None,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *_: object,
     ) -> tuple[torch.Tensor, ...]:
-        return tuple(empty_like(q) for _ in range(3))
+        return tuple(map(empty_like, (q, k, v)))
 
     name = f"llsa::{OPERATOR}"
-    torch.library.register_fake(name, lambda q, k, v, scale: empty_outputs(q), lib=library)
+    torch.library.register_fake(name, lambda q, k, v, scale: empty_outputs(q, k), lib=library)
     torch.library.register_fake(name + "_backward", fake_backward, lib=library)
     torch.library.register_fake(name + "_select", empty_selection, lib=library)
     torch.library.register_autograd(name, differentiate, setup_context=save_for_backward, lib=library)
     torch.library.register_vmap(name + "_select", select_batched, lib=library)
 
-    def count(which: int, q_shape: Sequence[int]) -> int:
-        batch, heads, n_tokens, _ = q_shape
-        return flops(batch * heads, n_tokens)[which]
+    def count(which: int, q: Sequence[int], k: Sequence[int]) -> int:
+        return flops(q[0] * q[1], k[0] * k[1], q[2], k[2])[which]
 
     operators = [getattr(torch.ops.llsa, OPERATOR + suffix) for suffix in ("", "_backward", "_select")]
-    register_flop_formula(operators[0])(lambda q, *_, **__: count(0, q))
-    register_flop_formula(operators[1])(lambda grad_o, *_, **__: count(1, grad_o))
-    register_flop_formula(operators[2])(lambda q, *_, **__: count(2, q))
+    register_flop_formula(operators[0])(lambda q, k, *_, **__: count(0, q, k))
+    register_flop_formula(operators[1])(lambda grad_o, grad_lse, q, k, *_, **__: count(1, q, k))
+    register_flop_formula(operators[2])(lambda q, k, **__: count(2, q, k))
     operators[0].source, operators[0].file = source, __file__
     return library
 

@@ -130,7 +130,7 @@ def perform(
     with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
         o, lse, saved = passes.attend(q, k, v, scale)
         grads = passes.differentiate(q, k, v, grad_o, o, saved, scale)
-    shapes = module.saved_shapes(q.shape[0] * q.shape[1], q.shape[2])
+    shapes = module.saved_shapes(*module.sizes_of(q, k))
     return (*grads, o, lse, *module.views_of(saved, "saved", shapes, q.dtype)), passes.launches
 
 
@@ -144,7 +144,7 @@ class _Passes:
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, ...]:
         """o, lse and what is saved: `attend_kernels` of the module."""
         at, *inputs = self._prepare(q, k, v)
-        outputs = self.module.empty_outputs(q)
+        outputs = self.module.empty_outputs(q, k)
         tensors = *inputs, *outputs, at.memory("selection")
         at.launch(self.module.attend_launches, partial(self._note, "forward", at), tensors, scale)
         return outputs
@@ -154,7 +154,7 @@ class _Passes:
     ) -> tuple[Tensor, ...]:
         """dq, dk and dv: `grad_kernels` of the module, where lse has no gradient."""
         at, *inputs = self._prepare(q, k, v, grad_o)
-        grads = tuple(self.module.empty_like(q) for _ in range(3))
+        grads = tuple(map(self.module.empty_like, (q, k, v)))
         tensors = *inputs, o, saved, *grads, at.memory("gradients")
         at.launch(self.module.grad_launches, partial(self._note, "backward", at), tensors, scale)
         return grads
@@ -167,9 +167,9 @@ class _Passes:
 
     def _prepare(self, *tensors: Tensor) -> tuple[Any, ...]:
         """`plan_launches` of the module, but with these tiles and in no cache: a `LaunchPlan`; tensors, `aligned`."""
-        q, *_ = tensors = tuple(map(self.module.aligned, tensors))
+        q, k, *_ = tensors = tuple(map(self.module.aligned, tensors))
         strides, starts = zip(*((x.stride(), x.data_ptr() % 16) for x in tensors), strict=True)
-        return self.module.LaunchPlan(q.device, q.dtype, q.shape, strides, starts, self.tiles), *tensors
+        return self.module.LaunchPlan(q.device, q.dtype, q.shape, k.shape, strides, starts, self.tiles), *tensors
 
     def _note(self, phase: Phase, at: Any, kernel: Any, *arguments: Any) -> None:
         """`by_triton` of the module, which takes one of a pair: the plan's kernel or the one in Gluon for its place."""

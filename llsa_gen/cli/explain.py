@@ -88,7 +88,7 @@ def _level(cost: Cost, level: int, n_tokens: int, heads: int) -> Data:
         "level": level,
         "block": plan.block(level) if level else None,
         "span": plan.spec.span(level),
-        "tokens": evaluate(plan.tokens(level), n_tokens),
+        "tokens": evaluate(plan.key_tokens(level), n_tokens),
         "topk": plan.topk(level) if level else None,
         "kept": evaluate(plan.width(level), n_tokens) if level else None,
         "candidates": candidates if level else None,

@@ -8,7 +8,7 @@ from llsa_gen.plan import Plan
 
 
 class HostPrinter(PythonCodePrinter):
-    """Prints sizes as host code: `ceil_div(n_tokens, 256)`, tile shapes looked up in the schedule entry `tile`."""
+    """Prints sizes as host code: `ceil_div(m_tokens, 256)`, tile shapes looked up in the schedule entry `tile`."""
 
     smaller = "min"
 
@@ -36,7 +36,7 @@ class SymbolicPrinter(HostPrinter):
 
 @jinja2.pass_context
 def python(context: jinja2.runtime.Context, expr: sympy.Expr | int) -> str:
-    """An expression of the plan as host code, in which `tokens[l]` is T_l."""
+    """An expression of the plan as host code, in which `queries[l]` is T_l(M) and `keys[l]` is T_l(N)."""
     return printed(context["plan"], expr, HostPrinter())
 
 
@@ -49,6 +49,8 @@ def symbolic(context: jinja2.runtime.Context, expr: sympy.Expr | int) -> str:
 def printed(plan: Plan, expr: sympy.Expr | int, printer: HostPrinter) -> str:
     """An expression of the plan as a printer has it."""
     named = [
-        (plan.tokens(level), sympy.Symbol(f"tokens[{level}]", integer=True, positive=True)) for level in plan.levels
+        (tokens(level), sympy.Symbol(f"{name}[{level}]", integer=True, positive=True))
+        for name, tokens in (("queries", plan.query_tokens), ("keys", plan.key_tokens))
+        for level in plan.levels
     ]
     return str(printer.doprint(sympy.sympify(expr).subs(named))).replace("*", " * ").replace("*  *", "**")

@@ -6,7 +6,7 @@ from itertools import groupby
 
 from llsa_gen.plan import Buffer, Kernel, Plan
 
-OWN_DTYPE = {"input", "share"}
+OWN_DTYPE = {"input", "partial"}
 """Dtypes that depend on that of q: a signature does not name them."""
 
 

@@ -8,7 +8,7 @@ from functools import cached_property
 import sympy
 
 from llsa_gen.plan.levels import Levels
-from llsa_gen.plan.sizes import HEADS, N, parts, splits
+from llsa_gen.plan.sizes import HEADS, KV_HEADS, M, N, parts, splits
 
 
 class Role(StrEnum):
@@ -25,8 +25,8 @@ class Role(StrEnum):
 class Buffer:
     """A tensor: its shape as expressions, its dtype and who needs it.
 
-    The dtype `input` is that of q, k, v; `share` is bfloat16 for bfloat16, otherwise float32: what is summed up later
-    bears being rounded as the sum will be, but float16 has not the range.
+    The dtype `input` is that of q, k, v; `partial` is bfloat16 for bfloat16, otherwise float32: partial sums bear being
+    rounded as the whole sum will be, but float16 has not the range.
 
     axes: the shape in the names of a signature. says: what it holds. strides: the letter in the names of its strides,
     where the caller decides how its batches, heads and rows lie. width: the number of columns, which its kernels are
@@ -52,9 +52,9 @@ class Buffers(Levels):
     """The levels of a spec with every tensor that its attention needs."""
 
     @property
-    def pooled_tensors(self) -> int:
-        """How many of q, k, v have a pyramid: values need none where no coarse level is attended."""
-        return 3 if self.enriched else 2
+    def pooled(self) -> tuple[str, ...]:
+        """Which of q, k, v have a pyramid: values need none where no coarse level is attended."""
+        return ("q", "k", "v") if self.enriched else ("q", "k")
 
     @cached_property
     def buffers(self) -> dict[str, Buffer]:
@@ -66,14 +66,16 @@ class Buffers(Levels):
         """The sizes of axes, by the names that signatures give them."""
         sizes: dict[str, sympy.Expr] = {
             "B*H": HEADS,
+            "B*H_kv": KV_HEADS,
+            "M": M,
             "N": N,
             "D": sympy.Integer(self.head_dim),
-            "tensors": sympy.Integer(self.pooled_tensors),
         }
         for level in self.levels:
-            tokens, width = self.tokens(level), self.width(level)
+            queries, keys, width = self.query_tokens(level), self.key_tokens(level), self.width(level)
             sizes |= {f"b_{level}": sympy.Integer(self.block(level)), f"width_l{level}": width}
-            sizes |= {f"T_{level}": tokens, f"T_{level} + 1": tokens + 1, f"T_{level} * width_l{level}": tokens * width}
+            sizes |= {f"T_{level}(M)": queries, f"T_{level}(M) * width_l{level}": queries * width}
+            sizes |= {f"T_{level}(N)": keys, f"T_{level}(N) + 1": keys + 1}
             sizes |= {f"width_l{level} * b_{level}": width * self.block(level)}
         sizes |= {f"parts_l{level}": parts(level) for level in self.by_list}
         return sizes | {f"splits_l{level}": splits(level) for level in self.split}
@@ -83,52 +85,59 @@ class Buffers(Levels):
             names = tuple(axes.split(", "))
             return Buffer(name, names, tuple(self._sizes[x] for x in names), dtype, role, says, **more)
 
-        for name in ("q", "k", "v"):
-            yield buffer(name, "B*H, N, D", "input", Role.INPUT, strides=name)
-        yield buffer("o", "B*H, N, D", "input", Role.OUTPUT)
-        yield buffer("lse", "B*H, N", "float32", Role.OUTPUT, says="natural logarithm of the sum of weights")
+        queries, keys = "B*H, M", "B*H_kv, N"
+        yield buffer("q", f"{queries}, D", "input", Role.INPUT, strides="q")
+        for name in ("k", "v"):
+            yield buffer(name, f"{keys}, D", "input", Role.INPUT, strides=name)
+        yield buffer("o", f"{queries}, D", "input", Role.OUTPUT)
+        yield buffer("lse", queries, "float32", Role.OUTPUT, "natural logarithm of the sum of weights")
         for name in ("peak", "total"):  # the backward pass needs the sum without the rounding of lse
-            yield buffer(name, "B*H, N", "float32", Role.SAVED, says="the same sum as 2^peak * total")
+            yield buffer(name, queries, "float32", Role.SAVED, "the same sum as 2^peak * total")
         for level in self.levels:
-            for name in ("q", "k", "v") if self.enriched else ("q", "k"):
+            for name in self.pooled:
                 role = Role.SAVED if name != "q" and level in self.enriched else Role.SCRATCH
-                yield buffer(f"{name}_l{level}", f"B*H, T_{level}, D", "input", role, "means")
+                yield buffer(f"{name}_l{level}", f"{self._tokens_of(name, level)}, D", "input", role, "means")
         for step in self.pool_steps[:-1]:
-            level = step[-1]
-            yield buffer(f"sums_l{level}", f"tensors, B*H, T_{level}, D", "float32", Role.SCRATCH, "sums of tokens")
+            for name in self.pooled:
+                axes = f"{self._tokens_of(name, step[-1])}, D"
+                yield buffer(f"{name}_sums_l{step[-1]}", axes, "float32", Role.SCRATCH, "sums of tokens")
         for level in self.levels:
             says = "how many query tokens keep each key token"
-            yield buffer(f"counts_l{level}", f"B*H, T_{level}", "int32", Role.SAVED, says)
+            yield buffer(f"counts_l{level}", f"B*H, T_{level}(N)", "int32", Role.SAVED, says)
         for level in self.levels:
             width, says = f"width_l{level}", "kept key tokens, best first, then -1"
-            yield buffer(f"kept_l{level}", f"B*H, T_{level}, {width}", "int32", Role.SAVED, says, width=width)
-        yield buffer("grad_o", "B*H, N, D", "input", Role.INPUT, strides="g")
-        yield buffer("grad_lse", "B*H, N", "float32", Role.OPTIONAL, says="None where lse has no gradient")
-        for name in ("grad_q", "grad_k", "grad_v"):
-            yield buffer(name, "B*H, N, D", "input", Role.OUTPUT)
-        yield buffer("delta", "B*H, N", "float32", Role.SCRATCH)
+            yield buffer(f"kept_l{level}", f"B*H, T_{level}(M), {width}", "int32", Role.SAVED, says, width=width)
+        yield buffer("grad_o", f"{queries}, D", "input", Role.INPUT, strides="g")
+        yield buffer("grad_lse", queries, "float32", Role.OPTIONAL, "None where lse has no gradient")
+        yield buffer("grad_q", f"{queries}, D", "input", Role.OUTPUT)
+        for name in ("grad_k", "grad_v"):
+            yield buffer(name, f"{keys}, D", "input", Role.OUTPUT)
+        yield buffer("delta", queries, "float32", Role.SCRATCH)
         for level in self.levels:
             says = "where the list of each key token begins"
-            yield buffer(f"offsets_l{level}", f"B*H, T_{level} + 1", "int32", Role.SCRATCH, says)
+            yield buffer(f"offsets_l{level}", f"B*H, T_{level}(N) + 1", "int32", Role.SCRATCH, says)
             width, says = f"width_l{level}", "query tokens by the key token that they keep"
-            axes = f"B*H, T_{level} * {width}"
+            axes = f"B*H, T_{level}(M) * {width}"
             yield buffer(f"keepers_l{level}", axes, "int32", Role.SCRATCH, says, width=width)
             if level in self.parted:
                 says = f"where its parts of part_l{level} entries beyond the first begin"
-                yield buffer(f"overflow_l{level}", f"B*H, T_{level} + 1", "int32", Role.SCRATCH, says)
+                yield buffer(f"overflow_l{level}", f"B*H, T_{level}(N) + 1", "int32", Role.SCRATCH, says)
         for level in self.by_list:
             axes = f"B*H, parts_l{level}, b_{level + 1}, D"
             for name in ("k", "v"):
                 yield buffer(f"overflow_grad_{name}_l{level}", axes, "float32", Role.SCRATCH)
         for level in self.split:
             top, up = level == self.top, level + 1
-            keys = f"splits_l{level}, T_{level}" if top else f"T_{up}, splits_l{level}, width_l{up} * b_{up}"
+            axes = f"splits_l{level}, T_{level}(N)" if top else f"T_{up}(M), splits_l{level}, width_l{up} * b_{up}"
             for name in ("k", "v"):
-                yield buffer(
-                    f"partial_grad_{name}_l{level}", f"B*H, {keys}, D", "share", Role.SCRATCH, "per token covered"
-                )
+                partial = f"partial_grad_{name}_l{level}"
+                yield buffer(partial, f"B*H, {axes}, D", "partial", Role.SCRATCH, "per token covered")
         for level in self.enriched:
             for name in ("k", "v"):
-                yield buffer(
-                    f"grad_{name}_l{level}", f"B*H, T_{level}, D", "float32", Role.SCRATCH, "per token covered"
-                )
+                axes = f"{self._tokens_of(name, level)}, D"
+                yield buffer(f"grad_{name}_l{level}", axes, "float32", Role.SCRATCH, "per token covered")
+
+    @staticmethod
+    def _tokens_of(name: str, level: int) -> str:
+        """The axes of all tokens of a level of q, k or v."""
+        return f"B*H, T_{level}(M)" if name == "q" else f"B*H_kv, T_{level}(N)"

@@ -1,4 +1,4 @@
-"""Cost: the plan counted. FLOPs, bytes moved and memory as expressions in `n_tokens` and `heads`.
+"""Cost: the plan counted. FLOPs, bytes moved and memory as expressions in the lengths and the numbers of heads.
 
 What is counted, for llsa_gen and for dense attention alike:
 
@@ -24,7 +24,7 @@ import sympy
 
 from llsa_gen.plan.buffers import Buffer, Role
 from llsa_gen.plan.plan import Kernel, Plan
-from llsa_gen.plan.sizes import FILLING, HEADS, N, ceil_div, parts, splits, tile
+from llsa_gen.plan.sizes import FILLING, HEADS, KV_HEADS, M, N, ceil_div, parts, splits, tile
 
 __all__ = ["BYTES", "Cost", "Pass", "Share", "Totals", "dense", "evaluate"]
 
@@ -87,10 +87,10 @@ class Cost:
         tokens for level 0."""
         plan = self.plan
         if level == plan.top:
-            return plan.tokens(level)
+            return plan.key_tokens(level)
         # what a long sequence keeps: T_l is never more than the b_(l+1) T_(l+1) that a short one could show
         kept = plan.width(level + 1).subs(N, sympy.oo)
-        return sympy.Min(plan.tokens(level), kept * plan.block(level + 1))
+        return sympy.Min(plan.key_tokens(level), kept * plan.block(level + 1))
 
     @property
     def keys(self) -> sympy.Expr:
@@ -101,8 +101,8 @@ class Cost:
         """Whether, for a length, all queries see `keys` keys: whatever they keep, no short last token is in the way."""
         plan = self.plan
         return all(
-            evaluate(plan.width(level), n_tokens) == evaluate(plan.tokens(level), n_tokens)
-            or evaluate(plan.tokens(level - 1), n_tokens) % plan.block(level) == 0
+            evaluate(plan.width(level), n_tokens) == evaluate(plan.key_tokens(level), n_tokens)
+            or evaluate(plan.key_tokens(level - 1), n_tokens) % plan.block(level) == 0
             for level in plan.levels
         )
 
@@ -118,17 +118,18 @@ class Cost:
         row = 2 * HEADS * plan.head_dim  # one product of two rows
         for level in plan.levels:
             stage = "pool" if level <= 2 else "pool_sums"
-            yield Share(stage, level, plan.pooled_tensors * HEADS * plan.head_dim * plan.tokens(level - 1))
-            yield Share(f"select_l{level}", level, row * plan.tokens(level) * self.candidates(level))
+            of_keys = (len(plan.pooled) - 1) * KV_HEADS * plan.key_tokens(level - 1)
+            yield Share(stage, level, plan.head_dim * (HEADS * plan.query_tokens(level - 1) + of_keys))
+            yield Share(f"select_l{level}", level, row * plan.query_tokens(level) * self.candidates(level))
         for level in plan.attended:
-            pairs = row * N * self.candidates(level)
+            pairs = row * M * self.candidates(level)
             yield Share("attend", level, FORWARD_PRODUCTS * pairs)
             yield Share("grad_q", level, GRAD_Q_PRODUCTS * pairs)
             yield Share(f"grad_kv_l{level}", level, GRAD_KV_PRODUCTS * pairs)
         for level in plan.listed:
             above = plan.enriched_above(level)
             if above:  # pooling backwards: dk and dv of the level above are added to those below it
-                yield Share(f"grad_kv_l{level}", above, 2 * HEADS * plan.head_dim * plan.tokens(level))
+                yield Share(f"grad_kv_l{level}", above, 2 * KV_HEADS * plan.head_dim * plan.key_tokens(level))
 
     def level_flops(self, level: int) -> sympy.Expr:
         """FLOPs of both passes that the keys of one level cause (0: the tokens)."""
@@ -163,8 +164,8 @@ class Cost:
 
     def dtype_of(self, buffer: Buffer) -> str:
         """The dtype of a buffer."""
-        share = "bfloat16" if self.dtype == "bfloat16" else "float32"
-        return {"input": self.dtype, "share": share}.get(buffer.dtype, buffer.dtype)
+        partial = "bfloat16" if self.dtype == "bfloat16" else "float32"
+        return {"input": self.dtype, "partial": partial}.get(buffer.dtype, buffer.dtype)
 
     def buffer_bytes(self, buffer: Buffer) -> sympy.Expr:
         """Bytes of a buffer."""
@@ -172,7 +173,7 @@ class Cost:
 
     @cached_property
     def _decided(self) -> list[tuple[sympy.Expr, sympy.Expr]]:
-        """What the host code decides: into how many splits queries come, and how much room there is for extra parts."""
+        """What the host code decides: into how many splits queries come, and the room for overflow parts."""
         decided: list[tuple[sympy.Expr, sympy.Expr]] = [
             (splits(level), self._splits(level)) for level in self.plan.split
         ]
@@ -185,10 +186,10 @@ class Cost:
         """How many splits the queries of a level come in: what `split_queries` of the host code says."""
         plan, tiles = self.plan, self.schedule[f"grad_kv_l{level}"]
         keys = plan.keys_of_keeper(level)
-        queries = N if level == plan.top else sympy.Min(N, plan.span(level + 1))
+        queries = M if level == plan.top else sympy.Min(M, plan.span(level + 1))
         programs = HEADS * plan.keepers(level) * ceil_div(keys, tiles["BLOCK_N"])
-        few_shares = sympy.floor(queries / (plan.queries_per_partial * keys))
-        wanted = sympy.Max(1, sympy.Min(sympy.ceiling(FILLING / programs), few_shares))
+        few_sums = sympy.floor(queries / (plan.queries_per_partial * keys))
+        wanted = sympy.Max(1, sympy.Min(sympy.ceiling(FILLING / programs), few_sums))
         rows = tiles["BLOCK_M"] * sympy.ceiling(sympy.ceiling(queries / wanted) / tiles["BLOCK_M"])
         return sympy.ceiling(queries / rows)
 
@@ -236,9 +237,10 @@ def dense(head_dim: int, element: int = 2) -> Totals:
     )
 
 
-def evaluate(expr: sympy.Expr, n_tokens: int, heads: int = 1) -> int:
-    """The value of an expression of this module for a length and a number of heads (B*H): an exact integer."""
-    value = sympy.sympify(expr).subs({N: n_tokens, HEADS: heads})
+def evaluate(expr: sympy.Expr, n_tokens: int, heads: int = 1, m_tokens: int | None = None) -> int:
+    """The value of an expression of this module, an exact integer: N keys, B*H heads, M queries (N unless given)."""
+    sizes = [(N, n_tokens), (M, n_tokens if m_tokens is None else m_tokens), (HEADS, heads), (KV_HEADS, heads)]
+    value = sympy.sympify(expr).subs(sizes)
     if not value.is_Integer:
-        raise ValueError(f"expected an expression in n_tokens and heads, got {expr}, which is {value}")
+        raise ValueError(f"expected an expression in lengths and numbers of heads, got {expr}, which is {value}")
     return int(value)

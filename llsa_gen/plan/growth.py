@@ -12,7 +12,7 @@ import sympy
 
 from llsa_gen.plan.cost import FORWARD_PRODUCTS, GRAD_KV_PRODUCTS, GRAD_Q_PRODUCTS, Cost, evaluate
 from llsa_gen.plan.plan import Plan
-from llsa_gen.plan.sizes import HEADS, N
+from llsa_gen.plan.sizes import HEADS, KV_HEADS, M, N
 from llsa_gen.spec import MAX_LEVELS, Spec
 
 __all__ = ["Growth", "growth", "order", "order_with_levels", "smooth", "top_share", "with_another_level"]
@@ -43,7 +43,8 @@ class Growth:
 
 
 def smooth(expr: sympy.Expr) -> sympy.Expr:
-    """An expression as N grows: `ceiling(x)` and `floor(x)` become `x`, a minimum the argument that stays small."""
+    """An expression as N grows, M with it: `ceiling(x)` and `floor(x)` become `x`, a minimum what stays small."""
+    expr = cast(sympy.Expr, expr.subs([(M, N), (KV_HEADS, HEADS)]))
     rules = {
         sympy.ceiling: lambda x: x,
         sympy.floor: lambda x: x,
@@ -60,7 +61,7 @@ def _at_infinity(expr: sympy.Expr) -> sympy.Expr:
 
 
 def order(expr: sympy.Expr) -> tuple[int, sympy.Expr]:
-    """(p, c) so that an expression of the plan is c N^p for large N, for one head."""
+    """(p, c) so that an expression of the plan is c N^p for large N, for one head and as many queries as keys."""
     expr = smooth(expr).subs(HEADS, 1)
     exponent = sympy.limit(sympy.log(expr) / sympy.log(N), N, sympy.oo)
     return int(exponent), sympy.limit(expr / N**exponent, N, sympy.oo)
@@ -70,7 +71,7 @@ def growth(cost: Cost) -> Growth:
     """The growth of the FLOPs of both passes."""
     plan = cost.plan
     exponent, _ = order(cost.totals.flops)
-    queries = N if plan.attends_top else plan.tokens(plan.top)
+    queries = M if plan.attends_top else plan.query_tokens(plan.top)
     _, pairs = order(queries * cost.candidates(plan.top))
     polynomial = sympy.Poly(smooth(cost.totals.flops).subs(HEADS, 1), N)
     quadratic, rest = polynomial.coeff_monomial(N**2), polynomial.coeff_monomial(N)
@@ -88,7 +89,7 @@ def order_with_levels(plan: Plan) -> str:
     block, d = sympy.Integer(plan.block(plan.top)), plan.head_dim
     candidates = plan.topk(plan.top) * block
     top, level = sympy.Symbol("T", positive=True), sympy.Symbol("l", integer=True, positive=True)
-    pooled = sympy.summation(plan.pooled_tensors * d * block ** (1 - level), (level, 1, LEVELS))
+    pooled = sympy.summation(len(plan.pooled) * d * block ** (1 - level), (level, 1, LEVELS))
     scored = sympy.summation(2 * d * candidates * block**-level, (level, 1, LEVELS - 1)) + 2 * d * top * block**-LEVELS
     seen = candidates + ((LEVELS - 1) * candidates + top if plan.attends_top else 0)
     a_token = sympy.expand(pooled + scored + 2 * d * PRODUCTS * seen)

@@ -1,13 +1,13 @@
 """The levels of a spec: how many tokens each has, what a query sees of it, which levels lead to which.
 
-In the names of the semantics: N tokens, L levels, spans P_l, T_l tokens a level, K_l kept.
+In the names of the semantics: M queries, N keys, L levels, spans P_l, T_l(M) and T_l(N) tokens a level, K_l kept.
 """
 
 from dataclasses import dataclass
 
 import sympy
 
-from llsa_gen.plan.sizes import MAX_TOKENS, N, ceil_div
+from llsa_gen.plan.sizes import MAX_TOKENS, M, N, ceil_div
 from llsa_gen.spec import Spec
 
 MAX_SORTED = 64
@@ -16,7 +16,7 @@ MAX_SORTED = 64
 
 @dataclass(frozen=True)
 class Levels:
-    """What the templates and the cost model ask about the levels of a spec; sizes are expressions in `n_tokens`."""
+    """What templates and the cost model ask about the levels of a spec; sizes are expressions in M and N."""
 
     spec: Spec
 
@@ -72,17 +72,21 @@ class Levels:
         """P_l, capped at `MAX_TOKENS`: the levels above have one token whatever their span, so nothing changes."""
         return min(self.spec.span(level), MAX_TOKENS)
 
-    def tokens(self, level: int) -> sympy.Expr:
-        """T_l = ceil(N / P_l)."""
+    def query_tokens(self, level: int) -> sympy.Expr:
+        """T_l(M) = ceil(M / P_l)."""
+        return ceil_div(M, self.span(level)) if level else M
+
+    def key_tokens(self, level: int) -> sympy.Expr:
+        """T_l(N) = ceil(N / P_l)."""
         return ceil_div(N, self.span(level)) if level else N
 
     def width(self, level: int) -> sympy.Expr:
         """Columns of the index list of a level: the most tokens that a query token of that level can keep.
 
-        min(K_l, T_l, b_(l+1) width_(l+1)), where T_l is never more than b_(l+1) T_(l+1): so the smallest of a few
-        numbers, and T_l.
+        min(K_l, T_l(N), b_(l+1) width_(l+1)), where T_l is never more than b_(l+1) T_(l+1): so the smallest of a few
+        numbers, and T_l(N).
         """
-        return sympy.Min(self.most_kept(level), self.tokens(level))
+        return sympy.Min(self.most_kept(level), self.key_tokens(level))
 
     def most_kept(self, level: int) -> int:
         """`width` of a level in the longest sequences."""
@@ -121,7 +125,7 @@ class Levels:
 
     @property
     def max_tokens(self) -> int:
-        """Longest sequence: tokens and the entries of an index list, T_l K_l, are counted in 32 bits."""
+        """Most queries or keys of a head: tokens and the entries of an index list, T_l K_l, are counted in 32 bits."""
         return min(MAX_TOKENS, *(self.span(level) * (2**31 // self.topk(level) - 1) for level in self.levels))
 
     @property

@@ -1,8 +1,8 @@
 """Lower a spec to a plan: the size of every buffer and grid as an expression in the lengths, and the kernels in order.
 
-The plan says *what* is computed, in the names of the semantics (N tokens, L levels, spans P_l, T_l tokens a level,
-K_l kept); it knows neither text nor GPUs. Sizes are sympy expressions in two lengths, `n_tokens` (N) and `heads`
-(B*H, every head of every batch entry), and in the tile shapes that a schedule fills in later.
+The plan says *what* is computed, in the names of the semantics (M queries, N keys, L levels, spans P_l, T_l tokens a
+level, K_l kept); it knows neither text nor GPUs. Sizes are sympy expressions in `m_tokens` (M), `n_tokens` (N), `heads`
+(B*H, the query heads of every batch entry), `kv_heads` (B*H_kv, as many for now) and the tile shapes of a schedule.
 """
 
 import json
@@ -15,7 +15,7 @@ from typing import NamedTuple
 import sympy
 
 from llsa_gen.plan.buffers import Buffers, Role
-from llsa_gen.plan.sizes import HEADS, ceil_div, parts, splits, tile
+from llsa_gen.plan.sizes import HEADS, KV_HEADS, ceil_div, parts, splits, tile
 from llsa_gen.spec import Spec
 
 Names = tuple[str, ...]
@@ -30,7 +30,8 @@ class Scalar(NamedTuple):
 
 
 SCALE = Scalar("scale", "s")
-H, B_H, N_TOKENS = Scalar("heads_per_batch", "H"), Scalar("heads", "B*H"), Scalar("n_tokens", "N")
+H, B_H = Scalar("heads_per_batch", "H"), Scalar("heads", "B*H")
+M_TOKENS, N_TOKENS = Scalar("m_tokens", "M"), Scalar("n_tokens", "N")
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Kernel:
     programs: sympy.Expr
     reads: Names
     writes: Names
-    scalars: tuple[Scalar, ...] = (N_TOKENS,)
+    scalars: tuple[Scalar, ...] = (M_TOKENS, N_TOKENS)
     optional: Names = ()  # buffers that are read where there are any, and None otherwise
     level: int | None = None
     twin: bool = False  # whether a kernel in Gluon can take its place
@@ -78,20 +79,21 @@ class Plan(Buffers):
 
     def keepers(self, level: int) -> sympy.Expr:
         """Of a level that is `split`: query tokens a head whose queries all attend to the same keys of it."""
-        return sympy.Integer(1) if level == self.top else self.tokens(level + 1)
+        return sympy.Integer(1) if level == self.top else self.query_tokens(level + 1)
 
     def keys_of_keeper(self, level: int) -> sympy.Expr:
         """Of a level that is `split`: the most keys that the queries of a keeper attend to."""
-        return self.tokens(level) if level == self.top else self.width(level + 1) * self.block(level + 1)
+        return self.key_tokens(level) if level == self.top else self.width(level + 1) * self.block(level + 1)
 
     def overflow_parts(self, level: int) -> sympy.Expr:
-        """Most parts beyond the first into which the lists of a level's keys can be cut, PART entries each.
+        """Most overflow parts of the lists of a level's keys: what is beyond the first PART entries, PART entries each.
 
-        A level has as many lists as tokens, each no longer than that, with K entries a token in all.
+        A level has a list a key token, as long as there are query tokens at most, with K entries a query token in all.
         """
-        tokens = self.tokens(level + 1)
-        of_a_list = sympy.floor((tokens - 1) / tile("PART"))
-        return sympy.Min(sympy.floor(tokens * self.width(level + 1) / tile("PART")), tokens * of_a_list)
+        queries = self.query_tokens(level + 1)
+        of_a_list = sympy.floor((queries - 1) / tile("PART"))
+        entries = queries * self.width(level + 1)
+        return sympy.Min(sympy.floor(entries / tile("PART")), self.key_tokens(level + 1) * of_a_list)
 
     @property
     def saved(self) -> tuple[str, ...]:
@@ -143,30 +145,34 @@ class Plan(Buffers):
         return {kernel.name: kernel for kernel in (*self.kernels, self.recompute)}
 
     def _pool(self) -> Iterable[Kernel]:
-        names = ("q", "k", "v")[: self.pooled_tensors]
         for step in self.pool_steps:
             first, last = step[0], step[-1]
-            kind = "pool" if first == 1 else "pool_sums"
-            reads = names if first == 1 else (f"sums_l{first - 1}",)
-            writes = [f"{name}_l{level}" for level in step for name in names]
+            from_tokens = first == 1
+            writes = [f"{name}_l{level}" for level in step for name in self.pooled]
             writes += [f"counts_l{level}" for level in step]  # zero, before the selection adds to them
-            writes += [f"sums_l{last}"] * (last < self.top)
-            scalars = (H, B_H, N_TOKENS) if first == 1 else (B_H, N_TOKENS)
-            programs = ceil_div(self.tokens(last), 1 if len(step) == 2 else tile("CHILDREN"))
+            writes += [f"{name}_sums_l{last}" for name in self.pooled] * (last < self.top)
+
+            def programs(tokens: sympy.Expr, of_token: bool = len(step) == 2) -> sympy.Expr:
+                return ceil_div(tokens, 1 if of_token else tile("CHILDREN"))
+
+            of_keys = (len(self.pooled) - 1) * KV_HEADS * programs(self.key_tokens(last))
             yield Kernel(
-                f"pool_l{first}_kernel", kind, f"means of level {' and '.join(map(str, step))}",
-                self.pooled_tensors * HEADS * programs, tuple(reads), tuple(writes), scalars,
+                f"pool_l{first}_kernel", "pool" if from_tokens else "pool_sums",
+                f"means of level {' and '.join(map(str, step))}",
+                HEADS * programs(self.query_tokens(last)) + of_keys,
+                self.pooled if from_tokens else tuple(f"{name}_sums_l{first - 1}" for name in self.pooled),
+                tuple(writes), (*((H,) if from_tokens else ()), B_H, M_TOKENS, N_TOKENS),
             )  # fmt: skip
 
     def _select(self) -> Iterable[Kernel]:
         for level in reversed(self.levels):
             reads = (f"q_l{level}", f"k_l{level}")
             if level == self.top:
-                rows = ceil_div(self.tokens(level), tile("BLOCK_M"))
+                rows = ceil_div(self.query_tokens(level), tile("BLOCK_M"))
             else:
                 reads += (f"kept_l{level + 1}",)
-                children = sympy.Min(self.block(level + 1), self.tokens(level))
-                rows = self.tokens(level + 1) * ceil_div(children, tile("BLOCK_M"))
+                children = sympy.Min(self.block(level + 1), self.query_tokens(level))
+                rows = self.query_tokens(level + 1) * ceil_div(children, tile("BLOCK_M"))
             yield Kernel(
                 f"select_l{level}_kernel", "select", f"Top-{self.topk(level)} of level {level}", HEADS * rows,
                 reads, (f"kept_l{level}", f"counts_l{level}"), level=level,
@@ -186,19 +192,19 @@ class Plan(Buffers):
     @property
     def query_programs(self) -> sympy.Expr:
         """Programs of a kernel that walks over query blocks, per head."""
-        blocks = self.tokens(1)
+        blocks = self.query_tokens(1)
         if not self.grouped:
             return blocks * ceil_div(sympy.Integer(self.block(1)), tile("BLOCK_M"))
         if self.shared_level is None:
             return ceil_div(blocks, tile("GROUP"))
         sharing = sympy.Min(self.blocks_sharing, blocks)
-        return self.tokens(self.shared_level) * ceil_div(sharing, tile("GROUP"))
+        return self.query_tokens(self.shared_level) * ceil_div(sharing, tile("GROUP"))
 
     def _attend(self) -> Kernel:
         return Kernel(
             "attend_kernel", "attend", "o and lse: one softmax over all levels", HEADS * self.query_programs,
-            ("q", "k", "v", *self._coarse(), *self._lists()), ("o", "lse", "peak", "total"), (SCALE, H, N_TOKENS),
-            twin=True,
+            ("q", "k", "v", *self._coarse(), *self._lists()), ("o", "lse", "peak", "total"),
+            (SCALE, H, M_TOKENS, N_TOKENS), twin=True,
         )  # fmt: skip
 
     @property
@@ -207,7 +213,7 @@ class Plan(Buffers):
 
         A program looks after 16 programs of the kernel before it, of four query blocks each.
         """
-        programs = HEADS * ceil_div(ceil_div(self.tokens(1), 4), 16)
+        programs = HEADS * ceil_div(ceil_div(self.query_tokens(1), 4), 16)
         return replace(
             self._attend(), name="attend_recompute_kernel", computes="o and lse again", programs=programs, twin=False
         )
@@ -226,10 +232,10 @@ class Plan(Buffers):
         for level in reversed(self.levels):
             reads: Names = (f"kept_l{level}", f"offsets_l{level}")
             if level == self.top:
-                programs = ceil_div(self.tokens(level), tile("KEYS"))
+                programs = ceil_div(self.key_tokens(level), tile("KEYS"))
             else:
                 reads += (f"offsets_l{level + 1}", f"keepers_l{level + 1}")
-                programs = self.tokens(level + 1)
+                programs = self.key_tokens(level + 1)
             yield Kernel(
                 f"invert_l{level}_kernel", "invert", f"which query tokens keep which key of level {level}",
                 HEADS * programs, reads, (f"keepers_l{level}",), level=level,
@@ -239,7 +245,7 @@ class Plan(Buffers):
         reads = ("q", "k", "v", *self._coarse(), *self._lists(), "o", "grad_o", "peak", "total")
         return Kernel(
             "grad_q_kernel", "grad_q", "dq, and delta = sum(o do)", HEADS * self.query_programs,
-            reads, ("grad_q", "delta"), (SCALE, H, N_TOKENS), ("grad_lse",), twin=True,
+            reads, ("grad_q", "delta"), (SCALE, H, M_TOKENS, N_TOKENS), ("grad_lse",), twin=True,
         )  # fmt: skip
 
     def _grad_kv(self, level: int) -> Iterable[Kernel]:
@@ -256,41 +262,43 @@ class Plan(Buffers):
         programs = self.keepers(level) * splits(level) * ceil_div(self.keys_of_keeper(level), tile("BLOCK_N"))
         lists: Names = ()
         if level == self.top:
-            kind, at, sums = "grad_sum", None, ceil_div(self.tokens(level), tile("BLOCK"))
+            kind, at, sums = "grad_sum", None, ceil_div(self.key_tokens(level), tile("BLOCK"))
         else:
             reads += (f"kept_l{level + 1}",)
             children = ceil_div(sympy.Integer(self.block(level + 1)), tile("BLOCK"))
-            kind, at, sums = "grad_gather", level, self.tokens(level + 1) * children
+            kind, at, sums = "grad_gather", level, self.key_tokens(level + 1) * children
             lists = (f"kept_l{level + 1}", f"keepers_l{level + 1}", f"offsets_l{level + 1}")
-        rows, shares = Scalar(f"rows_l{level}", "queries a split"), Scalar(f"splits_l{level}", "how many splits")
+        lengths = (M_TOKENS, N_TOKENS) if lists else (N_TOKENS,)
+        rows, many = Scalar(f"rows_l{level}", "queries a split"), Scalar(f"splits_l{level}", "how many splits")
         yield Kernel(
-            f"grad_kv_l{level}_kernel", "grad_kv", f"dk, dv of level {level}, a share of the queries each",
-            HEADS * programs, reads, partial, (rows, shares, SCALE, H, N_TOKENS), level=level, twin=True,
+            f"grad_kv_l{level}_kernel", "grad_kv", f"dk, dv of level {level}, a split of the queries each",
+            HEADS * programs, reads, partial, (rows, many, SCALE, H, M_TOKENS, N_TOKENS), level=level, twin=True,
         )  # fmt: skip
         yield Kernel(
-            f"grad_kv_l{level}_sum_kernel", kind, f"dk, dv of level {level}: the shares summed in order",
-            HEADS * sums, (*partial, *lists, *flow), made, (shares, N_TOKENS), level=at,
+            f"grad_kv_l{level}_sum_kernel", kind, f"dk, dv of level {level}: the partial sums in order",
+            KV_HEADS * sums, (*partial, *lists, *flow), made, (many, *lengths), level=at,
         )  # fmt: skip
 
     def _by_list(self, level: int, reads: Names, flow: Names, made: Names) -> Iterable[Kernel]:
         tiles = ceil_div(sympy.Integer(self.block(level + 1)), tile("BLOCK_N"))
         reads += (f"keepers_l{level + 1}", f"offsets_l{level + 1}", f"overflow_l{level + 1}")
-        extra = f"overflow_grad_k_l{level}", f"overflow_grad_v_l{level}"
-        scalars = (Scalar(f"parts_l{level}", "room for extra parts a head"), SCALE, H, N_TOKENS)
+        overflow = f"overflow_grad_k_l{level}", f"overflow_grad_v_l{level}"
+        scalars = (Scalar(f"parts_l{level}", "room for overflow parts a head"), SCALE, H, M_TOKENS, N_TOKENS)
         yield Kernel(
             f"grad_kv_l{level}_overflow_kernel", "grad_kv",
             f"dk, dv of level {level}: what the first part of a popular list leaves over",
-            HEADS * parts(level) * tiles, reads, extra, scalars, level=level,
+            HEADS * parts(level) * tiles, reads, overflow, scalars, level=level,
         )  # fmt: skip
         yield Kernel(
             f"grad_kv_l{level}_kernel", "grad_kv", f"dk, dv of level {level}",
-            HEADS * self.tokens(level + 1) * tiles, (*reads, *extra, *flow), made, scalars, level=level, twin=True,
+            KV_HEADS * self.key_tokens(level + 1) * tiles, (*reads, *overflow, *flow), made, scalars,
+            level=level, twin=True,
         )  # fmt: skip
 
     # ---- printing -----------------------------------------------------------------------------------------------
 
     def to_dict(self) -> dict[str, object]:
-        """The plan as plain data: expressions as text in `n_tokens`, `heads` and the tile shapes."""
+        """The plan as plain data: expressions as text in the lengths, the numbers of heads and tile shapes."""
 
         def kernel(step: Kernel) -> dict[str, object]:
             return {
@@ -306,7 +314,8 @@ class Plan(Buffers):
             "levels": {
                 str(level): {
                     "span": self.span(level),
-                    "tokens": str(self.tokens(level)),
+                    "query_tokens": str(self.query_tokens(level)),
+                    "key_tokens": str(self.key_tokens(level)),
                     "width": str(self.width(level)),
                 }
                 for level in self.levels

@@ -2,11 +2,20 @@
 
 import sympy
 
+M = sympy.Symbol("m_tokens", integer=True, positive=True)
+"""Queries of a head."""
+
 N = sympy.Symbol("n_tokens", integer=True, positive=True)
+"""Keys of a head."""
+
 HEADS = sympy.Symbol("heads", integer=True, positive=True)
+"""B*H, the heads of all queries."""
+
+KV_HEADS = sympy.Symbol("kv_heads", integer=True, positive=True)
+"""B*H_kv, the heads of all keys."""
 
 MAX_TOKENS = 2**30
-"""Longest sequence. Kernels keep token numbers in 32 bits; a level that spans more than this has exactly one token."""
+"""Most queries or keys of a head. Token numbers have 32 bits; a level that spans more has exactly one token."""
 
 
 def splits(level: int) -> sympy.Symbol:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
         WEIGHTED,
         saved_shapes,
     )
-    from llsa_gen.runtime.sizes import level_tokens
+    from llsa_gen.runtime.sizes import level_tokens, sizes_of
 
 # ---- spliced into every module from here on
 
@@ -37,9 +37,9 @@ def slices(length: int, step: int) -> list[slice]:
     return [slice(first, min(first + step, length)) for first in range(0, length, step)]
 
 
-def block_sizes(n_tokens: int) -> Sequence[int]:
-    """b_1, b_2, ...; of a sequence shorter than a block N, 1, 1, ...: nothing is filled up to what it has none of."""
-    return BLOCKS if n_tokens >= BLOCKS[0] else (n_tokens, *(1 for _ in BLOCKS[1:]))
+def block_sizes(length: int) -> Sequence[int]:
+    """b_1, b_2, ...; of a sequence shorter than a block its length, 1, 1, ...: nothing is filled up."""
+    return BLOCKS if length >= BLOCKS[0] else (length, *(1 for _ in BLOCKS[1:]))
 
 
 def blocks_of(x: torch.Tensor, block: int, run: slice | None = None) -> torch.Tensor:
@@ -127,36 +127,39 @@ def best_tokens(scores: torch.Tensor, token: torch.Tensor, exists: torch.Tensor,
     return torch.where(best == EMPTY.value, -1, 0x7FFFFFFF - (best & 0x7FFFFFFF)).int()
 
 
-def select_means(kept: Tensors, q_means: Tensors, k_means: Tensors, n_tokens: int) -> None:
-    """Fill in the kept tokens [H, T_l, width] of each level, finest first, from the means [H, T_l, D] of each level."""
+def select_means(kept: Tensors, q_means: Tensors, k_means: Tensors, m_tokens: int, n_tokens: int) -> None:
+    """Fill in the kept tokens [H, T_l(M), width] of each level, finest first, from the means of each level.
+
+    Those of the queries are [H, T_l(M), D], those of the keys [H, T_l(N), D].
+    """
     heads, n_top, _ = k_means[-1].shape
     token = torch.arange(n_top, device=k_means[-1].device).expand(heads, 1, n_top)
-    for rows in slices(n_top, CHUNK // (heads * n_top)):
+    for rows in slices(q_means[-1].shape[1], CHUNK // (heads * n_top)):
         scores = q_means[-1][:, rows] @ k_means[-1].mT
         kept[-1][:, rows] = best_tokens(scores[:, None], token, token >= 0, kept[-1].shape[2])[:, 0]
     for level in range(LEVELS - 1, 0, -1):
-        above, block, n_rows = kept[level], block_sizes(n_tokens)[level], k_means[level - 1].shape[1]
-        k_blocks = blocks_of(k_means[level - 1], block)
-        for run in slices(above.shape[1], CHUNK // (heads * above.shape[2] * block * (HEAD_DIM.value + block))):
-            lists, queries = above[:, run], blocks_of(q_means[level - 1], block, run)
-            child, exists = children_of(lists, block, n_rows)
+        above, q_block, k_block = kept[level], block_sizes(m_tokens)[level], block_sizes(n_tokens)[level]
+        k_blocks = blocks_of(k_means[level - 1], k_block)
+        for run in slices(above.shape[1], CHUNK // (heads * above.shape[2] * k_block * (HEAD_DIM.value + q_block))):
+            lists, queries = above[:, run], blocks_of(q_means[level - 1], q_block, run)
+            child, exists = children_of(lists, k_block, k_means[level - 1].shape[1])
             scores = queries @ gather_blocks(k_blocks, lists).mT
             put_blocks(kept[level - 1], run, best_tokens(scores, child, exists, kept[level - 1].shape[2]))
 
 
-def elements_seen(kept: Tensors, n_tokens: int) -> int:
+def elements_seen(kept: Tensors, m_tokens: int, n_tokens: int) -> int:
     """Elements of the keys, values and logits of a block of queries of one head, the logits twice."""
     blocks = block_sizes(n_tokens)
     listed = sum(kept[level].shape[2] * blocks[level] for level in LISTED)
     seen = listed + level_tokens(n_tokens)[LEVELS] if LEVELS in ENRICHED else listed
-    return 2 * (listed * HEAD_DIM.value + seen * blocks[0])
+    return 2 * (listed * HEAD_DIM.value + seen * block_sizes(m_tokens)[0])
 
 
-def slices_of_heads(kept: Tensors, n_tokens: int) -> list[slice]:
+def slices_of_heads(kept: Tensors, m_tokens: int, n_tokens: int) -> list[slice]:
     """Slices of the heads: of so many that a block of queries of each, of any level, fits into CHUNK elements."""
-    most = max(elements_seen(kept, n_tokens), level_tokens(n_tokens)[LEVELS])
-    for lists, block in zip(kept[1:], block_sizes(n_tokens)[1:], strict=True):
-        most = max(most, lists.shape[2] * block * (HEAD_DIM.value + block))
+    most = max(elements_seen(kept, m_tokens, n_tokens), level_tokens(n_tokens)[LEVELS])
+    for lists, q_block, k_block in zip(kept[1:], block_sizes(m_tokens)[1:], block_sizes(n_tokens)[1:], strict=True):
+        most = max(most, lists.shape[2] * k_block * (HEAD_DIM.value + q_block))
     return slices(kept[0].shape[0], CHUNK // most)
 
 
@@ -164,8 +167,9 @@ def select_torch(q: torch.Tensor, k: torch.Tensor) -> list[torch.Tensor]:
     """The kept tokens of each level, finest first, in torch."""
     selection = empty_selection(q, k)
     q, k, *kept = (x.flatten(0, 1) for x in (q, k, *selection))
-    for heads in slices_of_heads(kept, q.shape[1]):
-        select_means([lists[heads] for lists in kept], token_means(q[heads]), token_means(k[heads]), q.shape[1])
+    lengths = q.shape[1], k.shape[1]
+    for heads in slices_of_heads(kept, *lengths):
+        select_means([lists[heads] for lists in kept], token_means(q[heads]), token_means(k[heads]), *lengths)
     return selection
 
 
@@ -178,12 +182,13 @@ def log_weights(level: int, token: torch.Tensor, exists: torch.Tensor, n_tokens:
 class Pyramid:
     """Keys and values of some heads as queries see them: every level in float32 and in blocks, and the kept tokens.
 
-    k_levels and v_levels: [H, T_l, D] of the levels, finest first; kept: [H, T_l, width] of every coarse level. top:
-    keys and values [H, T_L, D] and log weights [T_L] of the coarsest level, if all queries see it, or else None.
+    k_levels and v_levels: [H, T_l(N), D] of the levels, finest first; kept: [H, T_l(M), width] of every coarse level,
+    of m_tokens queries. top: keys and values [H, T_L(N), D] and log weights [T_L(N)] of the coarsest level, if all
+    queries see it, or else None.
     """
 
-    def __init__(self, k_levels: Tensors, v_levels: Tensors, kept: Tensors) -> None:
-        self.kept = kept
+    def __init__(self, k_levels: Tensors, v_levels: Tensors, kept: Tensors, m_tokens: int) -> None:
+        self.kept, self.m_tokens, self.q_block = kept, m_tokens, block_sizes(m_tokens)[0]
         self.heads, self.n_tokens, _ = k_levels[0].shape
         self.blocks = block_sizes(self.n_tokens)
         self.k_blocks, self.v_blocks = (
@@ -197,7 +202,8 @@ class Pyramid:
 
     def runs(self) -> list[slice]:
         """Slices of query blocks such that the keys, values and logits of each fit into CHUNK elements."""
-        return slices(self.kept[0].shape[1], CHUNK // (self.heads * elements_seen(self.kept, self.n_tokens)))
+        elements = self.heads * elements_seen(self.kept, self.m_tokens, self.n_tokens)
+        return slices(self.kept[0].shape[1], CHUNK // elements)
 
     def lists(self, run: slice) -> list[torch.Tensor]:
         """What the query blocks of a run keep one level above each listed level: a list of [H, R, width]."""
@@ -270,10 +276,10 @@ def attend_torch(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """o, lse and what the backward pass needs, in torch: of the layout `saved`, the kept tokens alone."""
-    o, lse, saved = empty_outputs(q)
-    kept = saved_lists(saved.zero_(), q)
+    o, lse, saved = empty_outputs(q, k)
+    kept = saved_lists(saved.zero_(), q, k)
     heads_o, heads_lse, q, k, v = (x.flatten(0, 1) for x in (o, lse, q, k, v))
-    for heads in slices_of_heads(kept, q.shape[1]):
+    for heads in slices_of_heads(kept, q.shape[1], k.shape[1]):
         lists = [level[heads] for level in kept]
         attend_heads(heads_o[heads], heads_lse[heads], lists, q[heads], k[heads], v[heads], scale)
     return o, lse, saved
@@ -282,21 +288,20 @@ def attend_torch(
 def attend_heads(
     o: torch.Tensor, lse: torch.Tensor, kept: Tensors, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
 ) -> None:
-    """Fill in o [H, N, D], lse [H, N] and the kept tokens of every level, finest first, of some heads."""
+    """Fill in o [H, M, D], lse [H, M] and the kept tokens of every level, finest first, of some heads."""
     k_levels = [k, *token_means(k)]
-    select_means(kept, token_means(q), k_levels[1:], q.shape[1])
-    pyramid = Pyramid(k_levels, enriched_by(v), kept)
+    select_means(kept, token_means(q), k_levels[1:], q.shape[1], k.shape[1])
+    pyramid = Pyramid(k_levels, enriched_by(v), kept, q.shape[1])
     for run in pyramid.runs():
-        queries = blocks_of(q, pyramid.blocks[0], run).float().contiguous()
+        queries = blocks_of(q, pyramid.q_block, run).float().contiguous()
         part_o, part_lse = attend_blocks(queries, *pyramid.gather(pyramid.lists(run)), pyramid.top, scale)
         put_blocks(o, run, part_o)
         put_blocks(lse, run, part_lse)
 
 
-def saved_lists(saved: torch.Tensor, q: torch.Tensor) -> list[torch.Tensor]:
-    """The kept tokens of each level, finest first, in what the forward pass over q left to the backward pass."""
-    heads, n_tokens = q.shape[0] * q.shape[1], q.shape[2]
-    return views_of(saved, "saved", saved_shapes(heads, n_tokens), q.dtype)[-LEVELS:]
+def saved_lists(saved: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> list[torch.Tensor]:
+    """The kept tokens of each level, finest first, in what the forward pass over q and k left to the backward pass."""
+    return views_of(saved, "saved", saved_shapes(*sizes_of(q, k)), q.dtype)[-LEVELS:]
 
 
 def grad_torch(
@@ -304,12 +309,12 @@ def grad_torch(
     saved: torch.Tensor, scale: float,
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
     """dq, dk, dv in torch: the softmax of every run of query blocks once more, then the pooling backwards."""
-    kept = saved_lists(saved, q)
-    grads = tuple(empty_like(q) for _ in range(3))
+    kept = saved_lists(saved, q, k)
+    grads = tuple(map(empty_like, (q, k, v)))
     dq, dk, dv, grad_o, q, k, v = (x.flatten(0, 1) for x in (*grads, grad_o, q, k, v))
     if grad_lse is not None:
         grad_lse = grad_lse.flatten(0, 1)[..., None]
-    for heads in slices_of_heads(kept, q.shape[1]):
+    for heads in slices_of_heads(kept, q.shape[1], k.shape[1]):
         lists = [level[heads] for level in kept]
         of_lse = None if grad_lse is None else grad_lse[heads]
         grad_heads(dq[heads], dk[heads], dv[heads], lists, grad_o[heads], of_lse, q[heads], k[heads], v[heads], scale)
@@ -320,15 +325,15 @@ def grad_heads(
     dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor, kept: Tensors, grad_o: torch.Tensor,
     grad_lse: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float,
 ) -> None:  # fmt: skip
-    """Fill in dq, dk, dv [H, N, D] of some heads."""
-    pyramid = Pyramid(enriched_by(k), enriched_by(v), kept)
+    """Fill in dq [H, M, D], dk and dv [H, N, D] of some heads."""
+    pyramid = Pyramid(enriched_by(k), enriched_by(v), kept, q.shape[1])
     grad_k = [torch.zeros_like(blocks) for blocks in pyramid.k_blocks]
     grad_v = [torch.zeros_like(blocks) for blocks in pyramid.v_blocks]
     of_top = [] if pyramid.top is None else [torch.zeros_like(x) for x in pyramid.top[:2]]
     for run in pyramid.runs():
         lists = pyramid.lists(run)
-        queries, grads = (blocks_of(x, pyramid.blocks[0], run).float().contiguous() for x in (q, grad_o))
-        of_lse = 0.0 if grad_lse is None else blocks_of(grad_lse, pyramid.blocks[0], run)
+        queries, grads = (blocks_of(x, pyramid.q_block, run).float().contiguous() for x in (q, grad_o))
+        of_lse = 0.0 if grad_lse is None else blocks_of(grad_lse, pyramid.q_block, run)
         gathered = pyramid.gather(lists)
         part_q, parts_k, parts_v = grad_attend_blocks(grads, of_lse, queries, *gathered, pyramid.top, scale)
         put_blocks(dq, run, part_q)

@@ -36,7 +36,7 @@ def grad_kernels(
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
     """dq, dk, dv from what `attend_kernels` returned; grad_lse may be None."""
     at, q, k, v, grad_o = plan_launches((q, k, v, grad_o), grad_lse is not None)
-    grads = empty_like(q), empty_like(q), empty_like(q)
+    grads = empty_like(q), empty_like(k), empty_like(v)
     tensors = q, k, v, grad_o, o, saved, *grads, at.memory("gradients")
     at.run(grad_launches, tensors if grad_lse is None else (*tensors, grad_lse), scale)
     return grads

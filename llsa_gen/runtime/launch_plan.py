@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from llsa_gen.runtime.driver import words_of
     from llsa_gen.runtime.module import LAYOUTS, LEVELS, OPERATOR, ROW_UNIT, SCHEDULES, saved_shapes, work_out
     from llsa_gen.runtime.replay import PLAIN, Argument, Capture, by_triton, by_what_is_ready, give_up, is_watched, tell
+    from llsa_gen.runtime.sizes import sizes_of
 
 # ---- spliced into every module from here on
 
@@ -23,8 +24,8 @@ def ceil_div(a: int, b: int) -> int:
 
 
 def own_dtypes(layout: str, dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """The buffers of a layout and their dtypes; shares are rounded as their sum will be, where the range suffices."""
-    own: dict[Any, Any] = {"input": dtype, "share": dtype if dtype == torch.bfloat16 else torch.float32}
+    """The buffers of a layout and their dtypes; partial sums are rounded as the whole is, if that has the range."""
+    own: dict[Any, Any] = {"input": dtype, "partial": dtype if dtype == torch.bfloat16 else torch.float32}
     return {name: own.get(known, known) for name, known in LAYOUTS[layout].items()}
 
 
@@ -54,20 +55,20 @@ def empty_like(x: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def empty_saved(q: torch.Tensor) -> torch.Tensor:
-    """Memory for what the forward pass over `q` leaves to the backward pass."""
-    _, size = lay_out("saved", saved_shapes(q.shape[0] * q.shape[1], q.shape[2]), q.dtype)
+def empty_saved(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """Memory for what the forward pass over `q` and `k` leaves to the backward pass."""
+    _, size = lay_out("saved", saved_shapes(*sizes_of(q, k)), q.dtype)
     return q.new_empty(size, dtype=torch.uint8)
 
 
-def empty_outputs(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The operator's outputs for inputs like `q`, not filled in: o, lse and what is saved."""
-    return empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32), empty_saved(q)
+def empty_outputs(q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The operator's outputs for inputs like `q` and `k`, not filled in: o, lse and what is saved."""
+    return empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32), empty_saved(q, k)
 
 
 def empty_selection(q: torch.Tensor, k: torch.Tensor) -> list[torch.Tensor]:
     """The kept tokens of each level, finest first, not filled in."""
-    shapes = saved_shapes(q.shape[0] * q.shape[1], q.shape[2])
+    shapes = saved_shapes(*sizes_of(q, k))
     return [
         q.new_empty((*q.shape[:2], *shapes[f"kept_l{level}"][1:]), dtype=torch.int32) for level in range(1, LEVELS + 1)
     ]
@@ -110,22 +111,23 @@ def plan_launches(tensors: Sequence[torch.Tensor], has_grad_lse: bool = False) -
 
     Triton also tells apart where a row begins, at a multiple of 16 bytes or not, and whether lse has a gradient.
     """
-    q = tensors[0]
+    q, k, *_ = tensors
     strides = tuple([x.stride() for x in tensors])
     starts = tuple([x.data_ptr() % 16 for x in tensors])
-    at = launch_plan(q.device, q.dtype, q.shape, strides, starts, has_grad_lse)
+    at = launch_plan(q.device, q.dtype, q.shape, k.shape, strides, starts, has_grad_lse)
     return (at, *tensors) if at is not None else plan_launches([aligned(x) for x in tensors], has_grad_lse)
 
 
 @functools.lru_cache(maxsize=2048)
 def launch_plan(
-    device: torch.device, dtype: torch.dtype, shape: torch.Size, strides: tuple[tuple[int, ...], ...],
-    starts: tuple[int, ...], has_grad_lse: bool,
+    device: torch.device, dtype: torch.dtype, q_shape: torch.Size, k_shape: torch.Size,
+    strides: tuple[tuple[int, ...], ...], starts: tuple[int, ...], has_grad_lse: bool,
 ) -> "LaunchPlan | None":  # fmt: skip
     """One `LaunchPlan` for all calls that Triton does not tell apart; None where tensors have to be copied first."""
     if not all(map(is_aligned, strides)):
         return None
-    return LaunchPlan(device, dtype, shape, strides, starts, schedule_for(target_of(device), dtype, shape[2]))
+    tiles = schedule_for(target_of(device), dtype, k_shape[2])
+    return LaunchPlan(device, dtype, q_shape, k_shape, strides, starts, tiles)
 
 
 class LaunchPlan:
@@ -141,12 +143,12 @@ class LaunchPlan:
     grids: dict[str, tuple[int, dict[str, Any]]]
 
     def __init__(
-        self, device: torch.device, dtype: torch.dtype, shape: torch.Size, strides: tuple[tuple[int, ...], ...],
-        starts: tuple[int, ...], tiles: dict[str, dict[str, Any]],
+        self, device: torch.device, dtype: torch.dtype, q_shape: torch.Size, k_shape: torch.Size,
+        strides: tuple[tuple[int, ...], ...], starts: tuple[int, ...], tiles: dict[str, dict[str, Any]],
     ) -> None:  # fmt: skip
         self.device, self.dtype = device, dtype
-        batch, self.heads_per_batch, self.n_tokens, _ = shape
-        self.heads = batch * self.heads_per_batch
+        batch, self.heads_per_batch, self.m_tokens, _ = q_shape
+        self.heads, self.kv_heads, self.n_tokens = batch * self.heads_per_batch, batch * k_shape[1], k_shape[2]
         self.steps = [stride[:3] for stride in strides]
         # the kernels in Gluon copy 16 bytes at a time, and multiply a stride in 32 bits
         if any(starts) or any(stride[2] >= 2**30 for stride in strides):

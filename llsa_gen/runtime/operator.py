@@ -54,25 +54,29 @@ def register() -> torch.library.Library | None:
         library.impl(OPERATOR + suffix, function, "CUDA")
 
     def fake_backward(
-        grad_o: torch.Tensor, grad_lse: torch.Tensor | None, q: torch.Tensor, *_: object
+        grad_o: torch.Tensor,
+        grad_lse: torch.Tensor | None,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *_: object,
     ) -> tuple[torch.Tensor, ...]:
-        return tuple(empty_like(q) for _ in range(3))
+        return tuple(map(empty_like, (q, k, v)))
 
     name = f"llsa::{OPERATOR}"
-    torch.library.register_fake(name, lambda q, k, v, scale: empty_outputs(q), lib=library)
+    torch.library.register_fake(name, lambda q, k, v, scale: empty_outputs(q, k), lib=library)
     torch.library.register_fake(name + "_backward", fake_backward, lib=library)
     torch.library.register_fake(name + "_select", empty_selection, lib=library)
     torch.library.register_autograd(name, differentiate, setup_context=save_for_backward, lib=library)
     torch.library.register_vmap(name + "_select", select_batched, lib=library)
 
-    def count(which: int, q_shape: Sequence[int]) -> int:
-        batch, heads, n_tokens, _ = q_shape
-        return flops(batch * heads, n_tokens)[which]
+    def count(which: int, q: Sequence[int], k: Sequence[int]) -> int:
+        return flops(q[0] * q[1], k[0] * k[1], q[2], k[2])[which]
 
     operators = [getattr(torch.ops.llsa, OPERATOR + suffix) for suffix in ("", "_backward", "_select")]
-    register_flop_formula(operators[0])(lambda q, *_, **__: count(0, q))
-    register_flop_formula(operators[1])(lambda grad_o, *_, **__: count(1, grad_o))
-    register_flop_formula(operators[2])(lambda q, *_, **__: count(2, q))
+    register_flop_formula(operators[0])(lambda q, k, *_, **__: count(0, q, k))
+    register_flop_formula(operators[1])(lambda grad_o, grad_lse, q, k, *_, **__: count(1, q, k))
+    register_flop_formula(operators[2])(lambda q, k, **__: count(2, q, k))
     operators[0].source, operators[0].file = source, __file__
     return library
 

@@ -77,7 +77,7 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """o, lse and what the backward pass needs, memory of the layout `saved`."""
     if q.numel() == 0:
-        return empty_outputs(q)
+        return empty_outputs(q, k)
     if not runs_kernels(q):
         with without_autocast():
             return attend_torch(q, k, v, scale)
@@ -98,7 +98,7 @@ def backward(
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
     """dq, dk, dv, [B, H, N, D] each, from the gradient of o and, if it has one, that of lse."""
     if q.numel() == 0:
-        return tuple(empty_like(q) for _ in range(3))
+        return tuple(map(empty_like, (q, k, v)))
     saved = in_one_piece(saved)
     if grad_lse is not None:
         grad_lse = in_one_piece(grad_lse)

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import torch
+
 if TYPE_CHECKING:
     from llsa_gen.runtime.launch_plan import ceil_div
     from llsa_gen.runtime.module import BLOCKS, FILLING, LISTED, LISTS_FILL, SPANS, SPLIT_KEYS, WIDTHS
@@ -10,9 +12,14 @@ if TYPE_CHECKING:
 # ---- spliced into every module from here on
 
 
-def level_tokens(n_tokens: int) -> tuple[int, ...]:
-    """T_l, the tokens of every level l = 0..L."""
-    return n_tokens, *[ceil_div(n_tokens, span) for span in SPANS[1:]]
+def level_tokens(length: int) -> tuple[int, ...]:
+    """T_l of a length, the tokens of every level l = 0..L."""
+    return length, *[ceil_div(length, span) for span in SPANS[1:]]
+
+
+def sizes_of(q: torch.Tensor, k: torch.Tensor) -> tuple[int, int, int, int]:
+    """B*H, B*H_kv, M and N of queries and keys: what sizes of buffers depend on."""
+    return q.shape[0] * q.shape[1], k.shape[0] * k.shape[1], q.shape[2], k.shape[2]
 
 
 def split_queries(walks: int, n_queries: int, n_keys: int, tile: dict[str, int]) -> tuple[int, int]:
@@ -27,11 +34,11 @@ def split_queries(walks: int, n_queries: int, n_keys: int, tile: dict[str, int])
     return rows, ceil_div(n_queries, rows)
 
 
-def is_full(tokens: Sequence[int], tile: dict[str, int]) -> bool:
+def is_full(queries: Sequence[int], keys: Sequence[int], tile: dict[str, int]) -> bool:
     """Whether nothing needs a mask: all tokens are whole, so that no list has gaps, and lists fill their tiles."""
-    if not LISTS_FILL or tokens[0] % SPANS[-1]:
+    if not LISTS_FILL or queries[0] % SPANS[-1] or keys[0] % SPANS[-1]:
         return False
     return all(
-        min(WIDTHS[level], tokens[level + 1]) * BLOCKS[level] % tile["BLOCK_C" if level else "BLOCK_N"] == 0
+        min(WIDTHS[level], keys[level + 1]) * BLOCKS[level] % tile["BLOCK_C" if level else "BLOCK_N"] == 0
         for level in LISTED
     )

@@ -34,8 +34,8 @@ Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
 def kernels_of(plan: Plan, stage: str) -> set[str]:
     """The kernels that are timed for a stage: its own, and those that only sum up what it leaves."""
     own = [kernel for kernel in plan.kernels if kernel.stage == stage]
-    shares = {name for kernel in own for name in kernel.writes if plan.buffers[name].dtype == "share"}
-    return {kernel.name for kernel in (*own, *(one for one in plan.kernels if not shares.isdisjoint(one.reads)))}
+    partial = {name for kernel in own for name in kernel.writes if plan.buffers[name].dtype == "partial"}
+    return {kernel.name for kernel in (*own, *(one for one in plan.kernels if not partial.isdisjoint(one.reads)))}
 
 
 class DeviceBench:

@@ -34,7 +34,7 @@ from llsa_gen.emit import TEMPLATES
 from llsa_gen.emit.origin import origin
 from llsa_gen.errors import KernelCompileError, LlsaGenError, SharedMemoryError, UnknownTargetError
 from llsa_gen.plan import lower
-from llsa_gen.plan.sizes import HEADS, N
+from llsa_gen.plan.sizes import HEADS, KV_HEADS, M, N
 from llsa_gen.schedule import targets
 from llsa_gen.store.loading import load_text
 
@@ -200,7 +200,8 @@ def test_the_host_code_launches_what_the_plan_says(
     for launch in [launch for launch in launches if launch.phase != "select" and launch.step]:
         step = planned.pop(0)
         assert step.name == launch.step
-        known: dict[str, Any] = {N.name: n_tokens, HEADS.name: batch * heads}
+        known: dict[str, Any] = {M.name: n_tokens, N.name: n_tokens}
+        known |= {HEADS.name: batch * heads, KV_HEADS.name: batch * heads}
         programs: Any = step.programs
         in_gluon = {"GROUP": 4, "BLOCK_N": 16}  # where they are no arguments
         values = {symbol: {**in_gluon, **launch.arguments, **known}[symbol.name] for symbol in programs.free_symbols}

@@ -16,7 +16,7 @@ from llsa_gen import Level, Spec, compile
 from llsa_gen.aot.launches import record
 from llsa_gen.fuzz.case import lengths, specs
 from llsa_gen.plan import Role, lower
-from llsa_gen.plan.sizes import HEADS, MAX_TOKENS, N, ceil_div, tile
+from llsa_gen.plan.sizes import HEADS, KV_HEADS, MAX_TOKENS, M, N, ceil_div, tile
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = sorted(path.stem for path in (ROOT / "spec").glob("*.yaml"))
@@ -26,7 +26,7 @@ DEEP = Spec(name="deep", head_dim=8, levels=(Level(block=256, topk=1),) * 6)
 
 def value(expr: sympy.Expr, n: int, heads: int = 1, **more: int) -> int:
     """A size for a length, a number of heads, and what the host code decides, by the names of the plan's symbols."""
-    known = {N.name: n, HEADS.name: heads, **more}
+    known = {M.name: n, N.name: n, HEADS.name: heads, KV_HEADS.name: heads, **more}
     size: Any = sympy.sympify(expr)
     result = size.subs({symbol: known[symbol.name] for symbol in size.free_symbols if symbol.name in known})
     assert result.is_Integer, expr
@@ -68,7 +68,8 @@ def test_level_sizes_are_those_of_the_semantics(data: st.DataObject) -> None:
     n, plan = data.draw(lengths(spec, 10**6)), lower(spec)
     tokens, width = n, None
     sizes = [tokens := up(tokens, level.block) for level in spec.levels]
-    assert [value(plan.tokens(level), n) for level in plan.levels] == sizes
+    for tokens_of in (plan.query_tokens, plan.key_tokens):
+        assert [value(tokens_of(level), n) for level in plan.levels] == sizes
     for level in reversed(plan.levels):
         candidates = sizes[level - 1] if width is None else min(sizes[level - 1], width * spec.block(level + 1))
         width = min(spec.topk(level), candidates)
@@ -80,7 +81,7 @@ def test_level_sizes_are_those_of_the_semantics(data: st.DataObject) -> None:
 @example(MAX_TOKENS)
 def test_spans_beyond_the_longest_sequence_change_nothing(n: int) -> None:
     plan = lower(DEEP)
-    assert [value(plan.tokens(level), n) for level in plan.levels] == [up(n, 256**level) for level in plan.levels]
+    assert [value(plan.key_tokens(level), n) for level in plan.levels] == [up(n, 256**level) for level in plan.levels]
     assert max(plan.spans) == MAX_TOKENS < DEEP.span(6)
 
 
@@ -149,8 +150,8 @@ def test_the_host_code_hands_each_kernel_what_the_plan_says(name: str, n: int) -
     plan = lower(attention.spec)
     recorded = record(attention, n, torch.float16, "cuda:90", batch=2, heads=3)
     launches = [launch for launch in recorded if launch.phase != "select" and launch.step]
-    dtypes = {"input": torch.float16, "share": torch.float32, "float32": torch.float32, "int32": torch.int32}
-    of_input = {"n_tokens": n, "heads": 6, "heads_per_batch": 3, "scale": plan.head_dim**-0.5}
+    dtypes = {"input": torch.float16, "partial": torch.float32, "float32": torch.float32, "int32": torch.int32}
+    of_input = {"m_tokens": n, "n_tokens": n, "heads": 6, "heads_per_batch": 3, "scale": plan.head_dim**-0.5}
     of_input |= {f"width_l{level}": value(plan.width(level), n) for level in plan.levels}
     steps = iter(plan.kernels)
     for launch in launches:
@@ -172,17 +173,19 @@ def test_the_host_code_hands_each_kernel_what_the_plan_says(name: str, n: int) -
 @given(specs(max_levels=4))
 def test_axes_of_a_signature_are_the_shape(spec: Spec) -> None:
     plan = lower(spec)
-    names = {"T_0": N, "N": N, "B": HEADS, "H": 1, "D": spec.head_dim, "tensors": plan.pooled_tensors}
+    names = {"M": M, "N": N, "B": HEADS, "H": 1, "H_kv": 1, "D": spec.head_dim}
     for level in plan.levels:
         names |= {
-            f"T_{level}": plan.tokens(level),
+            f"T_{level}M": plan.query_tokens(level),
+            f"T_{level}N": plan.key_tokens(level),
             f"b_{level}": plan.block(level),
             f"width_l{level}": plan.width(level),
         }
     for buffer in plan.buffers.values():
         for axis, size in zip(buffer.axes, buffer.shape, strict=True):
             decided = {str(symbol): symbol for symbol in size.free_symbols}
-            assert value(parse_expr(axis, names | decided) - size, 1000, 6) == 0, (buffer.name, axis)
+            text = axis.replace("(M)", "M").replace("(N)", "N")
+            assert value(parse_expr(text, names | decided) - size, 1000, 6) == 0, (buffer.name, axis)
 
 
 # ---- printing ---------------------------------------------------------------------------------------------------
@@ -196,8 +199,8 @@ def test_a_plan_survives_json(spec: Spec, n: int) -> None:
     assert Spec(**data["spec"]) == spec
     assert [step["name"] for step in data["forward"] + data["backward"]] == [step.name for step in plan.kernels]
     for level in plan.levels:
-        text = data["levels"][str(level)]["tokens"]
-        assert parse_expr(text, {"n_tokens": N}).subs(N, n) == value(plan.tokens(level), n)
+        text = data["levels"][str(level)]["key_tokens"]
+        assert parse_expr(text, {"n_tokens": N}).subs(N, n) == value(plan.key_tokens(level), n)
     assert data["buffers"].keys() == plan.buffers.keys()
 
 
