@@ -44,7 +44,7 @@ SPEC = {
     "name": "llsa_l2",
     "reweight": True,
 }
-OPERATOR = "llsa_l2_f4faec565c8379b3"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
+OPERATOR = "llsa_l2_36d66f1f6cc234d2"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -73,7 +73,7 @@ OPTIONS = {"enable_fp_fusion": True}
 
 # Tile shapes: target, bytes of an element, kernel.
 TILES_1 = {
-    "pool": {"CHILDREN": 16, "ROWS": 8, "num_warps": 2},
+    "pool": {"CHILDREN": 16, "ROWS": 8, "num_warps": 2, "maxnreg": 96},
     "select_l1": {"BLOCK_M": 16, "BLOCK_N": 32, "KEEP": 8, "num_warps": 1, "num_stages": 2, "DOUBLES": 0},
     "select_l2": {"BLOCK_M": 16, "BLOCK_N": 64, "KEEP": 8, "num_warps": 4, "num_stages": 2, "DOUBLES": 0, "SPLIT": 4},
     "attend": {"GROUP": 4, "BLOCK_M": 16, "BLOCK_C": 64, "BLOCK_N": 16, "num_warps": 2, "num_stages": 2, "PIPELINED_QK": 0},
@@ -103,7 +103,7 @@ TILES_2 = {
     "grad_kv_l0": {"PART": 64, "BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 4, "num_stages": 2},
 }
 TILES_3 = {
-    "pool": {"CHILDREN": 16, "ROWS": 8, "num_warps": 2},
+    "pool": {"CHILDREN": 16, "ROWS": 8, "num_warps": 2, "maxnreg": 96},
     "select_l1": {"BLOCK_M": 16, "BLOCK_N": 32, "KEEP": 8, "num_warps": 1, "num_stages": 2, "DOUBLES": 1},
     "select_l2": {"BLOCK_M": 16, "BLOCK_N": 64, "KEEP": 8, "num_warps": 4, "num_stages": 2, "DOUBLES": 1, "SPLIT": 4},
     "attend": {"GROUP": 4, "BLOCK_M": 16, "BLOCK_C": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2, "PIPELINED_QK": 1, "backend": "gluon_sm90", "maxnreg": 128, "triton_maxnreg": 128},
@@ -118,6 +118,7 @@ TILES_3 = {
     "grad_kv_l0": {"PART": 64, "BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 1, "num_stages": 3, "backend": "gluon_sm90", "maxnreg": 168, "triton_maxnreg": 168},
 }
 TILES_4 = TILES_1 | {
+    "pool": {"CHILDREN": 16, "ROWS": 8, "num_warps": 2},
     "grad_kv_l0": {"PART": 64, "BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 1, "num_stages": 3},
 }
 SCHEDULES = {  # the schedule of a length is the first whose key, in tokens, it does not exceed
@@ -135,13 +136,13 @@ SCHEDULES = {  # the schedule of a length is the first whose key, in tokens, it 
 @triton.jit
 def head_and_tile(program, tiles):
     """The head of a program and which of the head's `tiles` it has."""
-    return program // tiles, program % tiles
+    return (program // tiles).to(tl.int64), program % tiles
 
 
 @triton.jit
 def head_token_and_tile(program, tokens, tiles):
     """The head of a program, which of the head's `tokens` it has, and which of the token's `tiles`."""
-    return program // tiles // tokens, program // tiles % tokens, program % tiles
+    return (program // tiles // tokens).to(tl.int64), program // tiles % tokens, program % tiles
 
 
 @triton.jit
@@ -153,7 +154,7 @@ def kv_head_of(head):
 @triton.jit
 def of_head(ptr, head, rows, width):
     """Start of one head of a contiguous buffer [B*H, rows, width]."""
-    return ptr + head.to(tl.int64) * rows * width
+    return ptr + head * rows * width
 
 
 @triton.jit
@@ -287,34 +288,6 @@ def sum_below(
     return tl.sum(total, 1)
 
 
-@triton.jit
-def pool_l1_tile(
-    x_ptr, stride_n, mean_l1_ptr, mean_l2_ptr,
-    counts_l1_ptr, counts_l2_ptr, first, length,
-    CHILDREN: tl.constexpr, ROWS: tl.constexpr, SUMS: tl.constexpr, EVICT_FIRST: tl.constexpr,
-):
-    """Level-2 token `first` of a head of `length` tokens: its mean, and the means of the level-1 tokens that it covers.
-
-    Zeroes their counts, if any."""
-    l1 = tl.cdiv(length, SPAN_1)
-    whole = tl.zeros([PAD_DIM], tl.float32)
-    for child in range(0, tl.minimum(BLOCK_2, l1 - first * BLOCK_2), CHILDREN):
-        place = child + tl.arange(0, CHILDREN)
-        token = first * BLOCK_2 + place
-        inside = (place < BLOCK_2) & (token < l1)
-        total = sum_below(x_ptr, stride_n, token, inside, length, BLOCK_1, ROWS, SUMS, EVICT_FIRST)
-        covered = tl.minimum(length - token * SPAN_1, SPAN_1).to(tl.float32)
-        store_rows(mean_l1_ptr, token, HEAD_DIM, inside, total / covered[:, None])
-        if counts_l1_ptr is not None:
-            tl.store(counts_l1_ptr + token, 0, mask=inside)
-        whole += tl.sum(total, 0)
-    token = first + tl.arange(0, 1)
-    covered = tl.minimum(length - token * SPAN_2, SPAN_2).to(tl.float32)
-    store_rows(mean_l2_ptr, token, HEAD_DIM, token >= 0, whole[None, :] / covered[:, None])
-    if counts_l2_ptr is not None:
-        tl.store(counts_l2_ptr + token, 0)
-
-
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def pool_l1_kernel(
     q_ptr, stride_qb, stride_qh, stride_qn,  # [B, H, M, D]
@@ -332,39 +305,48 @@ def pool_l1_kernel(
 ):
     """Means over the tokens that each token of level 1 and 2 covers: float32 sums, rounded once.
 
-    Grid: B*H * T_2(M) + 2 * B*H_kv * T_2(N), one tensor after the other.
+    A program has a token of level 2, and those of level 1 that it covers, of one tensor. Grid, queries first, values last:
+    B*H * T_2(M) + 2 * B*H_kv * T_2(N).
     """
     SUMS: tl.constexpr = 2 if CHILDREN > 1 and ROWS > 1 else 1  # registers for more programs: some ask while others add
     q_tiles, k_tiles = tl.cdiv(m_tokens, SPAN_2), tl.cdiv(n_tokens, SPAN_2)
-    of_keys = tl.program_id(0) - heads * q_tiles  # the number of the program among those of keys and values, or less than 0
-    if of_keys < 0:
-        head, tile = head_and_tile(tl.program_id(0), q_tiles)
-        pool_l1_tile(
-            head_base(q_ptr, head, stride_qb, stride_qh, heads_per_batch), stride_qn,
-            of_head(q_l1_ptr, head, tl.cdiv(m_tokens, SPAN_1), HEAD_DIM),
-            of_head(q_l2_ptr, head, tl.cdiv(m_tokens, SPAN_2), HEAD_DIM),
-            None, None,
-            tile, m_tokens, CHILDREN, ROWS, SUMS, EVICT_FIRST,
-        )
+    head, tile = head_and_tile(tl.program_id(0), q_tiles)
+    is_key = False
+    if head < heads:
+        length = m_tokens
+        base, stride_n = head_base(q_ptr, head, stride_qb, stride_qh, heads_per_batch), stride_qn
+        mean_l1_ptr = of_head(q_l1_ptr, head, tl.cdiv(length, SPAN_1), HEAD_DIM)
+        mean_l2_ptr = of_head(q_l2_ptr, head, tl.cdiv(length, SPAN_2), HEAD_DIM)
     else:
-        head, tile = head_and_tile(of_keys, k_tiles)  # of the keys, then of the values
+        head, tile = head_and_tile(tl.program_id(0) - heads * q_tiles, k_tiles)
         if head < heads:
-            pool_l1_tile(
-                head_base(k_ptr, head, stride_kb, stride_kh, heads_per_batch), stride_kn,
-                of_head(k_l1_ptr, head, tl.cdiv(n_tokens, SPAN_1), HEAD_DIM),
-                of_head(k_l2_ptr, head, tl.cdiv(n_tokens, SPAN_2), HEAD_DIM),
-                of_head(counts_l1_ptr, head, tl.cdiv(n_tokens, SPAN_1), 1), of_head(counts_l2_ptr, head, tl.cdiv(n_tokens, SPAN_2), 1),
-                tile, n_tokens, CHILDREN, ROWS, SUMS, EVICT_FIRST,
-            )
+            is_key = True
+            length = n_tokens
+            base, stride_n = head_base(k_ptr, head, stride_kb, stride_kh, heads_per_batch), stride_kn
+            mean_l1_ptr = of_head(k_l1_ptr, head, tl.cdiv(length, SPAN_1), HEAD_DIM)
+            mean_l2_ptr = of_head(k_l2_ptr, head, tl.cdiv(length, SPAN_2), HEAD_DIM)
         else:
             head -= heads
-            pool_l1_tile(
-                head_base(v_ptr, head, stride_vb, stride_vh, heads_per_batch), stride_vn,
-                of_head(v_l1_ptr, head, tl.cdiv(n_tokens, SPAN_1), HEAD_DIM),
-                of_head(v_l2_ptr, head, tl.cdiv(n_tokens, SPAN_2), HEAD_DIM),
-                None, None,
-                tile, n_tokens, CHILDREN, ROWS, SUMS, EVICT_FIRST,
-            )
+            length = n_tokens
+            base, stride_n = head_base(v_ptr, head, stride_vb, stride_vh, heads_per_batch), stride_vn
+            mean_l1_ptr = of_head(v_l1_ptr, head, tl.cdiv(length, SPAN_1), HEAD_DIM)
+            mean_l2_ptr = of_head(v_l2_ptr, head, tl.cdiv(length, SPAN_2), HEAD_DIM)
+
+    l1 = tl.cdiv(length, SPAN_1)
+    whole = tl.zeros([PAD_DIM], tl.float32)
+    for child in range(0, tl.minimum(BLOCK_2, l1 - tile * BLOCK_2), CHILDREN):
+        place = child + tl.arange(0, CHILDREN)
+        token = tile * BLOCK_2 + place
+        inside = (place < BLOCK_2) & (token < l1)
+        total = sum_below(base, stride_n, token, inside, length, BLOCK_1, ROWS, SUMS, EVICT_FIRST)
+        covered = tl.minimum(length - token * SPAN_1, SPAN_1).to(tl.float32)
+        store_rows(mean_l1_ptr, token, HEAD_DIM, inside, total / covered[:, None])
+        tl.store(of_head(counts_l1_ptr, head, l1, 1) + token, 0, mask=inside & is_key)
+        whole += tl.sum(total, 0)
+    token = tile + tl.arange(0, 1)
+    covered = tl.minimum(length - token * SPAN_2, SPAN_2).to(tl.float32)
+    store_rows(mean_l2_ptr, token, HEAD_DIM, token >= 0, whole[None, :] / covered[:, None])
+    tl.store(of_head(counts_l2_ptr, head, tl.cdiv(length, SPAN_2), 1) + tile, 0, mask=is_key)
 
 
 # ---- selection -------------------------------------------------------------------------------------------------------
@@ -846,7 +828,7 @@ def scan_kernel(
 
     Grid: B*H * 3.
     """
-    which, head = tl.program_id(0) // heads, tl.program_id(0) % heads
+    which, head = tl.program_id(0) // heads, (tl.program_id(0) % heads).to(tl.int64)
     if which == 0:
         running_sum(counts_l1_ptr, offsets_l1_ptr, head, tl.cdiv(n_tokens, SPAN_1), 0, BLOCK)
     if which == 1:
@@ -1206,8 +1188,10 @@ def grad_kv_l1_kernel(
     """
     n_l1 = tl.cdiv(n_tokens, SPAN_1)
     n_keys = width_l2 * BLOCK_2
-    row, split, tile = head_token_and_tile(tl.program_id(0), splits_l1, tl.cdiv(n_keys, BLOCK_N))
-    head, keeper = head_and_tile(row, tl.cdiv(m_tokens, SPAN_2))
+    tiles, m_l2 = tl.cdiv(n_keys, BLOCK_N), tl.cdiv(m_tokens, SPAN_2)
+    head, keeper, tile = head_token_and_tile(tl.program_id(0), m_l2, splits_l1 * tiles)
+    split, tile = tile // tiles, tile % tiles
+    row = head * m_l2 + keeper
     first = tile * BLOCK_N
     place = first + tl.arange(0, BLOCK_N)
     list_ptr = of_head(kept_l2_ptr, row, width_l2, 1)
@@ -1261,7 +1245,7 @@ def grad_kv_l1_sum_kernel(
     keeper, slot = keeper_and_slot(keepers_ptr, kept_ptr, begin + entry, end, parent, width_l2, KEEP)
     for start in range(begin, end, ROWS):
         inside = (start + entry < end)[:, None] & exists[None, :]
-        first = (head.to(tl.int64) * m_l2 + keeper) * splits_l1
+        first = (head * m_l2 + keeper) * splits_l1
         for split in range(0, splits_l1):
             row = (((first + split) * width_l2 + slot) * BLOCK_2)[:, None] + child[None, :]
             grad_k += tl.sum(load_rows(partial_grad_k_l1_ptr, row, HEAD_DIM, inside).to(tl.float32), 0)
@@ -1542,7 +1526,7 @@ def parents_of_coarse(keys, tile, FULL: gl.constexpr):
 @gluon.jit
 def parents_of_fine(keys, tile):
     """Of each row of a fine tile, the kept token whose child it is: -1 for none, 0 beyond the last."""
-    last = gl.cdiv(keys.m_tokens, SPAN_1) - 1
+    last = gl.cdiv(not_before(keys.m_tokens), SPAN_1) - 1  # or else a register would hold it through the loop
     block = gl.minimum(keys.first + gl.arange(0, 64, layout=gl.SliceLayout(1, COPIED)) // 16, last)
     slot = tile - keys.end_l1
     inside = (block >= 0) & (slot >= 0) & (slot < keys.width_l1)
@@ -2196,8 +2180,10 @@ def grad_kv_l1_hopper_kernel(
     n_l1 = gl.cdiv(n_tokens, SPAN_1)
     place = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, COPIED))
     n_keys = width_l2 * BLOCK_2
-    row, split, tile = head_token_and_tile(gl.program_id(0), splits_l1, gl.cdiv(n_keys, BLOCK_N))
-    head, keeper = head_and_tile(row, gl.cdiv(m_tokens, SPAN_2))
+    tiles, m_l2 = gl.cdiv(n_keys, BLOCK_N), gl.cdiv(m_tokens, SPAN_2)
+    head, keeper, tile = head_token_and_tile(gl.program_id(0), m_l2, splits_l1 * tiles)
+    split, tile = tile // tiles, tile % tiles
+    row = head * m_l2 + keeper
     first = tile * BLOCK_N
     list_ptr = of_head(kept_l2_ptr, row, width_l2, 1)
     slot = (first + place) // BLOCK_2

@@ -40,7 +40,7 @@ SPEC = {
     "name": "topk_b128",
     "reweight": True,
 }
-OPERATOR = "topk_b128_0c60fcb409d45f8f"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
+OPERATOR = "topk_b128_0bd95c1005eae68d"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -110,13 +110,13 @@ SCHEDULES = {  # the schedule of a length is the first whose key, in tokens, it 
 @triton.jit
 def head_and_tile(program, tiles):
     """The head of a program and which of the head's `tiles` it has."""
-    return program // tiles, program % tiles
+    return (program // tiles).to(tl.int64), program % tiles
 
 
 @triton.jit
 def head_token_and_tile(program, tokens, tiles):
     """The head of a program, which of the head's `tokens` it has, and which of the token's `tiles`."""
-    return program // tiles // tokens, program // tiles % tokens, program % tiles
+    return (program // tiles // tokens).to(tl.int64), program // tiles % tokens, program % tiles
 
 
 @triton.jit
@@ -128,7 +128,7 @@ def kv_head_of(head):
 @triton.jit
 def of_head(ptr, head, rows, width):
     """Start of one head of a contiguous buffer [B*H, rows, width]."""
-    return ptr + head.to(tl.int64) * rows * width
+    return ptr + head * rows * width
 
 
 @triton.jit
@@ -249,23 +249,6 @@ def sum_below(
     return tl.sum(total, 1)
 
 
-@triton.jit
-def pool_l1_tile(
-    x_ptr, stride_n, mean_l1_ptr,
-    counts_l1_ptr, first, length,
-    CHILDREN: tl.constexpr, ROWS: tl.constexpr, SUMS: tl.constexpr, EVICT_FIRST: tl.constexpr,
-):
-    """CHILDREN tokens of level 1 of a head of `length` tokens, from `first` on: their means. Zeroes their counts, if any."""
-    l1 = tl.cdiv(length, SPAN_1)
-    token = first + tl.arange(0, CHILDREN)
-    inside = token < l1
-    total = sum_below(x_ptr, stride_n, token, inside, length, BLOCK_1, ROWS, SUMS, EVICT_FIRST)
-    covered = tl.minimum(length - token * SPAN_1, SPAN_1).to(tl.float32)
-    store_rows(mean_l1_ptr, token, HEAD_DIM, inside, total / covered[:, None])
-    if counts_l1_ptr is not None:
-        tl.store(counts_l1_ptr + token, 0, mask=inside)
-
-
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def pool_l1_kernel(
     q_ptr, stride_qb, stride_qh, stride_qn,  # [B, H, M, D]
@@ -279,28 +262,32 @@ def pool_l1_kernel(
 ):
     """Means over the tokens that each token of level 1 covers: float32 sums, rounded once.
 
-    Grid: B*H * ceil(T_1(M) / CHILDREN) + 1 * B*H_kv * ceil(T_1(N) / CHILDREN), one tensor after the other.
+    A program has CHILDREN tokens, of one tensor. Grid, queries first, values last:
+    B*H * ceil(T_1(M) / CHILDREN) + 1 * B*H_kv * ceil(T_1(N) / CHILDREN).
     """
     SUMS: tl.constexpr = ROWS if CHILDREN > 1 else 1  # all rows on their way at once: two sums took longer here
     q_tiles = tl.cdiv(tl.cdiv(m_tokens, SPAN_1), CHILDREN)
     k_tiles = tl.cdiv(tl.cdiv(n_tokens, SPAN_1), CHILDREN)
-    of_keys = tl.program_id(0) - heads * q_tiles  # the number of the program among those of keys and values, or less than 0
-    if of_keys < 0:
-        head, tile = head_and_tile(tl.program_id(0), q_tiles)
-        pool_l1_tile(
-            head_base(q_ptr, head, stride_qb, stride_qh, heads_per_batch), stride_qn,
-            of_head(q_l1_ptr, head, tl.cdiv(m_tokens, SPAN_1), HEAD_DIM),
-            None,
-            tile * CHILDREN, m_tokens, CHILDREN, ROWS, SUMS, EVICT_FIRST,
-        )
+    head, tile = head_and_tile(tl.program_id(0), q_tiles)
+    is_key = False
+    if head < heads:
+        length = m_tokens
+        base, stride_n = head_base(q_ptr, head, stride_qb, stride_qh, heads_per_batch), stride_qn
+        mean_l1_ptr = of_head(q_l1_ptr, head, tl.cdiv(length, SPAN_1), HEAD_DIM)
     else:
-        head, tile = head_and_tile(of_keys, k_tiles)  # of the keys
-        pool_l1_tile(
-            head_base(k_ptr, head, stride_kb, stride_kh, heads_per_batch), stride_kn,
-            of_head(k_l1_ptr, head, tl.cdiv(n_tokens, SPAN_1), HEAD_DIM),
-            of_head(counts_l1_ptr, head, tl.cdiv(n_tokens, SPAN_1), 1),
-            tile * CHILDREN, n_tokens, CHILDREN, ROWS, SUMS, EVICT_FIRST,
-        )
+        head, tile = head_and_tile(tl.program_id(0) - heads * q_tiles, k_tiles)
+        is_key = True
+        length = n_tokens
+        base, stride_n = head_base(k_ptr, head, stride_kb, stride_kh, heads_per_batch), stride_kn
+        mean_l1_ptr = of_head(k_l1_ptr, head, tl.cdiv(length, SPAN_1), HEAD_DIM)
+
+    l1 = tl.cdiv(length, SPAN_1)
+    token = tile * CHILDREN + tl.arange(0, CHILDREN)
+    inside = token < l1
+    total = sum_below(base, stride_n, token, inside, length, BLOCK_1, ROWS, SUMS, EVICT_FIRST)
+    covered = tl.minimum(length - token * SPAN_1, SPAN_1).to(tl.float32)
+    store_rows(mean_l1_ptr, token, HEAD_DIM, inside, total / covered[:, None])
+    tl.store(of_head(counts_l1_ptr, head, l1, 1) + token, 0, mask=inside & is_key)
 
 
 # ---- selection -------------------------------------------------------------------------------------------------------
@@ -668,7 +655,7 @@ def scan_kernel(
 
     Grid: B*H * 2.
     """
-    which, head = tl.program_id(0) // heads, tl.program_id(0) % heads
+    which, head = tl.program_id(0) // heads, (tl.program_id(0) % heads).to(tl.int64)
     if which == 0:
         running_sum(counts_l1_ptr, offsets_l1_ptr, head, tl.cdiv(n_tokens, SPAN_1), 0, BLOCK)
     if which == 1:

@@ -108,6 +108,14 @@ class Levels:
         """Levels pooled together by one kernel, two at a time: (1, 2), (3, 4), ..."""
         return tuple(tuple(range(low, min(low + 2, self.top + 1))) for low in range(1, self.top + 1, 2))
 
+    def adds_in_turn(self, level: int) -> bool:
+        """Whether the rows that a token of a level pools are added to two sums in turn, and not each to one of its own.
+
+        That leaves registers for more programs. Wide blocks, and heads of 128 and more without padding, are slower so.
+        """
+        padded = self.head_dim & (self.head_dim - 1) != 0
+        return self.block(level) < 64 and (self.head_dim <= 64 or padded)
+
     @property
     def blocks_sharing(self) -> int | None:
         """Query blocks under one token of the shared level; None where all share."""

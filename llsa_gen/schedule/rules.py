@@ -99,7 +99,7 @@ def choices(plan: Plan, goal: Target, element: int, n_tokens: int = USUAL_TOKENS
 
 def _rules(plan: Plan, goal: Target, element: int) -> dict[str, Entry]:
     """What the rules say of every stage, whether it fits into shared memory or not."""
-    result = {"pool": _pool(plan)}
+    result = {"pool": _pool(plan, goal, element)}
     if plan.top > 2:
         result["pool_sums"] = _pool_sums(plan)
     for level in plan.levels:
@@ -120,11 +120,14 @@ def _rules(plan: Plan, goal: Target, element: int) -> dict[str, Entry]:
     return result
 
 
-def _pool(plan: Plan) -> Entry:
+def _pool(plan: Plan, goal: Target, element: int) -> Entry:
     width = pad(plan.head_dim)
     if plan.top == 1 and plan.block(1) >= 64:  # no level above to sum for: a program a token
         return {"CHILDREN": 1, "ROWS": max(16, 4096 // width), "num_warps": 4}
-    return {"CHILDREN": max(4, 1024 // width), "ROWS": min(8, pad(plan.block(1), 1)), "num_warps": 2}
+    entry: Entry = {"CHILDREN": max(4, 1024 // width), "ROWS": min(8, pad(plan.block(1), 1)), "num_warps": 2}
+    if element == 2 and plan.adds_in_turn(1):  # ten programs, where Triton takes 96 to 104 registers by its version
+        entry |= _capped(goal, 96)
+    return entry
 
 
 def _pool_sums(plan: Plan) -> Entry:

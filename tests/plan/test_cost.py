@@ -176,7 +176,7 @@ def test_dense_attention_takes_4_and_10_n_squared_d() -> None:
 
 
 def test_an_expression_that_depends_on_more_is_no_number() -> None:
-    with pytest.raises(ValueError, match=r"expected an expression in n_tokens and heads, got .*splits"):
+    with pytest.raises(ValueError, match=r"expected an expression in lengths and numbers of heads, got .*splits"):
         evaluate(N * splits_of(2), 5)
 
 
