@@ -44,7 +44,7 @@ SPEC = {
     "name": "llsa_l2",
     "reweight": True,
 }
-OPERATOR = "llsa_l2_36d66f1f6cc234d2"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
+OPERATOR = "llsa_l2_135fbdc354319d37"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -121,13 +121,13 @@ TILES_4 = TILES_1 | {
     "pool": {"CHILDREN": 16, "ROWS": 8, "num_warps": 2},
     "grad_kv_l0": {"PART": 64, "BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 1, "num_stages": 3},
 }
-SCHEDULES = {  # the schedule of a length is the first whose key, in tokens, it does not exceed
-    "cuda:100": {2: {MAX_TOKENS: TILES_1}, 4: {MAX_TOKENS: TILES_2}},
-    "cuda:120": {2: {MAX_TOKENS: TILES_1}, 4: {MAX_TOKENS: TILES_2}},
-    "cuda:80": {2: {MAX_TOKENS: TILES_1}, 4: {MAX_TOKENS: TILES_2}},
-    "cuda:86": {2: {MAX_TOKENS: TILES_1}, 4: {MAX_TOKENS: TILES_2}},
-    "cuda:90": {2: {MAX_TOKENS: TILES_3}, 4: {MAX_TOKENS: TILES_2}},
-    "hip:gfx942": {2: {MAX_TOKENS: TILES_4}, 4: {MAX_TOKENS: TILES_2}},
+SCHEDULES = {  # by target and bytes of an element
+    "cuda:100": {2: TILES_1, 4: TILES_2},
+    "cuda:120": {2: TILES_1, 4: TILES_2},
+    "cuda:80": {2: TILES_1, 4: TILES_2},
+    "cuda:86": {2: TILES_1, 4: TILES_2},
+    "cuda:90": {2: TILES_3, 4: TILES_2},
+    "hip:gfx942": {2: TILES_4, 4: TILES_2},
 }
 
 # ---- geometry and tiles ----------------------------------------------------------------------------------------------
@@ -3188,10 +3188,9 @@ def target_of(device: torch.device) -> str:
     return f"cuda:{max((arch for arch in known if arch <= 10 * major + minor), default=min(known))}"
 
 
-def schedule_for(target: str, dtype: torch.dtype, n_tokens: int) -> dict[str, dict[str, Any]]:
-    """Tile shapes of every kernel for a target, a dtype and a length."""
-    by_length = SCHEDULES[target][dtype.itemsize]
-    return next(tiles for longest, tiles in by_length.items() if n_tokens <= longest)
+def schedule_for(target: str, dtype: torch.dtype) -> dict[str, dict[str, Any]]:
+    """Tile shapes of every kernel for a target and a dtype."""
+    return SCHEDULES[target][dtype.itemsize]
 
 
 def plan_launches(tensors: Sequence[torch.Tensor], has_grad_lse: bool = False) -> tuple[Any, ...]:
@@ -3214,8 +3213,7 @@ def launch_plan(
     """One `LaunchPlan` for all calls that Triton does not tell apart; None where tensors have to be copied first."""
     if not all(map(is_aligned, strides)):
         return None
-    tiles = schedule_for(target_of(device), dtype, k_shape[2])
-    return LaunchPlan(device, dtype, q_shape, k_shape, strides, starts, tiles)
+    return LaunchPlan(device, dtype, q_shape, k_shape, strides, starts, schedule_for(target_of(device), dtype))
 
 
 class LaunchPlan:

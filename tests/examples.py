@@ -15,9 +15,8 @@ def spec(name: str, head_dim: int, *levels: tuple[int, int], **fields: object) -
 
 
 def every_schedule(attention: Attention) -> Iterator[Schedule]:
-    """The tile shapes of every target, element and length, as the module has them: what is changed there is used."""
-    by_size = chain.from_iterable(sizes.values() for sizes in attention.module.SCHEDULES.values())
-    return chain.from_iterable(lengths.values() for lengths in by_size)
+    """The tile shapes of every target and element, as the module has them: what is changed there is used."""
+    return chain.from_iterable(by_size.values() for by_size in attention.module.SCHEDULES.values())
 
 
 BRANCHES = (

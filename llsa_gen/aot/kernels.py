@@ -31,7 +31,6 @@ from llsa_gen.aot.launches import Launch, dtype_name, module_of, record
 from llsa_gen.compiler import Attention
 from llsa_gen.emit.failure import locate
 from llsa_gen.errors import KernelCompileError, SharedMemoryError
-from llsa_gen.schedule.table import LENGTHS
 from llsa_gen.spec import load
 from llsa_gen.store.files import write_whole
 
@@ -39,6 +38,9 @@ __all__ = ["Export", "Launch", "Report", "compile_kernels", "export", "gpu_targe
 
 USUAL_TOKENS = 65_536
 """Length whose launches are compiled unless one is given: long enough that few kernels sit idle, as in practice."""
+
+SHORT_TOKENS = 8_192
+"""A length whose inputs the cache holds, and whose coarsest level has few candidates."""
 
 MANIFEST = "manifest.json"
 
@@ -96,8 +98,8 @@ def compile_kernels(
     """Compile every distinct kernel of a module for `target`, or those named in `kernels`, and report on each.
 
     A kernel is distinct when its constexprs, options or argument types are. The launches are those for q, k, v
-    [batch, heads, n_tokens, D]; without `n_tokens` those of 65,536 tokens and, for variants or tile shapes that only
-    other sequences need, those of one token less, of the longest or of a short one. Needs no GPU. Raises
+    [batch, heads, n_tokens, D]; without `n_tokens` those of 65,536 tokens and, for variants that only other sequences
+    need, those of one token less, of the longest or of a short one. Needs no GPU. Raises
     KernelCompileError where Triton fails, and what `record` raises.
     """
     return [compiled.report for compiled in _compile(attention, target, dtype, n_tokens, batch, heads, kernels)]
@@ -127,8 +129,7 @@ def distinct(
     launches = record(module, USUAL_TOKENS if n_tokens is None else n_tokens, dtype, target, batch=batch, heads=heads)
     if n_tokens is None:
         seen = set(map(_variant, launches))
-        most, short = module.MAX_TOKENS, LENGTHS["short"]
-        for other in (USUAL_TOKENS - 1, most, most - 1, short, short - 1):
+        for other in (USUAL_TOKENS - 1, module.MAX_TOKENS, SHORT_TOKENS):
             more = record(module, other, dtype, target, batch=batch, heads=heads)
             launches += [launch for launch in more if _variant(launch) not in seen]
             seen.update(map(_variant, more))

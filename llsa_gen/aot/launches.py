@@ -104,7 +104,7 @@ def record(
     head_dim = module.HEAD_DIM.value
     shape = (batch, heads, n_tokens, head_dim)
     q, k, v, grad_o = (torch.empty(shape, dtype=element, device="meta") for _ in range(4))
-    passes = _Passes(module, module.schedule_for(target, element, n_tokens) if tiles is None else tiles)
+    passes = _Passes(module, module.schedule_for(target, element) if tiles is None else tiles)
     o, _, saved = passes.attend(q, k, v, head_dim**-0.5)
     passes.differentiate(q, k, v, grad_o, o, saved, head_dim**-0.5)
     passes.select(q, k)

@@ -177,7 +177,7 @@ class Cell:
         attention, case, x = self.session.attention, self.case, self.inputs[0]
         plan, target = lower(case.spec), attention.module.target_of(x.device)
         goal = tuned.targets(Store())[target]  # as `compile` reads them
-        cost = Cost(plan, schedule(plan, goal, x.element_size(), case.n), case.dtype)
+        cost = Cost(plan, schedule(plan, goal, x.element_size()), case.dtype)
         launches = record(attention, case.n, case.dtype, target, batch=case.batch, heads=case.heads)
         needed = kernels.work(cost, case.n, case.batch * case.heads, launches)
         happened = kernels.profiled(self.forward_backward, self.session.watch)

@@ -146,7 +146,7 @@ def explain(
     data = explain(source, n, heads, dtype)
     goal = tuned.targets(Store())[known(on or TARGET).name]
     if as_json:
-        more = {"plan": lower(source).to_dict(), "schedule": schedule_data(source, n, dtype, goal)}
+        more = {"plan": lower(source).to_dict(), "schedule": schedule_data(source, dtype, goal)}
         print_json(data | (more if plan else {}))
         return
     console().print(tables(data))

@@ -14,7 +14,6 @@ from llsa_gen.plan.cost import BYTES, Cost, Totals, dense, evaluate
 from llsa_gen.plan.growth import growth, top_share, with_another_level
 from llsa_gen.plan.units import counted, human_bytes, human_flops
 from llsa_gen.schedule import Choice, Target, choices, schedule, target
-from llsa_gen.schedule.table import bucket
 from llsa_gen.spec import Spec
 
 __all__ = ["explain", "plan_tables", "schedule_data", "tables"]
@@ -38,7 +37,7 @@ def explain(spec: Spec, n_tokens: int, heads: int, dtype: str) -> Data:
     longest = plan.max_tokens
     if not 1 <= n_tokens <= longest:
         raise LlsaGenError(f"n: expected 1 to {longest} tokens, the most that {spec.name} takes, got {n_tokens}")
-    cost = _cost(plan, target(TARGET), dtype, n_tokens)
+    cost = _cost(plan, target(TARGET), dtype)
     grows = growth(cost)
     sparse, full = _totals(cost.totals, n_tokens, heads), _totals(dense(spec.head_dim, BYTES[dtype]), n_tokens, heads)
     return {
@@ -64,8 +63,8 @@ def explain(spec: Spec, n_tokens: int, heads: int, dtype: str) -> Data:
     }
 
 
-def _cost(plan: Plan, goal: Target, dtype: str, n_tokens: int) -> Cost:
-    return Cost(plan, schedule(plan, goal, BYTES[dtype], n_tokens), dtype)
+def _cost(plan: Plan, goal: Target, dtype: str) -> Cost:
+    return Cost(plan, schedule(plan, goal, BYTES[dtype]), dtype)
 
 
 def _totals(totals: Totals, n_tokens: int, heads: int) -> dict[str, int]:
@@ -106,7 +105,7 @@ def _warning(cost: Cost, n_tokens: int) -> str | None:
     longer = with_another_level(spec)
     if longer is None:
         return f"{text}; there are no more levels to add, so use wider blocks"
-    other = _cost(lower(longer), target(TARGET), "bfloat16", n_tokens)
+    other = _cost(lower(longer), target(TARGET), "bfloat16")
     less = evaluate(cost.totals.flops, n_tokens) / evaluate(other.totals.flops, n_tokens)
     if less <= 1:
         return f"{text}; with another level it would take as many"
@@ -182,26 +181,22 @@ NAMES = {
 }
 
 
-def schedule_data(spec: Spec, n_tokens: int, dtype: str, goal: Target) -> Data:
-    """The entry of every stage on a target at a length: its tiles, the row or rule it is from, what did not fit."""
-    stages = choices(lower(spec), goal, BYTES[dtype], n_tokens)
-    return {
-        "target": goal.name,
-        "length": bucket(n_tokens),
-        "stages": {name: vars(one) for name, one in stages.items()},
-    }
+def schedule_data(spec: Spec, dtype: str, goal: Target) -> Data:
+    """The entry of every stage on a target: its tiles, the row or rule it is from, what did not fit."""
+    stages = choices(lower(spec), goal, BYTES[dtype])
+    return {"target": goal.name, "stages": {name: vars(one) for name, one in stages.items()}}
 
 
 def plan_tables(spec: Spec, n_tokens: int, heads: int, dtype: str, goal: Target) -> RenderableType:
     """The plan: the kernels in launch order, their tile shapes on a target, and the buffers, with sizes at a length."""
     plan = lower(spec)
-    cost = _cost(plan, goal, dtype, n_tokens)
-    stages = choices(plan, goal, BYTES[dtype], n_tokens)
+    cost = _cost(plan, goal, dtype)
+    stages = choices(plan, goal, BYTES[dtype])
     return Group(
         Text("Kernels, in launch order (tile shapes in capitals)", style="bold"),
         *_kernels("forward", plan.forward),
         *_kernels("backward", plan.backward),
-        Text(f"\nTile shapes on {goal.name}, {dtype}, for {bucket(n_tokens)} sequences", style="bold"),
+        Text(f"\nTile shapes on {goal.name}, {dtype}", style="bold"),
         *_tiles(stages),
         Text(),
         _buffers(cost, goal, n_tokens, heads, dtype),

@@ -69,17 +69,7 @@ def _progress() -> "Iterator[Progress]":
 
 
 def _data(report: "Report") -> dict[str, Any]:
-    stages = [
-        {
-            "stage": result.stage,
-            "before": result.before,
-            "before_us": result.before_us,
-            "after": result.after,
-            "after_us": result.after_us,
-            "trials": [vars(trial) for trial in result.trials],
-        }
-        for result in report.results
-    ]
+    stages = [vars(result) | {"trials": [vars(trial) for trial in result.trials]} for result in report.results]
     fields = {name: getattr(report, name) for name in ("spec", "target", "gpu", "n_tokens", "dtype")}
     path = None if report.path is None else str(report.path)
     return fields | {"stages": stages, "rows": list(report.rows), "path": path}

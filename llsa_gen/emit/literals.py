@@ -24,21 +24,10 @@ def literal(spec: Mapping[str, object]) -> str:
     return "{\n" + "".join(f'    "{name}": {value},\n' for name, value in values.items()) + "}"
 
 
-def runs(lengths: Mapping[int, Schedule]) -> dict[int, Schedule]:
-    """Length buckets with what they have in common said once: neighbours with the same schedule become one."""
-    ends = sorted(lengths)
-    return {
-        end: lengths[end]
-        for end, above in zip(ends, [*ends[1:], None], strict=True)
-        if above is None or lengths[end] != lengths[above]
-    }
-
-
 def schedules_literal(schedules: Schedules) -> str:
     """The schedules as the statement `SCHEDULES = {...}`, one line a kernel, equal tables written once.
 
     A table that differs from one before it in a quarter of its kernels at the most is that one and the difference.
-    {target: {bytes of an element: {most tokens: tiles}}}: that of a length is the first whose key it does not exceed.
     """
     tables: list[tuple[str, Schedule, bool]] = []  # the name of each, its entries, and whether all of them are written
     lines: list[str] = []
@@ -59,13 +48,9 @@ def schedules_literal(schedules: Schedules) -> str:
         return name
 
     for target, by_size in schedules.items():
-        entries = []
-        for size, lengths in by_size.items():
-            buckets = [(end, name_of(kernels)) for end, kernels in runs(lengths).items()]
-            told = ", ".join(f"{'MAX_TOKENS' if end == max(lengths) else end}: {name}" for end, name in buckets)
-            entries.append(f"{size}: {{{told}}}")
-        rows.append(f"    {target!r}: {{{', '.join(entries)}}},\n")
-    comment = "# the schedule of a length is the first whose key, in tokens, it does not exceed"
+        told = ", ".join(f"{size}: {name_of(kernels)}" for size, kernels in by_size.items())
+        rows.append(f"    {target!r}: {{{told}}},\n")
+    comment = "# by target and bytes of an element"
     return ("".join(lines) + f"SCHEDULES = {{  {comment}\n{''.join(rows)}}}").replace("'", '"')
 
 

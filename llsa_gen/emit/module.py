@@ -135,7 +135,7 @@ def place(error: Exception) -> tuple[str, int]:
 
 def stages_in_gluon(schedules: Schedules) -> frozenset[str]:
     """The stages that some target's schedule hands to a kernel in Gluon."""
-    tables = (tiles for by_size in schedules.values() for lengths in by_size.values() for tiles in lengths.values())
+    tables = (tiles for by_size in schedules.values() for tiles in by_size.values())
     return frozenset(stage for tiles in tables for stage, entry in tiles.items() if entry.get("backend") == GLUON)
 
 

@@ -3,9 +3,10 @@
 What is counted, for llsa_gen and for dense attention alike:
 
 - FLOPs: matrix products, two for each multiply-add, and pooling, one for each element added. Not the exponentials,
-  scales, sorts and integers in between. Counted is what is computed, recomputation too: the forward pass takes 2
-  products a query, key and channel (q.k and p v), the backward pass 3 for dq (q.k again, do.v, ds k) and 4 for dk and
-  dv (q.k and do.v again, p do, ds q), where dense flash attention, which makes all three at once, takes 5.
+  scales, sorts and integers in between, nor the sums of shares. Counted is what is computed, recomputation too: the
+  forward pass takes 2 products a query, key and channel (q.k and p v), the backward pass 3 for dq (q.k again, do.v,
+  ds k) and 4 for dk and dv (q.k and do.v again, p do, ds q), where dense flash attention, which makes all three at
+  once, takes 5.
 - Bytes moved: each kernel reads every buffer that it needs once and writes every buffer that it makes once: what has to
   cross the memory bus when the cache holds whatever is gathered several times.
 - Memory: `saved` is what the forward pass leaves to the backward pass beside q, k, v and o, which any attention needs;
@@ -32,9 +33,6 @@ BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "int32": 4}
 """Bytes of an element."""
 
 FORWARD_PRODUCTS, GRAD_Q_PRODUCTS, GRAD_KV_PRODUCTS, DENSE_BACKWARD_PRODUCTS = 2, 3, 4, 5
-
-INTEGER_STAGES = ("scan", "invert", "grad_sum", "grad_gather")
-"""Stages that move data but multiply no matrices; the shares that the last two add up are not worth counting."""
 
 
 class Share(NamedTuple):
@@ -148,7 +146,7 @@ class Cost:
         if self._only_overflow(kernel):
             return sympy.Integer(0)
         shares = [share for share in self.shares if share.stage == kernel.stage]
-        if kernel.stage == "pool_sums":  # one launch for every two levels
+        if kernel.kind == "pool_sums":  # one launch for every two levels
             shares = [share for share in shares if f"k_l{share.level}" in kernel.writes]
         return sympy.Add(*(share.flops for share in shares))
 

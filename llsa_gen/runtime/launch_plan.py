@@ -100,10 +100,9 @@ def target_of(device: torch.device) -> str:
     return f"cuda:{max((arch for arch in known if arch <= 10 * major + minor), default=min(known))}"
 
 
-def schedule_for(target: str, dtype: torch.dtype, n_tokens: int) -> dict[str, dict[str, Any]]:
-    """Tile shapes of every kernel for a target, a dtype and a length."""
-    by_length = SCHEDULES[target][dtype.itemsize]
-    return next(tiles for longest, tiles in by_length.items() if n_tokens <= longest)
+def schedule_for(target: str, dtype: torch.dtype) -> dict[str, dict[str, Any]]:
+    """Tile shapes of every kernel for a target and a dtype."""
+    return SCHEDULES[target][dtype.itemsize]
 
 
 def plan_launches(tensors: Sequence[torch.Tensor], has_grad_lse: bool = False) -> tuple[Any, ...]:
@@ -126,8 +125,7 @@ def launch_plan(
     """One `LaunchPlan` for all calls that Triton does not tell apart; None where tensors have to be copied first."""
     if not all(map(is_aligned, strides)):
         return None
-    tiles = schedule_for(target_of(device), dtype, k_shape[2])
-    return LaunchPlan(device, dtype, q_shape, k_shape, strides, starts, tiles)
+    return LaunchPlan(device, dtype, q_shape, k_shape, strides, starts, schedule_for(target_of(device), dtype))
 
 
 class LaunchPlan:

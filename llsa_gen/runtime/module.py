@@ -26,7 +26,7 @@ ENRICHED: tuple[int, ...]
 WEIGHTED: bool
 LISTS_FILL: bool
 PARTIAL_IN_GLUON: bool
-SCHEDULES: dict[str, dict[int, dict[int, dict[str, dict[str, Any]]]]]
+SCHEDULES: dict[str, dict[int, dict[str, dict[str, Any]]]]
 LAYOUTS: dict[str, dict[str, Any]]
 OPTIONS: dict[str, bool]
 ROW_UNIT: tl.constexpr

@@ -10,7 +10,7 @@ from typing import Any
 from llsa_gen.plan import Plan
 from llsa_gen.runtime.backend import in_triton
 from llsa_gen.schedule.memory import shared_memory
-from llsa_gen.schedule.table import GLUON, LIMITS, TRITON, Target, pad, stage_kind
+from llsa_gen.schedule.table import GLUON, LIMITS, STAGES, TRITON, Target, pad, stage_kind
 
 __all__ = ["LIST_LENGTHS", "fitted", "handed_to_gluon", "misfit", "read_in_gluon", "settled"]
 
@@ -44,19 +44,12 @@ def settled(kind: str, entry: dict[str, Any], changes: Mapping[str, Any] | None 
 
 
 def _has_tiles_of_gluon(kind: str, tiles: Mapping[str, int]) -> bool:
-    if kind == "grad_kv_tokens":
-        fixed: dict[str, tuple[int, ...]] = {"num_warps": (1,), "BLOCK_N": (16,)}
-    elif kind.startswith("grad_kv"):
-        fixed = {"num_warps": (4,), "BLOCK_N": (64,), "BLOCK_M": (32, 64)}
-    else:
-        fixed = {"num_warps": (4,), "GROUP": (4,)}
-    return all(tiles.get(name) in sizes for name, sizes in fixed.items())
+    return all(not legal or tiles.get(name) in legal for name, legal in STAGES[kind].gluon.items())
 
 
 def read_in_gluon(kind: str) -> tuple[str, ...]:
     """What the kernel in Gluon reads of an entry and is not fixed; all else is for Triton."""
-    tiles = ("PART",) if kind == "grad_kv_tokens" else ("BLOCK_M",) if kind.startswith("grad_kv") else ()
-    return (*tiles, "maxnreg")
+    return (*(name for name, legal in STAGES[kind].gluon.items() if len(legal) != 1), "maxnreg")
 
 
 def misfit(
@@ -84,18 +77,19 @@ def _too_large(plan: Plan, kind: str, tiles: Mapping[str, int], element: int, go
 
 def _illegal(plan: Plan, kind: str, tiles: Mapping[str, int]) -> str | None:
     """Why a kernel of this kind cannot be launched with `tiles`, whatever memory there is."""
-    if kind in ("select_top", "select", "attend", "grad_q") or kind.startswith("grad_kv"):
+    loop = STAGES[kind].loop
+    if loop is not None:
         for name in ("BLOCK_M", "BLOCK_C", "BLOCK_N"):
             if tiles.get(name, DOT) < DOT:
                 return f"{name} {tiles[name]}: products need {DOT} rows and columns"
-    if kind in ("attend", "grad_q") and plan.grouped:
+    if loop == "walk" and plan.grouped:
         rows = pad(plan.block(1))
         if tiles["BLOCK_M"] != rows:
             return f"BLOCK_M {tiles['BLOCK_M']}: a block of {plan.block(1)} grouped tokens is a tile of {rows} rows"
         sharing = plan.blocks_sharing
         if sharing is not None and tiles["GROUP"] > pad(sharing, 1):
             return f"GROUP {tiles['GROUP']}: only {sharing} query blocks share their coarse keys"
-    if kind.startswith("select") and "KEEP" in tiles:
+    if loop == "select" and "KEEP" in tiles:
         if tiles["KEEP"] > tiles["BLOCK_N"]:
             return f"BLOCK_N {tiles['BLOCK_N']}: Top-{tiles['KEEP']} of a tile needs as many candidates"
         if tiles["KEEP"] in LIST_LENGTHS and 4 * tiles["KEEP"] > tiles["BLOCK_N"]:
@@ -133,7 +127,7 @@ def fitted(
 
 def _smaller(plan: Plan, kind: str, tiles: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """The entries that are one cut smaller and can be launched, the one to take first."""
-    order = (CUT[2], CUT[0], *CUT[3:]) if kind.startswith("grad_kv") else CUT
+    order = (CUT[2], CUT[0], *CUT[3:]) if STAGES[kind].loop == "grad_kv" else CUT
     for names in order:
         for name in sorted((name for name in names if tiles.get(name, 1) > 1), key=lambda name: -tiles[name]):
             made = {**tiles, name: tiles[name] - 1 if name == "num_stages" else tiles[name] // 2}

@@ -11,7 +11,7 @@ Kernels in Gluon are not counted: their tiles are fixed, 64 rows of 128 bytes, a
 from collections.abc import Mapping
 
 from llsa_gen.plan import Plan
-from llsa_gen.schedule.table import Target, pad
+from llsa_gen.schedule.table import STAGES, Target, pad
 
 __all__ = ["WGMMA", "shared_memory"]
 
@@ -43,21 +43,21 @@ def shared_memory(plan: Plan, kind: str, tiles: Mapping[str, int], element: int,
 
     `element` is the bytes of an element of q, k and v.
     """
-    width = pad(plan.head_dim)
-    if kind.startswith("select"):
+    width, loop = pad(plan.head_dim), STAGES[kind].loop
+    if loop == "select":
         return _select(kind, tiles, width, element, goal)
-    if kind.startswith("grad_kv"):
+    if loop == "grad_kv":
         return _grad_kv(tiles, width, element, goal, turned=plan.row_unit * element < COPIED)
-    if kind in ("attend", "grad_q"):
+    if loop == "walk":
         return _walk(kind, tiles, width, element, goal)
     return ACCUMULATOR * _numbers(kind, tiles, width)
 
 
 def _numbers(kind: str, tiles: Mapping[str, int], width: int) -> int:
     """What kernels without products hand from thread to thread: one tile of numbers."""
-    if kind.startswith("pool"):  # sums of tokens or, of a single one, of its rows
+    if "CHILDREN" in tiles:  # pooling: sums of tokens or, of a single one, of its rows
         return max(tiles["CHILDREN"], tiles["ROWS"] if tiles["CHILDREN"] == 1 else 1) * width
-    if kind.startswith("invert"):
+    if "KEYS" in tiles:  # inverted lists
         return tiles["BLOCK_M"] * tiles["KEYS"]
     if kind == "grad_gather":
         return tiles["ROWS"] * max(tiles["KEEP"], tiles["BLOCK"] * width)

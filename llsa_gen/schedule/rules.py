@@ -1,4 +1,4 @@
-"""Schedule: tile shapes, warps and pipeline stages of every kernel, for a target, the bytes of an element and a length.
+"""Schedule: tile shapes, warps and pipeline stages of every kernel, for a target and the bytes of an element.
 
 A target is `cuda:<compute capability * 10>` or `hip:<gfx name>`. The last row of its table that matches decides
 (`llsa_gen.schedule.table`); where no row does, or what it says does not fit, the rules below. They know no more of a
@@ -16,11 +16,10 @@ from llsa_gen.plan import Plan
 from llsa_gen.runtime.backend import in_triton
 from llsa_gen.schedule.fit import LIST_LENGTHS, fitted, handed_to_gluon, misfit, settled
 from llsa_gen.schedule.memory import WGMMA
-from llsa_gen.schedule.table import LENGTHS, TRITON, Target, bucket, facts_of, pad, stage_kind, target, targets
+from llsa_gen.schedule.table import TRITON, Target, facts_of, pad, stage_kind, targets
 
 __all__ = [
-    "PARTIAL_LEVELS", "Choice", "Entry", "Schedule", "Schedules", "Target",
-    "choices", "list_length", "pad", "schedule", "schedules", "target", "targets",
+    "PARTIAL_LEVELS", "Choice", "Entry", "Schedule", "Schedules", "choices", "list_length", "schedule", "schedules",
 ]  # fmt: skip
 
 Entry = dict[str, Any]
@@ -33,11 +32,8 @@ then the register cap of that kernel, and `triton_maxnreg` that of the one in Tr
 Schedule = dict[str, Entry]
 """{stage of the plan: entry}"""
 
-Schedules = dict[str, dict[int, dict[int, Schedule]]]
-"""{target: {bytes of an element: {most tokens of a length bucket: schedule}}}"""
-
-USUAL_TOKENS = LENGTHS["medium"]
-"""The length meant where none is given."""
+Schedules = dict[str, dict[int, Schedule]]
+"""{target: {bytes of an element: schedule}}"""
 
 PARTIAL_LEVELS = 3
 """The most levels with which attention in Gluon also takes what leaves loose ends, keys that do not exist or cover
@@ -59,24 +55,21 @@ class Choice:
 
 
 def schedules(plan: Plan, tables: Mapping[str, Target] | None = None) -> Schedules:
-    """The schedules of a plan for every target, element size and length; `tables` are the shipped ones unless given."""
+    """The schedules of a plan for every target and element size; `tables` are the shipped ones unless given."""
     goals = targets() if tables is None else tables
-    return {
-        name: {size: {most: schedule(plan, goal, size, most) for most in LENGTHS.values()} for size in (2, 4)}
-        for name, goal in goals.items()
-    }
+    return {name: {size: schedule(plan, goal, size) for size in (2, 4)} for name, goal in goals.items()}
 
 
-def schedule(plan: Plan, goal: Target, element: int, n_tokens: int = USUAL_TOKENS) -> Schedule:
-    """Tile shapes of every stage of `plan` on one target, for elements of `element` bytes and a length's bucket."""
-    return {stage: choice.entry for stage, choice in choices(plan, goal, element, n_tokens).items()}
+def schedule(plan: Plan, goal: Target, element: int) -> Schedule:
+    """Tile shapes of every stage of `plan` on one target, for elements of `element` bytes, whatever the length."""
+    return {stage: choice.entry for stage, choice in choices(plan, goal, element).items()}
 
 
-def choices(plan: Plan, goal: Target, element: int, n_tokens: int = USUAL_TOKENS) -> dict[str, Choice]:
+def choices(plan: Plan, goal: Target, element: int) -> dict[str, Choice]:
     """The same, with where each entry comes from."""
     found: dict[str, Choice] = {}
     for stage, rule in _rules(plan, goal, element).items():
-        kind, facts = stage_kind(plan, stage), facts_of(plan, stage, element, bucket(n_tokens))
+        kind, facts = stage_kind(plan, stage), facts_of(plan, stage, element)
         entry, pruned = fitted(plan, stage, rule, element, goal)
         entry, origin = settled(kind, entry), "rule"
         for row in reversed(goal.rows):

@@ -2,7 +2,7 @@
 what is wrong.
 
     {"target": "cuda:90", "shared_memory": 232448, "rows": [
-      {"stage": "attend", "when": {"element": 2, "pad_dim": 64, "length": "long"}, "set": {"BLOCK_N": 32},
+      {"stage": "attend", "when": {"element": 2, "pad_dim": 64, "rows": 16}, "set": {"BLOCK_N": 32},
        "measured": {"gpu": "NVIDIA H100 80GB HBM3", "date": "2026-11-20", "before_us": 512.0, "after_us": 498.5}}]}
 
 A row says for which stage and under which facts (`when`: all of them must hold; a list means any of its values) which
@@ -13,60 +13,64 @@ tile shapes take the place of the rules' (`set`), and where it comes from: `why`
 import json
 import reprlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from llsa_gen.errors import ScheduleTableError, UnknownTargetError, short
 from llsa_gen.plan import Plan
-from llsa_gen.plan.sizes import MAX_TOKENS
 
 DIRECTORY = Path(__file__).parent / "tables"
-
-LENGTHS = {"short": 8_192, "medium": 65_536, "long": MAX_TOKENS}
-"""Length buckets, and the most tokens of each. A module is compiled once for each at the most, whatever its lengths."""
-
-Facts = dict[str, int | bool | str]
-"""What a row can ask about: see `FACTS`."""
 
 FACTS: dict[str, tuple[Any, ...] | type] = {
     "element": (2, 4),  # bytes of an element of q, k, v
     "pad_dim": int,  # head dim, rounded up to a power of two, 16 at least
-    "length": tuple(LENGTHS),  # bucket of N
     "rows": int,  # the block that a tile is made of, padded likewise: b_1 of queries, b_(l+1) where keys have parents
     "keep": int,  # K of the level whose lists are made or read, rounded up to a power of two
     "grouped": (True, False),  # whether one program takes several query blocks
 }
+"""What a row can ask about, and the legal values; of a number any power of two."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A kind of kernel as tables name it: the facts that it has beside element, pad_dim and length, and its tiles."""
+    """A kind of kernel as tables name it: the facts that it has beside element and pad_dim, and its tiles."""
 
     facts: tuple[str, ...]
     tiles: tuple[str, ...]
     """What a row may set, beside `LIMITS` and `backend`. Sizes that the spec dictates are not among them."""
+    loop: Literal["select", "walk", "grad_kv"] | None = None
+    """The loop of loads and products that it is, if any; only of such a loop `num_stages` matters."""
+    filled: str | None = None
+    """The tile that `rows` fill, where a larger one would be a waste."""
+    gluon: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """What the kernel in Gluon needs of an entry, if there is one: the legal values, none where any is legal."""
 
 
-WALK = Stage(("rows", "grouped"), ("GROUP", "BLOCK_M", "BLOCK_C", "BLOCK_N"))
+GROUPED = {"num_warps": (4,), "GROUP": (4,)}
+SHARED_KEYS = {"num_warps": (4,), "BLOCK_N": (64,), "BLOCK_M": (32, 64)}
+LISTED = {"num_warps": (1,), "BLOCK_N": (16,), "PART": ()}
+
+WALK = Stage(("rows", "grouped"), ("GROUP", "BLOCK_M", "BLOCK_C", "BLOCK_N"), "walk", "BLOCK_M", GROUPED)
+BY_KEYS, BY_LISTS = ("BLOCK_M", "BLOCK_N"), ("PART", "BLOCK_M", "BLOCK_N")
 
 STAGES = {
     "pool": Stage((), ("CHILDREN", "ROWS")),  # levels 1 and 2, from the tokens
     "pool_sums": Stage((), ("CHILDREN", "ROWS")),  # those above, from sums
-    "select_top": Stage(("keep",), ("SPLIT", "BLOCK_M", "BLOCK_N")),  # the coarsest level
-    "select": Stage(("rows", "keep"), ("BLOCK_M", "BLOCK_N")),  # the levels below it
+    "select_top": Stage(("keep",), ("SPLIT", "BLOCK_M", "BLOCK_N"), "select"),  # the coarsest level
+    "select": Stage(("rows", "keep"), ("BLOCK_M", "BLOCK_N"), "select", "BLOCK_M"),  # the levels below it
     "attend": WALK,
     "scan": Stage((), ("BLOCK",)),
     "invert_top": Stage((), ("BLOCK_M", "KEYS")),
     "invert": Stage(("rows",), ("BLOCK_M",)),
     "grad_q": WALK,
-    "grad_kv_top": Stage((), ("BLOCK_M", "BLOCK_N")),  # the coarsest level, by all queries
-    "grad_kv_coarse": Stage(("rows", "keep"), ("PART", "BLOCK_M", "BLOCK_N")),  # coarse levels below it, by lists
-    "grad_kv_keeper": Stage(("rows", "keep"), ("BLOCK_M", "BLOCK_N")),  # coarse levels below it, keeper by keeper
-    "grad_kv_tokens": Stage(("rows", "keep"), ("PART", "BLOCK_M", "BLOCK_N")),  # level 0, by lists
+    "grad_kv_top": Stage((), BY_KEYS, "grad_kv", gluon=SHARED_KEYS),  # the coarsest level, by all queries
+    "grad_kv_coarse": Stage(("rows", "keep"), BY_LISTS, "grad_kv", "BLOCK_N"),  # coarse levels below it, by lists
+    "grad_kv_keeper": Stage(("rows", "keep"), BY_KEYS, "grad_kv", gluon=SHARED_KEYS),  # the same, keeper by keeper
+    "grad_kv_tokens": Stage(("rows", "keep"), BY_LISTS, "grad_kv", "BLOCK_N", LISTED),  # level 0, by lists
     "grad_sum": Stage((), ("BLOCK",)),
-    "grad_gather": Stage(("rows", "keep"), ("ROWS", "BLOCK")),
+    "grad_gather": Stage(("rows", "keep"), ("ROWS", "BLOCK"), filled="BLOCK"),
 }
 
 LIMITS = {"num_warps": 32, "num_stages": 8, "maxnreg": 255}
@@ -149,11 +153,6 @@ def pad(size: int, least: int = 16) -> int:
     return max(least, 1 << (size - 1).bit_length())
 
 
-def bucket(n_tokens: int) -> str:
-    """The bucket of a length."""
-    return next(name for name, most in LENGTHS.items() if n_tokens <= most)
-
-
 def stage_kind(plan: Plan, stage: str) -> str:
     """How tables call a stage of the plan: `select_l2` is `select_top` where level 2 is the coarsest."""
     kind, level = plan.stages[stage]
@@ -166,16 +165,15 @@ def stage_kind(plan: Plan, stage: str) -> str:
     return "grad_kv_tokens" if level == 0 else "grad_kv_keeper" if level in plan.by_keeper else "grad_kv_coarse"
 
 
-def facts_of(plan: Plan, stage: str, element: int, length: str) -> Facts:
-    """What is true of a stage of the plan, for elements of `element` bytes and a bucket of lengths."""
-    kind, level = stage_kind(plan, stage), plan.stages[stage][1] or 0
-    listed = kind in ("grad_kv_coarse", "grad_kv_keeper", "grad_kv_tokens", "grad_gather")
-    known: Facts = {"element": element, "pad_dim": pad(plan.head_dim), "length": length}
-    for fact in STAGES[kind].facts:
+def facts_of(plan: Plan, stage: str, element: int) -> dict[str, int]:
+    """What is true of a stage of the plan, for elements of `element` bytes."""
+    kind, level = STAGES[stage_kind(plan, stage)], plan.stages[stage][1] or 0
+    known = {"element": element, "pad_dim": pad(plan.head_dim)}
+    for fact in kind.facts:
         if fact == "rows":
-            known[fact] = pad(plan.block(1 if kind in ("attend", "grad_q") else level + 1))
-        elif fact == "keep":
-            known[fact] = pad(plan.topk(level + 1 if listed else level), 1)
+            known[fact] = pad(plan.block(1 if kind.loop == "walk" else level + 1))
+        elif fact == "keep":  # a selection makes the lists of its own level, the others read those of their keepers
+            known[fact] = pad(plan.topk(level if kind.loop == "select" else level + 1), 1)
         elif fact == "grouped":
             known[fact] = plan.grouped
     return known
@@ -210,7 +208,7 @@ def _row(row: Any, place: str, options: tuple[str, ...]) -> Row:
     stage = STAGES[row["stage"]]
     when, tiles = row.get("when", {}), row.get("set")
     where.need(isinstance(when, dict), "when", "an object of facts", when)
-    where.only(when, "when", ("element", "pad_dim", "length", *stage.facts))
+    where.only(when, "when", ("element", "pad_dim", *stage.facts))
     for name, wanted in when.items():
         for value in wanted if isinstance(wanted, list) else [wanted]:
             legal = FACTS[name]

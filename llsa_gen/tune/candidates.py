@@ -22,11 +22,6 @@ RANGES = {
 }  # fmt: skip
 """Smallest and largest value of each that is tried."""
 
-PIPELINED = (
-    "select_top", "select", "attend", "grad_q", "grad_kv_top", "grad_kv_coarse", "grad_kv_keeper", "grad_kv_tokens",
-)  # fmt: skip
-"""Kinds of kernels with a loop of loads and products, for which `num_stages` matters."""
-
 
 @dataclass(frozen=True)
 class Candidate:
@@ -42,7 +37,7 @@ REGISTERS = (96, 128, 168, 255)
 
 def settable(kind: str) -> tuple[str, ...]:
     """What may be varied of a kind of kernel, tiles first."""
-    return (*STAGES[kind].tiles, "num_warps", *(("num_stages", "maxnreg") if kind in PIPELINED else ()))
+    return (*STAGES[kind].tiles, "num_warps", *(("num_stages", "maxnreg") if STAGES[kind].loop else ()))
 
 
 def candidates(plan: Plan, stage: str, entry: Entry, element: int, goal: Target) -> Iterator[Candidate]:
@@ -78,9 +73,7 @@ def _moves(name: str, value: int) -> list[int]:
 
 def _wasteful(plan: Plan, stage: str, made: Mapping[str, int], entry: Mapping[str, int]) -> str | None:
     """Why a tile is larger than anything that could fill it."""
-    rows = facts_of(plan, stage, 2, "long").get("rows")
-    kind = stage_kind(plan, stage)
-    name = {"grad_kv_coarse": "BLOCK_N", "grad_kv_tokens": "BLOCK_N", "grad_gather": "BLOCK"}.get(kind, "BLOCK_M")
-    if rows is None or kind in ("invert", "grad_kv_keeper") or made[name] <= max(int(rows), entry[name]):
+    name = STAGES[stage_kind(plan, stage)].filled
+    if name is None or made[name] <= max(rows := facts_of(plan, stage, 2)["rows"], entry[name]):
         return None
     return f"{name} {made[name]}: a block fills {rows} rows at the most"

@@ -106,7 +106,7 @@ def search(
             results.append(result := StageResult(stage, present[stage], before, present[stage], before))
             interrupted = _climb(
                 partial(candidates, plan, stage, element=element, goal=goal), result, bench,
-                until=end, spent=spent, progress=progress or _silent,
+                until=end, spent=spent, progress=progress or (lambda result, share: None),
             )  # fmt: skip
             _crown(result, bench, {**present, **{found.stage: found.after for found in results}})
             if interrupted:
@@ -120,10 +120,6 @@ def search(
             told = error if isinstance(error, DeviceLost) else _told(error)
             results[-1].trials.append(Trial(results[-1].before, reason=f"{ENDED}: {told}"))
     return results
-
-
-def _silent(result: StageResult, share: float) -> None:
-    pass
 
 
 def _climb(

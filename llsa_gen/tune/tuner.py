@@ -17,7 +17,7 @@ from llsa_gen.errors import LlsaGenError, short
 from llsa_gen.fuzz.case import Case, DType
 from llsa_gen.plan import Plan, lower
 from llsa_gen.schedule import Schedule, schedule
-from llsa_gen.schedule.table import TRITON, bucket, facts_of, stage_kind
+from llsa_gen.schedule.table import TRITON, facts_of, stage_kind
 from llsa_gen.spec import Spec
 from llsa_gen.store import Store, tuned
 from llsa_gen.tune.bench import DeviceBench
@@ -81,7 +81,7 @@ def tune(
     device = torch.device("cpu" if make_bench else "cuda")
     name, element = attention.module.target_of(device), DTYPES[dtype].itemsize
     goal = tuned.targets(store)[name]
-    present = schedule(plan, goal, element, n_tokens)
+    present = schedule(plan, goal, element)
     for stage in stages:
         if stage not in present:
             raise LlsaGenError(f"stage: expected one of {', '.join(present)}, got {short(repr(stage))}")
@@ -92,7 +92,7 @@ def tune(
         element=element, goal=goal, seconds=seconds, progress=progress, clock=clock,
     )  # fmt: skip
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "no GPU"
-    rules = schedule(plan, replace(goal, rows=()), element, n_tokens)
+    rules = schedule(plan, replace(goal, rows=()), element)
     rows = tuple(_row(plan, result, element, n_tokens, gpu, rules) for result in results if result.improved)
     path = unsaved = None
     try:
@@ -119,7 +119,7 @@ def _row(plan: Plan, result: StageResult, element: int, n_tokens: int, gpu: str,
     backend = {"backend": result.after.get("backend", TRITON)} if "backend" in rules[result.stage] else {}
     return {
         "stage": kind,
-        "when": facts_of(plan, result.stage, element, bucket(n_tokens)),
+        "when": facts_of(plan, result.stage, element),
         "set": {name: result.after[name] for name in settable(kind) if name in result.after} | backend,
         "measured": {
             "gpu": gpu,

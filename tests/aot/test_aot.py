@@ -284,7 +284,7 @@ def test_what_is_recorded_is_what_calls_of_the_operator_launch(
 def test_performing_makes_the_launches_that_it_notes(offset: int) -> None:
     """On a pretended GPU, with other tiles than the module's: those of `record`, if tensors are aligned as its are."""
     with pretended() as gpu, knowing(gpu, shipped("llsa_l2").module) as module:
-        tiles = {**module.schedule_for("cuda:90", torch.bfloat16, 4096)}
+        tiles = {**module.schedule_for("cuda:90", torch.bfloat16)}
         tiles["scan"] = {**tiles["scan"], "num_warps": 2}
         q, k, v, grad_o = draw(4096, offset=offset)
         results, made = perform(module, tiles, q, k, v, grad_o, 0.125)

@@ -109,7 +109,7 @@ def test_sums_that_are_next_to_nothing(
     # in one channel every query is far from every key: e^lse is tiny, and what does not exist must not weigh beside it
     attention = llsa_gen.compile(chosen)
     module = attention.module
-    tiles = module.schedule_for(module.target_of(torch.device(DEVICE)), getattr(torch, dtype), n)
+    tiles = module.schedule_for(module.target_of(torch.device(DEVICE)), getattr(torch, dtype))
     plain = {stage: module.in_triton(entry) for stage, entry in tiles.items()}
     found = []
     for entries in (tiles, plain):

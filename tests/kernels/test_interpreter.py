@@ -125,7 +125,7 @@ def test_tiles_smaller_than_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
     n = 24 * 3 * 3 + 5
     module = compile(chosen).module
     target = module.target_of(torch.device("cpu"))
-    assert module.schedule_for(target, torch.float16, n)["attend"]["BLOCK_N"] == 16
+    assert module.schedule_for(target, torch.float16)["attend"]["BLOCK_N"] == 16
     fuzz.run(fuzz.Case(chosen, n=n, dtype="float16")).raise_if_failed()
 
 

@@ -226,7 +226,7 @@ def test_no_tokens_at_all(dtype: torch.dtype, attention: Attention) -> None:
 def test_flops_are_counted_as_the_cost_model_counts_them(path: Path, n: int) -> None:
     attention = compile(path)
     plan = lower(attention.spec)
-    cost = Cost(plan, schedule(plan, target("cuda:90"), 2, n))
+    cost = Cost(plan, schedule(plan, target("cuda:90"), 2))
     q, k, v = (torch.randn(2, 3, n, plan.head_dim, requires_grad=True) for _ in range(3))
     with FlopCounterMode(display=False) as forward:
         o = attention(q, k, v)

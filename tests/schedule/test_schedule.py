@@ -1,7 +1,6 @@
-"""Tables of tile shapes: what they may say, which row decides, what does not fit, and one schedule a length bucket."""
+"""Tables of tile shapes: what they may say, which row decides, what does not fit, and one schedule for all lengths."""
 
 import re
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from tables import row, table
 
-from examples import BRANCHES, spec
-from llsa_gen import Spec, aot, emit, load
+from examples import spec
+from llsa_gen import Spec, aot, compile, emit, load
 from llsa_gen.aot.launches import record
 from llsa_gen.errors import ScheduleTableError
 from llsa_gen.fuzz.case import specs
@@ -18,7 +17,7 @@ from llsa_gen.plan import lower
 from llsa_gen.runtime.backend import in_triton
 from llsa_gen.schedule import Target, choices, schedule, schedules, target, targets
 from llsa_gen.schedule.fit import misfit
-from llsa_gen.schedule.table import LENGTHS, LIMITS, STAGES, bucket, facts_of, parse, stage_kind
+from llsa_gen.schedule.table import LIMITS, STAGES, facts_of, parse, stage_kind
 from llsa_gen.store.loading import load_text
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,11 +41,11 @@ GOOD = row("attend", {"BLOCK_N": 64}, element=2)
         ({"stage": "atend"}, "rows[1]: stage: expected one of pool, pool_sums, "),
         ({"stage": "atend"}, "got 'atend'"),
         ({"stage": ["attend"]}, "got ['attend']"),
-        ({"when": {"elements": 2}}, "when: expected one of element, pad_dim, length, rows, grouped, got 'elements'"),
+        ({"when": {"elements": 2}}, "when: expected one of element, pad_dim, rows, grouped, got 'elements'"),
         ({"when": {"element": 3}}, "rows[1]: when.element: expected one of 2, 4, got 3"),
         ({"when": {"pad_dim": 80}}, "rows[1]: when.pad_dim: expected a power of two up to 1048576, got 80"),
         ({"when": {"pad_dim": [64, 80]}}, "when.pad_dim: expected a power of two up to 1048576, got 80"),
-        ({"when": {"length": "huge"}}, "when.length: expected one of short, medium, long, got 'huge'"),
+        ({"when": {"length": "long"}}, "when: expected one of element, pad_dim, rows, grouped, got 'length'"),
         ({"when": {"grouped": 1}}, "when.grouped: expected one of True, False, got 1"),
         ({"when": {"keep": 8}}, "when: expected one of"),
         ({"when": 7}, "rows[1]: when: expected an object of facts, got 7"),
@@ -109,7 +108,7 @@ def test_every_stage_has_a_kind_and_facts_and_rules_that_are_legal(chosen: Spec)
     for element in (2, 4):
         for stage, choice in choices(plan, BARE, element).items():
             kind = stage_kind(plan, stage)
-            assert set(facts_of(plan, stage, element, "short")) == {"element", "pad_dim", "length", *STAGES[kind].facts}
+            assert set(facts_of(plan, stage, element)) == {"element", "pad_dim", *STAGES[kind].facts}
             assert {*choice.entry} <= {*STAGES[kind].tiles, *LIMITS, *OWN, *TWO_BACKENDS}
             assert misfit(plan, stage, choice.entry, choice.entry, element, BARE) is None
 
@@ -221,86 +220,34 @@ def test_a_rule_that_is_cut_to_fit_says_so() -> None:
     assert re.fullmatch(wanted, said)
 
 
-# ---- one schedule a bucket --------------------------------------------------------------------------------------
-
-
-def test_buckets_have_one_home() -> None:
-    assert [bucket(n) for n in (1, 8192, 8193, 65536, 65537, 2**30)] == ["short"] * 2 + ["medium"] * 2 + ["long"] * 2
-
-
-def by_length(*buckets: str) -> dict[str, Target]:
-    """The shipped tables, with another attend for some lengths on one target."""
-    extra = table(*(row("attend", {"num_stages": 4 + at}, length=name) for at, name in enumerate(buckets))).rows
-    return {**targets(), "cuda:90": replace(targets()["cuda:90"], rows=extra)}
-
-
-def test_buckets_that_do_not_differ_leave_no_trace() -> None:
-    plan = lower(WIDE)
-    text = emit.render(plan, schedules(plan))
-    assert '"cuda:90": {2: {MAX_TOKENS: TILES_3}, 4: {MAX_TOKENS: TILES_2}}' in text
-    assert text == (ROOT / "generated" / "topk_b128.py").read_text()
-    same = by_length(*LENGTHS)
-    same["cuda:90"] = replace(same["cuda:90"], rows=table(row("attend", {"num_stages": 4}, length=[*LENGTHS])).rows)
-    assert "65536: TILES" not in emit.render(plan, schedules(plan, same))
-
-
-@pytest.mark.parametrize(
-    ("buckets", "told"),
-    [
-        (("long",), '"cuda:90": {2: {65536: TILES_3, MAX_TOKENS: TILES_4}, 4: {65536: TILES_2, MAX_TOKENS: TILES_5}}'),
-        (("short",), '"cuda:90": {2: {8192: TILES_3, MAX_TOKENS: TILES_4}, 4: {8192: TILES_5, MAX_TOKENS: TILES_2}}'),
-    ],
-)
-def test_buckets_that_differ_are_written_once(buckets: tuple[str, ...], told: str) -> None:
-    text = emit.render(lower(WIDE), schedules(lower(WIDE), by_length(*buckets)))
-    assert told in text
-    assert '"cuda:80": {2: {MAX_TOKENS: TILES_1}, 4: {MAX_TOKENS: TILES_2}}' in text
+# ---- one schedule for all lengths -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("buckets", [(), ("long",), ("short", "medium"), ("short", "medium", "long")])
-def test_a_module_is_compiled_once_a_bucket_at_the_most(buckets: tuple[str, ...], dtype: str) -> None:
+def test_a_module_is_compiled_once_whatever_its_lengths(dtype: str) -> None:
     """When only N changes: the constexprs and options of each kernel, which Triton compiles for, over many lengths.
 
     FULL, RUNS and EVICT_FIRST are not counted: for what is compiled, so is the other, at once (test_host.py).
     """
     plan = lower(L2)
-    tables = schedules(plan, by_length(*buckets))
-    text = emit.render(plan, tables)
-    module = load_text("lengths", str(len(buckets)) * 64, text)
-    lengths = [1, 17, 300, 4096, 8191, 8192, 8193, 10_000, 65_536, 65_537, 100_001, 2**20]
+    tables = schedules(plan)
+    module = load_text("lengths", "f" * 64, emit.render(plan, tables))
     variants: dict[str, set[tuple[object, ...]]] = {}
-    for n in lengths:
+    for n in [1, 17, 300, 4096, 8191, 8192, 8193, 10_000, 65_536, 65_537, 100_001, 2**20]:
         for launch in record(module, n, dtype, "cuda:90"):
             shapes = {name: value for name, value in launch.arguments.items() if name.isupper()}
             shapes = {name: value for name, value in shapes.items() if name not in ("FULL", "RUNS", "EVICT_FIRST")}
             variants.setdefault(launch.kernel, set()).add((*shapes.items(), *launch.options.items()))
             if launch.kernel == "attend_kernel":
-                most = next(most for most in LENGTHS.values() if n <= most)
-                assert {**shapes, **launch.options} == tables["cuda:90"][4][most]["attend"] | module.OPTIONS
-    # in Gluon, as in half precision, rows of `num_stages` change nothing
-    distinct = len({*buckets, *({"rest"} if len(buckets) < 3 else ())})
-    wanted = {"attend_kernel": distinct} if dtype == "float32" else {"attend_hopper_kernel": 1}
-    assert {name: len(found) for name, found in variants.items()} == {name: 1 for name in variants} | wanted
+                assert {**shapes, **launch.options} == tables["cuda:90"][4]["attend"] | module.OPTIONS
+    assert ("attend_kernel" if dtype == "float32" else "attend_hopper_kernel") in variants
+    assert {name: len(found) for name, found in variants.items()} == dict.fromkeys(variants, 1)
 
 
-def test_a_module_by_length_is_compiled_for_its_lengths() -> None:
-    plan = lower(L2)
-    module = load_text("lengths", "f" * 64, emit.render(plan, schedules(plan, by_length("long"))))
-    for n, stages in ((8191, 2), (65537, 4)):
-        (report,) = aot.compile_kernels(module, "cuda:90", "float32", n, kernels=["attend_kernel"])
-        assert report.num_stages == stages
-    reports = aot.compile_kernels(module, "cuda:90", "float32", kernels=["attend_kernel"])
-    assert {report.constexprs["FULL"] for report in reports} == {True, False}, "without a length, for all there are"
-    assert {report.num_stages for report in reports} == {2, 4}, "and for every bucket"
-    reports = aot.compile_kernels(module, "cuda:90", "bfloat16", kernels=["attend_hopper_kernel"])
+@pytest.mark.parametrize(("dtype", "kernel"), [("float32", "attend_kernel"), ("bfloat16", "attend_hopper_kernel")])
+def test_without_a_length_all_variants_are_compiled(dtype: str, kernel: str) -> None:
+    reports = aot.compile_kernels(compile(L2), "cuda:90", dtype, kernels=[kernel])
     assert sorted(report.constexprs["FULL"] for report in reports) == [False, True]
-
-
-@pytest.mark.parametrize("chosen", BRANCHES[::4], ids=lambda chosen: chosen.name)
-def test_modules_by_length_pass_ruff(chosen: Spec, tmp_path: Path) -> None:
-    text = emit.render(lower(chosen), schedules(lower(chosen), by_length("long")))
-    compile(text, "by_length.py", "exec")
 
 
 @pytest.mark.parametrize("topk", [8, 3])

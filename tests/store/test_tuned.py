@@ -55,6 +55,7 @@ BROKEN: dict[str, bytes] = {
     "a true stage": json.dumps(table(stage=True)).encode(),
     "a list as a stage": json.dumps(table(stage=[])).encode(),
     "a field of an older version": json.dumps(table(set={"HOPPER": 128})).encode(),
+    "a fact of an older version": json.dumps(table(when={"element": 2, "length": "long"})).encode(),
     "another target": b'{"target": "cuda:90", "rows": []}',
     "five mebibytes": b" " * (5 * 2**20),
 }

@@ -260,14 +260,16 @@ def test_a_winner_is_stored_and_used_by_the_next_compile(tmp_path: Path) -> None
     report = tuned_report(store, n_tokens=100_000)
     assert report.path == tmp_path / "schedules" / "cuda_80.json", "the table that the interpreter's device uses"
     (row,) = report.rows
-    assert (row["stage"], row["when"]["length"], row["set"]["num_warps"]) == ("attend", "long", 4)
-    assert {"gpu", "date", "before_us", "after_us", "spec", "n_tokens"} <= row["measured"].keys()
+    assert (row["stage"], row["set"]["num_warps"]) == ("attend", 4)
+    assert row["when"] == {"element": 2, "pad_dim": 16, "rows": 16, "grouped": True}
+    assert {"gpu", "date", "before_us", "after_us", "spec"} <= row["measured"].keys()
+    assert row["measured"]["n_tokens"] == 100_000, "a row holds for every length, and says which it was measured at"
     miss = explain_miss(SMALL, store)
     assert miss.outcome == "differs" and [difference.part for difference in miss.differences] == ["schedule"]
     after = compile(SMALL, store=store)
     assert after.source != before.source
-    by_length = after.module.SCHEDULES["cuda:80"][2]
-    assert [tiles["attend"]["num_warps"] == 4 for tiles in by_length.values()] == [False, True]
+    by_size = after.module.SCHEDULES["cuda:80"]
+    assert {size: tiles["attend"]["num_warps"] == 4 for size, tiles in by_size.items()} == {2: True, 4: False}
     assert compile(SMALL, store=Store(tmp_path / "elsewhere")).source == before.source
     assert golden.check(golden.files(golden.modules())) == [], "what is committed does not depend on a machine"
 
@@ -302,10 +304,9 @@ def test_a_row_names_the_backend_that_was_measured(
 def test_rows_of_the_same_facts_take_each_others_place(tmp_path: Path) -> None:
     store = Store(tmp_path)
     tuned_report(store)
-    tuned_report(store, n_tokens=100)
-    first = [row.when["length"] for row in tuned.targets(store)["cuda:80"].rows]
-    assert sorted(first) == ["medium", "short"]
-    (row,) = [row for row in json.loads(tuned.files(store)[0].read_text())["rows"] if row["when"]["length"] == "short"]
+    tuned_report(store, dtype="float32")
+    assert [row.when["element"] for row in tuned.targets(store)["cuda:80"].rows] == [2, 4]
+    row = json.loads(tuned.files(store)[0].read_text())["rows"][0]
     tuned.add(store, "cuda:80", [{**row, "set": {"num_warps": 2}}])
     rows = tuned.targets(store)["cuda:80"].rows
     assert len(rows) == 2 and rows[-1].set == {"num_warps": 2}
@@ -443,7 +444,7 @@ def test_a_search_whose_times_alone_are_invented(tmp_path: Path) -> None:
     assert all(trial.microseconds is None for trial in wrong)
     attention, case = compile(SMALL, store=store), Case(SMALL, 29, dtype="float16")
     target = attention.module.target_of(torch.device("cpu"))
-    assert attention.module.schedule_for(target, torch.float16, 29)["attend"] == result.after
+    assert attention.module.schedule_for(target, torch.float16)["attend"] == result.after
     found = fuzz.attend(attention, case, *case.tensors())
     kept = [found[f"kept_l{level}"] for level in (1, 2)]
     assert fuzz.compare(case, case.tensors(), kept, found)[0] == []
@@ -467,7 +468,7 @@ def test_a_stage_is_tuned_on_the_gpu(tmp_path: Path) -> None:
         "module = llsa_gen.compile(spec).module\n"
         "import torch\n"
         "target = module.target_of(torch.device('cuda'))\n"
-        "tiles = module.schedule_for(target, torch.bfloat16, 8192)\n"
+        "tiles = module.schedule_for(target, torch.bfloat16)\n"
         "assert tiles['grad_kv_l0'] == result.after\n"
         "for n in (8192, 1021):\n"
         "    fuzz.run(fuzz.Case(spec, n=n, heads=2, dtype='bfloat16', device='cuda')).raise_if_failed()\n"
