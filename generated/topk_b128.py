@@ -40,7 +40,7 @@ SPEC = {
     "name": "topk_b128",
     "reweight": True,
 }
-OPERATOR = "topk_b128_5fc8a441cba76bee"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
+OPERATOR = "topk_b128_6d254f967d9277e1"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -57,7 +57,7 @@ EMPTY = tl.constexpr(-(2**63))  # the rank of no token at all
 
 # What differs from call to call: Triton makes no kernel of its own where one of these is 1 or a multiple of 16.
 UNSPECIALISED = [
-    "heads_per_batch", "heads", "m_tokens", "n_tokens", "part_l1", "parts_l0", "width_l1",
+    "heads_per_batch", "heads", "m_tokens", "n_tokens", "saved_step", "part_l1", "parts_l0", "width_l1",
 ]
 
 # How every kernel is compiled: a product and a sum are rounded once, whatever the default of the Triton that is installed,
@@ -129,6 +129,12 @@ def kv_head_of(head):
 def of_head(ptr, head, rows, width):
     """Start of one head of a contiguous buffer [B*H, rows, width]."""
     return ptr + head * rows * width
+
+
+@triton.jit
+def of_saved(ptr, head, step):
+    """Start of one head of a buffer that is saved: what is saved of a head lies together, `step` times 256 bytes."""
+    return ptr + head * step * (2048 // ptr.dtype.element_ty.primitive_bitwidth)
 
 
 @triton.jit
@@ -256,9 +262,8 @@ def pool_l1_kernel(
     q_l1_ptr,  # [B*H, T_1(M), D], out: means
     k_l1_ptr,  # [B*H_kv, T_1(N), D], out: means
     counts_l1_ptr,  # [B*H, T_1(N)] int32, out: how many query tokens keep each key token
-    heads_per_batch, heads, m_tokens, n_tokens,  # H, B*H, M, N
-    CHILDREN: tl.constexpr, ROWS: tl.constexpr,  # level-1 tokens summed at a time, and rows of each
-    EVICT_FIRST: tl.constexpr,  # see load_rows
+    heads_per_batch, heads, m_tokens, n_tokens, saved_step,  # H, B*H, M, N, 256 bytes each, from head to head of what is saved
+    CHILDREN: tl.constexpr, ROWS: tl.constexpr, EVICT_FIRST: tl.constexpr,  # level-1 tokens summed at a time, and rows of each
 ):
     """Means over the tokens that each token of level 1 covers: float32 sums, rounded once.
 
@@ -272,22 +277,23 @@ def pool_l1_kernel(
     is_key = False
     if head < heads:
         length = m_tokens
-        base, stride_n = head_base(q_ptr, head, stride_qb, stride_qh, heads_per_batch), stride_qn
-        mean_l1_ptr = of_head(q_l1_ptr, head, tl.cdiv(length, SPAN_1), HEAD_DIM)
+        rows, stride_n = head_base(q_ptr, head, stride_qb, stride_qh, heads_per_batch), stride_qn
+        mean_l1_ptr = of_head(q_l1_ptr, head, tl.cdiv(m_tokens, SPAN_1), HEAD_DIM)
     else:
-        head, tile = head_and_tile(tl.program_id(0) - heads * q_tiles, k_tiles)
+        kv_head, tile = head_and_tile(tl.program_id(0) - heads * q_tiles, k_tiles)
         is_key = True
         length = n_tokens
-        base, stride_n = head_base(k_ptr, head, stride_kb, stride_kh, heads_per_batch), stride_kn
-        mean_l1_ptr = of_head(k_l1_ptr, head, tl.cdiv(length, SPAN_1), HEAD_DIM)
+        rows, stride_n = head_base(k_ptr, kv_head, stride_kb, stride_kh, heads_per_batch), stride_kn
+        mean_l1_ptr = of_head(k_l1_ptr, kv_head, tl.cdiv(n_tokens, SPAN_1), HEAD_DIM)
+        head = kv_head
 
     l1 = tl.cdiv(length, SPAN_1)
     token = tile * CHILDREN + tl.arange(0, CHILDREN)
     inside = token < l1
-    total = sum_below(base, stride_n, token, inside, length, BLOCK_1, ROWS, SUMS, EVICT_FIRST)
+    total = sum_below(rows, stride_n, token, inside, length, BLOCK_1, ROWS, SUMS, EVICT_FIRST)
     covered = tl.minimum(length - token * SPAN_1, SPAN_1).to(tl.float32)
     store_rows(mean_l1_ptr, token, HEAD_DIM, inside, total / covered[:, None])
-    tl.store(of_head(counts_l1_ptr, head, l1, 1) + token, 0, mask=inside & is_key)
+    tl.store(of_saved(counts_l1_ptr, head, saved_step) + token, 0, mask=inside & is_key)
 
 
 # ---- selection -------------------------------------------------------------------------------------------------------
@@ -493,7 +499,7 @@ def select_l1_kernel(
     k_l1_ptr,  # [B*H_kv, T_1(N), D]
     kept_l1_ptr, width_l1,  # [B*H, T_1(M), width_l1] int32, out: kept key tokens, best first, then -1
     counts_l1_ptr,  # [B*H, T_1(N)] int32, out: how many query tokens keep each key token
-    m_tokens, n_tokens,  # M, N
+    m_tokens, n_tokens, saved_step,  # M, N, 256 bytes each, from head to head of what is saved
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, KEEP: tl.constexpr, DOUBLES: tl.constexpr, SPLIT: tl.constexpr, RUNS: tl.constexpr,
 ):
     """I^(1): the K_1 = 4 best of all T_1(N) key tokens, for each query token of the coarsest level.
@@ -506,10 +512,11 @@ def select_l1_kernel(
     row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = row < m_l1
     n_candidates = n_l1
-    counts_ptr = of_head(counts_l1_ptr, head, n_l1, 1)  # integer sums are the same in any order
-    k_ptr = of_head(k_l1_ptr, kv_head_of(head), n_l1, HEAD_DIM)
-    q = load_rows(of_head(q_l1_ptr, head, m_l1, HEAD_DIM), row, HEAD_DIM, inside)
-    kept_ptr = of_head(kept_l1_ptr, head, m_l1, width_l1)
+    kv_head = kv_head_of(head)
+    counts_ptr = of_saved(counts_l1_ptr, head, saved_step)  # integer sums are the same in any order
+    k_ptr = of_head(k_l1_ptr, kv_head, tl.cdiv(n_tokens, SPAN_1), HEAD_DIM)
+    q = load_rows(of_head(q_l1_ptr, head, tl.cdiv(m_tokens, SPAN_1), HEAD_DIM), row, HEAD_DIM, inside)
+    kept_ptr = of_saved(kept_l1_ptr, head, saved_step)
 
     if SPLIT == 1:
         best = no_best_4(BLOCK_M, DOUBLES)
@@ -570,7 +577,7 @@ def attend_kernel(
     o_ptr,  # [B*H, M, D], out
     lse_ptr,  # [B*H, M] float32, out: natural logarithm of the sum of weights
     peak_ptr, total_ptr,  # [B*H, M] float32, out: the same sum as 2^peak * total
-    scale, heads_per_batch, m_tokens, n_tokens,  # s, H, M, N
+    scale, heads_per_batch, m_tokens, n_tokens, saved_step,  # s, H, M, N, 256 bytes each, from head to head of what is saved
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FULL: tl.constexpr,
 ):
     """o_i = sum_j w_j exp(s q_i.k_j) v_j / sum_j w_j exp(s q_i.k_j) over the keys of level 0.
@@ -589,7 +596,7 @@ def attend_kernel(
     # level 0: the tokens of the key blocks that the query block keeps
     k_base = head_base(k_ptr, kv_head, stride_kb, stride_kh, heads_per_batch)
     v_base = head_base(v_ptr, kv_head, stride_vb, stride_vh, heads_per_batch)
-    list_ptr = of_head(kept_l1_ptr, head, m_l1, width_l1) + block * width_l1
+    list_ptr = of_saved(kept_l1_ptr, head, saved_step) + block * width_l1
     lowest = tl.full([BLOCK_M], float("-inf"), tl.float32)
     if FULL:
         # from the largest of 16 logits, which the list holds: no sum is much less than 1, and few are too large
@@ -616,21 +623,19 @@ def attend_kernel(
     if q.dtype != tl.float32:  # half precision rounds more than this sum: the backward pass is spared a product
         peak = log_sum
         total = tl.full([BLOCK_M], 1.0, tl.float32)
-    tl.store(of_head(peak_ptr, head, m_tokens, 1) + token, peak, mask=inside)
-    tl.store(of_head(total_ptr, head, m_tokens, 1) + token, total, mask=inside)
+    tl.store(of_saved(peak_ptr, head, saved_step) + token, peak, mask=inside)
+    tl.store(of_saved(total_ptr, head, saved_step) + token, total, mask=inside)
 
 
 # ---- gradients -------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def running_sum(counts_ptr, sums_ptr, head, n_rows, part, BLOCK: tl.constexpr):
+def running_sum(counts_ptr, sums_ptr, n_rows, part, BLOCK: tl.constexpr):
     """The exclusive running sum of one head's counts and, after the last row, the whole sum.
 
     Where `part` is not 0, of the parts of `part` entries instead that a list has beyond its first.
     """
-    counts_ptr = of_head(counts_ptr, head, n_rows, 1)
-    sums_ptr = of_head(sums_ptr, head, n_rows + 1, 1)
     before = 0
     for start in range(0, n_rows, BLOCK):
         row = start + tl.arange(0, BLOCK)
@@ -648,7 +653,7 @@ def scan_kernel(
     counts_l1_ptr,  # [B*H, T_1(N)] int32
     offsets_l1_ptr,  # [B*H, T_1(N) + 1] int32, out: where the list of each key token begins
     overflow_l1_ptr,  # [B*H, T_1(N) + 1] int32, out: where its parts of part_l1 entries beyond the first begin
-    part_l1, heads, n_tokens,  # entries a part, B*H, N
+    part_l1, heads, n_tokens, saved_step,  # entries a part, B*H, N, 256 bytes each, from head to head of what is saved
     BLOCK: tl.constexpr,
 ):
     """Where lists begin, and their parts beyond the first: running sums, one a program.
@@ -657,9 +662,9 @@ def scan_kernel(
     """
     which, head = tl.program_id(0) // heads, (tl.program_id(0) % heads).to(tl.int64)
     if which == 0:
-        running_sum(counts_l1_ptr, offsets_l1_ptr, head, tl.cdiv(n_tokens, SPAN_1), 0, BLOCK)
+        running_sum(of_saved(counts_l1_ptr, head, saved_step), of_head(offsets_l1_ptr, head, tl.cdiv(n_tokens, SPAN_1) + 1, 1), tl.cdiv(n_tokens, SPAN_1), 0, BLOCK)
     if which == 1:
-        running_sum(counts_l1_ptr, overflow_l1_ptr, head, tl.cdiv(n_tokens, SPAN_1), part_l1, BLOCK)
+        running_sum(of_saved(counts_l1_ptr, head, saved_step), of_head(overflow_l1_ptr, head, tl.cdiv(n_tokens, SPAN_1) + 1, 1), tl.cdiv(n_tokens, SPAN_1), part_l1, BLOCK)
 
 
 @triton.jit
@@ -683,7 +688,7 @@ def invert_l1_kernel(
     kept_l1_ptr, width_l1,  # [B*H, T_1(M), width_l1] int32
     offsets_l1_ptr,  # [B*H, T_1(N) + 1] int32
     keepers_l1_ptr,  # [B*H, T_1(M) * width_l1] int32, out: query tokens by the key token that they keep
-    m_tokens, n_tokens,  # M, N
+    m_tokens, n_tokens, saved_step,  # M, N, 256 bytes each, from head to head of what is saved
     BLOCK_M: tl.constexpr, KEYS: tl.constexpr,
 ):
     """The query tokens that keep each of KEYS key tokens of level 1, found among all.
@@ -693,9 +698,9 @@ def invert_l1_kernel(
     m_l1, n_l1 = tl.cdiv(m_tokens, SPAN_1), tl.cdiv(n_tokens, SPAN_1)
     head, tile = head_and_tile(tl.program_id(0), tl.cdiv(n_l1, KEYS))
     key = tile * KEYS + tl.arange(0, KEYS)
-    cursor = tl.load(of_head(offsets_l1_ptr, head, n_l1 + 1, 1) + key, mask=key < n_l1, other=0)
-    kept_ptr = of_head(kept_l1_ptr, head, m_l1, width_l1)
-    keepers_ptr = of_head(keepers_l1_ptr, head, m_l1, width_l1)
+    cursor = tl.load(of_head(offsets_l1_ptr, head, tl.cdiv(n_tokens, SPAN_1) + 1, 1) + key, mask=key < n_l1, other=0)
+    kept_ptr = of_saved(kept_l1_ptr, head, saved_step)
+    keepers_ptr = of_head(keepers_l1_ptr, head, tl.cdiv(m_tokens, SPAN_1), width_l1)
     for start in range(0, m_l1, BLOCK_M):
         row = start + tl.arange(0, BLOCK_M)
         cursor = scatter_keepers(keepers_ptr, cursor, key, kept_ptr, row, width_l1, row < m_l1)
@@ -713,7 +718,7 @@ def grad_q_kernel(
     grad_lse_ptr,  # [B*H, M] float32: None where lse has no gradient
     grad_q_ptr,  # [B*H, M, D], out
     delta_ptr,  # [B*H, M] float32, out
-    scale, heads_per_batch, m_tokens, n_tokens,  # s, H, M, N
+    scale, heads_per_batch, m_tokens, n_tokens, saved_step,  # s, H, M, N, 256 bytes each, from head to head of what is saved
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FULL: tl.constexpr,
 ):
     """dq_i = s sum_j p_ij (do_i.v_j - delta_i) k_j, with delta_i = o_i.do_i - dlse_i, over the keys of level 0.
@@ -734,15 +739,15 @@ def grad_q_kernel(
     if grad_lse_ptr is not None:
         delta -= tl.load(of_head(grad_lse_ptr, head, m_tokens, 1) + token, mask=inside, other=0.0)
     tl.store(of_head(delta_ptr, head, m_tokens, 1) + token, delta, mask=inside)
-    peak = tl.load(of_head(peak_ptr, head, m_tokens, 1) + token, mask=inside, other=0.0)
-    total = tl.load(of_head(total_ptr, head, m_tokens, 1) + token, mask=inside, other=1.0)
+    peak = tl.load(of_saved(peak_ptr, head, saved_step) + token, mask=inside, other=0.0)
+    total = tl.load(of_saved(total_ptr, head, saved_step) + token, mask=inside, other=1.0)
     scale_log2e = scale * LOG2E
     grad_q = tl.zeros([BLOCK_M, PAD_DIM], tl.float32)
 
     # level 0: the tokens of the key blocks that the query block keeps
     k_base = head_base(k_ptr, kv_head, stride_kb, stride_kh, heads_per_batch)
     v_base = head_base(v_ptr, kv_head, stride_vb, stride_vh, heads_per_batch)
-    list_ptr = of_head(kept_l1_ptr, head, m_l1, width_l1) + block * width_l1
+    list_ptr = of_saved(kept_l1_ptr, head, saved_step) + block * width_l1
     place = tl.arange(0, BLOCK_N)
     parent = parents(list_ptr, 0, place, width_l1, BLOCK_1)
     for start in range(0, width_l1 * BLOCK_1, BLOCK_N):
@@ -846,7 +851,7 @@ def grad_kv_l0_overflow_kernel(
     keepers_l1_ptr, width_l1,  # [B*H, T_1(M) * width_l1] int32
     offsets_l1_ptr, overflow_l1_ptr,  # [B*H, T_1(N) + 1] int32
     overflow_grad_k_l0_ptr, overflow_grad_v_l0_ptr,  # [B*H, parts_l0, b_1, D] float32, out
-    parts_l0, scale, heads_per_batch, m_tokens, n_tokens,  # room for overflow parts a head, s, H, M, N
+    parts_l0, scale, heads_per_batch, m_tokens, n_tokens, saved_step,  # room for overflow parts a head, s, H, M, N, 256 bytes each, from head to head of what is saved
     PART: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     """dk, dv of the children of a level-1 token from one part of its keepers: PART entries beyond the first PART.
@@ -856,24 +861,24 @@ def grad_kv_l0_overflow_kernel(
     """
     m_l1, n_l1 = tl.cdiv(m_tokens, SPAN_1), tl.cdiv(n_tokens, SPAN_1)
     head, part, tile = head_token_and_tile(tl.program_id(0), parts_l0, tl.cdiv(BLOCK_1, BLOCK_N))
-    overflow_ptr = of_head(overflow_l1_ptr, head, n_l1 + 1, 1)
+    kv_head = kv_head_of(head)
+    overflow_ptr = of_head(overflow_l1_ptr, head, tl.cdiv(n_tokens, SPAN_1) + 1, 1)
     if part >= tl.load(overflow_ptr + n_l1):
         return
     parent = overflow_owner(overflow_ptr, part, n_l1)
-    offsets_ptr = of_head(offsets_l1_ptr, head, n_l1 + 1, 1) + parent
+    offsets_ptr = of_head(offsets_l1_ptr, head, tl.cdiv(n_tokens, SPAN_1) + 1, 1) + parent
     begin = tl.load(offsets_ptr) + (1 + part - tl.load(overflow_ptr + parent)) * PART
     child = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     end = tl.minimum(begin + PART, tl.load(offsets_ptr + 1))
     key = parent * BLOCK_1 + child
     exists = (child < BLOCK_1) & (key < n_tokens)
-    kv_head = kv_head_of(head)
     grad_k, grad_v = grad_kv_l0_part(
         head_base(q_ptr, head, stride_qb, stride_qh, heads_per_batch), stride_qn,
         head_base(grad_o_ptr, head, stride_gb, stride_gh, heads_per_batch), stride_gn,
-        of_head(peak_ptr, head, m_tokens, 1), of_head(total_ptr, head, m_tokens, 1), of_head(delta_ptr, head, m_tokens, 1),
+        of_saved(peak_ptr, head, saved_step), of_saved(total_ptr, head, saved_step), of_head(delta_ptr, head, m_tokens, 1),
         head_base(k_ptr, kv_head, stride_kb, stride_kh, heads_per_batch), stride_kn,
         head_base(v_ptr, kv_head, stride_vb, stride_vh, heads_per_batch), stride_vn,
-        of_head(keepers_l1_ptr, head, m_l1, width_l1), begin, end, key, exists, scale, m_tokens, n_tokens,
+        of_head(keepers_l1_ptr, head, tl.cdiv(m_tokens, SPAN_1), width_l1), begin, end, key, exists, scale, m_tokens, n_tokens,
         BLOCK_M, BLOCK_N,
     )
     to = head * parts_l0 + part
@@ -892,7 +897,7 @@ def grad_kv_l0_kernel(
     offsets_l1_ptr, overflow_l1_ptr,  # [B*H, T_1(N) + 1] int32
     overflow_grad_k_l0_ptr, overflow_grad_v_l0_ptr,  # [B*H, parts_l0, b_1, D] float32
     grad_k_ptr, grad_v_ptr,  # [B*H_kv, N, D], out
-    parts_l0, scale, heads_per_batch, m_tokens, n_tokens,  # room for overflow parts a head, s, H, M, N
+    parts_l0, scale, heads_per_batch, m_tokens, n_tokens, saved_step,  # room for overflow parts a head, s, H, M, N, 256 bytes each, from head to head of what is saved
     PART: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     """dk, dv of the children of a level-1 token: the first PART of its keepers, the overflow parts.
@@ -901,31 +906,31 @@ def grad_kv_l0_kernel(
     """
     m_l1, n_l1 = tl.cdiv(m_tokens, SPAN_1), tl.cdiv(n_tokens, SPAN_1)
     head, parent, tile = head_token_and_tile(tl.program_id(0), n_l1, tl.cdiv(BLOCK_1, BLOCK_N))
+    kv_head = kv_head_of(head)
     # added at the end, read now, while there is nothing else to do: overflow parts
-    overflow_ptr = of_head(overflow_l1_ptr, head, n_l1 + 1, 1) + parent
+    overflow_ptr = of_head(overflow_l1_ptr, head, tl.cdiv(n_tokens, SPAN_1) + 1, 1) + parent
     first_overflow, last_overflow = tl.load(overflow_ptr), tl.load(overflow_ptr + 1)
-    offsets_ptr = of_head(offsets_l1_ptr, head, n_l1 + 1, 1) + parent
+    offsets_ptr = of_head(offsets_l1_ptr, head, tl.cdiv(n_tokens, SPAN_1) + 1, 1) + parent
     begin = tl.load(offsets_ptr)
     child = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     end = tl.minimum(begin + PART, tl.load(offsets_ptr + 1))
     key = parent * BLOCK_1 + child
     exists = (child < BLOCK_1) & (key < n_tokens)
-    kv_head = kv_head_of(head)
     grad_k, grad_v = grad_kv_l0_part(
         head_base(q_ptr, head, stride_qb, stride_qh, heads_per_batch), stride_qn,
         head_base(grad_o_ptr, head, stride_gb, stride_gh, heads_per_batch), stride_gn,
-        of_head(peak_ptr, head, m_tokens, 1), of_head(total_ptr, head, m_tokens, 1), of_head(delta_ptr, head, m_tokens, 1),
+        of_saved(peak_ptr, head, saved_step), of_saved(total_ptr, head, saved_step), of_head(delta_ptr, head, m_tokens, 1),
         head_base(k_ptr, kv_head, stride_kb, stride_kh, heads_per_batch), stride_kn,
         head_base(v_ptr, kv_head, stride_vb, stride_vh, heads_per_batch), stride_vn,
-        of_head(keepers_l1_ptr, head, m_l1, width_l1), begin, end, key, exists, scale, m_tokens, n_tokens,
+        of_head(keepers_l1_ptr, head, tl.cdiv(m_tokens, SPAN_1), width_l1), begin, end, key, exists, scale, m_tokens, n_tokens,
         BLOCK_M, BLOCK_N,
     )
     for part in range(first_overflow, last_overflow):
         of = head * parts_l0 + part
         grad_k += load_rows(of_head(overflow_grad_k_l0_ptr, of, BLOCK_1, HEAD_DIM), child, HEAD_DIM, child < BLOCK_1)
         grad_v += load_rows(of_head(overflow_grad_v_l0_ptr, of, BLOCK_1, HEAD_DIM), child, HEAD_DIM, child < BLOCK_1)
-    store_rows(of_head(grad_k_ptr, head, n_tokens, HEAD_DIM), key, HEAD_DIM, exists, grad_k)
-    store_rows(of_head(grad_v_ptr, head, n_tokens, HEAD_DIM), key, HEAD_DIM, exists, grad_v)
+    store_rows(of_head(grad_k_ptr, kv_head, n_tokens, HEAD_DIM), key, HEAD_DIM, exists, grad_k)
+    store_rows(of_head(grad_v_ptr, kv_head, n_tokens, HEAD_DIM), key, HEAD_DIM, exists, grad_v)
 
 
 # ---- launches --------------------------------------------------------------------------------------------------------
@@ -950,23 +955,23 @@ LAYOUTS = {
 }
 
 
-def saved_shapes(heads, kv_heads, m_tokens, n_tokens):
-    """What the forward pass leaves to the backward pass: the shapes of the layout `saved`, symbols as in torch.compile or not."""
+def saved_shapes(m_tokens, n_tokens):
+    """What the forward pass leaves to the backward pass of a head: the layout `saved`, symbols as in torch.compile or not."""
     queries, keys = level_tokens(m_tokens), level_tokens(n_tokens)
     return {
-        "peak": (heads, m_tokens), "total": (heads, m_tokens),
-        "counts_l1": (heads, keys[1]), "kept_l1": (heads, queries[1], torch.sym_min(4, keys[1])),
+        "peak": (m_tokens,), "total": (m_tokens,),
+        "counts_l1": (keys[1],), "kept_l1": (queries[1], torch.sym_min(4, keys[1])),
     }
 
 
 def work_out(at, tiles):
     """Fill in a `LaunchPlan`: shapes of buffers, programs and tile shapes of launches; `tiles` are those of every stage."""
-    heads, kv_heads, m_tokens, n_tokens = sizes = at.heads, at.kv_heads, at.m_tokens, at.n_tokens
+    heads, kv_heads, m_tokens, n_tokens = at.heads, at.kv_heads, at.m_tokens, at.n_tokens
     queries, keys = level_tokens(m_tokens), level_tokens(n_tokens)
     tile = tiles["grad_kv_l0"]
     parts_l0 = at.parts_l0 = min(((queries[1] * min(4, keys[1])) // tile["PART"]), keys[1] * ((queries[1] - 1) // tile["PART"]))
     at.part_l1 = tile["PART"]
-    at.shapes = saved_shapes(*sizes) | {
+    at.shapes = saved_shapes(m_tokens, n_tokens) | {
         "o": (heads, m_tokens, 64), "lse": (heads, m_tokens),
         "q_l1": (heads, queries[1], 64), "k_l1": (kv_heads, keys[1], 64),
         "grad_q": (heads, m_tokens, 64), "grad_k": (kv_heads, n_tokens, 64),
@@ -977,7 +982,7 @@ def work_out(at, tiles):
     }
     rows = heads * m_tokens + kv_heads * n_tokens
     is_long = rows * HEAD_DIM.value * at.dtype.itemsize > CACHED
-    at.width_l1 = at.shapes["kept_l1"][2]
+    at.width_l1 = at.shapes["kept_l1"][1]
     at.grids = {}
     tile = tiles["pool"] | {"EVICT_FIRST": is_long}
     at.grids["pool_l1_kernel"] = heads * ceil_div(queries[1], tile["CHILDREN"]) + kv_heads * ceil_div(keys[1], tile["CHILDREN"]), tile
@@ -1004,16 +1009,16 @@ def pool_and_select(at, launch, q, k, counts_l1, kept_l1, memory):
     """Fill in the pyramid and, from the coarsest level down, the tokens that are kept.
 
     Out: how many query tokens keep each key token, [B*H, T_l(N)]; lists of
-    kept tokens, [B*H, T_l(M), width], int32.
+    kept tokens, [B*H, T_l(M), width], int32. What is saved of a head lies together.
     """
     [q_l1, k_l1] = at.buffers(memory, "selection")
     q_steps, k_steps, *_ = at.steps
     launch(
         pool_l1_kernel, q, *q_steps, k, *k_steps, q_l1, k_l1, counts_l1, at.heads_per_batch, at.heads, at.m_tokens,
-        at.n_tokens,
+        at.n_tokens, at.saved_step,
     )
     launch(
-        select_l1_kernel, q_l1, k_l1, kept_l1, at.width_l1, counts_l1, at.m_tokens, at.n_tokens,
+        select_l1_kernel, q_l1, k_l1, kept_l1, at.width_l1, counts_l1, at.m_tokens, at.n_tokens, at.saved_step,
     )
 
 
@@ -1030,7 +1035,7 @@ def attend_launches(at, launch, scale, q, k, v, o, lse, saved, memory):
     q_steps, k_steps, v_steps = at.steps
     launch(
         attend_kernel, q, *q_steps, k, *k_steps, v, *v_steps, kept_l1, at.width_l1, o, lse, peak, total, scale,
-        at.heads_per_batch, at.m_tokens, at.n_tokens,
+        at.heads_per_batch, at.m_tokens, at.n_tokens, at.saved_step,
     )
 
 
@@ -1041,24 +1046,24 @@ def grad_launches(at, launch, scale, q, k, v, grad_o, o, saved, grad_q, grad_k, 
     q_steps, k_steps, v_steps, grad_o_steps = at.steps
 
     launch(
-        scan_kernel, counts_l1, offsets_l1, overflow_l1, at.part_l1, at.heads, at.n_tokens,
+        scan_kernel, counts_l1, offsets_l1, overflow_l1, at.part_l1, at.heads, at.n_tokens, at.saved_step,
     )
     launch(
-        invert_l1_kernel, kept_l1, at.width_l1, offsets_l1, keepers_l1, at.m_tokens, at.n_tokens,
+        invert_l1_kernel, kept_l1, at.width_l1, offsets_l1, keepers_l1, at.m_tokens, at.n_tokens, at.saved_step,
     )
     launch(
         grad_q_kernel, q, *q_steps, k, *k_steps, v, *v_steps, kept_l1, at.width_l1, o, grad_o, *grad_o_steps, peak,
-        total, grad_lse, grad_q, delta, scale, at.heads_per_batch, at.m_tokens, at.n_tokens,
+        total, grad_lse, grad_q, delta, scale, at.heads_per_batch, at.m_tokens, at.n_tokens, at.saved_step,
     )
     launch(
         grad_kv_l0_overflow_kernel, q, *q_steps, grad_o, *grad_o_steps, peak, total, delta, k, *k_steps, v, *v_steps,
         keepers_l1, at.width_l1, offsets_l1, overflow_l1, overflow_grad_k_l0, overflow_grad_v_l0, at.parts_l0, scale,
-        at.heads_per_batch, at.m_tokens, at.n_tokens,
+        at.heads_per_batch, at.m_tokens, at.n_tokens, at.saved_step,
     )
     launch(
         grad_kv_l0_kernel, q, *q_steps, grad_o, *grad_o_steps, peak, total, delta, k, *k_steps, v, *v_steps, keepers_l1,
         at.width_l1, offsets_l1, overflow_l1, overflow_grad_k_l0, overflow_grad_v_l0, grad_k, grad_v, at.parts_l0,
-        scale, at.heads_per_batch, at.m_tokens, at.n_tokens,
+        scale, at.heads_per_batch, at.m_tokens, at.n_tokens, at.saved_step,
     )
 
 
@@ -1582,11 +1587,6 @@ def level_tokens(length: int) -> tuple[int, ...]:
     return length, *[ceil_div(length, span) for span in SPANS[1:]]
 
 
-def sizes_of(q: torch.Tensor, k: torch.Tensor) -> tuple[int, int, int, int]:
-    """B*H, B*H_kv, M and N of queries and keys: what sizes of buffers depend on."""
-    return q.shape[0] * q.shape[1], k.shape[0] * k.shape[1], q.shape[2], k.shape[2]
-
-
 def split_queries(walks: int, n_queries: int, n_keys: int, tile: dict[str, int]) -> tuple[int, int]:
     """How queries are shared out where all of them attend to the same few keys: (rows a split, splits).
 
@@ -1621,7 +1621,10 @@ def own_dtypes(layout: str, dtype: torch.dtype) -> dict[str, torch.dtype]:
 
 
 def lay_out(layout: str, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> tuple[list[tuple[int, int]], int]:
-    """Where each buffer of a layout begins, at a multiple of 256, and ends in its memory; its length. In bytes."""
+    """Where each buffer of a layout begins, at a multiple of 256, and ends in its memory; its length. In bytes.
+
+    What is saved lies head by head: these are the places and the length of one.
+    """
     places, size = [], 0
     for name, own in own_dtypes(layout, dtype).items():
         length = math.prod(shapes[name]) * own.itemsize
@@ -1633,10 +1636,10 @@ def lay_out(layout: str, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype)
 def views_of(
     memory: torch.Tensor, layout: str, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype
 ) -> list[torch.Tensor]:
-    """The buffers of a layout as tensors in its memory."""
+    """The buffers of a layout as tensors in its memory; `saved` is [B, H, bytes], and so are they, [B, H, ...]."""
     places, _ = lay_out(layout, shapes, dtype)
     return [
-        memory[begin:end].view(own).view(shapes[name])
+        memory[..., begin:end].view(own).unflatten(-1, shapes[name])
         for (begin, end), (name, own) in zip(places, own_dtypes(layout, dtype).items(), strict=True)
     ]
 
@@ -1647,9 +1650,9 @@ def empty_like(x: torch.Tensor) -> torch.Tensor:
 
 
 def empty_saved(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-    """Memory for what the forward pass over `q` and `k` leaves to the backward pass."""
-    _, size = lay_out("saved", saved_shapes(*sizes_of(q, k)), q.dtype)
-    return q.new_empty(size, dtype=torch.uint8)
+    """Memory for what the forward pass over `q` and `k` leaves to the backward pass, [B, H, bytes]."""
+    _, size = lay_out("saved", saved_shapes(q.shape[2], k.shape[2]), q.dtype)
+    return q.new_empty((*q.shape[:2], size), dtype=torch.uint8)
 
 
 def empty_outputs(q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -1659,10 +1662,8 @@ def empty_outputs(q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch
 
 def empty_selection(q: torch.Tensor, k: torch.Tensor) -> list[torch.Tensor]:
     """The kept tokens of each level, finest first, not filled in."""
-    shapes = saved_shapes(*sizes_of(q, k))
-    return [
-        q.new_empty((*q.shape[:2], *shapes[f"kept_l{level}"][1:]), dtype=torch.int32) for level in range(1, LEVELS + 1)
-    ]
+    shapes = saved_shapes(q.shape[2], k.shape[2])
+    return [q.new_empty((*q.shape[:2], *shapes[f"kept_l{level}"]), dtype=torch.int32) for level in range(1, LEVELS + 1)]
 
 
 def is_aligned(stride: Sequence[int]) -> bool:
@@ -1737,6 +1738,7 @@ class LaunchPlan:
     ) -> None:  # fmt: skip
         self.device, self.dtype = device, dtype
         batch, self.heads_per_batch, self.m_tokens, _ = q_shape
+        self.heads_shape = batch, self.heads_per_batch
         self.heads, self.kv_heads, self.n_tokens = batch * self.heads_per_batch, batch * k_shape[1], k_shape[2]
         self.steps = [stride[:3] for stride in strides]
         # the kernels in Gluon copy 16 bytes at a time, and multiply a stride in 32 bits
@@ -1746,12 +1748,14 @@ class LaunchPlan:
         self.places, self.sizes = {}, {}
         for layout in LAYOUTS:
             self.places[layout], self.sizes[layout] = lay_out(layout, self.shapes, dtype)
+        self.saved_step = self.sizes["saved"] // 256
         self.ready: dict[str, Any] = {}
         self.replays: dict[Callable[..., None], Any] = {}
 
     def memory(self, layout: str) -> torch.Tensor:
         """One piece of memory for all buffers of a layout."""
-        return torch.empty(self.sizes[layout], dtype=torch.uint8, device=self.device)
+        shape = (*self.heads_shape, self.sizes[layout]) if layout == "saved" else self.sizes[layout]
+        return torch.empty(shape, dtype=torch.uint8, device=self.device)
 
     def buffers(self, memory: Any, layout: str) -> list["Argument"]:
         """The buffers of a layout in its memory, an `Argument`: an `Argument` each."""
@@ -1806,7 +1810,7 @@ def select_kernels(q: torch.Tensor, k: torch.Tensor) -> list[torch.Tensor]:
     saved = at.memory("saved")
     at.run(select_launches, (*tensors, saved, at.memory("selection")))
     lists = views_of(saved, "saved", at.shapes, q.dtype)[-LEVELS:]
-    return [kept.clone().view(*q.shape[:2], *kept.shape[1:]) for kept in lists]
+    return [kept.clone(memory_format=torch.contiguous_format) for kept in lists]
 
 
 def attend_kernels(
@@ -2107,7 +2111,8 @@ def attend_heads(
 
 def saved_lists(saved: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> list[torch.Tensor]:
     """The kept tokens of each level, finest first, in what the forward pass over q and k left to the backward pass."""
-    return views_of(saved, "saved", saved_shapes(*sizes_of(q, k)), q.dtype)[-LEVELS:]
+    lists = views_of(saved, "saved", saved_shapes(q.shape[2], k.shape[2]), q.dtype)[-LEVELS:]
+    return [kept.flatten(0, 1) for kept in lists]
 
 
 def grad_torch(
@@ -2332,30 +2337,6 @@ def unfolded(size: int, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return tuple(x.unflatten(0, (size, x.shape[0] // size)) for x in tensors)
 
 
-def places_of_saved(size: int, q: torch.Tensor, k: torch.Tensor) -> list[tuple[list[tuple[int, int]], int]]:
-    """Where each buffer that is saved lies, and their length: for one of `size` parts of a batch, and for all of it."""
-    heads, kv_heads, *lengths = sizes_of(q, k)
-    return [lay_out("saved", saved_shapes(heads // many, kv_heads // many, *lengths), q.dtype) for many in (size, 1)]
-
-
-def saved_apart(size: int, saved: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-    """What a pass over q and k has saved, [size, bytes]: a row is what one of `size` parts of the batch would have."""
-    (apart_at, length), (together_at, _) = places_of_saved(size, q, k)
-    apart = saved.new_zeros((size, length))
-    for (begin, end), (start, stop) in zip(apart_at, together_at, strict=True):
-        apart[:, begin:end] = saved[start:stop].reshape(size, -1)  # heads come first in every buffer
-    return apart
-
-
-def saved_together(apart: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-    """The inverse: from [size, bytes] what one pass over q and k would have saved."""
-    (apart_at, _), (together_at, length) = places_of_saved(apart.shape[0], q, k)
-    together = apart.new_zeros(length)
-    for (begin, end), (start, stop) in zip(apart_at, together_at, strict=True):
-        together[start:stop] = apart[:, begin:end].flatten()
-    return together
-
-
 class AttendTransformed(Attend):
     """The same under the transforms of torch.func."""
 
@@ -2374,7 +2355,7 @@ class AttendTransformed(Attend):
         size = info.batch_size
         q, k, v = folded(size, dims[:3], (q, k, v))
         o, lse, saved = AttendTransformed.apply(q, k, v, scale)
-        return (*unfolded(size, o, lse), saved_apart(size, saved, q, k)), (0, 0, 0)
+        return unfolded(size, o, lse, saved), (0, 0, 0)
 
 
 class Differentiate(torch.autograd.Function):
@@ -2403,12 +2384,10 @@ class Differentiate(torch.autograd.Function):
         info: Any, dims: tuple[int | None, ...], grad_o: torch.Tensor, grad_lse: torch.Tensor | None, q: torch.Tensor,
         k: torch.Tensor, v: torch.Tensor, o: torch.Tensor, saved: torch.Tensor, scale: float,
     ) -> Any:  # fmt: skip
-        size, (at_o, at_lse, *at, at_saved, _) = info.batch_size, dims
-        grad_o, q, k, v, o = folded(size, (at_o, *at), (grad_o, q, k, v, o))
+        size, (at_o, at_lse, *at, _) = info.batch_size, dims
+        grad_o, q, k, v, o, saved = folded(size, (at_o, *at), (grad_o, q, k, v, o, saved))
         if grad_lse is not None:
             (grad_lse,) = folded(size, (at_lse,), (grad_lse,))
-        apart = saved.expand(size, -1) if at_saved is None else saved.movedim(at_saved, 0)
-        saved = saved_together(apart, q, k)
         grads = Differentiate.apply(grad_o, grad_lse, q, k, v, o, saved, scale)
         return unfolded(size, *grads), (0, 0, 0)
 

@@ -83,6 +83,7 @@ def render(plan: Plan, schedules: Schedules) -> str:
                 version=generator_version(),
                 operator=f"{plan.spec.name}_{PLACEHOLDER}",
                 parameters=partial(signature.parameters, plan),
+                base=partial(signature.base, plan),
                 launch=partial(signature.launch, plan, stages_in_gluon(schedules)),
                 unspecialised=signature.unspecialised(plan),
                 spec_literal=spec_literal(plan.spec),

@@ -1,10 +1,11 @@
 """A kernel's parameters and the arguments of its launch, both from the buffers and numbers that the plan gives it."""
 
+import re
 import textwrap
 from collections.abc import Collection, Iterable, Iterator
 from itertools import groupby
 
-from llsa_gen.plan import Buffer, Kernel, Plan
+from llsa_gen.plan import Buffer, Kernel, Plan, Role
 
 OWN_DTYPE = {"input", "partial"}
 """Dtypes that depend on that of q: a signature does not name them."""
@@ -38,6 +39,29 @@ def launch(plan: Plan, in_gluon: Collection[str], kernel: Kernel) -> str:
     given += [number.name if number.name == "scale" else f"at.{number.name}" for number in kernel.scalars]
     lines = textwrap.wrap(", ".join(given) + ",", 112, break_long_words=False, break_on_hyphens=False)
     return "\n        ".join(["launch(", *lines]) + "\n    )"
+
+
+def base(plan: Plan, name: str) -> str:
+    """Where the rows of one head of a buffer begin, as a kernel has it that knows `head` and, of keys, `kv_head`."""
+    buffer = plan.buffers[name]
+    heads, rows, *width = buffer.axes
+    head = "kv_head" if heads == "B*H_kv" else "head"
+    if buffer.role is Role.SAVED:
+        return f"of_saved({name}_ptr, {head}, saved_step)"
+    if buffer.strides:
+        return f"head_base({name}_ptr, {head}, stride_{buffer.strides}b, stride_{buffer.strides}h, heads_per_batch)"
+    count, _, factor = _COUNT.sub(_count, rows).partition(" * ")
+    columns = factor or (width[0] if width else "1")
+    return f"of_head({name}_ptr, {head}, {count}, {'HEAD_DIM' if columns == 'D' else columns})"
+
+
+_COUNT = re.compile(r"T_(\d+)\(([MN])\)|^([MN])$")
+
+
+def _count(found: re.Match[str]) -> str:
+    """An axis of tokens, as a kernel works it out."""
+    level, length, tokens = found.groups()
+    return f"tl.cdiv({length.lower()}_tokens, SPAN_{level})" if level else f"{tokens.lower()}_tokens"
 
 
 def unspecialised(plan: Plan) -> list[str]:

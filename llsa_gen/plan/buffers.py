@@ -16,7 +16,7 @@ class Role(StrEnum):
 
     INPUT = "input"
     OUTPUT = "output"
-    SAVED = "saved"  # made by the forward pass, read by the backward pass
+    SAVED = "saved"  # made by the forward pass, read by the backward pass: one memory for all, heads outermost
     SCRATCH = "scratch"  # lives within one pass
     OPTIONAL = "optional"  # the caller may give it, or None
 

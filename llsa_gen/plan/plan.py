@@ -32,6 +32,7 @@ class Scalar(NamedTuple):
 SCALE = Scalar("scale", "s")
 H, B_H = Scalar("heads_per_batch", "H"), Scalar("heads", "B*H")
 M_TOKENS, N_TOKENS = Scalar("m_tokens", "M"), Scalar("n_tokens", "N")
+SAVED_STEP = Scalar("saved_step", "256 bytes each, from head to head of what is saved")
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ class Plan(Buffers):
 
     @property
     def saved(self) -> tuple[str, ...]:
-        """Names of the buffers that the forward pass leaves to the backward pass, in the order of their memory."""
+        """Names of the buffers that the forward pass leaves to the backward pass, in the order of a head's memory."""
         return tuple(name for name, buffer in self.buffers.items() if buffer.role is Role.SAVED)
 
     @cached_property
@@ -121,13 +122,19 @@ class Plan(Buffers):
     @cached_property
     def forward(self) -> tuple[Kernel, ...]:
         """The kernels of the forward pass in launch order; those before `attend` are the selection."""
-        return (*self._pool(), *self._select(), self._attend())
+        return tuple(map(self._told, (*self._pool(), *self._select(), self._attend())))
 
     @cached_property
     def backward(self) -> tuple[Kernel, ...]:
         """The kernels of the backward pass in launch order."""
         grad_kv = (step for level in reversed(self.attended) for step in self._grad_kv(level))
-        return (*self._invert(), self._grad_q(), *grad_kv)
+        return tuple(map(self._told, (*self._invert(), self._grad_q(), *grad_kv)))
+
+    def _told(self, kernel: Kernel) -> Kernel:
+        """The kernel, told how far apart heads lie of what is saved, if it takes any of that."""
+        if all(self.buffers[name].role is not Role.SAVED for name in kernel.takes):
+            return kernel
+        return replace(kernel, scalars=(*kernel.scalars, SAVED_STEP))
 
     @property
     def kernels(self) -> tuple[Kernel, ...]:
@@ -215,7 +222,7 @@ class Plan(Buffers):
         """
         programs = HEADS * ceil_div(ceil_div(self.query_tokens(1), 4), 16)
         return replace(
-            self._attend(), name="attend_recompute_kernel", computes="o and lse again", programs=programs, twin=False
+            self.forward[-1], name="attend_recompute_kernel", computes="o and lse again", programs=programs, twin=False
         )
 
     def _invert(self) -> Iterable[Kernel]:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
         WEIGHTED,
         saved_shapes,
     )
-    from llsa_gen.runtime.sizes import level_tokens, sizes_of
+    from llsa_gen.runtime.sizes import level_tokens
 
 # ---- spliced into every module from here on
 
@@ -301,7 +301,8 @@ def attend_heads(
 
 def saved_lists(saved: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> list[torch.Tensor]:
     """The kept tokens of each level, finest first, in what the forward pass over q and k left to the backward pass."""
-    return views_of(saved, "saved", saved_shapes(*sizes_of(q, k)), q.dtype)[-LEVELS:]
+    lists = views_of(saved, "saved", saved_shapes(q.shape[2], k.shape[2]), q.dtype)[-LEVELS:]
+    return [kept.flatten(0, 1) for kept in lists]
 
 
 def grad_torch(

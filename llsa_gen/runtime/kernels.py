@@ -17,7 +17,7 @@ def select_kernels(q: torch.Tensor, k: torch.Tensor) -> list[torch.Tensor]:
     saved = at.memory("saved")
     at.run(select_launches, (*tensors, saved, at.memory("selection")))
     lists = views_of(saved, "saved", at.shapes, q.dtype)[-LEVELS:]
-    return [kept.clone().view(*q.shape[:2], *kept.shape[1:]) for kept in lists]
+    return [kept.clone(memory_format=torch.contiguous_format) for kept in lists]
 
 
 def attend_kernels(

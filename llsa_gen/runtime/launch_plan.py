@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from llsa_gen.runtime.driver import words_of
     from llsa_gen.runtime.module import LAYOUTS, LEVELS, OPERATOR, ROW_UNIT, SCHEDULES, saved_shapes, work_out
     from llsa_gen.runtime.replay import PLAIN, Argument, Capture, by_triton, by_what_is_ready, give_up, is_watched, tell
-    from llsa_gen.runtime.sizes import sizes_of
 
 # ---- spliced into every module from here on
 
@@ -30,7 +29,10 @@ def own_dtypes(layout: str, dtype: torch.dtype) -> dict[str, torch.dtype]:
 
 
 def lay_out(layout: str, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> tuple[list[tuple[int, int]], int]:
-    """Where each buffer of a layout begins, at a multiple of 256, and ends in its memory; its length. In bytes."""
+    """Where each buffer of a layout begins, at a multiple of 256, and ends in its memory; its length. In bytes.
+
+    What is saved lies head by head: these are the places and the length of one.
+    """
     places, size = [], 0
     for name, own in own_dtypes(layout, dtype).items():
         length = math.prod(shapes[name]) * own.itemsize
@@ -42,10 +44,10 @@ def lay_out(layout: str, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype)
 def views_of(
     memory: torch.Tensor, layout: str, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype
 ) -> list[torch.Tensor]:
-    """The buffers of a layout as tensors in its memory."""
+    """The buffers of a layout as tensors in its memory; `saved` is [B, H, bytes], and so are they, [B, H, ...]."""
     places, _ = lay_out(layout, shapes, dtype)
     return [
-        memory[begin:end].view(own).view(shapes[name])
+        memory[..., begin:end].view(own).unflatten(-1, shapes[name])
         for (begin, end), (name, own) in zip(places, own_dtypes(layout, dtype).items(), strict=True)
     ]
 
@@ -56,9 +58,9 @@ def empty_like(x: torch.Tensor) -> torch.Tensor:
 
 
 def empty_saved(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-    """Memory for what the forward pass over `q` and `k` leaves to the backward pass."""
-    _, size = lay_out("saved", saved_shapes(*sizes_of(q, k)), q.dtype)
-    return q.new_empty(size, dtype=torch.uint8)
+    """Memory for what the forward pass over `q` and `k` leaves to the backward pass, [B, H, bytes]."""
+    _, size = lay_out("saved", saved_shapes(q.shape[2], k.shape[2]), q.dtype)
+    return q.new_empty((*q.shape[:2], size), dtype=torch.uint8)
 
 
 def empty_outputs(q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -68,10 +70,8 @@ def empty_outputs(q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch
 
 def empty_selection(q: torch.Tensor, k: torch.Tensor) -> list[torch.Tensor]:
     """The kept tokens of each level, finest first, not filled in."""
-    shapes = saved_shapes(*sizes_of(q, k))
-    return [
-        q.new_empty((*q.shape[:2], *shapes[f"kept_l{level}"][1:]), dtype=torch.int32) for level in range(1, LEVELS + 1)
-    ]
+    shapes = saved_shapes(q.shape[2], k.shape[2])
+    return [q.new_empty((*q.shape[:2], *shapes[f"kept_l{level}"]), dtype=torch.int32) for level in range(1, LEVELS + 1)]
 
 
 def is_aligned(stride: Sequence[int]) -> bool:
@@ -146,6 +146,7 @@ class LaunchPlan:
     ) -> None:  # fmt: skip
         self.device, self.dtype = device, dtype
         batch, self.heads_per_batch, self.m_tokens, _ = q_shape
+        self.heads_shape = batch, self.heads_per_batch
         self.heads, self.kv_heads, self.n_tokens = batch * self.heads_per_batch, batch * k_shape[1], k_shape[2]
         self.steps = [stride[:3] for stride in strides]
         # the kernels in Gluon copy 16 bytes at a time, and multiply a stride in 32 bits
@@ -155,12 +156,14 @@ class LaunchPlan:
         self.places, self.sizes = {}, {}
         for layout in LAYOUTS:
             self.places[layout], self.sizes[layout] = lay_out(layout, self.shapes, dtype)
+        self.saved_step = self.sizes["saved"] // 256
         self.ready: dict[str, Any] = {}
         self.replays: dict[Callable[..., None], Any] = {}
 
     def memory(self, layout: str) -> torch.Tensor:
         """One piece of memory for all buffers of a layout."""
-        return torch.empty(self.sizes[layout], dtype=torch.uint8, device=self.device)
+        shape = (*self.heads_shape, self.sizes[layout]) if layout == "saved" else self.sizes[layout]
+        return torch.empty(shape, dtype=torch.uint8, device=self.device)
 
     def buffers(self, memory: Any, layout: str) -> list["Argument"]:
         """The buffers of a layout in its memory, an `Argument`: an `Argument` each."""

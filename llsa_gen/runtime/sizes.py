@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import torch
-
 if TYPE_CHECKING:
     from llsa_gen.runtime.launch_plan import ceil_div
     from llsa_gen.runtime.module import BLOCKS, FILLING, LISTED, LISTS_FILL, SPANS, SPLIT_KEYS, WIDTHS
@@ -15,11 +13,6 @@ if TYPE_CHECKING:
 def level_tokens(length: int) -> tuple[int, ...]:
     """T_l of a length, the tokens of every level l = 0..L."""
     return length, *[ceil_div(length, span) for span in SPANS[1:]]
-
-
-def sizes_of(q: torch.Tensor, k: torch.Tensor) -> tuple[int, int, int, int]:
-    """B*H, B*H_kv, M and N of queries and keys: what sizes of buffers depend on."""
-    return q.shape[0] * q.shape[1], k.shape[0] * k.shape[1], q.shape[2], k.shape[2]
 
 
 def split_queries(walks: int, n_queries: int, n_keys: int, tile: dict[str, int]) -> tuple[int, int]:

@@ -6,10 +6,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from llsa_gen.runtime.launch_plan import lay_out
-    from llsa_gen.runtime.module import OPERATOR, saved_shapes
+    from llsa_gen.runtime.module import OPERATOR
     from llsa_gen.runtime.passes import Attend, backward, forward, operator
-    from llsa_gen.runtime.sizes import sizes_of
 else:  # for the class below, which in a module stands after it
     Attend = object
 
@@ -25,30 +23,6 @@ def folded(size: int, dims: Sequence[int | None], tensors: Sequence[torch.Tensor
 def unfolded(size: int, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """The batch of each in `size` parts, which become the first dimension, as vmap wants it."""
     return tuple(x.unflatten(0, (size, x.shape[0] // size)) for x in tensors)
-
-
-def places_of_saved(size: int, q: torch.Tensor, k: torch.Tensor) -> list[tuple[list[tuple[int, int]], int]]:
-    """Where each buffer that is saved lies, and their length: for one of `size` parts of a batch, and for all of it."""
-    heads, kv_heads, *lengths = sizes_of(q, k)
-    return [lay_out("saved", saved_shapes(heads // many, kv_heads // many, *lengths), q.dtype) for many in (size, 1)]
-
-
-def saved_apart(size: int, saved: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-    """What a pass over q and k has saved, [size, bytes]: a row is what one of `size` parts of the batch would have."""
-    (apart_at, length), (together_at, _) = places_of_saved(size, q, k)
-    apart = saved.new_zeros((size, length))
-    for (begin, end), (start, stop) in zip(apart_at, together_at, strict=True):
-        apart[:, begin:end] = saved[start:stop].reshape(size, -1)  # heads come first in every buffer
-    return apart
-
-
-def saved_together(apart: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-    """The inverse: from [size, bytes] what one pass over q and k would have saved."""
-    (apart_at, _), (together_at, length) = places_of_saved(apart.shape[0], q, k)
-    together = apart.new_zeros(length)
-    for (begin, end), (start, stop) in zip(apart_at, together_at, strict=True):
-        together[start:stop] = apart[:, begin:end].flatten()
-    return together
 
 
 class AttendTransformed(Attend):
@@ -69,7 +43,7 @@ class AttendTransformed(Attend):
         size = info.batch_size
         q, k, v = folded(size, dims[:3], (q, k, v))
         o, lse, saved = AttendTransformed.apply(q, k, v, scale)
-        return (*unfolded(size, o, lse), saved_apart(size, saved, q, k)), (0, 0, 0)
+        return unfolded(size, o, lse, saved), (0, 0, 0)
 
 
 class Differentiate(torch.autograd.Function):
@@ -98,12 +72,10 @@ class Differentiate(torch.autograd.Function):
         info: Any, dims: tuple[int | None, ...], grad_o: torch.Tensor, grad_lse: torch.Tensor | None, q: torch.Tensor,
         k: torch.Tensor, v: torch.Tensor, o: torch.Tensor, saved: torch.Tensor, scale: float,
     ) -> Any:  # fmt: skip
-        size, (at_o, at_lse, *at, at_saved, _) = info.batch_size, dims
-        grad_o, q, k, v, o = folded(size, (at_o, *at), (grad_o, q, k, v, o))
+        size, (at_o, at_lse, *at, _) = info.batch_size, dims
+        grad_o, q, k, v, o, saved = folded(size, (at_o, *at), (grad_o, q, k, v, o, saved))
         if grad_lse is not None:
             (grad_lse,) = folded(size, (at_lse,), (grad_lse,))
-        apart = saved.expand(size, -1) if at_saved is None else saved.movedim(at_saved, 0)
-        saved = saved_together(apart, q, k)
         grads = Differentiate.apply(grad_o, grad_lse, q, k, v, o, saved, scale)
         return unfolded(size, *grads), (0, 0, 0)
 
