@@ -44,7 +44,7 @@ SPEC = {
     "name": "llsa_l2",
     "reweight": True,
 }
-OPERATOR = "llsa_l2_fe68e0f7a6552a79"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
+OPERATOR = "llsa_l2_63008ad64041401e"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -1888,7 +1888,7 @@ def attend_hopper_kernel(
 
 
 @gluon.jit(do_not_specialize=UNSPECIALISED)
-def attend_recompute_kernel(
+def attend_hopper_recompute_kernel(
     q_ptr, stride_qb, stride_qh, stride_qn,  # [B, H, M, D]
     k_ptr, stride_kb, stride_kh, stride_kn,  # [B, H_kv, N, D]
     v_ptr, stride_vb, stride_vh, stride_vn,  # [B, H_kv, N, D]
@@ -2422,7 +2422,7 @@ def work_out(at, tiles):
         tile["FULL"] = is_full(queries, keys, {"BLOCK_C": 64, "BLOCK_N": 16})
         at.grids["attend_kernel"] = heads * ceil_div(queries[1], 4), tile
         programs = heads * ceil_div(m_tokens, 1024)
-        at.grids["attend_recompute_kernel"] = programs, {"num_warps": 4, "maxnreg": 168}
+        at.grids["attend_hopper_recompute_kernel"] = programs, {"num_warps": 4, "maxnreg": 168}
     tile = tiles["scan"]
     at.grids["scan_kernel"] = 3 * heads, tile
     tile = tiles["invert_l2"]
@@ -2491,10 +2491,11 @@ def attend_launches(at, launch, scale, q, k, v, o, lse, saved, memory):
         at.width_l1, kept_l2, at.width_l2, o, lse, peak, total, scale, at.heads_per_batch, at.m_tokens, at.n_tokens,
         at.saved_step,
     )
-    if "attend_recompute_kernel" in at.grids:
+    if "attend_hopper_recompute_kernel" in at.grids:
         launch(
-            attend_recompute_kernel, q, *q_steps, k, *k_steps, v, *v_steps, k_l1, v_l1, k_l2, v_l2, kept_l1, at.width_l1,
-            kept_l2, at.width_l2, o, lse, peak, total, scale, at.heads_per_batch, at.m_tokens, at.n_tokens, at.saved_step,
+            attend_hopper_recompute_kernel, q, *q_steps, k, *k_steps, v, *v_steps, k_l1, v_l1, k_l2, v_l2, kept_l1,
+            at.width_l1, kept_l2, at.width_l2, o, lse, peak, total, scale, at.heads_per_batch, at.m_tokens, at.n_tokens,
+            at.saved_step,
         )
 
 

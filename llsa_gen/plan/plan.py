@@ -222,7 +222,11 @@ class Plan(Buffers):
         """
         programs = HEADS * ceil_div(ceil_div(self.query_tokens(1), 4), 16)
         return replace(
-            self.forward[-1], name="attend_recompute_kernel", computes="o and lse again", programs=programs, twin=False
+            self.forward[-1],
+            name="attend_hopper_recompute_kernel",
+            computes="o and lse again",
+            programs=programs,
+            twin=False,
         )
 
     def _invert(self) -> Iterable[Kernel]:

@@ -236,4 +236,4 @@ def test_the_work_of_a_kernel_in_gluon_is_that_of_the_one_whose_place_it_takes()
     needed = work(cost, 65_535, 8, record(attention, 65_535, "bfloat16", "cuda:90"))
     assert needed["attend_hopper_kernel"] == needed["attend_kernel"] != needed["grad_q_kernel"]
     assert needed["grad_kv_l0_hopper_kernel"] == needed["grad_kv_l0_kernel"]
-    assert "attend_recompute_kernel" not in needed, "it has nothing to do, as a rule"
+    assert "attend_hopper_recompute_kernel" not in needed, "it has nothing to do, as a rule"

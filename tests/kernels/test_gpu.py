@@ -128,7 +128,7 @@ def test_sums_that_are_next_to_nothing(
 class Missing:
     """Stands where a kernel stood, and does nothing."""
 
-    __name__ = "attend_recompute_kernel"
+    __name__ = "attend_hopper_recompute_kernel"
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         return lambda *args, **kwargs: None
@@ -136,7 +136,7 @@ class Missing:
 
 def test_sums_that_do_not_fit_are_found_and_left_to_a_second_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     module = llsa_gen.compile(SPECS["llsa_l2"]).module
-    monkeypatch.setattr(module, "attend_recompute_kernel", Missing())
+    monkeypatch.setattr(module, "attend_hopper_recompute_kernel", Missing())
 
     def totals(n: int, std: float, towards_last: float) -> list[float]:
         module.launch_plan.cache_clear()
@@ -144,7 +144,7 @@ def test_sums_that_do_not_fit_are_found_and_left_to_a_second_kernel(monkeypatch:
         q[..., 0] += towards_last
         k[:, :, 2048:, 0] += towards_last
         _, _, saved = module.attend_kernels(q, k, v, 0.125)
-        _, total, *_ = module.views_of(saved, "saved", module.saved_shapes(2, n), q.dtype)
+        _, total, *_ = module.views_of(saved, "saved", module.saved_shapes(n, n), q.dtype)
         module.launch_plan.cache_clear()
         return total.unique().tolist()
 

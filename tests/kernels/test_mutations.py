@@ -34,7 +34,7 @@ FEW = fuzz.Case(spec("few", 16, (4, 4), (3, 1)), n=14, heads=4)
 # all 20 query blocks keep the same key block, and lists are cut after 8 entries
 POPULAR = fuzz.Case(spec("popular", 16, (2, 1)), n=40, popular=True)
 # few keys at the top, so that 48 queries are shared out over several programs
-SHARES = fuzz.Case(spec("shares", 16, (16, 2), (4, 1)), n=48)
+PARTIALS = fuzz.Case(spec("partials", 16, (16, 2), (4, 1)), n=48)
 # the keys of level 1 keeper by keeper, each of 72 queries in three splits
 KEEPERS = fuzz.Case(spec("keepers", 16, (24, 2), (3, 1)), n=3 * 72 + 5)
 # the same, two kept by each
@@ -122,13 +122,13 @@ KERNELS = (
     ),
     mutation("no key ever left out", "pairs", 'tl.where(exists, 0.0, float("-inf"))', "tl.where(exists, 0.0, 0.0)"),
     mutation(
-        "last query", "grad_kv.py", "+ rows_l{{ level }}, n_tokens)", "+ rows_l{{ level }}, n_tokens - 1)", SHARES
+        "last query", "grad_kv.py", "+ rows_l{{ level }}, m_tokens)", "+ rows_l{{ level }}, m_tokens - 1)", PARTIALS
     ),
     # pooling and un-pooling
     mutation(
         "mean of a tail",
         "pool.py",
-        "tl.minimum(n_tokens - token * SPAN_{{ low }}, SPAN_{{ low }}).to",
+        "tl.minimum(length - token * SPAN_{{ low }}, SPAN_{{ low }}).to",
         "(token * 0 + SPAN_{{ low }}).to",
     ),
     mutation(
@@ -152,15 +152,13 @@ KERNELS = (
     mutation(
         "coarse dk not handed down to a keeper's keys",
         "grad_kv.py",
-        "grad_k += load_rows(grad_k_l{{ above }}_ptr",
-        "grad_k += 0.0 * load_rows(grad_k_l{{ above }}_ptr",
+        'grad_k += load_rows({{ base("grad_k_l%d" % above) }}',
+        'grad_k += 0.0 * load_rows({{ base("grad_k_l%d" % above) }}',
         KEEPERS,
     ),
     mutation("the same keepers in every tile", "grad_kv.py", "start + ROWS + entry,", "start + entry,", CROWD),
-    mutation("shares of another key", "grad_kv.py", "kept == parent, slot, 0", "kept == parent, 0, 0", PAIRS),
-    mutation(
-        "queries of the next keeper", "grad_kv.py", "% n_l{{ up }} + 1) * SPAN", "% n_l{{ up }} + 2) * SPAN", KEEPERS
-    ),
+    mutation("partial sums of another key", "grad_kv.py", "kept == parent, slot, 0", "kept == parent, 0, 0", PAIRS),
+    mutation("queries of the next keeper", "grad_kv.py", "(keeper + 1) * SPAN", "(keeper + 2) * SPAN", KEEPERS),
     mutation(
         "all splits but the first",
         "grad_kv.py",
@@ -177,7 +175,13 @@ KERNELS = (
     ),
     mutation("the last sum dropped", "pool.py", "tl.static_range(1, SUMS)", "tl.static_range(1, SUMS - 1)"),
     mutation("rows of the next token", "pool.py", " & (below < BLOCK)[None, :]", "", FIVES),
-    mutation("sums of another tensor", "pool.py", "(tensor.to(tl.int64) * heads + head)", "(head * 1)", THREE_LEVELS),
+    mutation(
+        "sums of another tensor",
+        "pool.py",
+        'base("%s_sums_l%d" % (x, high))',
+        'base("q_sums_l%d" % high)',
+        THREE_LEVELS,
+    ),
     # selection
     mutation(
         "the same candidates to every warp", "select.py", "SPLIT)[:, None] * BLOCK_N", "SPLIT)[:, None] * 0", MANY
@@ -227,7 +231,7 @@ KERNELS = (
         "too few filled with a token", "select.py", "tl.where(best == EMPTY, -1,", "tl.where(best == EMPTY, 0,", FEW
     ),
     mutation("order of negative scores", "select.py", "bits ^ 0x7FFFFFFF", "bits"),
-    mutation("list of another block", "walk", "tl.minimum(block, n_l1 - 1)[:, None]", "tl.minimum(block, 0)[:, None]"),
+    mutation("list of another block", "walk", "tl.minimum(block, m_l1 - 1)[:, None]", "tl.minimum(block, 0)[:, None]"),
     # gradients
     mutation("delta missing in dq", "grad_q.py", "dp - {{ rows.delta }}", "dp"),
     mutation("gradient of lse missing", "grad_q.py", "delta -= tl.load(", "delta -= 0.0 * tl.load(", LSE),
@@ -239,9 +243,18 @@ KERNELS = (
         "tl.broadcast_to(row[:, None], keeps.shape)",
         "tl.broadcast_to(tl.maximum(row - 1, 0)[:, None], keeps.shape)",
     ),
-    mutation("counts not zero", "pool.py", "counts_l{{ low }}_ptr + token, 0", "counts_l{{ low }}_ptr + token, 1"),
-    mutation("counts of the top not zero", "pool.py", "_l{{ high }}_ptr + token, 0", "_l{{ high }}_ptr + token, 1"),
-    mutation("counts of another head", "select.py", "_ptr + head * n_l{{ level }}  #", "_ptr  #"),
+    mutation(
+        "counts not zero", "pool.py", 'base("counts_l%d" % low) }} + token, 0', 'base("counts_l%d" % low) }} + token, 1'
+    ),
+    mutation(
+        "counts of the top not zero",
+        "pool.py",
+        'base("counts_l%d" % high) }} + tile, 0',
+        'base("counts_l%d" % high) }} + tile, 1',
+    ),
+    mutation(
+        "counts of another head", "select.py", '{{ base("counts_l%d" % level) }}  #', "counts_l{{ level }}_ptr  #"
+    ),
     mutation("one too few counted", "select.py", "inside & (token >= 0)", "inside & (token > 0)"),
     mutation(
         "one too few of many counted", "select.py", "ids, 1, mask=stored", "ids, 1, mask=stored & (ids > 0)", WIDE

@@ -394,7 +394,7 @@ def test_a_first_call_may_be_interrupted_anywhere(gpu: PretendedGpu, module: Mod
     tensors = draw(4096)
     wanted = launches(gpu, module, tensors)
     names = [name for name in vars(module) if name.endswith("_kernel")]
-    assert "attend_recompute_kernel" in names
+    assert "attend_hopper_recompute_kernel" in names
     for name in names:
         module.launch_plan.cache_clear()
         with patch.object(module, name, Interrupted(name)), suppress(KeyboardInterrupt):
@@ -458,7 +458,7 @@ def test_buffers_have_their_own_part_of_their_memory(
     assert all(begin % 256 == 0 for begin in begins), "as torch's own allocations"
     assert all(end <= begin for end, begin in zip(ends, [*begins[1:], memory.nbytes], strict=True))
     assert [tuple(x.shape) for x in tensors] == [at.shapes[name] for name in module.LAYOUTS[layout]]
-    own = {"input": torch.bfloat16, "share": torch.bfloat16}
+    own = {"input": torch.bfloat16, "partial": torch.bfloat16}
     assert [x.dtype for x in tensors] == [own.get(kind, kind) for kind in module.LAYOUTS[layout].values()]
     assert {argument.base for argument in arguments} == {5}
     assert [argument.offset for argument, x in zip(arguments, tensors, strict=True) if x.numel()] == begins

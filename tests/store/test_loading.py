@@ -162,7 +162,7 @@ def test_threads_get_one_module_and_only_when_it_is_whole() -> None:
     def load(_: int) -> tuple[ModuleType, bool]:
         barrier.wait()
         module = load_text("slow", "0" * 64, slow)
-        return module, hasattr(module, "FULL")
+        return module, hasattr(module, "WHOLE")
 
     with ThreadPoolExecutor(8) as pool:
         results = list(pool.map(load, range(8)))
