@@ -44,7 +44,7 @@ SPEC = {
     "name": "llsa_l2",
     "reweight": True,
 }
-OPERATOR = "llsa_l2_63008ad64041401e"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
+OPERATOR = "llsa_l2_4abe07d3e300d42c"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -1315,7 +1315,7 @@ def grad_kv_l0_overflow_kernel(
     Popular key tokens, which many queries keep, are thereby spread over many programs.
     Grid: B*H * parts_l0 * ceil(b_1 / BLOCK_N); programs beyond the parts there are return at once.
     """
-    m_l1, n_l1 = tl.cdiv(m_tokens, SPAN_1), tl.cdiv(n_tokens, SPAN_1)
+    n_l1 = tl.cdiv(n_tokens, SPAN_1)
     head, part, tile = head_token_and_tile(tl.program_id(0), parts_l0, tl.cdiv(BLOCK_1, BLOCK_N))
     kv_head = kv_head_of(head)
     overflow_ptr = of_head(overflow_l1_ptr, head, tl.cdiv(n_tokens, SPAN_1) + 1, 1)
@@ -1361,7 +1361,7 @@ def grad_kv_l0_kernel(
 
     Grid: B*H_kv * T_1(N) * ceil(b_1 / BLOCK_N).
     """
-    m_l1, n_l1 = tl.cdiv(m_tokens, SPAN_1), tl.cdiv(n_tokens, SPAN_1)
+    n_l1 = tl.cdiv(n_tokens, SPAN_1)
     head, parent, tile = head_token_and_tile(tl.program_id(0), n_l1, tl.cdiv(BLOCK_1, BLOCK_N))
     kv_head = kv_head_of(head)
     # added at the end, read now, while there is nothing else to do: overflow parts, and what the token above hands down
@@ -1860,15 +1860,12 @@ def attend_hopper_kernel(
 ):
     """What attend_kernel does, four query blocks a program, but for queries whose sums do not fit."""
     program = gl.program_id(0)
-    m_l1 = gl.cdiv(m_tokens, SPAN_1)
-    n_l1 = gl.cdiv(n_tokens, SPAN_1)
-    n_l2 = gl.cdiv(n_tokens, SPAN_2)
-    head, group = head_and_tile(program, gl.cdiv(m_l1, 4))
+    head, group = head_and_tile(program, gl.cdiv(gl.cdiv(m_tokens, SPAN_1), 4))
     kv_head = kv_head_of(head)
     first = group * 4  # of the query blocks
     above = first // 16  # the level-2 token that they are under
     # tiles before the end of each level
-    end_l2 = gl.cdiv(n_l2, 64)
+    end_l2 = gl.cdiv(gl.cdiv(n_tokens, SPAN_2), 64)
     end_l1 = end_l2 + gl.cdiv(width_l2 * BLOCK_2, 64)
     keys = Keys(
         head_base(k_ptr, kv_head, stride_kb, stride_kh, heads_per_batch), stride_kn,
@@ -1912,16 +1909,13 @@ def attend_hopper_recompute_kernel(
     if not all_fit(totals_ptr, part * 16 * 64, m_tokens, 16 * 64):
         for own_group in range(part * 16, gl.minimum(part * 16 + 16, groups_of_head)):
             if not all_fit(totals_ptr, own_group * 64, m_tokens, 64):
-                program = own_head * groups_of_head + own_group
-                m_l1 = gl.cdiv(m_tokens, SPAN_1)
-                n_l1 = gl.cdiv(n_tokens, SPAN_1)
-                n_l2 = gl.cdiv(n_tokens, SPAN_2)
-                head, group = head_and_tile(program, gl.cdiv(m_l1, 4))
+                program = (own_head * groups_of_head + own_group).to(gl.int32)
+                head, group = head_and_tile(program, gl.cdiv(gl.cdiv(m_tokens, SPAN_1), 4))
                 kv_head = kv_head_of(head)
                 first = group * 4  # of the query blocks
                 above = first // 16  # the level-2 token that they are under
                 # tiles before the end of each level
-                end_l2 = gl.cdiv(n_l2, 64)
+                end_l2 = gl.cdiv(gl.cdiv(n_tokens, SPAN_2), 64)
                 end_l1 = end_l2 + gl.cdiv(width_l2 * BLOCK_2, 64)
                 keys = Keys(
                     head_base(k_ptr, kv_head, stride_kb, stride_kh, heads_per_batch), stride_kn,
@@ -1958,15 +1952,12 @@ def grad_q_hopper_kernel(
 ):
     """What grad_q_kernel does, with four query blocks a program. `total` is 1 in half precision."""
     program = gl.program_id(0)
-    m_l1 = gl.cdiv(m_tokens, SPAN_1)
-    n_l1 = gl.cdiv(n_tokens, SPAN_1)
-    n_l2 = gl.cdiv(n_tokens, SPAN_2)
-    head, group = head_and_tile(program, gl.cdiv(m_l1, 4))
+    head, group = head_and_tile(program, gl.cdiv(gl.cdiv(m_tokens, SPAN_1), 4))
     kv_head = kv_head_of(head)
     first = group * 4  # of the query blocks
     above = first // 16  # the level-2 token that they are under
     # tiles before the end of each level
-    end_l2 = gl.cdiv(n_l2, 64)
+    end_l2 = gl.cdiv(gl.cdiv(n_tokens, SPAN_2), 64)
     end_l1 = end_l2 + gl.cdiv(width_l2 * BLOCK_2, 64)
     keys = Keys(
         head_base(k_ptr, kv_head, stride_kb, stride_kh, heads_per_batch), stride_kn,
@@ -2261,8 +2252,7 @@ def grad_kv_l0_hopper_kernel(
     COLUMNS: gl.constexpr = gl.SliceLayout(0, WARP)
     VECTOR: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     dtype: gl.constexpr = q_ptr.dtype.element_ty
-    m_l1, n_l1 = gl.cdiv(m_tokens, SPAN_1), gl.cdiv(n_tokens, SPAN_1)
-    head, parent = head_and_tile(gl.program_id(0), n_l1)
+    head, parent = head_and_tile(gl.program_id(0), gl.cdiv(n_tokens, SPAN_1))
     kv_head = kv_head_of(head)
 
     key = parent * 16 + gl.arange(0, 16, layout=gl.SliceLayout(1, COPIED_WARP))

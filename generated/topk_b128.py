@@ -40,7 +40,7 @@ SPEC = {
     "name": "topk_b128",
     "reweight": True,
 }
-OPERATOR = "topk_b128_6d254f967d9277e1"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
+OPERATOR = "topk_b128_8de94e31f3b6a404"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -859,7 +859,7 @@ def grad_kv_l0_overflow_kernel(
     Popular key tokens, which many queries keep, are thereby spread over many programs.
     Grid: B*H * parts_l0 * ceil(b_1 / BLOCK_N); programs beyond the parts there are return at once.
     """
-    m_l1, n_l1 = tl.cdiv(m_tokens, SPAN_1), tl.cdiv(n_tokens, SPAN_1)
+    n_l1 = tl.cdiv(n_tokens, SPAN_1)
     head, part, tile = head_token_and_tile(tl.program_id(0), parts_l0, tl.cdiv(BLOCK_1, BLOCK_N))
     kv_head = kv_head_of(head)
     overflow_ptr = of_head(overflow_l1_ptr, head, tl.cdiv(n_tokens, SPAN_1) + 1, 1)
@@ -904,7 +904,7 @@ def grad_kv_l0_kernel(
 
     Grid: B*H_kv * T_1(N) * ceil(b_1 / BLOCK_N).
     """
-    m_l1, n_l1 = tl.cdiv(m_tokens, SPAN_1), tl.cdiv(n_tokens, SPAN_1)
+    n_l1 = tl.cdiv(n_tokens, SPAN_1)
     head, parent, tile = head_token_and_tile(tl.program_id(0), n_l1, tl.cdiv(BLOCK_1, BLOCK_N))
     kv_head = kv_head_of(head)
     # added at the end, read now, while there is nothing else to do: overflow parts

@@ -41,7 +41,7 @@ SPEC = {
     "name": "uneven",
     "reweight": True,
 }
-OPERATOR = "uneven_5d3e668eaa503766"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
+OPERATOR = "uneven_eca2844c38b22720"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -1261,7 +1261,7 @@ def grad_kv_l1_overflow_kernel(
     Popular key tokens, which many queries keep, are thereby spread over many programs.
     Grid: B*H * parts_l1 * ceil(b_2 / BLOCK_N); programs beyond the parts there are return at once.
     """
-    m_l2, n_l2 = tl.cdiv(m_tokens, SPAN_2), tl.cdiv(n_tokens, SPAN_2)
+    n_l2 = tl.cdiv(n_tokens, SPAN_2)
     head, part, tile = head_token_and_tile(tl.program_id(0), parts_l1, tl.cdiv(BLOCK_2, BLOCK_N))
     kv_head = kv_head_of(head)
     overflow_ptr = of_head(overflow_l2_ptr, head, tl.cdiv(n_tokens, SPAN_2) + 1, 1)
@@ -1306,7 +1306,7 @@ def grad_kv_l1_kernel(
 
     Grid: B*H_kv * T_2(N) * ceil(b_2 / BLOCK_N).
     """
-    m_l2, n_l2 = tl.cdiv(m_tokens, SPAN_2), tl.cdiv(n_tokens, SPAN_2)
+    n_l2 = tl.cdiv(n_tokens, SPAN_2)
     head, parent, tile = head_token_and_tile(tl.program_id(0), n_l2, tl.cdiv(BLOCK_2, BLOCK_N))
     kv_head = kv_head_of(head)
     # added at the end, read now, while there is nothing else to do: overflow parts, and what the token above hands down
@@ -1393,7 +1393,7 @@ def grad_kv_l0_overflow_kernel(
     Popular key tokens, which many queries keep, are thereby spread over many programs.
     Grid: B*H * parts_l0 * ceil(b_1 / BLOCK_N); programs beyond the parts there are return at once.
     """
-    m_l1, n_l1 = tl.cdiv(m_tokens, SPAN_1), tl.cdiv(n_tokens, SPAN_1)
+    n_l1 = tl.cdiv(n_tokens, SPAN_1)
     head, part, tile = head_token_and_tile(tl.program_id(0), parts_l0, tl.cdiv(BLOCK_1, BLOCK_N))
     kv_head = kv_head_of(head)
     overflow_ptr = of_head(overflow_l1_ptr, head, tl.cdiv(n_tokens, SPAN_1) + 1, 1)
@@ -1439,7 +1439,7 @@ def grad_kv_l0_kernel(
 
     Grid: B*H_kv * T_1(N) * ceil(b_1 / BLOCK_N).
     """
-    m_l1, n_l1 = tl.cdiv(m_tokens, SPAN_1), tl.cdiv(n_tokens, SPAN_1)
+    n_l1 = tl.cdiv(n_tokens, SPAN_1)
     head, parent, tile = head_token_and_tile(tl.program_id(0), n_l1, tl.cdiv(BLOCK_1, BLOCK_N))
     kv_head = kv_head_of(head)
     # added at the end, read now, while there is nothing else to do: overflow parts, and what the token above hands down
