@@ -123,16 +123,15 @@ class DeviceBench:
 
     def _run(self, tiles: Schedule, inputs: Inputs, scale: float) -> tuple[dict[str, Tensor], list[Launch]]:
         """o, lse, dq, dk, dv and kept_l1, ... by name, as the fuzzer has them, and the launches."""
-        batch, heads = inputs[0].shape[:2]
         try:
             (dq, dk, dv, o, lse, *saved), launches = perform(self.attention, tiles, *inputs, scale)
             if inputs[0].is_cuda:
                 torch.cuda.synchronize(inputs[0].device)
         except torch.AcceleratorError as error:
             raise DeviceLost(f"{type(error).__name__}: {error}") from error
-        found = {"o": o, "lse": lse.view(batch, heads, -1), "dq": dq, "dk": dk, "dv": dv}
+        found = {"o": o, "lse": lse, "dq": dq, "dk": dk, "dv": dv}
         kept = {name: x for name, x in zip(self.plan.saved, saved, strict=True) if name in self.kept}
-        return found | {name: x.view(batch, heads, *x.shape[1:]) for name, x in kept.items()}, launches
+        return found | kept, launches
 
     def _too_large(self, stage: str, entry: Entry) -> str | None:
         """Why what the compiler makes of it need not be run."""
