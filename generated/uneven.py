@@ -41,7 +41,7 @@ SPEC = {
     "name": "uneven",
     "reweight": True,
 }
-OPERATOR = "uneven_eca2844c38b22720"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
+OPERATOR = "uneven_5cb5e26ff4cb5105"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -1346,7 +1346,7 @@ def grad_kv_l1_kernel(
 @triton.jit
 def grad_kv_l0_part(
     q_ptr, stride_qn, grad_o_ptr, stride_gn, peak_ptr, total_ptr, delta_ptr,
-    k_ptr, stride_kn, v_ptr, stride_vn, keepers_ptr, begin, end, key, exists, scale, m_tokens, n_tokens,
+    k_ptr, stride_kn, v_ptr, stride_vn, keepers_ptr, begin, end, key, exists, scale, m_tokens,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     """dk, dv [BLOCK_N, D] of the level-0 tokens `key`, from the queries under entries begin..end of a keepers list.
@@ -1412,7 +1412,7 @@ def grad_kv_l0_overflow_kernel(
         of_saved(peak_ptr, head, saved_step), of_saved(total_ptr, head, saved_step), of_head(delta_ptr, head, m_tokens, 1),
         head_base(k_ptr, kv_head, stride_kb, stride_kh, heads_per_batch), stride_kn,
         head_base(v_ptr, kv_head, stride_vb, stride_vh, heads_per_batch), stride_vn,
-        of_head(keepers_l1_ptr, head, tl.cdiv(m_tokens, SPAN_1), width_l1), begin, end, key, exists, scale, m_tokens, n_tokens,
+        of_head(keepers_l1_ptr, head, tl.cdiv(m_tokens, SPAN_1), width_l1), begin, end, key, exists, scale, m_tokens,
         BLOCK_M, BLOCK_N,
     )
     to = head * parts_l0 + part
@@ -1460,7 +1460,7 @@ def grad_kv_l0_kernel(
         of_saved(peak_ptr, head, saved_step), of_saved(total_ptr, head, saved_step), of_head(delta_ptr, head, m_tokens, 1),
         head_base(k_ptr, kv_head, stride_kb, stride_kh, heads_per_batch), stride_kn,
         head_base(v_ptr, kv_head, stride_vb, stride_vh, heads_per_batch), stride_vn,
-        of_head(keepers_l1_ptr, head, tl.cdiv(m_tokens, SPAN_1), width_l1), begin, end, key, exists, scale, m_tokens, n_tokens,
+        of_head(keepers_l1_ptr, head, tl.cdiv(m_tokens, SPAN_1), width_l1), begin, end, key, exists, scale, m_tokens,
         BLOCK_M, BLOCK_N,
     )
     for part in range(first_overflow, last_overflow):
@@ -1477,6 +1477,7 @@ def grad_kv_l0_kernel(
 
 
 CACHED = 33554432  # bytes of q, k and v of which much may still be in the cache when attention reads them again
+STAGES = "pool", "select", "attend"  # of the forward pass
 FILLING = 1024  # programs that are enough to fill a GPU
 
 
@@ -1575,49 +1576,36 @@ LISTS_FILL = True  # whether lists can be without gaps
 PARTIAL_IN_GLUON = False  # there is none
 
 
-def pool_and_select(at, launch, q, k, v, k_l1, v_l1, k_l2, v_l2, counts_l1, counts_l2, kept_l1, kept_l2, memory):
-    """Fill in the pyramid and, from the coarsest level down, the tokens that are kept.
-
-    Out: means of k and of v, [B*H_kv, T_l(N), D]; how many query tokens keep each key token, [B*H, T_l(N)]; lists of
-    kept tokens, [B*H, T_l(M), width], int32. What is saved of a head lies together.
-    """
-    [q_l1, q_l2] = at.buffers(memory, "selection")
-    q_steps, k_steps, v_steps = at.steps
-    launch(
-        pool_l1_kernel, q, *q_steps, k, *k_steps, v, *v_steps, q_l1, k_l1, v_l1, q_l2, k_l2, v_l2, counts_l1, counts_l2,
-        at.heads_per_batch, at.heads, at.m_tokens, at.n_tokens, at.saved_step,
-    )
-    launch(
-        select_l2_kernel, q_l2, k_l2, kept_l2, at.width_l2, counts_l2, at.m_tokens, at.n_tokens, at.saved_step,
-    )
-    launch(
-        select_l1_kernel, q_l1, k_l1, kept_l2, at.width_l2, kept_l1, at.width_l1, counts_l1, at.m_tokens, at.n_tokens,
-        at.saved_step,
-    )
-
-
-def select_launches(at, launch, scale, q, k, v, saved, memory):
-    """The launches of the selection alone."""
-    _, _, *pyramid = at.buffers(saved, "saved")
-    pool_and_select(at, launch, q, k, v, *pyramid, memory)
-
-
-def attend_launches(at, launch, scale, q, k, v, o, lse, saved, memory):
-    """The launches of the forward pass."""
+def forward_launches(at, launch, scale, q, k, v, o, lse, saved, memory, stages=STAGES):
+    """The launches of the forward pass, or of some of its stages. What is saved of a head lies together."""
     [
         peak, total, k_l1, v_l1, k_l2, v_l2,
         counts_l1, counts_l2, kept_l1, kept_l2,
     ] = at.buffers(saved, "saved")
-    pool_and_select(at, launch, q, k, v, k_l1, v_l1, k_l2, v_l2, counts_l1, counts_l2, kept_l1, kept_l2, memory)
+    [q_l1, q_l2] = at.buffers(memory, "selection")
     q_steps, k_steps, v_steps = at.steps
-    launch(
-        attend_kernel, q, *q_steps, k, *k_steps, v, *v_steps, k_l1, v_l1, k_l2, v_l2, kept_l1, at.width_l1, kept_l2,
-        at.width_l2, o, lse, peak, total, scale, at.heads_per_batch, at.m_tokens, at.n_tokens, at.saved_step,
-    )
+    if "pool" in stages:
+        launch(
+            pool_l1_kernel, q, *q_steps, k, *k_steps, v, *v_steps, q_l1, k_l1, v_l1, q_l2, k_l2, v_l2, counts_l1, counts_l2,
+            at.heads_per_batch, at.heads, at.m_tokens, at.n_tokens, at.saved_step,
+        )
+    if "select" in stages:
+        launch(
+            select_l2_kernel, q_l2, k_l2, kept_l2, at.width_l2, counts_l2, at.m_tokens, at.n_tokens, at.saved_step,
+        )
+        launch(
+            select_l1_kernel, q_l1, k_l1, kept_l2, at.width_l2, kept_l1, at.width_l1, counts_l1, at.m_tokens, at.n_tokens,
+            at.saved_step,
+        )
+    if "attend" in stages:
+        launch(
+            attend_kernel, q, *q_steps, k, *k_steps, v, *v_steps, k_l1, v_l1, k_l2, v_l2, kept_l1, at.width_l1, kept_l2,
+            at.width_l2, o, lse, peak, total, scale, at.heads_per_batch, at.m_tokens, at.n_tokens, at.saved_step,
+        )
 
 
-def grad_launches(at, launch, scale, q, k, v, grad_o, o, saved, grad_q, grad_k, grad_v, memory, grad_lse=None):
-    """The launches of the backward pass."""
+def grad_launches(at, launch, scale, q, k, v, grad_o, o, saved, grad_q, grad_k, grad_v, memory, grad_lse=None, zeros=None):
+    """The launches of the backward pass. With `zeros`, float32 as many as means of level 1, no level hands its gradient down."""
     [
         peak, total, k_l1, v_l1, k_l2, v_l2,
         counts_l1, counts_l2, kept_l1, kept_l2,
@@ -1628,6 +1616,7 @@ def grad_launches(at, launch, scale, q, k, v, grad_o, o, saved, grad_q, grad_k, 
         partial_grad_v_l2, grad_k_l1, grad_v_l1, grad_k_l2, grad_v_l2,
     ] = at.buffers(memory, "gradients")
     q_steps, k_steps, v_steps, grad_o_steps = at.steps
+    handed_grad_k_l2, handed_grad_v_l2, handed_grad_k_l1, handed_grad_v_l1 = [zeros] * 4 if zeros else (grad_k_l2, grad_v_l2, grad_k_l1, grad_v_l1)
 
     launch(
         scan_kernel, counts_l1, counts_l2, offsets_l1, overflow_l1, offsets_l2, overflow_l2, at.part_l1, at.part_l2,
@@ -1659,8 +1648,8 @@ def grad_launches(at, launch, scale, q, k, v, grad_o, o, saved, grad_q, grad_k, 
     )
     launch(
         grad_kv_l1_kernel, q, *q_steps, grad_o, *grad_o_steps, peak, total, delta, k_l1, v_l1, keepers_l2, at.width_l2,
-        offsets_l2, overflow_l2, overflow_grad_k_l1, overflow_grad_v_l1, grad_k_l2, grad_v_l2, grad_k_l1, grad_v_l1,
-        at.parts_l1, scale, at.heads_per_batch, at.m_tokens, at.n_tokens, at.saved_step,
+        offsets_l2, overflow_l2, overflow_grad_k_l1, overflow_grad_v_l1, handed_grad_k_l2, handed_grad_v_l2, grad_k_l1,
+        grad_v_l1, at.parts_l1, scale, at.heads_per_batch, at.m_tokens, at.n_tokens, at.saved_step,
     )
     launch(
         grad_kv_l0_overflow_kernel, q, *q_steps, grad_o, *grad_o_steps, peak, total, delta, k, *k_steps, v, *v_steps,
@@ -1669,8 +1658,9 @@ def grad_launches(at, launch, scale, q, k, v, grad_o, o, saved, grad_q, grad_k, 
     )
     launch(
         grad_kv_l0_kernel, q, *q_steps, grad_o, *grad_o_steps, peak, total, delta, k, *k_steps, v, *v_steps, keepers_l1,
-        at.width_l1, offsets_l1, overflow_l1, overflow_grad_k_l0, overflow_grad_v_l0, grad_k_l1, grad_v_l1, grad_k,
-        grad_v, at.parts_l0, scale, at.heads_per_batch, at.m_tokens, at.n_tokens, at.saved_step,
+        at.width_l1, offsets_l1, overflow_l1, overflow_grad_k_l0, overflow_grad_v_l0, handed_grad_k_l1,
+        handed_grad_v_l1, grad_k, grad_v, at.parts_l0, scale, at.heads_per_batch, at.m_tokens, at.n_tokens,
+        at.saved_step,
     )
 
 
@@ -2423,11 +2413,16 @@ class LaunchPlan:
         launches(self, launch, Argument(scale, 1), *[Argument(x, 2 + i) for i, x in enumerate(tensors)])
 
 
+def selection_launches(at: Any, launch: Callable[..., None], scale: Any, *tensors: Any) -> None:
+    """The launches of the selection alone, in the order of `forward_launches`; o and lse are not looked at."""
+    forward_launches(at, launch, scale, *tensors, stages=("pool", "select"))
+
+
 def select_kernels(q: torch.Tensor, k: torch.Tensor) -> list[torch.Tensor]:
     """The kept tokens of each level, finest first, [B, H, T_l, width] each."""
-    at, *tensors = plan_launches((q, k, k) if ENRICHED else (q, k))  # k in place of v, whose means nobody will look at
+    at, q, k, v = plan_launches((q, k, k))  # k in place of v, whose means nobody will look at
     saved = at.memory("saved")
-    at.run(select_launches, (*tensors, saved, at.memory("selection")))
+    at.run(selection_launches, (q, k, v, q, q, saved, at.memory("selection")))
     lists = views_of(saved, "saved", at.shapes, q.dtype)[-LEVELS:]
     return [kept.clone(memory_format=torch.contiguous_format) for kept in lists]
 
@@ -2438,7 +2433,7 @@ def attend_kernels(
     """o, lse and what the backward pass needs, memory of the layout `saved`."""
     at, q, k, v = plan_launches((q, k, v))
     o, lse, saved = empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32), at.memory("saved")
-    at.run(attend_launches, (q, k, v, o, lse, saved, at.memory("selection")), scale)
+    at.run(forward_launches, (q, k, v, o, lse, saved, at.memory("selection")), scale)
     return o, lse, saved
 
 

@@ -25,7 +25,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 Phase = Literal["forward", "backward", "select"]
 
-_HOST_CODE = ("SCHEDULES", "LaunchPlan", "attend_launches", "grad_launches", "select_launches")
+_HOST_CODE = ("SCHEDULES", "LaunchPlan", "forward_launches", "grad_launches", "selection_launches")
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ class _Passes:
         at, *inputs = self._prepare(q, k, v)
         outputs = self.module.empty_outputs(q, k)
         tensors = *inputs, *outputs, at.memory("selection")
-        at.launch(self.module.attend_launches, partial(self._note, "forward", at), tensors, scale)
+        at.launch(self.module.forward_launches, partial(self._note, "forward", at), tensors, scale)
         return outputs
 
     def differentiate(
@@ -160,10 +160,10 @@ class _Passes:
         return grads
 
     def select(self, q: Tensor, k: Tensor) -> None:
-        """`select_kernels` of the module: k is in place of values, where those have means."""
-        at, *inputs = self._prepare(q, k, *[k] * bool(self.module.ENRICHED))
-        tensors = *inputs, at.memory("saved"), at.memory("selection")
-        at.launch(self.module.select_launches, partial(self._note, "select", at), tensors, 0.0)
+        """`select_kernels` of the module: k is in place of values, q of what is not looked at."""
+        at, q, k, v = self._prepare(q, k, k)
+        tensors = q, k, v, q, q, at.memory("saved"), at.memory("selection")
+        at.launch(self.module.selection_launches, partial(self._note, "select", at), tensors, 0.0)
 
     def _prepare(self, *tensors: Tensor) -> tuple[Any, ...]:
         """`plan_launches` of the module, but with these tiles and in no cache: a `LaunchPlan`; tensors, `aligned`."""

@@ -34,7 +34,8 @@ def launch(plan: Plan, in_gluon: Collection[str], kernel: Kernel) -> str:
     given = [f"({kernel.name}, {kernel.name_in_gluon})" if both else kernel.name]
     for name in kernel.takes:
         buffer = plan.buffers[name]
-        given += [name, f"*{name}_steps"] if buffer.strides else [name]
+        own = f"handed_{name}" if name in kernel.handed else name
+        given += [own, f"*{name}_steps"] if buffer.strides else [own]
         given += [f"at.{width}" for width in _width(buffer, known)]
     given += [number.name if number.name == "scale" else f"at.{number.name}" for number in kernel.scalars]
     lines = textwrap.wrap(", ".join(given) + ",", 112, break_long_words=False, break_on_hyphens=False)

@@ -50,6 +50,7 @@ class Kernel:
     writes: Names
     scalars: tuple[Scalar, ...] = (M_TOKENS, N_TOKENS)
     optional: Names = ()  # buffers that are read where there are any, and None otherwise
+    handed: Names = ()  # of what it reads, gradients of the level above that flow through the pooling
     level: int | None = None
     twin: bool = False  # whether a kernel in Gluon can take its place
 
@@ -215,6 +216,11 @@ class Plan(Buffers):
         )  # fmt: skip
 
     @property
+    def handed(self) -> Names:
+        """Gradients of coarse levels that flow down into the level below, in the order of the kernels."""
+        return tuple(name for kernel in self.backward for name in kernel.handed)
+
+    @property
     def recompute(self) -> Kernel:
         """What follows `attend` in Gluon, which keeps a fixed maximum: attend again where a sum does not fit.
 
@@ -287,7 +293,7 @@ class Plan(Buffers):
         )  # fmt: skip
         yield Kernel(
             f"grad_kv_l{level}_sum_kernel", kind, f"dk, dv of level {level}: the partial sums in order",
-            KV_HEADS * sums, (*partial, *lists, *flow), made, (many, *lengths), level=at,
+            KV_HEADS * sums, (*partial, *lists, *flow), made, (many, *lengths), handed=flow, level=at,
         )  # fmt: skip
 
     def _by_list(self, level: int, reads: Names, flow: Names, made: Names) -> Iterable[Kernel]:
@@ -303,7 +309,7 @@ class Plan(Buffers):
         yield Kernel(
             f"grad_kv_l{level}_kernel", "grad_kv", f"dk, dv of level {level}",
             KV_HEADS * self.key_tokens(level + 1) * tiles, (*reads, *overflow, *flow), made, scalars,
-            level=level, twin=True,
+            handed=flow, level=level, twin=True,
         )  # fmt: skip
 
     # ---- printing -----------------------------------------------------------------------------------------------

@@ -1,21 +1,27 @@
 """The two passes and the selection by the Triton kernels."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 if TYPE_CHECKING:
     from llsa_gen.runtime.launch_plan import empty_like, plan_launches, views_of
-    from llsa_gen.runtime.module import ENRICHED, LEVELS, attend_launches, grad_launches, select_launches
+    from llsa_gen.runtime.module import LEVELS, forward_launches, grad_launches
 
 # ---- spliced into every module from here on
 
 
+def selection_launches(at: Any, launch: Callable[..., None], scale: Any, *tensors: Any) -> None:
+    """The launches of the selection alone, in the order of `forward_launches`; o and lse are not looked at."""
+    forward_launches(at, launch, scale, *tensors, stages=("pool", "select"))
+
+
 def select_kernels(q: torch.Tensor, k: torch.Tensor) -> list[torch.Tensor]:
     """The kept tokens of each level, finest first, [B, H, T_l, width] each."""
-    at, *tensors = plan_launches((q, k, k) if ENRICHED else (q, k))  # k in place of v, whose means nobody will look at
+    at, q, k, v = plan_launches((q, k, k))  # k in place of v, whose means nobody will look at
     saved = at.memory("saved")
-    at.run(select_launches, (*tensors, saved, at.memory("selection")))
+    at.run(selection_launches, (q, k, v, q, q, saved, at.memory("selection")))
     lists = views_of(saved, "saved", at.shapes, q.dtype)[-LEVELS:]
     return [kept.clone(memory_format=torch.contiguous_format) for kept in lists]
 
@@ -26,7 +32,7 @@ def attend_kernels(
     """o, lse and what the backward pass needs, memory of the layout `saved`."""
     at, q, k, v = plan_launches((q, k, v))
     o, lse, saved = empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32), at.memory("saved")
-    at.run(attend_launches, (q, k, v, o, lse, saved, at.memory("selection")), scale)
+    at.run(forward_launches, (q, k, v, o, lse, saved, at.memory("selection")), scale)
     return o, lse, saved
 
 

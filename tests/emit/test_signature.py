@@ -42,13 +42,14 @@ def as_parameters(argument: str) -> list[str]:
     if argument.startswith("*"):
         letter = next(x for x, name in STRIDES.items() if argument == f"*{name}_steps")
         return [f"stride_{letter}{axis}" for axis in "bhn"]
+    argument = argument.removeprefix("handed_")
     return [argument.removeprefix("at.")] if argument.startswith("at.") or argument == "scale" else [f"{argument}_ptr"]
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
 def test_every_launch_hands_over_what_the_kernel_takes_in_its_order(spec: Spec) -> None:
     code, plan = functions(spec), lower(spec)
-    hosts = ("pool_and_select", "attend_launches", "grad_launches")
+    hosts = ("forward_launches", "grad_launches")
     launches = {kernel: names for host in hosts for kernel, names in launched(code[host]).items()}
     kernels = {name for name in code if name.endswith("_kernel")}
     assert launches.keys() == kernels
@@ -62,9 +63,9 @@ def test_a_new_argument_is_written_once() -> None:
     plan = lower(SPECS[0])
     before = plan.kernel["invert_l1_kernel"]
     kernel = replace(before, reads=(*before.reads, "delta"), scalars=(Scalar("limit", "most"), *before.scalars))
-    assert "\n    delta_ptr,  # [B*H, N] float32\n" in signature.parameters(plan, kernel)
-    assert "\n    limit, n_tokens,  # most, N" in signature.parameters(plan, kernel)
-    assert ", delta, keepers_l1, at.limit, at.n_tokens," in " ".join(signature.launch(plan, (), kernel).split())
+    assert "\n    delta_ptr,  # [B*H, M] float32\n" in signature.parameters(plan, kernel)
+    assert "\n    limit, m_tokens, n_tokens, saved_step,  # most, M, N, " in signature.parameters(plan, kernel)
+    assert ", delta, keepers_l1, at.limit, at.m_tokens, at.n_tokens," in " ".join(signature.launch(plan, (), kernel).split())
 
 
 def test_a_list_is_told_its_width_once() -> None:
@@ -78,6 +79,6 @@ def test_a_list_is_told_its_width_once() -> None:
 def test_what_a_buffer_holds_is_said_where_it_is_made() -> None:
     plan = lower(load(ROOT / "spec" / "llsa_l2.yaml"))
     says = plan.buffers["lse"].says
-    assert f"lse_ptr,  # [B*H, N] float32, out: {says}" in signature.parameters(plan, plan.kernel["attend_kernel"])
+    assert f"lse_ptr,  # [B*H, M] float32, out: {says}" in signature.parameters(plan, plan.kernel["attend_kernel"])
     made, read = (signature.parameters(plan, plan.kernel[f"{name}_kernel"]) for name in ("scan", "invert_l2"))
     assert plan.buffers["offsets_l2"].says in made and plan.buffers["offsets_l2"].says not in read
