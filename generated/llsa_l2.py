@@ -44,7 +44,7 @@ SPEC = {
     "name": "llsa_l2",
     "reweight": True,
 }
-OPERATOR = "llsa_l2_f6d1e0aa95921a02"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
+OPERATOR = "llsa_l2_5aaa8d9470910c10"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -2336,7 +2336,7 @@ def grad_kv_l0_hopper_kernel(
 
 
 CACHED = 33554432  # bytes of q, k and v of which much may still be in the cache when attention reads them again
-STAGES = "pool", "select", "attend"  # of the forward pass
+FORWARD_STAGES = "pool", "select", "attend"
 FILLING = 1024  # programs that are enough to fill a GPU
 
 
@@ -2442,7 +2442,7 @@ LISTS_FILL = True  # whether lists can be without gaps
 PARTIAL_IN_GLUON = True  # whether kernels in Gluon also take partial tiles
 
 
-def forward_launches(at, launch, scale, q, k, v, o, lse, saved, memory, stages=STAGES):
+def forward_launches(at, launch, scale, q, k, v, o, lse, saved, memory, stages=FORWARD_STAGES):
     """The launches of the forward pass, or of some of its stages. What is saved of a head lies together."""
     [
         peak, total, k_l1, v_l1, k_l2, v_l2,

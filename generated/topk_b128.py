@@ -40,7 +40,7 @@ SPEC = {
     "name": "topk_b128",
     "reweight": True,
 }
-OPERATOR = "topk_b128_0a8aeae5698f65be"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
+OPERATOR = "topk_b128_073468e032019bad"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -937,7 +937,7 @@ def grad_kv_l0_kernel(
 
 
 CACHED = 33554432  # bytes of q, k and v of which much may still be in the cache when attention reads them again
-STAGES = "pool", "select", "attend"  # of the forward pass
+FORWARD_STAGES = "pool", "select", "attend"
 FILLING = 1024  # programs that are enough to fill a GPU
 
 
@@ -1006,7 +1006,7 @@ LISTS_FILL = True  # whether lists can be without gaps
 PARTIAL_IN_GLUON = False  # there is none
 
 
-def forward_launches(at, launch, scale, q, k, v, o, lse, saved, memory, stages=STAGES):
+def forward_launches(at, launch, scale, q, k, v, o, lse, saved, memory, stages=FORWARD_STAGES):
     """The launches of the forward pass, or of some of its stages. What is saved of a head lies together."""
     [peak, total, counts_l1, kept_l1] = at.buffers(saved, "saved")
     [q_l1, k_l1] = at.buffers(memory, "selection")

@@ -41,7 +41,7 @@ SPEC = {
     "name": "uneven",
     "reweight": True,
 }
-OPERATOR = "uneven_5cb5e26ff4cb5105"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
+OPERATOR = "uneven_73db3be283e28462"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -1477,7 +1477,7 @@ def grad_kv_l0_kernel(
 
 
 CACHED = 33554432  # bytes of q, k and v of which much may still be in the cache when attention reads them again
-STAGES = "pool", "select", "attend"  # of the forward pass
+FORWARD_STAGES = "pool", "select", "attend"
 FILLING = 1024  # programs that are enough to fill a GPU
 
 
@@ -1576,7 +1576,7 @@ LISTS_FILL = True  # whether lists can be without gaps
 PARTIAL_IN_GLUON = False  # there is none
 
 
-def forward_launches(at, launch, scale, q, k, v, o, lse, saved, memory, stages=STAGES):
+def forward_launches(at, launch, scale, q, k, v, o, lse, saved, memory, stages=FORWARD_STAGES):
     """The launches of the forward pass, or of some of its stages. What is saved of a head lies together."""
     [
         peak, total, k_l1, v_l1, k_l2, v_l2,

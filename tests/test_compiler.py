@@ -473,7 +473,7 @@ def test_what_is_saved_may_be_kept_in_a_piece_with_other_tensors(attention: Atte
         return torch.nn.functional.pad(x, (1, 1)) if x.dtype == torch.uint8 else x
 
     def unpack(x: torch.Tensor) -> torch.Tensor:
-        return x[1:-1] if x.dtype == torch.uint8 else x
+        return x[..., 1:-1] if x.dtype == torch.uint8 else x
 
     leaves = qkv(300, grad=True)
     wanted = torch.autograd.grad(output(attention, *leaves).sum(), leaves)

@@ -65,7 +65,8 @@ def test_a_new_argument_is_written_once() -> None:
     kernel = replace(before, reads=(*before.reads, "delta"), scalars=(Scalar("limit", "most"), *before.scalars))
     assert "\n    delta_ptr,  # [B*H, M] float32\n" in signature.parameters(plan, kernel)
     assert "\n    limit, m_tokens, n_tokens, saved_step,  # most, M, N, " in signature.parameters(plan, kernel)
-    assert ", delta, keepers_l1, at.limit, at.m_tokens, at.n_tokens," in " ".join(signature.launch(plan, (), kernel).split())
+    launched = " ".join(signature.launch(plan, (), kernel).split())
+    assert ", delta, keepers_l1, at.limit, at.m_tokens, at.n_tokens," in launched
 
 
 def test_a_list_is_told_its_width_once() -> None:

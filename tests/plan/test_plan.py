@@ -215,7 +215,7 @@ def test_equal_specs_have_equal_plans(spec: Spec) -> None:
 @given(tokens=st.integers(1, 60), topk=st.integers(1, 9), part=st.integers(1, 80), data=st.data())
 def test_there_is_room_for_every_part_of_a_popular_list(tokens: int, topk: int, part: int, data: st.DataObject) -> None:
     plan = lower(Spec(name="s", head_dim=8, levels=(Level(block=2, topk=topk),)))
-    room = int(plan.overflow_parts(0).subs({N: 2 * tokens, tile("PART"): part}))
+    room = int(plan.overflow_parts(0).subs([(M, 2 * tokens), (N, 2 * tokens), (tile("PART"), part)]))
     width = min(topk, tokens)
     popular = range(data.draw(st.integers(width, tokens), label="how many key tokens are kept at all"))
     kept = data.draw(st.lists(st.permutations(popular), min_size=tokens, max_size=tokens))
