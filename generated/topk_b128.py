@@ -40,7 +40,7 @@ SPEC = {
     "name": "topk_b128",
     "reweight": True,
 }
-OPERATOR = "topk_b128_073468e032019bad"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
+OPERATOR = "topk_b128_ea4cd60c02a569d8"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -989,13 +989,13 @@ def work_out(at, tiles):
     at.grids["pool_l1_kernel"] = heads * ceil_div(queries[1], tile["CHILDREN"]) + kv_heads * ceil_div(keys[1], tile["CHILDREN"]), tile
     tile = tiles["select_l1"] | {"RUNS": has_runs(keys[1], tiles["select_l1"])}
     at.grids["select_l1_kernel"] = heads * ceil_div(queries[1], tile["BLOCK_M"]), tile
-    tile = tiles["attend"] | {"FULL": is_full(queries, keys, tiles["attend"])}
+    tile = tiles["attend"] | {"FULL": not at.given and is_full(queries, keys, tiles["attend"])}
     at.grids["attend_kernel"] = heads * queries[1] * ceil_div(128, tile["BLOCK_M"]), tile
     tile = tiles["scan"]
     at.grids["scan_kernel"] = 2 * heads, tile
     tile = tiles["invert_l1"]
     at.grids["invert_l1_kernel"] = heads * ceil_div(keys[1], tile["KEYS"]), tile
-    tile = tiles["grad_q"] | {"FULL": is_full(queries, keys, tiles["grad_q"])}
+    tile = tiles["grad_q"] | {"FULL": not at.given and is_full(queries, keys, tiles["grad_q"])}
     at.grids["grad_q_kernel"] = heads * queries[1] * ceil_div(128, tile["BLOCK_M"]), tile
     tile = tiles["grad_kv_l0"]
     at.grids["grad_kv_l0_overflow_kernel"] = heads * parts_l0 * ceil_div(128, tile["BLOCK_N"]), tile
@@ -1632,6 +1632,15 @@ def views_of(
     ]
 
 
+def named_views(at: Any, like: Sequence[torch.Tensor] = (), **memories: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The buffers of some layouts by name, in their memory: of a `LaunchPlan`, or only `saved`, for q and k `like`."""
+    found: dict[str, torch.Tensor] = {}
+    for layout, memory in memories.items():
+        shapes, dtype = (at.shapes, at.dtype) if at else (saved_shapes(*[x.shape[2] for x in like]), like[0].dtype)
+        found |= zip(LAYOUTS[layout], views_of(memory, layout, shapes, dtype), strict=True)
+    return found
+
+
 def empty_like(x: torch.Tensor) -> torch.Tensor:
     """A contiguous tensor of the shape, the dtype and the device of `x`; `new_empty` takes torch twice as long."""
     return torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -1685,27 +1694,30 @@ def schedule_for(target: str, dtype: torch.dtype) -> dict[str, dict[str, Any]]:
     return SCHEDULES[target][dtype.itemsize]
 
 
-def plan_launches(tensors: Sequence[torch.Tensor], has_grad_lse: bool = False) -> tuple[Any, ...]:
+def plan_launches(tensors: Sequence[torch.Tensor], has_grad_lse: bool = False, given: bool = False) -> tuple[Any, ...]:
     """The `LaunchPlan` for q, k, ... [B, H, N, D]; q, k, ..., `aligned`.
 
-    Triton also tells apart where a row begins, at a multiple of 16 bytes or not, and whether lse has a gradient.
+    Triton also tells apart where a row begins, at a multiple of 16 bytes or not, and whether lse has a gradient. Lists
+    that are `given` may have gaps where those of the selection have none.
     """
     q, k, *_ = tensors
     strides = tuple([x.stride() for x in tensors])
     starts = tuple([x.data_ptr() % 16 for x in tensors])
-    at = launch_plan(q.device, q.dtype, q.shape, k.shape, strides, starts, has_grad_lse)
-    return (at, *tensors) if at is not None else plan_launches([aligned(x) for x in tensors], has_grad_lse)
+    at = launch_plan(q.device, q.dtype, q.shape, k.shape, strides, starts, has_grad_lse, given)
+    return (at, *tensors) if at is not None else plan_launches([aligned(x) for x in tensors], has_grad_lse, given)
 
 
 @functools.lru_cache(maxsize=2048)
 def launch_plan(
     device: torch.device, dtype: torch.dtype, q_shape: torch.Size, k_shape: torch.Size,
     strides: tuple[tuple[int, ...], ...], starts: tuple[int, ...], has_grad_lse: bool,
+    given: bool = False,
 ) -> "LaunchPlan | None":  # fmt: skip
     """One `LaunchPlan` for all calls that Triton does not tell apart; None where tensors have to be copied first."""
     if not all(map(is_aligned, strides)):
         return None
-    return LaunchPlan(device, dtype, q_shape, k_shape, strides, starts, schedule_for(target_of(device), dtype))
+    tiles = schedule_for(target_of(device), dtype)
+    return LaunchPlan(device, dtype, q_shape, k_shape, strides, starts, tiles, given)
 
 
 class LaunchPlan:
@@ -1723,8 +1735,9 @@ class LaunchPlan:
     def __init__(
         self, device: torch.device, dtype: torch.dtype, q_shape: torch.Size, k_shape: torch.Size,
         strides: tuple[tuple[int, ...], ...], starts: tuple[int, ...], tiles: dict[str, dict[str, Any]],
+        given: bool = False,
     ) -> None:  # fmt: skip
-        self.device, self.dtype = device, dtype
+        self.device, self.dtype, self.given = device, dtype, given
         batch, self.heads_per_batch, self.m_tokens, _ = q_shape
         self.heads_shape = batch, self.heads_per_batch
         self.heads, self.kv_heads, self.n_tokens = batch * self.heads_per_batch, batch * k_shape[1], k_shape[2]
@@ -1930,7 +1943,7 @@ def best_tokens(scores: torch.Tensor, token: torch.Tensor, exists: torch.Tensor,
     return torch.where(best == EMPTY.value, -1, 0x7FFFFFFF - (best & 0x7FFFFFFF)).int()
 
 
-def select_means(kept: Tensors, q_means: Tensors, k_means: Tensors, m_tokens: int, n_tokens: int) -> None:
+def select_levels(kept: Tensors, q_means: Tensors, k_means: Tensors, m_tokens: int, n_tokens: int) -> None:
     """Fill in the kept tokens [H, T_l(M), width] of each level, finest first, from the means of each level.
 
     Those of the queries are [H, T_l(M), D], those of the keys [H, T_l(N), D].
@@ -1972,7 +1985,7 @@ def select_torch(q: torch.Tensor, k: torch.Tensor) -> list[torch.Tensor]:
     q, k, *kept = (x.flatten(0, 1) for x in (q, k, *selection))
     lengths = q.shape[1], k.shape[1]
     for heads in slices_of_heads(kept, *lengths):
-        select_means([lists[heads] for lists in kept], token_means(q[heads]), token_means(k[heads]), *lengths)
+        select_levels([lists[heads] for lists in kept], token_means(q[heads]), token_means(k[heads]), *lengths)
     return selection
 
 
@@ -2083,18 +2096,18 @@ def attend_torch(
     kept = saved_lists(saved.zero_(), q, k)
     heads_o, heads_lse, q, k, v = (x.flatten(0, 1) for x in (o, lse, q, k, v))
     for heads in slices_of_heads(kept, q.shape[1], k.shape[1]):
-        lists = [level[heads] for level in kept]
-        attend_heads(heads_o[heads], heads_lse[heads], lists, q[heads], k[heads], v[heads], scale)
+        lists, k_levels = [level[heads] for level in kept], [k[heads], *token_means(k[heads])]
+        select_levels(lists, token_means(q[heads]), k_levels[1:], q.shape[1], k.shape[1])
+        attend_heads(heads_o[heads], heads_lse[heads], lists, q[heads], k_levels, enriched_by(v[heads]), scale)
     return o, lse, saved
 
 
 def attend_heads(
-    o: torch.Tensor, lse: torch.Tensor, kept: Tensors, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
-) -> None:
-    """Fill in o [H, M, D], lse [H, M] and the kept tokens of every level, finest first, of some heads."""
-    k_levels = [k, *token_means(k)]
-    select_means(kept, token_means(q), k_levels[1:], q.shape[1], k.shape[1])
-    pyramid = Pyramid(k_levels, enriched_by(v), kept, q.shape[1])
+    o: torch.Tensor, lse: torch.Tensor, kept: Tensors, q: torch.Tensor, k_levels: Tensors, v_levels: Tensors,
+    scale: float,
+) -> None:  # fmt: skip
+    """Fill in o [H, M, D] and lse [H, M] of some heads, along the kept tokens of every level, finest first."""
+    pyramid = Pyramid(k_levels, v_levels, kept, q.shape[1])
     for run in pyramid.runs():
         queries = blocks_of(q, pyramid.q_block, run).float().contiguous()
         part_o, part_lse = attend_blocks(queries, *pyramid.gather(pyramid.lists(run)), pyramid.top, scale)
@@ -2130,7 +2143,17 @@ def grad_heads(
     grad_lse: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float,
 ) -> None:  # fmt: skip
     """Fill in dq [H, M, D], dk and dv [H, N, D] of some heads."""
-    pyramid = Pyramid(enriched_by(k), enriched_by(v), kept, q.shape[1])
+    sums_k, sums_v = grad_levels(dq, kept, grad_o, grad_lse, q, enriched_by(k), enriched_by(v), scale)
+    put_sums(dk, sums_k)
+    put_sums(dv, sums_v)
+
+
+def grad_levels(
+    dq: torch.Tensor, kept: Tensors, grad_o: torch.Tensor, grad_lse: torch.Tensor | None, q: torch.Tensor,
+    k_levels: Tensors, v_levels: Tensors, scale: float,
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:  # fmt: skip
+    """Fill in dq of some heads; the gradients of keys and of values of every attended level, float32."""
+    pyramid = Pyramid(k_levels, v_levels, kept, q.shape[1])
     grad_k = [torch.zeros_like(blocks) for blocks in pyramid.k_blocks]
     grad_v = [torch.zeros_like(blocks) for blocks in pyramid.v_blocks]
     of_top = [] if pyramid.top is None else [torch.zeros_like(x) for x in pyramid.top[:2]]
@@ -2147,8 +2170,10 @@ def grad_heads(
         for total, parts in zip(of_top, (parts_k, parts_v), strict=False):
             total += parts[-1]
 
-    put_sums(dk, [*(blocks.flatten(1, 2) for blocks in grad_k), *of_top[:1]])
-    put_sums(dv, [*(blocks.flatten(1, 2) for blocks in grad_v), *of_top[1:]])
+    return (
+        [*(blocks.flatten(1, 2) for blocks in grad_k), *of_top[:1]],
+        [*(blocks.flatten(1, 2) for blocks in grad_v), *of_top[1:]],
+    )
 
 
 def put_sums(to: torch.Tensor, sums: Tensors) -> None:
@@ -2164,6 +2189,68 @@ def put_sums(to: torch.Tensor, sums: Tensors) -> None:
             share = 1.0 / covered_tokens(level, n_tokens, to.device)[above][:, None]
             rows += coarse.index_select(1, above).mul_(share)
         to[:, run] = rows
+
+
+def with_means(x: torch.Tensor, means: Tensors, heads: slice) -> list[torch.Tensor]:
+    """The rows of some heads, and their means."""
+    return [x[heads], *(mean[heads] for mean in means)]
+
+
+def select_means_torch(kept: Tensors, q_means: Tensors, k_means: Tensors) -> list[torch.Tensor]:
+    """Fill in the kept tokens [B, H, T_l(M), width] from the means of each level, in torch."""
+    lists, q_levels, k_levels = ([x.flatten(0, 1) for x in levels] for levels in (kept, q_means, k_means))
+    lengths = q_levels[0].shape[1] * SPANS[1], k_levels[0].shape[1] * SPANS[1]
+    for heads in slices_of_heads(lists, *lengths):
+        q_own, k_own = ([x[heads].float() for x in levels] for levels in (q_levels, k_levels))
+        select_levels([level[heads] for level in lists], q_own, k_own, *lengths)
+    return list(kept)
+
+
+def attend_along(
+    o: torch.Tensor, lse: torch.Tensor, saved: dict[str, torch.Tensor], q: torch.Tensor, k: torch.Tensor,
+    v: torch.Tensor, scale: float,
+) -> None:  # fmt: skip
+    """Fill in o and lse along the lists and with the means that are `saved`, by name."""
+    kept, levels = saved_by_level(saved)
+    heads_o, heads_lse, q, k, v = (x.flatten(0, 1) for x in (o, lse, q, k, v))
+    for heads in slices_of_heads(kept, q.shape[1], k.shape[1]):
+        k_levels, v_levels = (with_means(x, means, heads) for x, means in zip((k, v), levels, strict=True))
+        lists = [level[heads] for level in kept]
+        attend_heads(heads_o[heads], heads_lse[heads], lists, q[heads], k_levels, v_levels, scale)
+
+
+def saved_by_level(saved: dict[str, torch.Tensor]) -> tuple[list[torch.Tensor], list[list[torch.Tensor]]]:
+    """Of what is saved, by name: the lists of every level, and the means of keys and of values, float32. [B*H, ...]."""
+    levels = range(1, LEVELS + 1)
+    kept = [saved[f"kept_l{level}"].flatten(0, 1) for level in levels]
+    none = kept[0].new_empty((kept[0].shape[0], 0, HEAD_DIM.value), dtype=torch.float32)
+    means = [
+        [saved[f"{x}_l{level}"].flatten(0, 1).float() if level in ENRICHED else none for level in levels] for x in "kv"
+    ]
+    return kept, means
+
+
+def grad_along(
+    means: Tensors, grad_o: torch.Tensor, grad_lse: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor,
+    v: torch.Tensor, saved: dict[str, torch.Tensor], scale: float,
+) -> list[torch.Tensor]:  # fmt: skip
+    """dq, dk, dv and the gradients of the means, which are filled in: where `attend_along` attended."""
+    kept, levels = saved_by_level(saved)
+    grads = [empty_like(x) for x in (q, k, v)]
+    dq, dk, dv, grad_o, q, k, v = (x.flatten(0, 1) for x in (*grads, grad_o, q, k, v))
+    of_k, of_v = means[:LEVELS], means[LEVELS:]
+    if grad_lse is not None:
+        grad_lse = grad_lse.flatten(0, 1)[..., None]
+    for heads in slices_of_heads(kept, q.shape[1], k.shape[1]):
+        k_levels, v_levels = (with_means(x, found, heads) for x, found in zip((k, v), levels, strict=True))
+        lists, of_lse = [level[heads] for level in kept], None if grad_lse is None else grad_lse[heads]
+        sums = grad_levels(dq[heads], lists, grad_o[heads], of_lse, q[heads], k_levels, v_levels, scale)
+        for to, own, (first, *coarse) in ((dk, of_k, sums[0]), (dv, of_v, sums[1])):
+            to[heads] = first[:, : to.shape[1]]
+            for level, total in zip(ENRICHED, coarse, strict=True):
+                mean = own[level - 1].flatten(0, 1)
+                mean[heads] = total[:, : mean.shape[1]].to(mean.dtype)
+    return [*grads, *means]
 
 
 # ---- the operator ----------------------------------------------------------------------------------------------------
@@ -2391,6 +2478,243 @@ def select_batched(info: Any, dims: tuple[int | None, ...], q: torch.Tensor, k: 
     return list(unfolded(info.batch_size, *kept)), [0] * len(kept)
 
 
+def pool(x: torch.Tensor) -> list[torch.Tensor]:
+    """The means of every level of x [B, H, N, D], finest first, [B, H, T_l(N), D] each; differentiable."""
+    return getattr(torch.ops.llsa, OPERATOR + "_pool")(x)
+
+
+def select_means(q_means: Sequence[torch.Tensor], k_means: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The kept key tokens of each level, finest first, [B, H, T_l(M), width] int32, from `pool` of q and of k."""
+    return getattr(torch.ops.llsa, OPERATOR + "_select_means")(list(q_means), list(k_means))
+
+
+def attend_means(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_means: Sequence[torch.Tensor], v_means: Sequence[torch.Tensor],
+    kept: Sequence[torch.Tensor], scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """o [B, H, M, D] and lse [B, H, M] along given lists; differentiable in q, k, v and the means.
+
+    The lists are [B, H, T_l(M), W], W at most the width that `select` gives, -1 for fewer. Of the means, the enriched
+    levels count.
+    """
+    run = getattr(torch.ops.llsa, OPERATOR + "_attend_means")
+    return run(q, k, v, list(k_means), list(v_means), list(kept), scale)[:2]
+
+
+# ---- pooling
+
+
+def pooling_launches(at: Any, launch: Callable[..., None], scale: Any, *tensors: Any) -> None:
+    """The launches of the pooling alone."""
+    forward_launches(at, launch, scale, *tensors, stages=("pool",))
+
+
+def pool_forward(x: torch.Tensor) -> list[torch.Tensor]:
+    """`pool`, on whichever device x is: on a GPU as the queries of a call with one key."""
+    if x.numel() == 0 or not runs_kernels(x):
+        means = token_means(x.flatten(0, 1)) if x.numel() else empty_means(x)
+        return [level.to(x.dtype).view(*x.shape[:2], -1, x.shape[3]) for level in means]
+    with on_device_of(x):
+        at, x, k, v = plan_launches((x, x[:, :, :1], x[:, :, :1]))
+        memory = at.memory("selection")
+        at.run(pooling_launches, (x, k, v, x, x, at.memory("saved"), memory))
+        named = named_views(at, selection=memory)
+        return [named[f"q_l{level}"].view(*x.shape[:2], -1, x.shape[3]).clone() for level in range(1, LEVELS + 1)]
+
+
+def empty_means(x: torch.Tensor) -> list[torch.Tensor]:
+    """What `pool` gives, not filled in."""
+    return [x.new_empty((*x.shape[:2], tokens, x.shape[3])) for tokens in level_tokens(x.shape[2])[1:]]
+
+
+def save_length(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.length = inputs[0].shape[2]
+
+
+def unpool(ctx: Any, grads: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+    """The gradient of what was pooled: of every mean, its part for each token covered."""
+    total: Any = None
+    for level, grad in enumerate(grads, start=1):
+        if grad is not None:
+            share = grad / covered_tokens(level, ctx.length, grad.device).to(grad.dtype)[:, None]
+            rows = share.repeat_interleave(SPANS[level], 2)[:, :, : ctx.length]
+            total = rows if total is None else total + rows
+    return total
+
+
+# ---- selection
+
+
+def selecting_launches(at: Any, launch: Callable[..., None], scale: Any, *tensors: Any) -> None:
+    """The launches of the selection from means."""
+    forward_launches(at, launch, scale, *tensors, stages=("select",))
+
+
+def put(buffer: torch.Tensor, x: torch.Tensor) -> None:
+    """Copy x [B, H, ...] to a buffer, [B, H, ...] or [B*H, ...]."""
+    buffer.view(buffer.shape if buffer.ndim == x.ndim else x.shape).copy_(x)
+
+
+def select_means_forward(q_means: list[torch.Tensor], k_means: list[torch.Tensor]) -> list[torch.Tensor]:
+    """`select_means`, on whichever device they are. Lengths do not matter but by the tokens of level 1."""
+    kept = empty_lists(q_means, k_means)
+    if q_means[0].numel() == 0 or k_means[0].numel() == 0:
+        return kept
+    if not runs_kernels(q_means[0]):
+        with without_autocast():
+            return select_means_torch(kept, q_means, k_means)
+    with on_device_of(q_means[0]):
+        row = q_means[0].new_empty(q_means[0].shape[3])
+        q, k = (
+            row.expand(*x.shape[:2], x.shape[2] * SPANS[1], row.shape[0]) for x in (q_means[0], k_means[0])
+        )  # fmt: skip
+        at, *_ = plan_launches((q, k, k))
+        saved, memory = at.memory("saved"), at.memory("selection")
+        named = named_views(at, saved=saved, selection=memory)
+        for level in range(1, LEVELS + 1):
+            put(named[f"q_l{level}"], q_means[level - 1])
+            put(named[f"k_l{level}"], k_means[level - 1])
+            named[f"counts_l{level}"].zero_()
+        at.run(selecting_launches, (q, k, k, row, row, saved, memory))
+        return [named[f"kept_l{level}"].clone(memory_format=torch.contiguous_format) for level in range(1, LEVELS + 1)]
+
+
+def empty_lists(q_means: list[torch.Tensor], k_means: list[torch.Tensor]) -> list[torch.Tensor]:
+    """What `select_means` gives, not filled in."""
+    shapes = saved_shapes(q_means[0].shape[2] * SPANS[1], k_means[0].shape[2] * SPANS[1])
+    lists = [shapes[f"kept_l{level}"] for level in range(1, LEVELS + 1)]
+    return [q_means[0].new_empty((*q_means[0].shape[:2], *shape), dtype=torch.int32) for shape in lists]
+
+
+# ---- attention
+
+
+def attending_launches(at: Any, launch: Callable[..., None], scale: Any, *tensors: Any) -> None:
+    """The launches of attention alone."""
+    forward_launches(at, launch, scale, *tensors, stages=("attend",))
+
+
+def apart_launches(at: Any, launch: Callable[..., None], scale: Any, *tensors: Any) -> None:
+    """The launches of the backward pass; no level hands its gradient down: the last tensor is zeros."""
+    *others, zeros = tensors
+    grad_launches(at, launch, scale, *others, zeros=zeros)
+
+
+def gaps_last(kept: torch.Tensor) -> torch.Tensor:
+    """A list with its -1 at the end, all else in its order."""
+    return kept.gather(-1, (kept < 0).sort(dim=-1, stable=True).indices)
+
+
+def attend_means_forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_means: list[torch.Tensor], v_means: list[torch.Tensor],
+    kept: list[torch.Tensor], scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """o, lse and what the backward pass needs, memory of the layout `saved`: with it go the means and the lists."""
+    o, lse, saved = empty_outputs(q, k)
+    if q.numel() == 0 or k.numel() == 0:
+        return o.zero_(), lse.fill_(float("-inf")), saved.zero_()
+    if not runs_kernels(q):
+        saved.zero_()  # what nothing fills in
+    named = named_views(None, (q, k), saved=saved)
+    for level in range(1, LEVELS + 1):
+        lists, counts = named[f"kept_l{level}"], named[f"counts_l{level}"]
+        lists.fill_(-1)[..., : kept[level - 1].shape[3]].copy_(gaps_last(kept[level - 1]))
+        counts.zero_()
+        counts.scatter_add_(2, lists.clamp(min=0).flatten(2).long(), (lists >= 0).int().flatten(2))
+        if level in ENRICHED:
+            named[f"k_l{level}"].copy_(k_means[level - 1])
+            named[f"v_l{level}"].copy_(v_means[level - 1])
+    if not runs_kernels(q):
+        with without_autocast():
+            attend_along(o, lse, named, q, k, v, scale)
+        return o, lse, saved
+    with on_device_of(q):
+        at, q, k, v = plan_launches((q, k, v), given=True)
+        at.run(attending_launches, (q, k, v, o, lse, saved, at.memory("selection")), scale)
+    return o, lse, saved
+
+
+def attend_means_backward(
+    grad_o: torch.Tensor, grad_lse: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+    o: torch.Tensor, saved: torch.Tensor, scale: float,
+) -> list[torch.Tensor]:  # fmt: skip
+    """dq, dk, dv, then the gradients of the means of k, every level, and those of the means of v."""
+    means = [mean.zero_() for x in (k, v) for mean in empty_means(x)]
+    if q.numel() == 0 or k.numel() == 0:
+        return [*(empty_like(x).zero_() for x in (q, k, v)), *means]
+    saved = in_one_piece(saved)
+    if not runs_kernels(q):
+        with without_autocast():
+            return grad_along(means, grad_o, grad_lse, q, k, v, named_views(None, (q, k), saved=saved), scale)
+    with on_device_of(q):
+        at, q, k, v, grad_o = plan_launches((q, k, v, grad_o), grad_lse is not None, given=True)
+        grads, memory = [empty_like(x) for x in (q, k, v)], at.memory("gradients")
+        zeros = k.new_zeros((*k.shape[:2], level_tokens(k.shape[2])[1], k.shape[3]), dtype=torch.float32)
+        of_lse = [] if grad_lse is None else [in_one_piece(grad_lse)]
+        tensors = q, k, v, grad_o, in_one_piece(o), saved, *grads, memory, *of_lse, zeros
+        at.run(apart_launches, tensors, scale)
+        named = named_views(at, gradients=memory)
+    for level in ENRICHED:  # of which the kernels have the part for each token covered
+        covered = covered_tokens(level, k.shape[2], k.device)[:, None]
+        for name, mean in (("k", means[level - 1]), ("v", means[LEVELS + level - 1])):
+            mean.copy_(named[f"grad_{name}_l{level}"].view(mean.shape) * covered)
+    return [*grads, *means]
+
+
+def save_for_means(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    """Keep what `differentiate_means` reads."""
+    q, k, v, _, _, _, ctx.scale = inputs
+    o, _, saved = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(saved)
+    ctx.save_for_backward(q, k, v, o, saved)
+
+
+def differentiate_means(
+    ctx: Any, grad_o: torch.Tensor | None, grad_lse: torch.Tensor | None, *_: object
+) -> tuple[Any, ...]:
+    """Gradients of what `attend_means` takes; lists have none."""
+    if grad_o is None and grad_lse is None:
+        return (None,) * 7
+    q, k, v, o, saved = ctx.saved_tensors
+    grad_o = torch.zeros_like(o) if grad_o is None else grad_o
+    run = getattr(torch.ops.llsa, OPERATOR + "_attend_means_backward")
+    dq, dk, dv, *means = run(grad_o, grad_lse, q, k, v, o, saved, ctx.scale)
+    return dq, dk, dv, means[:LEVELS], means[LEVELS:], [None] * LEVELS, None
+
+
+def register_stages(library: torch.library.Library) -> None:
+    """Make the stages known to torch, beside the operator."""
+    qkv, name = "Tensor q, Tensor k, Tensor v", f"llsa::{OPERATOR}"
+
+    def fake_backward(grad_o: torch.Tensor, grad_lse: torch.Tensor | None, *inputs: Any) -> list[torch.Tensor]:
+        q, k, v, *_ = inputs
+        return [*map(empty_like, (q, k, v)), *empty_means(k), *empty_means(v)]
+
+    stages: dict[str, tuple[str, Callable[..., Any], Callable[..., Any]]] = {
+        "_pool": ("(Tensor x) -> Tensor[]", pool_forward, empty_means),
+        "_select_means": ("(Tensor[] q_means, Tensor[] k_means) -> Tensor[]", select_means_forward, empty_lists),
+        "_attend_means": (
+            f"({qkv}, Tensor[] k_means, Tensor[] v_means, Tensor[] kept, float scale) -> (Tensor, Tensor, Tensor)",
+            attend_means_forward,
+            lambda q, k, *_: empty_outputs(q, k),
+        ),
+        "_attend_means_backward": (
+            f"(Tensor grad_o, Tensor? grad_lse, {qkv}, Tensor o, Tensor saved, float scale) -> Tensor[]",
+            attend_means_backward,
+            fake_backward,
+        ),
+    }
+    for suffix, (schema, function, fake) in stages.items():
+        library.define(f"{OPERATOR}{suffix}{schema}")
+        library.impl(OPERATOR + suffix, function, "CPU")
+        library.impl(OPERATOR + suffix, function, "CUDA")
+        torch.library.register_fake(name + suffix, fake, lib=library)
+    torch.library.register_autograd(name + "_pool", unpool, setup_context=save_length, lib=library)
+    register = torch.library.register_autograd
+    register(name + "_attend_means", differentiate_means, setup_context=save_for_means, lib=library)
+
+
 def register() -> torch.library.Library | None:
     """Make the operators known to torch, once a process: their name carries the hash of this text.
 
@@ -2432,6 +2756,8 @@ def register() -> torch.library.Library | None:
     torch.library.register_fake(name + "_select", empty_selection, lib=library)
     torch.library.register_autograd(name, differentiate, setup_context=save_for_backward, lib=library)
     torch.library.register_vmap(name + "_select", select_batched, lib=library)
+
+    register_stages(library)
 
     def count(which: int, q: Sequence[int], k: Sequence[int]) -> int:
         return flops(q[0] * q[1], k[0] * k[1], q[2], k[2])[which]

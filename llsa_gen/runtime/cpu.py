@@ -127,7 +127,7 @@ def best_tokens(scores: torch.Tensor, token: torch.Tensor, exists: torch.Tensor,
     return torch.where(best == EMPTY.value, -1, 0x7FFFFFFF - (best & 0x7FFFFFFF)).int()
 
 
-def select_means(kept: Tensors, q_means: Tensors, k_means: Tensors, m_tokens: int, n_tokens: int) -> None:
+def select_levels(kept: Tensors, q_means: Tensors, k_means: Tensors, m_tokens: int, n_tokens: int) -> None:
     """Fill in the kept tokens [H, T_l(M), width] of each level, finest first, from the means of each level.
 
     Those of the queries are [H, T_l(M), D], those of the keys [H, T_l(N), D].
@@ -169,7 +169,7 @@ def select_torch(q: torch.Tensor, k: torch.Tensor) -> list[torch.Tensor]:
     q, k, *kept = (x.flatten(0, 1) for x in (q, k, *selection))
     lengths = q.shape[1], k.shape[1]
     for heads in slices_of_heads(kept, *lengths):
-        select_means([lists[heads] for lists in kept], token_means(q[heads]), token_means(k[heads]), *lengths)
+        select_levels([lists[heads] for lists in kept], token_means(q[heads]), token_means(k[heads]), *lengths)
     return selection
 
 
@@ -280,18 +280,18 @@ def attend_torch(
     kept = saved_lists(saved.zero_(), q, k)
     heads_o, heads_lse, q, k, v = (x.flatten(0, 1) for x in (o, lse, q, k, v))
     for heads in slices_of_heads(kept, q.shape[1], k.shape[1]):
-        lists = [level[heads] for level in kept]
-        attend_heads(heads_o[heads], heads_lse[heads], lists, q[heads], k[heads], v[heads], scale)
+        lists, k_levels = [level[heads] for level in kept], [k[heads], *token_means(k[heads])]
+        select_levels(lists, token_means(q[heads]), k_levels[1:], q.shape[1], k.shape[1])
+        attend_heads(heads_o[heads], heads_lse[heads], lists, q[heads], k_levels, enriched_by(v[heads]), scale)
     return o, lse, saved
 
 
 def attend_heads(
-    o: torch.Tensor, lse: torch.Tensor, kept: Tensors, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
-) -> None:
-    """Fill in o [H, M, D], lse [H, M] and the kept tokens of every level, finest first, of some heads."""
-    k_levels = [k, *token_means(k)]
-    select_means(kept, token_means(q), k_levels[1:], q.shape[1], k.shape[1])
-    pyramid = Pyramid(k_levels, enriched_by(v), kept, q.shape[1])
+    o: torch.Tensor, lse: torch.Tensor, kept: Tensors, q: torch.Tensor, k_levels: Tensors, v_levels: Tensors,
+    scale: float,
+) -> None:  # fmt: skip
+    """Fill in o [H, M, D] and lse [H, M] of some heads, along the kept tokens of every level, finest first."""
+    pyramid = Pyramid(k_levels, v_levels, kept, q.shape[1])
     for run in pyramid.runs():
         queries = blocks_of(q, pyramid.q_block, run).float().contiguous()
         part_o, part_lse = attend_blocks(queries, *pyramid.gather(pyramid.lists(run)), pyramid.top, scale)
@@ -327,7 +327,17 @@ def grad_heads(
     grad_lse: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float,
 ) -> None:  # fmt: skip
     """Fill in dq [H, M, D], dk and dv [H, N, D] of some heads."""
-    pyramid = Pyramid(enriched_by(k), enriched_by(v), kept, q.shape[1])
+    sums_k, sums_v = grad_levels(dq, kept, grad_o, grad_lse, q, enriched_by(k), enriched_by(v), scale)
+    put_sums(dk, sums_k)
+    put_sums(dv, sums_v)
+
+
+def grad_levels(
+    dq: torch.Tensor, kept: Tensors, grad_o: torch.Tensor, grad_lse: torch.Tensor | None, q: torch.Tensor,
+    k_levels: Tensors, v_levels: Tensors, scale: float,
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:  # fmt: skip
+    """Fill in dq of some heads; the gradients of keys and of values of every attended level, float32."""
+    pyramid = Pyramid(k_levels, v_levels, kept, q.shape[1])
     grad_k = [torch.zeros_like(blocks) for blocks in pyramid.k_blocks]
     grad_v = [torch.zeros_like(blocks) for blocks in pyramid.v_blocks]
     of_top = [] if pyramid.top is None else [torch.zeros_like(x) for x in pyramid.top[:2]]
@@ -344,8 +354,10 @@ def grad_heads(
         for total, parts in zip(of_top, (parts_k, parts_v), strict=False):
             total += parts[-1]
 
-    put_sums(dk, [*(blocks.flatten(1, 2) for blocks in grad_k), *of_top[:1]])
-    put_sums(dv, [*(blocks.flatten(1, 2) for blocks in grad_v), *of_top[1:]])
+    return (
+        [*(blocks.flatten(1, 2) for blocks in grad_k), *of_top[:1]],
+        [*(blocks.flatten(1, 2) for blocks in grad_v), *of_top[1:]],
+    )
 
 
 def put_sums(to: torch.Tensor, sums: Tensors) -> None:

@@ -52,6 +52,15 @@ def views_of(
     ]
 
 
+def named_views(at: Any, like: Sequence[torch.Tensor] = (), **memories: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The buffers of some layouts by name, in their memory: of a `LaunchPlan`, or only `saved`, for q and k `like`."""
+    found: dict[str, torch.Tensor] = {}
+    for layout, memory in memories.items():
+        shapes, dtype = (at.shapes, at.dtype) if at else (saved_shapes(*[x.shape[2] for x in like]), like[0].dtype)
+        found |= zip(LAYOUTS[layout], views_of(memory, layout, shapes, dtype), strict=True)
+    return found
+
+
 def empty_like(x: torch.Tensor) -> torch.Tensor:
     """A contiguous tensor of the shape, the dtype and the device of `x`; `new_empty` takes torch twice as long."""
     return torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -105,27 +114,30 @@ def schedule_for(target: str, dtype: torch.dtype) -> dict[str, dict[str, Any]]:
     return SCHEDULES[target][dtype.itemsize]
 
 
-def plan_launches(tensors: Sequence[torch.Tensor], has_grad_lse: bool = False) -> tuple[Any, ...]:
+def plan_launches(tensors: Sequence[torch.Tensor], has_grad_lse: bool = False, given: bool = False) -> tuple[Any, ...]:
     """The `LaunchPlan` for q, k, ... [B, H, N, D]; q, k, ..., `aligned`.
 
-    Triton also tells apart where a row begins, at a multiple of 16 bytes or not, and whether lse has a gradient.
+    Triton also tells apart where a row begins, at a multiple of 16 bytes or not, and whether lse has a gradient. Lists
+    that are `given` may have gaps where those of the selection have none.
     """
     q, k, *_ = tensors
     strides = tuple([x.stride() for x in tensors])
     starts = tuple([x.data_ptr() % 16 for x in tensors])
-    at = launch_plan(q.device, q.dtype, q.shape, k.shape, strides, starts, has_grad_lse)
-    return (at, *tensors) if at is not None else plan_launches([aligned(x) for x in tensors], has_grad_lse)
+    at = launch_plan(q.device, q.dtype, q.shape, k.shape, strides, starts, has_grad_lse, given)
+    return (at, *tensors) if at is not None else plan_launches([aligned(x) for x in tensors], has_grad_lse, given)
 
 
 @functools.lru_cache(maxsize=2048)
 def launch_plan(
     device: torch.device, dtype: torch.dtype, q_shape: torch.Size, k_shape: torch.Size,
     strides: tuple[tuple[int, ...], ...], starts: tuple[int, ...], has_grad_lse: bool,
+    given: bool = False,
 ) -> "LaunchPlan | None":  # fmt: skip
     """One `LaunchPlan` for all calls that Triton does not tell apart; None where tensors have to be copied first."""
     if not all(map(is_aligned, strides)):
         return None
-    return LaunchPlan(device, dtype, q_shape, k_shape, strides, starts, schedule_for(target_of(device), dtype))
+    tiles = schedule_for(target_of(device), dtype)
+    return LaunchPlan(device, dtype, q_shape, k_shape, strides, starts, tiles, given)
 
 
 class LaunchPlan:
@@ -143,8 +155,9 @@ class LaunchPlan:
     def __init__(
         self, device: torch.device, dtype: torch.dtype, q_shape: torch.Size, k_shape: torch.Size,
         strides: tuple[tuple[int, ...], ...], starts: tuple[int, ...], tiles: dict[str, dict[str, Any]],
+        given: bool = False,
     ) -> None:  # fmt: skip
-        self.device, self.dtype = device, dtype
+        self.device, self.dtype, self.given = device, dtype, given
         batch, self.heads_per_batch, self.m_tokens, _ = q_shape
         self.heads_shape = batch, self.heads_per_batch
         self.heads, self.kv_heads, self.n_tokens = batch * self.heads_per_batch, batch * k_shape[1], k_shape[2]

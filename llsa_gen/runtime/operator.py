@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         save_for_backward,
         select_forward,
     )
+    from llsa_gen.runtime.stages import register_stages
     from llsa_gen.runtime.transforms import AttendTransformed, select_batched
 
 # ---- spliced into every module from here on
@@ -69,6 +70,8 @@ def register() -> torch.library.Library | None:
     torch.library.register_fake(name + "_select", empty_selection, lib=library)
     torch.library.register_autograd(name, differentiate, setup_context=save_for_backward, lib=library)
     torch.library.register_vmap(name + "_select", select_batched, lib=library)
+
+    register_stages(library)
 
     def count(which: int, q: Sequence[int], k: Sequence[int]) -> int:
         return flops(q[0] * q[1], k[0] * k[1], q[2], k[2])[which]
