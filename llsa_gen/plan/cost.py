@@ -3,7 +3,7 @@
 What is counted, for llsa_gen and for dense attention alike:
 
 - FLOPs: matrix products, two for each multiply-add, and pooling, one for each element added. Not the exponentials,
-  scales, sorts and integers in between, nor the sums of shares. Counted is what is computed, recomputation too: the
+  scales, sorts and integers in between, nor adding up partial sums. Counted is what is computed, recomputation too: the
   forward pass takes 2 products a query, key and channel (q.k and p v), the backward pass 3 for dq (q.k again, do.v,
   ds k) and 4 for dk and dv (q.k and do.v again, p do, ds q), where dense flash attention, which makes all three at
   once, takes 5.

@@ -164,7 +164,7 @@ class Levels:
 
     @property
     def queries_per_partial(self) -> int:
-        """Where queries are split, shares of dk and dv have one row for so many of them at most, or are one split."""
+        """Where queries are split, partial sums have one row for so many of them at most, or there is one split."""
         return 8
 
     @property
@@ -178,7 +178,7 @@ class Levels:
 
         Tiles of many keys, then, where a key token has but b_(l+1) children; what each keeper adds to a key is stored
         apart and summed in a second pass. Worth its memory where a keeper covers twice as many queries as it keeps
-        keys, so that the shares of a level take no more than q (float16: twice that), and enough of them for a tile.
+        keys, so that partial sums of a level take no more than q (float16: twice that), and enough of them for a tile.
         """
         return tuple(
             level
@@ -188,5 +188,5 @@ class Levels:
 
     @property
     def split(self) -> tuple[int, ...]:
-        """Levels whose dk, dv are made from shares of the queries, summed in a second pass: ascending."""
+        """Levels whose dk, dv are partial sums over splits of the queries, added up in a second pass: ascending."""
         return (*self.by_keeper, self.top) if self.attends_top else self.by_keeper

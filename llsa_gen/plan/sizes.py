@@ -19,12 +19,12 @@ MAX_TOKENS = 2**30
 
 
 def splits(level: int) -> sympy.Symbol:
-    """How many programs share the queries of one tile of a level's keys: the host code's choice."""
+    """Into how many splits the queries come of one tile of a level's keys: the host code's choice."""
     return sympy.Symbol(f"splits_l{level}", integer=True, positive=True)
 
 
 def parts(level: int) -> sympy.Symbol:
-    """Room for the extra parts of a level's popular lists: `Plan.overflow_parts`, computed by the host code."""
+    """Room for the overflow parts of a level's popular lists: `Plan.overflow_parts`, computed by the host code."""
     return sympy.Symbol(f"parts_l{level}", integer=True, nonnegative=True)
 
 

@@ -36,7 +36,7 @@ Schedules = dict[str, dict[int, Schedule]]
 """{target: {bytes of an element: schedule}}"""
 
 PARTIAL_LEVELS = 3
-"""The most levels with which attention in Gluon also takes what leaves loose ends, keys that do not exist or cover
+"""The most levels with which attention in Gluon also takes partial tiles, with keys that do not exist or cover
 fewer tokens than others: some lengths, lists with gaps. With more, registers run out: 6% slower than Triton with
 four levels, 29% with six."""
 
