@@ -41,7 +41,7 @@ SPEC = {
     "name": "uneven",
     "reweight": True,
 }
-OPERATOR = "uneven_7e12b1122f8ece60"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
+OPERATOR = "uneven_4864061e51e5a9d0"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -3115,7 +3115,8 @@ def attend_means(
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """o [B, H, M, D] and lse [B, H, M] along given lists; differentiable in q, k, v and the means.
 
-    The lists are [B, H, T_l(M), W], W at most the width that `select` gives, -1 for fewer. Of the means, the enriched
+    The lists are [B, H, T_l(M), W], W at most the width that `select` gives, -1 for fewer. What a list below the
+    coarsest level holds has to be a child of what the list above holds: nothing checks that. Of the means, the enriched
     levels count.
     """
     run = getattr(torch.ops.llsa, OPERATOR + "_attend_means")

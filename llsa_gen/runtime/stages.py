@@ -36,7 +36,8 @@ def attend_means(
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """o [B, H, M, D] and lse [B, H, M] along given lists; differentiable in q, k, v and the means.
 
-    The lists are [B, H, T_l(M), W], W at most the width that `select` gives, -1 for fewer. Of the means, the enriched
+    The lists are [B, H, T_l(M), W], W at most the width that `select` gives, -1 for fewer. What a list below the
+    coarsest level holds has to be a child of what the list above holds: nothing checks that. Of the means, the enriched
     levels count.
     """
     run = getattr(torch.ops.llsa, OPERATOR + "_attend_means")

@@ -47,6 +47,24 @@ def dense(
     return logits.softmax(-1) @ torch.cat([x.double() for x in values], 2), logits.logsumexp(-1)
 
 
+def drop_some(chosen: Spec, kept: list[Tensor]) -> None:
+    """Put -1 in place of some tokens, never the best, and of what is no child of a token that is kept; move all on."""
+    generator = torch.Generator().manual_seed(0)
+    for level in range(len(kept), 0, -1):
+        if level > 1 and not chosen.enriched_levels:
+            continue  # or a query would have nothing to attend to
+        lists = kept[level - 1]
+        gone = (torch.rand(lists.shape, generator=generator) < 0.3).to(lists.device)
+        gone[..., 0] = False
+        if level < len(kept):
+            row = torch.arange(lists.shape[2], device=lists.device) // chosen.block(level + 1)
+            above = kept[level].index_select(2, row)
+            parent = lists // chosen.block(level + 1)
+            gone |= ~((parent[..., None] == above[..., None, :]) & (lists >= 0)[..., None]).any(-1)
+        lists[gone] = -1
+        lists.copy_(lists.roll(1, -1))
+
+
 def close(found: Tensor, wanted: Tensor, dtype: torch.dtype) -> bool:
     allowed = reference.tolerance(dtype)
     return bool((found.double() - wanted.double()).abs().max() <= allowed * max(1.0, float(wanted.abs().max())))
@@ -80,12 +98,7 @@ def test_two_lengths_means_of_their_own_and_lists_with_gaps(
     q, k, v, grad_o, grad_lse = draw(chosen, *lengths, torch.float32, device)
     k_means, v_means = ([(x + 0.1).detach().requires_grad_() for x in module.pool(y)] for y in (k, v))
     kept = module.select_means(module.pool(q.detach()), [x.detach() for x in k_means])
-    generator = torch.Generator().manual_seed(0)
-    for lists in kept:  # of each list something is left, wherever it is
-        gone = (torch.rand(lists.shape, generator=generator) < 0.3).to(device)
-        gone[..., 0] = False
-        lists[gone] = -1
-        lists.copy_(lists.roll(1, -1))
+    drop_some(chosen, kept)
     found = module.attend_means(q, k, v, k_means, v_means, kept, scale)
     wanted = dense(chosen, q, (k, *k_means), (v, *v_means), kept, scale)
     assert all(close(x, y, torch.float32) for x, y in zip(found, wanted, strict=True))
