@@ -8,7 +8,14 @@ the finest coarse level, L the coarsest.
     c_l(j)  tokens under key token j: P_l, or fewer the last  K_l     key tokens that a level-l query token keeps
     C_l(a)  candidates of query token a of level l            I^(l)(a)  those of them that it keeps
 
-``M`` is the number of query tokens, ``N`` of key tokens. Tensors stay on the device they came on.
+``M`` is the number of query tokens, ``N`` of key tokens; either may be 0, and neither says anything about the other.
+Queries are cut into blocks as if query 0 were token `query_offset` of a sequence. Their first block may so be short:
+
+    query i lies under level-l query token     floor((query_offset + i) / P_l) - floor(query_offset / P_l)
+    there are                                  floor((query_offset + M - 1) / P_l) - floor(query_offset / P_l) + 1
+
+of them, none if ``M = 0``, and without an offset ``ceil(M / P_l)``. ``T_l(M)`` below is this number. Each is the mean
+over the queries that exist. Tensors stay on the device they came on.
 """
 
 from __future__ import annotations
@@ -42,25 +49,57 @@ TINY = torch.finfo(torch.float32).tiny
 
 def check_tensors(spec: Spec, q: Tensor, k: Tensor, v: Tensor) -> None:
     """Raises TypeError or ValueError unless q is ``[B, H, M, D]``, k and v ``[B, H, N, D]``, of one floating dtype."""
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name}: expected a tensor [B, H, N >= 1, {spec.head_dim}], got {type(x).__name__}")
-        if not x.is_floating_point():
-            raise TypeError(f"{name}: expected a floating dtype, got {x.dtype}")
-        if x.ndim != 4 or x.shape[3] != spec.head_dim or x.shape[2] < 1:
-            raise ValueError(f"{name}: expected [B, H, N >= 1, {spec.head_dim}], got {list(x.shape)}")
-        if (x.dtype, x.device, x.shape[:2]) != (q.dtype, q.device, q.shape[:2]):
-            raise ValueError(
-                f"{name}: expected the dtype, device and [B, H] of q ({q.dtype}, {q.device}, "
-                f"{list(q.shape[:2])}), got {x.dtype}, {x.device}, {list(x.shape[:2])}"
-            )
+    for name, tokens, x in (("q", "M", q), ("k", "N", k), ("v", "N", v)):
+        check_tensor(name, tokens, x, q, spec.head_dim)
     if k.shape != v.shape:
         raise ValueError(f"v: expected the shape of k, {list(k.shape)}, got {list(v.shape)}")
 
 
-def num_tokens(spec: Spec, level: int, n: int) -> int:
-    """``T_l = ceil(n / P_l)``: how many level-`level` tokens cover ``n`` tokens."""
-    return -(-n // spec.span(level))
+def check_tensor(name: str, tokens: str, x: Tensor, q: Tensor, head_dim: int) -> None:
+    """Raises TypeError or ValueError unless `x` is ``[B, H, tokens, D]``, floating, and all but its length is as of q.
+
+    `tokens` is the symbol of its length, and `q` may be `x` itself.
+    """
+    expected = f"[B, H, {tokens}, {head_dim}]"
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a tensor {expected}, got {type(x).__name__}")
+    if not x.is_floating_point():
+        raise TypeError(f"{name}: expected a floating dtype, got {x.dtype}")
+    if x.ndim != 4 or x.shape[3] != head_dim:
+        raise ValueError(f"{name}: expected {expected}, got {list(x.shape)}")
+    if (x.dtype, x.device, x.shape[:2]) != (q.dtype, q.device, q.shape[:2]):
+        raise ValueError(
+            f"{name}: expected the dtype, device and [B, H] of q ({q.dtype}, {q.device}, "
+            f"{list(q.shape[:2])}), got {x.dtype}, {x.device}, {list(x.shape[:2])}"
+        )
+
+
+def check_count(name: str, value: int) -> None:
+    """Raises TypeError or ValueError unless `value` is an int of at least 0."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an integer >= 0, got {type(value).__name__}")
+    if value < 0:
+        raise ValueError(f"{name}: expected an integer >= 0, got {value}")
+
+
+def num_tokens(spec: Spec, level: int, n: int, offset: int = 0) -> int:
+    """How many level-`level` tokens cover the ``n`` tokens from `offset` on; without an offset ``ceil(n / P_l)``."""
+    span = spec.span(level)
+    return (offset + n - 1) // span - offset // span + 1 if n else 0
+
+
+def query_token(spec: Spec, level: int, rows: Tensor, offset: int) -> Tensor:
+    """The level-`level` query token under which each of the queries `rows` lies: int64 ``[len(rows)]``."""
+    return (offset % spec.span(level) + rows) // spec.span(level)
+
+
+def parent_token(spec: Spec, level: int, tokens: Tensor, offset: int) -> Tensor:
+    """The query token of level ``l + 1`` under which each of the level-`level` query tokens lies: int64.
+
+    Both are counted from the first one that has queries. The block of either kind that it is depends on the offset.
+    """
+    first = offset // spec.span(level)
+    return (first % spec.block(level + 1) + tokens) // spec.block(level + 1)
 
 
 def covered_tokens(spec: Spec, level: int, n: int, device: torch.device | None = None) -> Tensor:
@@ -96,24 +135,30 @@ def round_to_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if dtype == torch.float64 else x.float().to(dtype).double()
 
 
-def pool(x: Tensor, span: int, *, round_to: torch.dtype | None = None) -> Tensor:
-    """The mean of every `span` consecutive tokens, of however many there are for the last.
+def pool(x: Tensor, span: int, *, offset: int = 0, round_to: torch.dtype | None = None) -> Tensor:
+    """The mean of every `span` consecutive tokens, of however many there are for the first and the last.
 
     Args:
         x: ``[B, H, N, D]``, any floating dtype.
         span: tokens per pooled token, ``P_l >= 1``; may be far larger than ``N``.
+        offset: where in a sequence cut into blocks of `span` the first token stands.
         round_to: the dtype to whose values the means are rounded, once; that of `x` by default. float64 rounds nothing.
 
     Returns:
-        float64 ``[B, H, ceil(N / span), D]``. The gradient of a token is that of its pooled token divided by the number
-        of tokens pooled there: rounding counts as the identity.
+        float64 ``[B, H, ceil(N / span), D]``, one more where an offset cuts one more. The gradient of a token is that
+        of its pooled token divided by the number of tokens pooled there: rounding counts as the identity.
     """
+    begun = min(x.shape[2], -offset % span)  # tokens of a block that begins before the first one
+    head, x = x[:, :, :begun], x[:, :, begun:]
     n = x.shape[2]
-    span = min(span, n)  # one pooled token covers everything, however large the span
+    span = max(1, min(span, n))  # one pooled token covers everything, however large the span
     blocks = -(-n // span)
     padded = pad(x.double(), (0, 0, 0, blocks * span - n))  # zeros add nothing to a sum
     sums = padded.unflatten(2, (blocks, span)).sum(dim=3)
     covered = (n - torch.arange(blocks, device=x.device) * span).clamp(max=span)
+    if begun:
+        sums = torch.cat([head.double().sum(dim=2, keepdim=True), sums], dim=2)
+        covered = pad(covered, (1, 0), value=begun)
     return _RoundStraightThrough.apply(sums / covered[:, None], round_to or x.dtype)
 
 
@@ -130,34 +175,42 @@ def children(spec: Spec, level: int, mask: Tensor, n: int) -> Tensor:
     return mask[..., child // spec.block(level)]
 
 
-def candidate_rows(spec: Spec, level: int, coarser: Tensor | None, rows: Tensor, n: int, like: Tensor) -> Tensor:
+def candidate_rows(
+    spec: Spec, level: int, coarser: Tensor | None, rows: Tensor, n: int, like: Tensor, query_offset: int
+) -> Tensor:
     """``C_l(a)`` for the level-`level` query tokens `rows`: bool ``[B, H, len(rows), T_l]``.
 
     `coarser` holds the ids kept at level ``l + 1``; it is not read at level L, where all key tokens are candidates.
+    B and H are those of `like`.
     """
     if level == spec.num_levels:
         shape = (*like.shape[:2], len(rows), num_tokens(spec, level, n))
         return torch.ones(shape, dtype=torch.bool, device=like.device)
     assert coarser is not None
-    kept_by_parent = coarser[:, :, rows // spec.block(level + 1)]
+    kept_by_parent = coarser[:, :, parent_token(spec, level, rows, query_offset)]
     return children(spec, level + 1, kept_mask(kept_by_parent, num_tokens(spec, level + 1, n)), n)
 
 
-def candidates(spec: Spec, indices: Sequence[Tensor], n: int) -> list[Tensor]:
+def candidates(spec: Spec, indices: Sequence[Tensor], n: int, *, query_offset: int = 0) -> list[Tensor]:
     """``C_l(a)``: which key tokens each query token may keep, given what was kept one level up.
 
     Args:
-        indices: L integer tensors ``[B, H, ceil(M / P_l), *]`` of kept key tokens, level 1 first, -1 for none.
+        indices: L integer tensors ``[B, H, T_l(M), *]`` of kept key tokens, level 1 first, -1 for none.
         n: number of key tokens, ``N``.
+        query_offset: where in a sequence query 0 stands.
 
     Returns:
-        L bool tensors ``[B, H, ceil(M / P_l), T_l]``, level 1 first.
+        L bool tensors ``[B, H, T_l(M), T_l]``, level 1 first.
+
+    Raises:
+        TypeError or ValueError: if `query_offset` is not an integer of at least 0.
     """
+    check_count("query_offset", query_offset)
     masks: list[Tensor] = []
     for level, ids in enumerate(indices, start=1):
         coarser = indices[level] if level < spec.num_levels else None
         rows = torch.arange(ids.shape[2], device=ids.device)
-        masks.append(candidate_rows(spec, level, coarser, rows, n, ids))
+        masks.append(candidate_rows(spec, level, coarser, rows, n, ids, query_offset))
     return masks
 
 
@@ -179,27 +232,32 @@ def _tie_exact_scores(q: Tensor, k: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def select(spec: SpecSource, q: Tensor, k: Tensor) -> tuple[Tensor, ...]:
+def select(spec: SpecSource, q: Tensor, k: Tensor, *, query_offset: int = 0) -> tuple[Tensor, ...]:
     """Hierarchical Top-K, from the coarsest level down: ``I^(l)(a)`` for every query token of every level.
 
     Args:
-        q: ``[B, H, M, D]``.
-        k: ``[B, H, N, D]``, of the dtype of `q`.
+        q: ``[B, H, M, D]``, ``M >= 0``.
+        k: ``[B, H, N, D]``, ``N >= 0``, of the dtype of `q`.
+        query_offset: where in a sequence query 0 stands; decides how queries are cut into blocks, nothing else.
 
     Returns:
-        L int32 tensors ``[B, H, ceil(M / P_l), width_l]``, level 1 first, with ``width_L = min(K_L, T_L)`` and
+        L int32 tensors ``[B, H, T_l(M), width_l]``, level 1 first, with ``width_L = min(K_L, T_L)`` and
         ``width_l = min(K_l, T_l, width_(l+1) b_(l+1))``. A row is in descending order of score, of equal scores the
-        lower index first, and ends in -1 where fewer candidates exist.
+        lower index first, and ends in -1 where fewer candidates exist. Without keys every width is 0.
+
+    Raises:
+        TypeError or ValueError: if a tensor or `query_offset` is not as above.
     """
     spec = load(spec)
     check_tensors(spec, q, k, k)
+    check_count("query_offset", query_offset)
     n = k.shape[2]
     kept: list[Tensor] = []
     for level in range(spec.num_levels, 0, -1):
-        queries, keys = pool(q, spec.span(level)), pool(k, spec.span(level))
+        queries, keys = pool(q, spec.span(level), offset=query_offset), pool(k, spec.span(level))
         chunks = [torch.empty(*q.shape[:2], 0, kept_width(spec, level, n), dtype=torch.int32, device=q.device)]
         for rows in _row_chunks(queries.shape[2], math.prod(q.shape[:2]) * keys.shape[2], q.device):
-            allowed = candidate_rows(spec, level, kept[0] if kept else None, rows, n, q)
+            allowed = candidate_rows(spec, level, kept[0] if kept else None, rows, n, q, query_offset)
             scores = _tie_exact_scores(queries[:, :, rows], keys).masked_fill(~allowed, -math.inf)
             # Stable: of equal scores the lower index stays first.
             best = scores.sort(dim=-1, descending=True, stable=True).indices[..., : kept_width(spec, level, n)]
@@ -208,7 +266,7 @@ def select(spec: SpecSource, q: Tensor, k: Tensor) -> tuple[Tensor, ...]:
     return tuple(kept)
 
 
-def _pooled_and_slack(spec: Spec, level: int, x: Tensor) -> tuple[Tensor, Tensor]:
+def _pooled_and_slack(spec: Spec, level: int, x: Tensor, offset: int = 0) -> tuple[Tensor, Tensor]:
     """Pooled tokens, and how far from them those of a correct implementation may be, element by element.
 
     Float32 sums of ``x`` in any order, of the tokens at once or level by level, are off by at most the number of
@@ -217,11 +275,12 @@ def _pooled_and_slack(spec: Spec, level: int, x: Tensor) -> tuple[Tensor, Tensor
     the same number, and the slack is 0.
     """
     span = spec.span(level)
-    mean = pool(x, span, round_to=torch.float64)
+    mean = pool(x, span, offset=offset, round_to=torch.float64)
     # Level by level the path is b_1 + ... + b_l additions, and a division (or a product by a rounded inverse) a level.
     # A sum of all tokens at once is taken to be a tree or blocked: no longer a path than that.
     operations = sum(spec.block(i) + 2 for i in range(1, level + 1))
-    radius = operations * (UNIT_ROUNDOFF * pool(x.abs(), span, round_to=torch.float64) + TINY)
+    size = pool(x.abs(), span, offset=offset, round_to=torch.float64)
+    radius = operations * (UNIT_ROUNDOFF * size + TINY)
     pooled = round_to_dtype(mean, x.dtype)
     above = round_to_dtype(mean + radius, x.dtype) - pooled
     below = pooled - round_to_dtype(mean - radius, x.dtype)
@@ -272,7 +331,9 @@ def _check_rows(spec: Spec, level: int, allowed: Tensor, kept: Tensor, scores: T
 
 
 @torch.no_grad()
-def check_selection(spec: SpecSource, q: Tensor, k: Tensor, indices: Sequence[Tensor]) -> None:
+def check_selection(
+    spec: SpecSource, q: Tensor, k: Tensor, indices: Sequence[Tensor], *, query_offset: int = 0
+) -> None:
     """Checks a selection by value, whatever its order and its choice among scores that rounding cannot tell apart.
 
     Per level and query token: as many key tokens kept as there are candidates, but at most ``K_l``; none twice, none
@@ -286,29 +347,34 @@ def check_selection(spec: SpecSource, q: Tensor, k: Tensor, indices: Sequence[Te
     truncating. TF32 products exceed it. Inputs are taken to be such that no score overflows float32.
 
     Args:
-        q: ``[B, H, M, D]``.
-        k: ``[B, H, N, D]``, of the dtype of `q`.
+        q: ``[B, H, M, D]``, ``M >= 0``.
+        k: ``[B, H, N, D]``, ``N >= 0``, of the dtype of `q`.
         indices: L int32 tensors of the shapes that `select` returns, level 1 first, -1 where fewer are kept.
+        query_offset: that of the selection.
 
     Raises:
         AssertionError: naming the level, batch, head and query token, what came and what was expected.
+        TypeError or ValueError: if q, k or `query_offset` is not as above.
     """
     spec = load(spec)
     check_tensors(spec, q, k, k)
+    check_count("query_offset", query_offset)
     if len(indices) != spec.num_levels:
         raise AssertionError(f"selection: expected {spec.num_levels} tensors, one a level, got {len(indices)}")
     m, n = q.shape[2], k.shape[2]
     for level in range(spec.num_levels, 0, -1):
         ids, tokens = indices[level - 1], num_tokens(spec, level, n)
-        rows_of_level = num_tokens(spec, level, m)
+        rows_of_level = num_tokens(spec, level, m, query_offset)
         _check_ids(spec, level, ids, (*q.shape[:2], rows_of_level, kept_width(spec, level, n)), tokens)
+        if not tokens:
+            continue  # no keys: rows of width 0, which are right
         coarser = indices[level] if level < spec.num_levels else None
-        (queries, dq), (keys, dk) = _pooled_and_slack(spec, level, q), _pooled_and_slack(spec, level, k)
+        (queries, dq), (keys, dk) = _pooled_and_slack(spec, level, q, query_offset), _pooled_and_slack(spec, level, k)
         largest_keys = (keys.abs() + dk).mT
         for rows in _row_chunks(rows_of_level, math.prod(q.shape[:2]) * tokens, q.device):
             query, largest_query = queries[:, :, rows], (queries.abs() + dq)[:, :, rows]
             largest = largest_query @ largest_keys * (1 + spec.head_dim * DOT_ROUNDOFF) + spec.head_dim * TINY
             slack = largest - query.abs() @ keys.abs().mT
-            allowed = candidate_rows(spec, level, coarser, rows, n, q)
+            allowed = candidate_rows(spec, level, coarser, rows, n, q, query_offset)
             kept = kept_mask(ids[:, :, rows], tokens)
             _check_rows(spec, level, allowed, kept, query @ keys.mT, slack, int(rows[0]))

@@ -2,106 +2,30 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from loops import (
+    as_lists,
+    blocks,
+    float64_leaves,
+    make_spec,
+    naive_attention,
+    naive_candidates,
+    naive_select,
+    normal,
+)
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from llsa_gen import reference
-from llsa_gen.spec import Level, Spec
+from llsa_gen.spec import Spec
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-
-
-def make_spec(*levels: tuple[int, int], head_dim: int = 8, enrich: Any = "all", reweight: bool = True) -> Spec:
-    """A spec from (block, topk) pairs, finest first."""
-    pairs = tuple(Level(block=block, topk=topk) for block, topk in levels)
-    return Spec(name="tiny", head_dim=head_dim, levels=pairs, enrich=enrich, reweight=reweight)
-
-
-def normal(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-
-
-def float64_leaves(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Float64 copies from which autograd derives."""
-    q, k, v = (x.detach().double().requires_grad_() for x in (q, k, v))
-    return q, k, v
-
-
-# The naive implementation. One head; tokens are lists of vectors; kept[l - 1][a] is the list I^(l)(a), best first.
-
-
-def naive_pool(x: Tensor, span: int, dtype: torch.dtype) -> list[Tensor]:
-    pooled: list[Tensor] = []
-    for start in range(0, len(x), span):
-        tokens = [x[i] for i in range(start, min(start + span, len(x)))]
-        total = tokens[0]
-        for token in tokens[1:]:
-            total = total + token
-        mean = total / len(tokens)
-        pooled.append(mean + (mean.detach().to(dtype).double() - mean.detach()))  # rounded; the gradient is the mean's
-    return pooled
-
-
-def naive_candidates(spec: Spec, level: int, kept: dict[int, list[list[int]]], a: int, n: int) -> list[int]:
-    tokens = math.ceil(n / spec.span(level))
-    if level == spec.num_levels:
-        return list(range(tokens))
-    block = spec.block(level + 1)
-    return [
-        j
-        for parent in sorted(kept[level + 1][a // block])
-        for j in range(parent * block, (parent + 1) * block)
-        if j < tokens
-    ]
-
-
-def naive_select(spec: Spec, q: Tensor, k: Tensor, dtype: torch.dtype) -> dict[int, list[list[int]]]:
-    kept: dict[int, list[list[int]]] = {}
-    for level in range(spec.num_levels, 0, -1):
-        queries = [t.tolist() for t in naive_pool(q, spec.span(level), dtype)]
-        keys = [t.tolist() for t in naive_pool(k, spec.span(level), dtype)]
-        kept[level] = []
-        for a, query in enumerate(queries):
-            scores = {
-                j: sum(x * y for x, y in zip(query, keys[j], strict=True))
-                for j in naive_candidates(spec, level, kept, a, len(k))
-            }
-            best = sorted(scores, key=lambda j: (-scores[j], j))
-            kept[level].append(best[: spec.topk(level)])
-    return kept
-
-
-def naive_attention(
-    spec: Spec, q: Tensor, k: Tensor, v: Tensor, kept: dict[int, list[list[int]]], scale: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    n = len(k)
-    levels = range(1, spec.num_levels + 1)
-    coarse_k = {level: naive_pool(k, spec.span(level), dtype) for level in levels}
-    coarse_v = {level: naive_pool(v, spec.span(level), dtype) for level in levels}
-    outputs: list[Tensor] = []
-    lses: list[Tensor] = []
-    for i in range(len(q)):
-        seen: list[tuple[int, Tensor, Tensor]] = []  # (weight, key, value)
-        for j in range(n):
-            if j // spec.span(1) in kept[1][i // spec.span(1)]:
-                seen.append((1, k[j], v[j]))
-        for level in levels:
-            if level in spec.enriched_levels:
-                for j in naive_candidates(spec, level, kept, i // spec.span(level), n):
-                    covered = sum(1 for token in range(n) if token // spec.span(level) == j)
-                    seen.append((covered if spec.reweight else 1, coarse_k[level][j], coarse_v[level][j]))
-        terms = [weight * torch.exp(scale * torch.dot(q[i], key)) for weight, key, _ in seen]
-        total = torch.stack(terms).sum()
-        outputs.append(torch.stack([e * value for e, (_, _, value) in zip(terms, seen, strict=True)]).sum(0) / total)
-        lses.append(torch.log(total))
-    return torch.stack(outputs), torch.stack(lses)
 
 
 @dataclass(frozen=True)
@@ -112,13 +36,16 @@ class Case:
     dtype: torch.dtype
     ties: bool
     seed: int
+    offset: int = 0
+    mask: tuple[bool, ...] = ()  # one for each global token
 
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k, v of two heads; with `ties`, of few small integers, so that many scores are equal."""
-        x = normal(self.seed, 1, 2, self.m + 2 * self.n, self.spec.head_dim)
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """q, k, v and global k, v of two heads; with `ties`, of few small integers, so that many scores are equal."""
+        lengths = [self.m, self.n, self.n, len(self.mask), len(self.mask)]
+        x = normal(self.seed, 1, 2, sum(lengths), self.spec.head_dim)
         x = (x.round().clamp(-1, 1) if self.ties else x).to(self.dtype)
-        q, k, v = x.split([self.m, self.n, self.n], dim=2)
-        return q, k, v
+        q, k, v, k_global, v_global = x.split(lengths, dim=2)
+        return q, k, v, k_global, v_global
 
 
 @st.composite
@@ -128,83 +55,115 @@ def cases(draw: st.DrawFn, max_tokens: int = 40) -> Case:
     some_levels = st.sets(st.integers(1, len(levels))).map(lambda chosen: tuple(sorted(chosen)))
     enrich = draw(st.sampled_from(["all", "none"]) | some_levels.filter(bool))
     spec = make_spec(*levels, head_dim=draw(st.integers(8, 11)), enrich=enrich, reweight=draw(st.booleans()))
-    n = draw(st.integers(1, max_tokens))
-    m = draw(st.just(n) | st.integers(1, max_tokens))
-    return Case(spec, m, n, draw(st.sampled_from(DTYPES)), draw(st.booleans()), draw(st.integers(0, 1000)))
-
-
-def as_lists(indices: tuple[Tensor, ...], head: int) -> dict[int, list[list[int]]]:
-    """Of one head, per level and query token, the kept ids without the -1s."""
-    return {
-        level: [[j for j in row if j >= 0] for row in ids[0, head].tolist()]
-        for level, ids in enumerate(indices, start=1)
-    }
+    n = draw(st.integers(0, max_tokens))
+    m = draw(st.just(n) | st.integers(0, max_tokens))
+    return Case(
+        spec,
+        m,
+        n,
+        draw(st.sampled_from(DTYPES)),
+        ties=draw(st.booleans()),
+        seed=draw(st.integers(0, 1000)),
+        offset=draw(st.just(0) | st.integers(1, 100) | st.integers(1, 10**12)),
+        mask=tuple(draw(st.lists(st.booleans(), max_size=4))),
+    )
 
 
 @settings(max_examples=60)
 @given(cases())
 def test_selection_equals_the_loops(case: Case) -> None:
-    q, k, _ = case.tensors()
-    kept = reference.select(case.spec, q, k)
+    q, k, *_ = case.tensors()
+    kept = reference.select(case.spec, q, k, query_offset=case.offset)
     for head in range(2):
-        expected = naive_select(case.spec, q[0, head].double(), k[0, head].double(), case.dtype)
+        expected = naive_select(case.spec, q[0, head].double(), k[0, head].double(), case.dtype, case.offset)
         assert as_lists(kept, head) == expected
     available = math.inf
     for level in range(case.spec.num_levels, 0, -1):
         ids, span = kept[level - 1], case.spec.span(level)
         width = min(case.spec.topk(level), math.ceil(case.n / span), available)
         assert ids.dtype == torch.int32
-        assert ids.shape == (1, 2, math.ceil(case.m / span), width)
+        assert ids.shape == (1, 2, len(blocks(case.m, span, case.offset)), width)
         assert not ((ids[..., :-1] < 0) & (ids[..., 1:] >= 0)).any(), "-1s stand last"
         available = width * case.spec.block(level)
-    reference.check_selection(case.spec, q, k, kept)
+    reference.check_selection(case.spec, q, k, kept, query_offset=case.offset)
 
 
 @settings(max_examples=30)
 @given(cases())
 def test_candidates_equal_the_loops(case: Case) -> None:
-    q, k, _ = case.tensors()
-    kept = reference.select(case.spec, q, k)
-    for head in range(2):
-        lists = as_lists(kept, head)
-        for level, mask in enumerate(reference.candidates(case.spec, kept, case.n), start=1):
-            for a, row in enumerate(mask[0, head]):
-                assert row.nonzero()[:, 0].tolist() == naive_candidates(case.spec, level, lists, a, case.n)
+    q, k, *_ = case.tensors()
+    kept = reference.select(case.spec, q, k, query_offset=case.offset)
+    for level, mask in enumerate(reference.candidates(case.spec, kept, case.n, query_offset=case.offset), start=1):
+        cut = blocks(case.m, case.spec.span(level), case.offset)
+        assert mask.shape[2] == len(cut)
+        for head in range(2):
+            lists = as_lists(kept, head)
+            for row, members in zip(mask[0, head], cut, strict=True):
+                expected = naive_candidates(case.spec, level, lists, members[0], case.m, case.n, case.offset)
+                assert row.nonzero()[:, 0].tolist() == expected
 
 
 @settings(max_examples=40)
 @given(cases(max_tokens=24), st.sampled_from([None, 0.7, -0.2]))
 def test_attention_and_gradients_equal_the_loops(case: Case, scale: float | None) -> None:
     spec = case.spec
-    q, k, v = case.tensors()
-    kept = reference.select(spec, q, k)
-    leaves = float64_leaves(q, k, v)
-    o, lse = reference.attention(spec, *leaves, scale=scale, indices=kept, return_lse=True, round_to=case.dtype)
+    q, k, v, k_global, v_global = case.tensors()
+    kept = reference.select(spec, q, k, query_offset=case.offset)
+    options: dict[str, Any] = {"scale": scale, "query_offset": case.offset, "global_mask": torch.tensor([case.mask])}
+    options["global_mask"] = options["global_mask"].bool()  # of no tokens, too
+    leaves = wide_q, wide_k, wide_v, wide_k_global, wide_v_global = float64_leaves(q, k, v, k_global, v_global)
+    o, lse = reference.attention(
+        spec,
+        wide_q,
+        wide_k,
+        wide_v,
+        indices=kept,
+        k_global=wide_k_global,
+        v_global=wide_v_global,
+        return_lse=True,
+        round_to=case.dtype,
+        **options,
+    )
     d_out, d_lse = normal(case.seed + 1, *o.shape).double(), normal(case.seed + 2, *lse.shape).double()
     gradients = torch.autograd.grad([o, lse], leaves, [d_out, d_lse])
     used = 1 / math.sqrt(spec.head_dim) if scale is None else scale
     for head in range(2):
-        single = q1, k1, v1 = float64_leaves(q[0, head], k[0, head], v[0, head])
-        expected_o, expected_lse = naive_attention(spec, q1, k1, v1, as_lists(kept, head), used, case.dtype)
+        single = q1, k1, v1, *globals_of_one = float64_leaves(*(x[0, head] for x in leaves))
+        tokens = zip(*globals_of_one, case.mask, strict=True)
+        everybodys = [(key, value) for key, value, present in tokens if present]
+        expected_o, expected_lse = naive_attention(
+            spec, q1, k1, v1, as_lists(kept, head), used, case.dtype, case.offset, everybodys
+        )
         torch.testing.assert_close(o[0, head], expected_o, rtol=1e-9, atol=1e-11)
         torch.testing.assert_close(lse[0, head], expected_lse, rtol=1e-9, atol=1e-11)
-        expected = torch.autograd.grad([expected_o, expected_lse], single, [d_out[0, head], d_lse[0, head]])
-        for gradient, naive in zip(gradients, expected, strict=True):
+        loss = (expected_o * d_out[0, head]).sum() + sum(x.sum() * 0 for x in single)  # which all of them are part of
+        for total, gradient in zip(expected_lse, d_lse[0, head], strict=True):
+            loss = loss + (total * gradient if total > -math.inf else 0)
+        for gradient, naive in zip(gradients, torch.autograd.grad(loss, single), strict=True):
             torch.testing.assert_close(gradient[0, head], naive, rtol=1e-9, atol=1e-10)
     # The same from tensors in their own dtype, selecting by itself.
-    torch.testing.assert_close(reference.attention(spec, q, k, v, scale=scale), o, rtol=0, atol=0)
+    again = reference.attention(spec, q, k, v, k_global=k_global, v_global=v_global, **options)
+    torch.testing.assert_close(again, o, rtol=0, atol=0)
 
 
 @settings(max_examples=30)
 @given(cases())
 def test_a_sample_of_rows_is_a_part_of_the_whole(case: Case) -> None:
-    q, k, v = case.tensors()
-    kept = reference.select(case.spec, q, k)
-    o, lse = reference.attention(case.spec, q, k, v, indices=kept, return_lse=True)
+    case = replace(case, m=case.m + 1)  # something to take a sample of
+    q, k, v, k_global, v_global = case.tensors()
+    options: dict[str, Any] = {"k_global": k_global, "v_global": v_global, "query_offset": case.offset}
+    options["global_mask"] = torch.tensor([case.mask]).bool()
+    kept = reference.select(case.spec, q, k, query_offset=case.offset)
+    o, lse = reference.attention(case.spec, q, k, v, indices=kept, return_lse=True, **options)
     rows = torch.randint(case.m, (5,), generator=torch.Generator().manual_seed(case.seed), dtype=torch.int32)
-    some_o, some_lse = reference.attention_rows(case.spec, q, k, v, rows, kept)
+    some_o, some_lse = reference.attention_rows(case.spec, q, k, v, rows, kept, **options)
     torch.testing.assert_close(some_o, o[:, :, rows.long()], rtol=1e-12, atol=1e-13)
     torch.testing.assert_close(some_lse, lse[:, :, rows.long()], rtol=1e-12, atol=1e-13)
+    # And in the dtype of the inputs, where the yardstick is float64 itself.
+    q, k, v, options["k_global"], options["v_global"] = (x.double() for x in (q, k, v, k_global, v_global))
+    theirs = reference.dense_in_dtype(case.spec, q, k, v, kept, **options)
+    ours = reference.attention(case.spec, q, k, v, indices=kept, return_lse=True, **options)
+    torch.testing.assert_close(theirs, ours, rtol=0, atol=0)
 
 
 # By hand. Zero queries make every logit 0, so o is the weighted mean of what is seen, lse the log of its weight.
@@ -305,11 +264,15 @@ def test_nothing_is_created_on_another_device() -> None:
     q, k, v = (normal(seed, 1, 2, 20, 8) for seed in range(3))
     rows = torch.tensor([3, 5])
     with torch.device("meta"):  # where a tensor is created that does not say where
-        kept = reference.select(spec, q, k)
-        reference.check_selection(spec, q, k, kept)
-        reference.candidates(spec, kept, 20)
-        results = [reference.attention(spec, q, k, v), *reference.attention_rows(spec, q, k, v, rows, kept)]
-        results += reference.dense_in_dtype(spec, q, k, v, kept)
+        kept = reference.select(spec, q, k, query_offset=1)
+        reference.check_selection(spec, q, k, kept, query_offset=1)
+        reference.candidates(spec, kept, 20, query_offset=1)
+        results = [*reference.attention_rows(spec, q, k, v, rows, kept, query_offset=1)]
+        results += reference.dense_in_dtype(spec, q, k, v, kept, query_offset=1)
+        results += reference.merge(
+            reference.attention(spec, q, k, v, k_global=k, v_global=v, return_lse=True),
+            reference.joint_attention(spec, q, k, v, globals_first=1, globals_last=2, return_lse=True),
+        )
     assert all(x.device.type == "cpu" for x in (*results, *kept))
 
 
@@ -385,11 +348,14 @@ def test_padding_is_ignored_and_wrong_arguments_are_refused() -> None:
         ("indices, level 1: expected integers", lambda: reference.attention(spec, q, q, q, indices=kept[::-1])),
         ("indices, level 1: .* below 5", lambda: reference.attention(spec, q, q, q, indices=(kept[0] + 4, kept[1]))),
         (
-            "a query that keeps nothing",
-            lambda: reference.attention(
-                make_spec((2, 2), enrich="none"), q, q, q, indices=(torch.full_like(kept[0], -1),)
-            ),
+            "indices, level 1: expected integers",
+            lambda: reference.attention(spec, q[:, :, :8], q, q, indices=kept, query_offset=2),  # four rows, not five
         ),
+        ("query_offset: expected an integer >= 0, got -1", lambda: reference.select(spec, q, q, query_offset=-1)),
+        ("query_offset: .*, got -2", lambda: reference.check_selection(spec, q, q, kept, query_offset=-2)),
+        ("query_offset: .*, got -3", lambda: reference.candidates(spec, kept, 9, query_offset=-3)),
+        ("query_offset: .*, got -4", lambda: reference.weight_rows(spec, kept, kept[0][0, 0, 0], 9, query_offset=-4)),
+        ("query_offset: .*, got -5", lambda: reference.attention(spec, q, q, q, query_offset=-5)),
         ("scale: expected a finite number, got nan", lambda: reference.attention(spec, q, q, q, scale=math.nan)),
         ("relative_error: expected the shape", lambda: reference.relative_error(q, q[0])),
     ]
@@ -398,7 +364,7 @@ def test_padding_is_ignored_and_wrong_arguments_are_refused() -> None:
             call()
     no, number, text = cast(Any, (None, 3, "x"))
     of_the_wrong_type = [
-        (r"^q: expected a tensor \[B, H, N >= 1, 8\], got NoneType", lambda: reference.select(spec, no, q)),
+        (r"^q: expected a tensor \[B, H, M, 8\], got NoneType", lambda: reference.select(spec, no, q)),
         ("^v: expected a floating dtype, got torch.int64", lambda: reference.attention(spec, q, q, q.long())),
         (
             "^indices: expected 2 tensors, one a level, got int",
@@ -408,6 +374,8 @@ def test_padding_is_ignored_and_wrong_arguments_are_refused() -> None:
             "^indices, level 1: expected a tensor of integers, got N",
             lambda: reference.attention(spec, q, q, q, indices=(no, no)),
         ),
+        ("^query_offset: expected an integer >= 0, got str", lambda: reference.select(spec, q, q, query_offset=text)),
+        ("^query_offset: .*, got bool", lambda: reference.attention(spec, q, q, q, query_offset=True)),
         ("^scale: expected a number or None, got str", lambda: reference.attention(spec, q, q, q, scale=text)),
     ]
     for message, call in of_the_wrong_type:
