@@ -44,7 +44,7 @@ SPEC = {
     "name": "llsa_l2",
     "reweight": True,
 }
-OPERATOR = "llsa_l2_addbacbbef0fa792"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
+OPERATOR = "llsa_l2_5292f8bf37af8ecf"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -3807,12 +3807,18 @@ def runs_kernels(x: torch.Tensor) -> bool:
     return x.is_cuda or INTERPRETED
 
 
+def without_keys(q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The operator's outputs where there are no queries or no keys: o = 0, lse = -inf."""
+    o, lse, saved = empty_outputs(q, k)
+    return o.zero_(), lse.fill_(float("-inf")), saved.zero_()
+
+
 def forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """o, lse and what the backward pass needs, memory of the layout `saved`."""
-    if q.numel() == 0:
-        return empty_outputs(q, k)
+    if q.numel() == 0 or k.numel() == 0:
+        return without_keys(q, k)
     if not runs_kernels(q):
         with without_autocast():
             return attend_torch(q, k, v, scale)
@@ -3831,9 +3837,9 @@ def backward(
     grad_o: torch.Tensor, grad_lse: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
     o: torch.Tensor, saved: torch.Tensor, scale: float,
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
-    """dq, dk, dv, [B, H, N, D] each, from the gradient of o and, if it has one, that of lse."""
-    if q.numel() == 0:
-        return tuple(map(empty_like, (q, k, v)))
+    """dq [B, H, M, D], dk and dv [B, H, N, D], from the gradient of o and, if it has one, that of lse."""
+    if q.numel() == 0 or k.numel() == 0:
+        return tuple(empty_like(x).zero_() for x in (q, k, v))
     saved = in_one_piece(saved)
     if grad_lse is not None:
         grad_lse = in_one_piece(grad_lse)
@@ -3845,8 +3851,8 @@ def backward(
 
 
 def select_forward(q: torch.Tensor, k: torch.Tensor) -> list[torch.Tensor]:
-    """The kept tokens of each level, finest first, [B, H, T_l, width] each."""
-    if q.numel() == 0:
+    """The kept key tokens of each level, finest first, [B, H, T_l(M), width] each."""
+    if q.numel() == 0 or k.numel() == 0:
         return empty_selection(q, k)
     if not runs_kernels(q):
         with without_autocast():
@@ -4105,9 +4111,9 @@ def attend_means_forward(
     kept: list[torch.Tensor], scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """o, lse and what the backward pass needs, memory of the layout `saved`: with it go the means and the lists."""
-    o, lse, saved = empty_outputs(q, k)
     if q.numel() == 0 or k.numel() == 0:
-        return o.zero_(), lse.fill_(float("-inf")), saved.zero_()
+        return without_keys(q, k)
+    o, lse, saved = empty_outputs(q, k)
     if not runs_kernels(q):
         saved.zero_()  # what nothing fills in
     named = named_views(None, (q, k), saved=saved)
@@ -4280,8 +4286,9 @@ def may_be_dual() -> bool:
 
 
 def check(tensors: dict[str, torch.Tensor]) -> None:
-    """One clear error for tensors that the operator does not take."""
+    """One clear error for tensors that the operator does not take: queries first, then keys, and values like them."""
     first, q = next(iter(tensors.items()))
+    k = tensors["k"]
     dual = may_be_dual() and not torch.compiler.is_compiling()
     like: Any = None
     for name, x in tensors.items():
@@ -4298,8 +4305,11 @@ def check(tensors: dict[str, torch.Tensor]) -> None:
             raise ValueError(f"{name}: expected head dim {HEAD_DIM.value}, got {shape[3]} in shape {list(shape)}")
         if dtype not in DTYPES:
             raise TypeError(f"{name}: expected torch.float32, torch.float16 or torch.bfloat16, got {dtype}")
-        if shape != like[0]:
-            raise ValueError(f"{name}: expected shape {list(like[0])} like {first} (self-attention), got {list(shape)}")
+        if x is not q and shape[:2] != like[0][:2]:
+            batch, heads, _, head_dim = like[0]
+            raise ValueError(f"{name}: expected [{batch}, {heads}, N, {head_dim}] like {first}, got {list(shape)}")
+        if x is not q and x is not k and shape != k.shape:
+            raise ValueError(f"{name}: expected shape {list(k.shape)} like k, got {list(shape)}")
         if dtype != like[1]:
             raise TypeError(f"{name}: expected {like[1]} like {first}, got {dtype}")
         if device != like[2]:
@@ -4308,10 +4318,11 @@ def check(tensors: dict[str, torch.Tensor]) -> None:
             raise NotImplementedError(f"{name}: forward-mode derivatives are not available, got a dual tensor")
     if q.device.type not in ("cpu", "cuda", "meta"):
         raise ValueError(f"{first}: expected a tensor on the CPU, a GPU (cuda) or meta, got device {q.device}")
-    if not torch.compiler.is_compiling() and q.shape[2] > MAX_TOKENS:  # a bound of dynamic lengths would be a guard
-        raise ValueError(
-            f"{first}: expected at most {MAX_TOKENS} tokens, got N = {q.shape[2]} in shape {list(q.shape)}"
-        )
+    if not torch.compiler.is_compiling():  # a bound of dynamic lengths would be a guard
+        for name, x, length in ((first, q, "M"), ("k", k, "N")):
+            if x.shape[2] > MAX_TOKENS:
+                came = f"{length} = {x.shape[2]} in shape {list(x.shape)}"
+                raise ValueError(f"{name}: expected at most {MAX_TOKENS} tokens, got {came}")
 
 
 def autocast(*tensors: torch.Tensor) -> Sequence[torch.Tensor]:
@@ -4330,12 +4341,20 @@ def autocast_one(x: torch.Tensor) -> torch.Tensor:
 
 
 def attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float | None = None, return_lse: bool = False
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    scale: float | None = None,
+    return_lse: bool = False,
+    query_offset: int = 0,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Log-linear sparse attention over q, k, v [B, H, N, D]: o [B, H, N, D], differentiable.
+    """Log-linear sparse attention of q [B, H, M, D] over k, v [B, H, N, D]: o [B, H, M, D], differentiable.
 
+    Lengths may differ, and either may be 0; nothing is assumed of where queries stand among the keys.
+    Queries are cut into blocks as if the first were token `query_offset` of a sequence: a shard's as in the whole.
     Any strides; float32, float16 or bfloat16, on a GPU or the CPU; under torch.autocast in its dtype. The logits are
-    `scale` * q.k, 1/sqrt(D) unless given. With return_lse also the natural logarithm of the sum of weights, [B, H, N]
+    `scale` * q.k, 1/sqrt(D) unless given. With return_lse also the natural logarithm of the sum of weights, [B, H, M]
     float32, differentiable too.
     """
     q, k, v = autocast(q, k, v)
@@ -4347,20 +4366,39 @@ def attention(
     elif not abs(scale) <= MAX_SCALE:  # nor NaN
         came = "a larger one" if isinstance(scale, int) else scale  # which may have thousands of digits
         raise ValueError(f"scale: expected a number from -{MAX_SCALE} to {MAX_SCALE}, got {came}")
+    ahead = rows_ahead(query_offset)
+    if ahead:
+        q = torch.nn.functional.pad(q, (0, 0, ahead, 0))
     if is_plain(q, k, v):
         needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
         run = attend_eagerly if needs_grad else forward
     else:
         run = AttendTransformed.apply if is_transformed() else getattr(torch.ops.llsa, OPERATOR)
     o, lse, _ = run(q, k, v, float(scale))  # type: ignore[arg-type]
+    if ahead:
+        o, lse = o[:, :, ahead:], lse[:, :, ahead:]
     return (o, lse) if return_lse else o
 
 
-def select(q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """What `attention` selects: per level, finest first, [B, H, T_l, width] int32 kept key tokens, -1 where fewer."""
+def select(q: torch.Tensor, k: torch.Tensor, *, query_offset: int = 0) -> tuple[torch.Tensor, ...]:
+    """What `attention` selects: a level, finest first, [B, H, T_l(M), width] int32 kept key tokens, -1 where fewer."""
     q, k = autocast(q, k)
     check({"q": q, "k": k})
-    return tuple(operator("_select", select_forward, q, k)(q, k))
+    ahead = rows_ahead(query_offset)
+    if ahead:
+        q = torch.nn.functional.pad(q, (0, 0, ahead, 0))
+    kept = operator("_select", select_forward, q, k)(q, k)
+    return tuple(lists[:, :, ahead // span :] for lists, span in zip(kept, SPANS[1:], strict=True))
+
+
+def rows_ahead(query_offset: int) -> int:
+    """Rows of zeros to put before the queries: that cuts them into blocks as if the first were token `query_offset`.
+
+    A block's mean is then a smaller multiple of the mean over what there is of it, which selects the same.
+    """
+    if isinstance(query_offset, bool) or not isinstance(query_offset, int) or query_offset < 0:
+        raise ValueError(f"query_offset: expected an integer of at least 0, got {query_offset!r}")
+    return query_offset % SPANS[-1]
 
 
 LIBRARY = register() or globals().get("LIBRARY")  # which a reload of this module must not drop

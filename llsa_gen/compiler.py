@@ -42,23 +42,26 @@ class Attention:
         """Where the store keeps that text; None where nothing could be written and it lives in memory."""
 
     def __call__(
-        self, q: "Tensor", k: "Tensor", v: "Tensor", *, scale: float | None = None, return_lse: bool = False
-    ) -> "Tensor | tuple[Tensor, Tensor]":
-        """Attend: q, k, v [B, H, N, D] to o [B, H, N, D], differentiable.
+        self, q: "Tensor", k: "Tensor", v: "Tensor", *, scale: float | None = None, return_lse: bool = False,
+        query_offset: int = 0,
+    ) -> "Tensor | tuple[Tensor, Tensor]":  # fmt: skip
+        """Attend: q [B, H, M, D] over k, v [B, H, N, D] to o [B, H, M, D], differentiable.
 
-        Tensors may have any strides and be float32, float16 or bfloat16, on a GPU or the CPU; M = N. `scale` is
-        1/sqrt(D) unless given. With `return_lse` also the natural logarithm of the sum of weights, [B, H, N] float32,
-        differentiable too. Raises TypeError or ValueError naming the argument, what came and what was expected.
+        Tensors may have any strides and be float32, float16 or bfloat16, on a GPU or the CPU. `scale` is 1/sqrt(D)
+        unless given. With `return_lse` also the natural logarithm of the sum of weights, [B, H, M] float32,
+        differentiable too; without keys o = 0 and lse = -inf. With `query_offset` queries are cut into blocks as if the
+        first were that token of a sequence: a shard then has the blocks of the whole. Raises TypeError or ValueError
+        naming the argument, what came and what was expected.
         """
         try:
-            return self.module.attention(q, k, v, scale=scale, return_lse=return_lse)
+            return self.module.attention(q, k, v, scale=scale, return_lse=return_lse, query_offset=query_offset)
         except Exception as error:
             raise self._explained(error) from error.__cause__
 
-    def select(self, q: "Tensor", k: "Tensor") -> "tuple[Tensor, ...]":
-        """Kept key tokens of each level, finest first: int32 [B, H, T_l, width], -1 where fewer."""
+    def select(self, q: "Tensor", k: "Tensor", *, query_offset: int = 0) -> "tuple[Tensor, ...]":
+        """Kept key tokens of each level, finest first: int32 [B, H, T_l(M), width], -1 where fewer."""
         try:
-            return self.module.select(q, k)
+            return self.module.select(q, k, query_offset=query_offset)
         except Exception as error:
             raise self._explained(error) from error.__cause__
 

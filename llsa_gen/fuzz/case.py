@@ -41,6 +41,7 @@ class Case:
 
     spec: Spec
     n: int
+    """Keys, and queries unless `m` says otherwise."""
     batch: int = 1
     heads: int = 1
     dtype: DType = "float32"
@@ -56,6 +57,14 @@ class Case:
     """Whether lse has a gradient too, with a standard deviation of 1."""
     seed: int = 0
     device: str = "cpu"
+    m: int | None = None
+    """Queries, where they are not as many as keys."""
+    query_offset: int = 0
+
+    @property
+    def queries(self) -> int:
+        """M."""
+        return self.n if self.m is None else self.m
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -73,10 +82,10 @@ class Case:
         return self.values == "normal" and self.std == 1.0 and not self.popular and self.scale is None
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """q, k, v and the gradient of o, each [B, H, N, D] of the case's dtype and strides, on its device."""
+        """q, k, v and the gradient of o, [B, H, M or N, D] of the case's dtype and strides, on its device."""
         generator = torch.Generator().manual_seed(self.seed)
-        shape = (self.batch, self.heads, self.n, self.spec.head_dim)
-        q, k, v = (self._elements(shape, generator) * self.std for _ in range(3))
+        shape, of_keys = ((self.batch, self.heads, tokens, self.spec.head_dim) for tokens in (self.queries, self.n))
+        q, k, v = (self._elements(size, generator) * self.std for size in (shape, of_keys, of_keys))
         grad_o = torch.randn(shape, generator=generator)
         if self.values == "zero_queries":
             q = torch.zeros_like(q)
@@ -93,11 +102,11 @@ class Case:
         return tuple(on_device(x, self.device) for x in (q, k, v, grad_o))  # type: ignore[return-value]
 
     def gradient_of_lse(self) -> Tensor | None:
-        """The gradient of lse, float32 [B, H, N], or None."""
+        """The gradient of lse, float32 [B, H, M], or None."""
         if not self.grad_lse:
             return None
         generator = torch.Generator().manual_seed(self.seed + 1)
-        return torch.randn((self.batch, self.heads, self.n), generator=generator).to(self.device)
+        return torch.randn((self.batch, self.heads, self.queries), generator=generator).to(self.device)
 
     def _elements(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         if self.values == "integers":
@@ -227,6 +236,7 @@ def cases(spec: Spec | None = None, device: str = "cpu") -> st.SearchStrategy[Ca
         n = draw(lengths(chosen, min(most, far.blocks * chosen.block(1))))
         room = max(1, min(far.total // n, far.blocks * chosen.block(1) // n))
         heads = draw(st.integers(1, min(3, room)))
+        other = st.one_of(st.none(), st.none(), lengths(chosen, min(most, far.blocks * chosen.block(1))))
         return Case(
             spec=chosen,
             n=n,
@@ -241,6 +251,8 @@ def cases(spec: Spec | None = None, device: str = "cpu") -> st.SearchStrategy[Ca
             grad_lse=draw(st.sampled_from([False, False, True])),
             seed=draw(st.integers(0, 9999)),
             device=device,
+            m=draw(other),
+            query_offset=draw(st.sampled_from([0, 0, 0, 1, chosen.block(1), chosen.span(chosen.num_levels) + 3])),
         )
 
     return draw_case()

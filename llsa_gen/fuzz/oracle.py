@@ -29,7 +29,7 @@ RESULTS = ("o", "lse", "dq", "dk", "dv")
 
 @dataclass(frozen=True)
 class Truth:
-    """o, dq, dk, dv, float64 [B, H, N, D], and lse, float64 [B, H, N], with the size of each.
+    """o, dq [B, H, M, D], dk, dv [B, H, N, D] and lse [B, H, M], float64, with the size of each.
 
     `through_o` is the part of an error in o, relative to it and independent from element to element, that reaches dq
     and dk: the backward pass reads o, as rounded, for delta = grad_o . o.
@@ -51,8 +51,9 @@ def truth(
     scale: float,
     queries: Tensor | None = None,
     grad_lse: Tensor | None = None,
+    query_offset: int = 0,
 ) -> Truth:
-    """The results for q, k, v, grad_o [B, H, N, D] and grad_lse [B, H, N], with the selection `kept` held fixed.
+    """The results for q, grad_o [B, H, M, D], k, v [B, H, N, D], grad_lse [B, H, M], selection `kept` held fixed.
 
     With `queries`, integers [R], o, lse and dq are those of these queries alone, and dk and dv what they contribute:
     all there is where grad_o is zero for every other query. Time R (N + sum T_l) D; memory `CHUNK_ELEMENTS` at a time.
@@ -63,10 +64,10 @@ def truth(
         name: [] for name in ("o", "lse", "dq", "|o|", "|lse|", "|dq|", "dq(o)")
     }
     sums = {name: torch.zeros_like(keys) for name in ("dk", "dv", "|dk|", "|dv|", "dk(o)")}
-    queries = torch.arange(n, device=q.device) if queries is None else queries
+    queries = torch.arange(q.shape[2], device=q.device) if queries is None else queries
     for rows in queries.split(max(1, CHUNK_ELEMENTS // (keys[..., 0].numel()))):
         query, grad = q[:, :, rows].double(), grad_o[:, :, rows].double()
-        bias = reference.weight_rows(spec, kept, rows, n).log()  # -inf: not attended
+        bias = reference.weight_rows(spec, kept, rows, n, query_offset=query_offset).log()  # -inf: not attended
         logits = scale * (query @ keys.mT) + bias
         lse = logits.logsumexp(-1)
         p = (logits - lse[..., None]).exp()
@@ -123,7 +124,7 @@ def yardstick(
 ) -> dict[str, Tensor]:  # fmt: skip
     """o, dq, dk, dv of the same dense formula that torch evaluates in the dtype of the inputs."""
     q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
-    o, lse = reference.dense_in_dtype(case.spec, q, k, v, kept, case.scale)
+    o, lse = reference.dense_in_dtype(case.spec, q, k, v, kept, case.scale, query_offset=case.query_offset)
     grad_lse = case.gradient_of_lse()
     results, grads = ((o,), (grad_o,)) if grad_lse is None else ((o, lse), (grad_o, grad_lse.to(lse.dtype)))
     dq, dk, dv = torch.autograd.grad(results, (q, k, v), grads)
@@ -210,7 +211,7 @@ def check_exact_ties(case: Case, q: Tensor, k: Tensor, kept: Sequence[Tensor]) -
     """
     levels = range(case.spec.num_levels, 0, -1)
     exact = list(takewhile(lambda level: _scores_are_exact(case, level, q, k), levels))
-    expected = reference.select(case.spec, q, k) if exact else ()
+    expected = reference.select(case.spec, q, k, query_offset=case.query_offset) if exact else ()
     for level in exact:  # below a level that is not, what is kept depends on what was kept there
         found, wanted = (ids[level - 1].sort(dim=-1).values for ids in (kept, expected))
         wrong = (found != wanted).any(-1)
@@ -228,9 +229,12 @@ def _scores_are_exact(case: Case, level: int, q: Tensor, k: Tensor) -> bool:
         return True
     if case.values != "integers" or case.popular or math.log2(case.std) % 1:
         return False
-    covered = reference.covered_tokens(case.spec, level, case.n)
-    if (covered & (covered - 1)).any():
-        return False  # quotients by other numbers than powers of two
+    if case.query_offset:
+        return False  # the means of cut blocks are not those of the reference, but multiples of them
+    for tokens in (case.queries, case.n):
+        covered = reference.covered_tokens(case.spec, level, tokens)
+        if (covered & (covered - 1)).any():
+            return False  # quotients by other numbers than powers of two
     span = case.spec.span(level)
     largest = reference.pool(q.abs(), span) @ reference.pool(k.abs(), span).mT
     return bool(largest.max() < 2**24 * (case.std / span) ** 2)

@@ -108,7 +108,7 @@ def run(case: Case, store: Store | None = None) -> Outcome:
         failures += [f"{name}: a second run gave other bits" for name in changed]
     kept = [first[f"kept_l{level}"] for level in range(1, case.spec.num_levels + 1)]
     try:
-        reference.check_selection(case.spec, q, k, kept)
+        reference.check_selection(case.spec, q, k, kept, query_offset=case.query_offset)
         oracle.check_exact_ties(case, q, k, kept)
     except AssertionError as error:  # the reference can not attend with ids that are out of range
         return Outcome(case, (*failures, str(error)), {})
@@ -119,8 +119,8 @@ def run(case: Case, store: Store | None = None) -> Outcome:
 def attend(attention: Attention, case: Case, q: Tensor, k: Tensor, v: Tensor, grad_o: Tensor) -> dict[str, Tensor]:
     """o, lse, dq, dk, dv and kept_l1, kept_l2, ... of one run of the compiled operator, by name."""
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-    kept = attention.select(*leaves[:2])
-    o, lse = attention(*leaves, scale=case.scale, return_lse=True)
+    kept = attention.select(*leaves[:2], query_offset=case.query_offset)
+    o, lse = attention(*leaves, scale=case.scale, return_lse=True, query_offset=case.query_offset)
     grad_lse = case.gradient_of_lse()
     results, grads = ((o,), (grad_o,)) if grad_lse is None else ((o, lse), (grad_o, grad_lse))
     dq, dk, dv = torch.autograd.grad(results, leaves, grads)
@@ -132,8 +132,10 @@ def compare(
     case: Case, inputs: tuple[Tensor, Tensor, Tensor, Tensor], kept: list[Tensor], found: Mapping[str, Tensor]
 ) -> tuple[list[str], dict[str, float]]:
     """Failures and margins of o, lse, dq, dk, dv found for q, k, v and the gradient of o, selection held fixed."""
-    true = oracle.truth(case.spec, *inputs, kept, case.softmax_scale, grad_lse=case.gradient_of_lse())
-    torchs = oracle.yardstick(case, *inputs, kept) if case.n <= DENSE_TOKENS else None
+    true = oracle.truth(
+        case.spec, *inputs, kept, case.softmax_scale, grad_lse=case.gradient_of_lse(), query_offset=case.query_offset
+    )
+    torchs = oracle.yardstick(case, *inputs, kept) if max(case.n, case.queries) <= DENSE_TOKENS else None
     failures: list[str] = []
     margins: dict[str, float] = {}
     for name in oracle.RESULTS:

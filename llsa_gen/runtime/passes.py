@@ -72,12 +72,18 @@ def runs_kernels(x: torch.Tensor) -> bool:
     return x.is_cuda or INTERPRETED
 
 
+def without_keys(q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The operator's outputs where there are no queries or no keys: o = 0, lse = -inf."""
+    o, lse, saved = empty_outputs(q, k)
+    return o.zero_(), lse.fill_(float("-inf")), saved.zero_()
+
+
 def forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """o, lse and what the backward pass needs, memory of the layout `saved`."""
-    if q.numel() == 0:
-        return empty_outputs(q, k)
+    if q.numel() == 0 or k.numel() == 0:
+        return without_keys(q, k)
     if not runs_kernels(q):
         with without_autocast():
             return attend_torch(q, k, v, scale)
@@ -96,9 +102,9 @@ def backward(
     grad_o: torch.Tensor, grad_lse: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
     o: torch.Tensor, saved: torch.Tensor, scale: float,
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
-    """dq, dk, dv, [B, H, N, D] each, from the gradient of o and, if it has one, that of lse."""
-    if q.numel() == 0:
-        return tuple(map(empty_like, (q, k, v)))
+    """dq [B, H, M, D], dk and dv [B, H, N, D], from the gradient of o and, if it has one, that of lse."""
+    if q.numel() == 0 or k.numel() == 0:
+        return tuple(empty_like(x).zero_() for x in (q, k, v))
     saved = in_one_piece(saved)
     if grad_lse is not None:
         grad_lse = in_one_piece(grad_lse)
@@ -110,8 +116,8 @@ def backward(
 
 
 def select_forward(q: torch.Tensor, k: torch.Tensor) -> list[torch.Tensor]:
-    """The kept tokens of each level, finest first, [B, H, T_l, width] each."""
-    if q.numel() == 0:
+    """The kept key tokens of each level, finest first, [B, H, T_l(M), width] each."""
+    if q.numel() == 0 or k.numel() == 0:
         return empty_selection(q, k)
     if not runs_kernels(q):
         with without_autocast():

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from llsa_gen.runtime.cpu_stages import attend_along, grad_along, select_means_torch
     from llsa_gen.runtime.launch_plan import empty_like, empty_outputs, named_views, plan_launches
     from llsa_gen.runtime.module import ENRICHED, LEVELS, OPERATOR, SPANS, forward_launches, grad_launches, saved_shapes
-    from llsa_gen.runtime.passes import in_one_piece, on_device_of, runs_kernels, without_autocast
+    from llsa_gen.runtime.passes import in_one_piece, on_device_of, runs_kernels, without_autocast, without_keys
     from llsa_gen.runtime.sizes import level_tokens
 
 # ---- spliced into every module from here on
@@ -153,9 +153,9 @@ def attend_means_forward(
     kept: list[torch.Tensor], scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """o, lse and what the backward pass needs, memory of the layout `saved`: with it go the means and the lists."""
-    o, lse, saved = empty_outputs(q, k)
     if q.numel() == 0 or k.numel() == 0:
-        return o.zero_(), lse.fill_(float("-inf")), saved.zero_()
+        return without_keys(q, k)
+    o, lse, saved = empty_outputs(q, k)
     if not runs_kernels(q):
         saved.zero_()  # what nothing fills in
     named = named_views(None, (q, k), saved=saved)
