@@ -76,5 +76,5 @@ def test_what_is_no_part_is_refused() -> None:
         ValueError, match=r"merge, part 1: expected o \[1, 2, 3, 4\] and lse \[1, 2, 3\], got \[1, 2, 2"
     ):
         merge((o, lse), (o[:, :, :2], lse))
-    with pytest.raises(TypeError, match="merge, part 0: expected floating dtypes, got torch.float32 and torch.int64"):
+    with pytest.raises(TypeError, match=r"merge, part 0: expected floating dtypes, got torch.float32 and torch.int64"):
         merge((o, lse.long()))

@@ -101,7 +101,6 @@ def may_be_dual() -> bool:
 def check(tensors: dict[str, torch.Tensor]) -> None:
     """One clear error for tensors that the operator does not take: queries first, then keys, and values like them."""
     first, q = next(iter(tensors.items()))
-    k = tensors["k"]
     dual = may_be_dual() and not torch.compiler.is_compiling()
     like: Any = None
     for name, x in tensors.items():
@@ -118,11 +117,9 @@ def check(tensors: dict[str, torch.Tensor]) -> None:
             raise ValueError(f"{name}: expected head dim {HEAD_DIM.value}, got {shape[3]} in shape {list(shape)}")
         if dtype not in DTYPES:
             raise TypeError(f"{name}: expected torch.float32, torch.float16 or torch.bfloat16, got {dtype}")
-        if x is not q and shape[:2] != like[0][:2]:
+        if shape != like[0] and shape[:2] != like[0][:2]:
             batch, heads, _, head_dim = like[0]
             raise ValueError(f"{name}: expected [{batch}, {heads}, N, {head_dim}] like {first}, got {list(shape)}")
-        if x is not q and x is not k and shape != k.shape:
-            raise ValueError(f"{name}: expected shape {list(k.shape)} like k, got {list(shape)}")
         if dtype != like[1]:
             raise TypeError(f"{name}: expected {like[1]} like {first}, got {dtype}")
         if device != like[2]:
@@ -131,11 +128,15 @@ def check(tensors: dict[str, torch.Tensor]) -> None:
             raise NotImplementedError(f"{name}: forward-mode derivatives are not available, got a dual tensor")
     if q.device.type not in ("cpu", "cuda", "meta"):
         raise ValueError(f"{first}: expected a tensor on the CPU, a GPU (cuda) or meta, got device {q.device}")
-    if not torch.compiler.is_compiling():  # a bound of dynamic lengths would be a guard
-        for name, x, length in ((first, q, "M"), ("k", k, "N")):
-            if x.shape[2] > MAX_TOKENS:
-                came = f"{length} = {x.shape[2]} in shape {list(x.shape)}"
-                raise ValueError(f"{name}: expected at most {MAX_TOKENS} tokens, got {came}")
+    (_, _, queries, _), of_keys = like[0], tensors["k"].shape
+    if shape != of_keys:  # of the last, v
+        raise ValueError(f"{name}: expected shape {list(of_keys)} like k, got {list(shape)}")
+    # a bound of dynamic lengths would be a guard
+    if not torch.compiler.is_compiling() and (queries > MAX_TOKENS or of_keys[2] > MAX_TOKENS):
+        name, came = (first, f"M = {queries}") if queries > MAX_TOKENS else ("k", f"N = {of_keys[2]}")
+        raise ValueError(
+            f"{name}: expected at most {MAX_TOKENS} tokens, got {came} in shape {list(tensors[name].shape)}"
+        )
 
 
 def autocast(*tensors: torch.Tensor) -> Sequence[torch.Tensor]:

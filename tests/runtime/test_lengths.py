@@ -73,7 +73,8 @@ def test_shards_of_the_queries_are_the_whole() -> None:
     assert isinstance(whole, torch.Tensor)
     for begin, end in ((0, 32), (32, 48), (48, 100)):
         shard = q[:, :, begin:end]
-        assert torch.equal(attention(shard, k, v, query_offset=begin), whole[:, :, begin:end])  # type: ignore[arg-type]
+        found = attention(shard, k, v, query_offset=begin)
+        assert isinstance(found, torch.Tensor) and torch.equal(found, whole[:, :, begin:end])
         for level, kept in enumerate(attention.select(shard, k, query_offset=begin), start=1):
             span = TWO.span(level)
             assert torch.equal(kept, lists[level - 1][:, :, begin // span : -(-end // span)])
@@ -106,13 +107,15 @@ def test_compiled_once_for_all_lengths() -> None:
 
     @torch.compile(fullgraph=True, dynamic=True, backend="aot_eager")
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return attention(q, k, v)  # type: ignore[return-value]
+        o = attention(q, k, v)
+        assert isinstance(o, torch.Tensor)
+        return o
 
-    with torch._dynamo.config.patch(error_on_recompile=True):  # type: ignore[attr-defined]
+    with torch._dynamo.config.patch(error_on_recompile=True):
         for m, n in ((37, 50), (90, 21), (64, 64)):
             inputs = draw(m, n)
             found, wanted = attend(*inputs), attention(*inputs)
-            assert torch.equal(found, wanted)  # type: ignore[arg-type]
+            assert isinstance(wanted, torch.Tensor) and torch.equal(found, wanted)
             pairs = zip(*(torch.autograd.grad(x.sum(), inputs) for x in (found, wanted)), strict=True)
             assert all(map(torch.equal, *zip(*pairs, strict=True)))
 
