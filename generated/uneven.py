@@ -20,6 +20,7 @@ import itertools
 import linecache
 import math
 import numbers
+import operator as python_operator
 import os
 import struct
 import threading
@@ -41,7 +42,7 @@ SPEC = {
     "name": "uneven",
     "reweight": True,
 }
-OPERATOR = "uneven_d040f6475de7d841"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
+OPERATOR = "uneven_f24dcec9cecc68a7"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -1946,7 +1947,7 @@ def is_in_gluon(tile: dict[str, Any]) -> bool:
 def variant(kernel: Any, tile: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Which kernel a launch is, and what it takes of its tile shapes.
 
-    A pair is a kernel in Triton and one in Gluon. The latter may not know loose ends: those stay in Triton.
+    A pair is a kernel in Triton and one in Gluon. The latter may not know partial tiles: those stay in Triton.
     """
     if not isinstance(kernel, tuple):
         return kernel, in_triton(tile)
@@ -2813,12 +2814,14 @@ def put_sums(to: torch.Tensor, sums: Tensors) -> None:
         to[:, run] = rows
 
 
-def with_means(x: torch.Tensor, means: Tensors, heads: slice) -> list[torch.Tensor]:
+def with_means(x: torch.Tensor, means: Sequence[torch.Tensor], heads: slice) -> list[torch.Tensor]:
     """The rows of some heads, and their means."""
     return [x[heads], *(mean[heads] for mean in means)]
 
 
-def select_means_torch(kept: Tensors, q_means: Tensors, k_means: Tensors) -> list[torch.Tensor]:
+def select_means_torch(
+    kept: Sequence[torch.Tensor], q_means: Sequence[torch.Tensor], k_means: Sequence[torch.Tensor]
+) -> list[torch.Tensor]:
     """Fill in the kept tokens [B, H, T_l(M), width] from the means of each level, in torch."""
     lists, q_levels, k_levels = ([x.flatten(0, 1) for x in levels] for levels in (kept, q_means, k_means))
     lengths = q_levels[0].shape[1] * SPANS[1], k_levels[0].shape[1] * SPANS[1]
@@ -2853,8 +2856,8 @@ def saved_by_level(saved: dict[str, torch.Tensor]) -> tuple[list[torch.Tensor], 
 
 
 def grad_along(
-    means: Tensors, grad_o: torch.Tensor, grad_lse: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor,
-    v: torch.Tensor, saved: dict[str, torch.Tensor], scale: float,
+    means: Sequence[torch.Tensor], grad_o: torch.Tensor, grad_lse: torch.Tensor | None, q: torch.Tensor,
+    k: torch.Tensor, v: torch.Tensor, saved: dict[str, torch.Tensor], scale: float,
 ) -> list[torch.Tensor]:  # fmt: skip
     """dq, dk, dv and the gradients of the means, which are filled in: where `attend_along` attended."""
     kept, levels = saved_by_level(saved)
@@ -3123,8 +3126,9 @@ def attend_means(
     """o [B, H, M, D] and lse [B, H, M] along given lists; differentiable in q, k, v and the means.
 
     The lists are [B, H, T_l(M), W], W at most the width that `select` gives, -1 for fewer. What a list below the
-    coarsest level holds has to be a child of what the list above holds: nothing checks that. Of the means, the enriched
-    levels count.
+    coarsest level holds has to be a child of what the list above holds, and every query has to have something to attend
+    to: nothing checks that. Of the means, the enriched levels count. Gradients of the first order only, and nothing of
+    torch.func.
     """
     run = getattr(torch.ops.llsa, OPERATOR + "_attend_means")
     return run(q, k, v, list(k_means), list(v_means), list(kept), scale)[:2]
@@ -3141,8 +3145,9 @@ def pooling_launches(at: Any, launch: Callable[..., None], scale: Any, *tensors:
 def pool_forward(x: torch.Tensor) -> list[torch.Tensor]:
     """`pool`, on whichever device x is: on a GPU as the queries of a call with one key."""
     if x.numel() == 0 or not runs_kernels(x):
-        means = token_means(x.flatten(0, 1)) if x.numel() else empty_means(x)
-        return [level.to(x.dtype).view(*x.shape[:2], -1, x.shape[3]) for level in means]
+        if x.numel() == 0:
+            return empty_means(x)
+        return [level.to(x.dtype).view(*x.shape[:2], -1, x.shape[3]) for level in token_means(x.flatten(0, 1))]
     with on_device_of(x):
         at, x, k, v = plan_launches((x, x[:, :, :1], x[:, :, :1]))
         memory = at.memory("selection")
@@ -3163,12 +3168,14 @@ def save_length(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 def unpool(ctx: Any, grads: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
     """The gradient of what was pooled: of every mean, its part for each token covered."""
     total: Any = None
+    dtype = torch.float32
     for level, grad in enumerate(grads, start=1):
         if grad is not None:
-            share = grad / covered_tokens(level, ctx.length, grad.device).to(grad.dtype)[:, None]
-            rows = share.repeat_interleave(SPANS[level], 2)[:, :, : ctx.length]
-            total = rows if total is None else total + rows
-    return total
+            of_token = grad.float() / covered_tokens(level, ctx.length, grad.device)[:, None]
+            token = torch.arange(ctx.length, device=grad.device)
+            rows = of_token.index_select(2, token // SPANS[level])
+            total, dtype = rows if total is None else total + rows, grad.dtype
+    return None if total is None else total.to(dtype)
 
 
 # ---- selection
@@ -3432,8 +3439,8 @@ def check(tensors: dict[str, torch.Tensor]) -> None:
             raise ValueError(f"{name}: expected head dim {HEAD_DIM.value}, got {shape[3]} in shape {list(shape)}")
         if dtype not in DTYPES:
             raise TypeError(f"{name}: expected torch.float32, torch.float16 or torch.bfloat16, got {dtype}")
-        if shape != like[0] and shape[:2] != like[0][:2]:
-            batch, heads, _, head_dim = like[0]
+        batch, heads, queries, head_dim = like[0]
+        if shape[0] != batch or shape[1] != heads:  # lengths may differ, and nothing may ask whether they do
             raise ValueError(f"{name}: expected [{batch}, {heads}, N, {head_dim}] like {first}, got {list(shape)}")
         if dtype != like[1]:
             raise TypeError(f"{name}: expected {like[1]} like {first}, got {dtype}")
@@ -3443,7 +3450,7 @@ def check(tensors: dict[str, torch.Tensor]) -> None:
             raise NotImplementedError(f"{name}: forward-mode derivatives are not available, got a dual tensor")
     if q.device.type not in ("cpu", "cuda", "meta"):
         raise ValueError(f"{first}: expected a tensor on the CPU, a GPU (cuda) or meta, got device {q.device}")
-    (_, _, queries, _), of_keys = like[0], tensors["k"].shape
+    of_keys = tensors["k"].shape
     if shape != of_keys:  # of the last, v
         raise ValueError(f"{name}: expected shape {list(of_keys)} like k, got {list(shape)}")
     # a bound of dynamic lengths would be a guard
@@ -3495,16 +3502,14 @@ def attention(
     elif not abs(scale) <= MAX_SCALE:  # nor NaN
         came = "a larger one" if isinstance(scale, int) else scale  # which may have thousands of digits
         raise ValueError(f"scale: expected a number from -{MAX_SCALE} to {MAX_SCALE}, got {came}")
-    ahead = rows_ahead(query_offset)
-    if ahead:
-        q = torch.nn.functional.pad(q, (0, 0, ahead, 0))
+    q, ahead = with_rows_ahead(q, query_offset)
     if is_plain(q, k, v):
         needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
         run = attend_eagerly if needs_grad else forward
     else:
         run = AttendTransformed.apply if is_transformed() else getattr(torch.ops.llsa, OPERATOR)
     o, lse, _ = run(q, k, v, float(scale))  # type: ignore[arg-type]
-    if ahead:
+    if ahead is not None:
         o, lse = o[:, :, ahead:], lse[:, :, ahead:]
     return (o, lse) if return_lse else o
 
@@ -3513,21 +3518,50 @@ def select(q: torch.Tensor, k: torch.Tensor, *, query_offset: int = 0) -> tuple[
     """What `attention` selects: a level, finest first, [B, H, T_l(M), width] int32 kept key tokens, -1 where fewer."""
     q, k = autocast(q, k)
     check({"q": q, "k": k})
-    ahead = rows_ahead(query_offset)
-    if ahead:
-        q = torch.nn.functional.pad(q, (0, 0, ahead, 0))
+    q, ahead = with_rows_ahead(q, query_offset)
     kept = operator("_select", select_forward, q, k)(q, k)
+    if ahead is None:
+        return tuple(kept)
     return tuple(lists[:, :, ahead // span :] for lists, span in zip(kept, SPANS[1:], strict=True))
 
 
-def rows_ahead(query_offset: int) -> int:
-    """Rows of zeros to put before the queries: that cuts them into blocks as if the first were token `query_offset`.
+def with_rows_ahead(q: torch.Tensor, query_offset: Any) -> tuple[torch.Tensor, Any]:
+    """The queries with rows of zeros before them, which cut them into blocks as if the first were token `query_offset`.
 
-    A block's mean is then a smaller multiple of the mean over what there is of it, which selects the same.
+    And how many rows, or None. A block's mean is then a smaller multiple of the mean over what there is of it, which
+    selects the same (in float16 as long as it does not become too small a number).
     """
-    if isinstance(query_offset, bool) or not isinstance(query_offset, int) or query_offset < 0:
-        raise ValueError(f"query_offset: expected an integer of at least 0, got {query_offset!r}")
-    return query_offset % SPANS[-1]
+    if type(query_offset) is int and query_offset == 0:
+        return q, None
+    if isinstance(query_offset, torch.SymInt):
+        ahead: Any = query_offset % SPANS[-1]
+    else:
+        ahead = rows_ahead(query_offset, q.shape[2])
+        if ahead == 0:
+            return q, None
+    padded = torch.nn.functional.pad(q, (0, 0, ahead, 0))
+    if not torch.compiler.is_compiling() and not isinstance(ahead, torch.SymInt) and padded.shape[2] > MAX_TOKENS:
+        raise ValueError(f"query_offset: expected {MAX_TOKENS} tokens at most from the coarsest block's first on")
+    return padded, ahead
+
+
+def rows_ahead(query_offset: Any, queries: int) -> int:
+    """How far before the queries the blocks begin that they are cut by: of levels where all are in one block, none."""
+    try:
+        offset = python_operator.index(query_offset)
+    except TypeError:
+        offset = None
+    if offset is None or isinstance(query_offset, bool):
+        raise TypeError(f"query_offset: expected an integer, got {type(query_offset).__name__}")
+    if offset < 0:
+        raise ValueError("query_offset: expected an integer of at least 0, got a negative one")
+    spans = [1, *itertools.accumulate(BLOCKS, lambda a, b: a * b)]
+    ahead = 0
+    for span in spans:  # of the finest level on: beyond the first that has them all in one block, nothing changes
+        ahead = offset % span
+        if queries == 0 or (ahead + queries <= span and span > 1):
+            break
+    return ahead if queries else 0
 
 
 LIBRARY = register() or globals().get("LIBRARY")  # which a reload of this module must not drop

@@ -26,12 +26,12 @@ def merge(*parts: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """
     _check(parts)
     wide = torch.float64 if any(x.dtype == torch.float64 for part in parts for x in part) else torch.float32
-    present = torch.stack([lse > float("-inf") for _, lse in parts])
+    present = torch.stack([lse != float("-inf") for _, lse in parts])
     anything = present.any(0)
     # where all are -inf, differences of them would be no numbers: 0 stands for them, and is thrown away at the end
     lse = torch.stack([lse.to(wide) for _, lse in parts]).masked_fill(~anything, 0.0)
     total = lse.logsumexp(0)
-    weight = (lse - total).exp().masked_fill(~present, 0.0)
+    weight = lse.softmax(0).masked_fill(~present, 0.0)  # not exp(lse - total), for total is rounded
     merged: Tensor | None = None
     for number, (o, _) in enumerate(parts):
         part = weight[number][..., None] * o.to(wide).masked_fill(~present[number][..., None], 0.0)

@@ -310,10 +310,10 @@ WRONG: dict[str, tuple[dict[str, object], type[Exception], str]] = {
     "float8": ({"k": K.to(torch.float8_e4m3fn)}, TypeError, "k: expected .*bfloat16, got torch.float8"),
     "two dtypes": ({"k": K.half()}, TypeError, "k: expected torch.float32 like q, got torch.float16"),
     "two dtypes more": ({"q": Q.bfloat16(), "k": K.bfloat16()}, TypeError, "v: expected torch.bfloat16 like q"),
-    "batches": ({"k": K[:1]}, ValueError, r"k: expected shape \[2, 3, 12, 24\] like q .* got \[1, 3, 12, 24\]"),
-    "heads": ({"v": V[:, :1]}, ValueError, r"v: expected shape \[2, 3, 12, 24\] like q .* got \[2, 1, 12, 24\]"),
-    "lengths": ({"k": K[:, :, :5]}, ValueError, r"k: expected shape .* like q \(self-attention\), got \[2, 3, 5, 24\]"),
-    "values longer": ({"v": torch.cat([V, V], 2)}, ValueError, "v: expected shape .* like q"),
+    "batches": ({"k": K[:1]}, ValueError, r"k: expected \[2, 3, N, 24\] like q, got \[1, 3, 12, 24\]"),
+    "heads": ({"v": V[:, :1]}, ValueError, r"v: expected \[2, 3, N, 24\] like q, got \[2, 1, 12, 24\]"),
+    "lengths": ({"k": K[:, :, :5]}, ValueError, r"v: expected shape \[2, 3, 5, 24\] like k, got \[2, 3, 12, 24\]"),
+    "values longer": ({"v": torch.cat([V, V], 2)}, ValueError, "v: expected shape .* like k"),
     "sparse": ({"q": Q.to_sparse()}, TypeError, "q: expected a dense tensor, got layout torch.sparse_coo"),
     "nested": ({"q": torch.nested.nested_tensor([Q[0], Q[1]])}, TypeError, "q: expected a dense tensor"),
     "jagged": (
@@ -325,7 +325,7 @@ WRONG: dict[str, tuple[dict[str, object], type[Exception], str]] = {
     "too many tokens": (
         dict.fromkeys("qkv", Q[:1, :1, :1].expand(1, 1, 2**31, 24)),
         ValueError,
-        "q: expected at most .* tokens, got N = 2147483648",
+        "q: expected at most .* tokens, got M = 2147483648",
     ),
     "scale, bool": ({"scale": True}, TypeError, "scale: expected a number or None, got bool"),
     "scale, text": ({"scale": "0.1"}, TypeError, "scale: expected a number or None, got str"),
@@ -350,7 +350,7 @@ def test_wrong_arguments_are_one_clear_error(wrong: str, attention: Attention) -
     assert caught.value.__cause__ is None and caught.value.__context__ is None
 
 
-@pytest.mark.parametrize(("q", "k", "message"), [(Q, K[:, :1], "k: expected shape"), (None, K, "q: expected a tensor")])
+@pytest.mark.parametrize(("q", "k", "message"), [(Q, K[:, :1], "k: expected "), (None, K, "q: expected a tensor")])
 def test_select_checks_too(q: Any, k: Tensor, message: str, attention: Attention) -> None:
     with pytest.raises((TypeError, ValueError), match=message):
         attention.select(q, k)

@@ -129,7 +129,7 @@ for job in jobs:
 
 def child():
     assert llsa_gen.compile(spec(0)) is known
-    assert loading.load_text("half", "0" * 64, text).FULL
+    assert loading.load_text("half", "0" * 64, text).WHOLE
     llsa_gen.compile(spec(8))
 
 for _ in range(3):

@@ -78,3 +78,16 @@ def test_what_is_no_part_is_refused() -> None:
         merge((o, lse), (o[:, :, :2], lse))
     with pytest.raises(TypeError, match=r"merge, part 0: expected floating dtypes, got torch.float32 and torch.int64"):
         merge((o, lse.long()))
+
+
+@pytest.mark.parametrize("lse", [0.0, 1e3, 1e6, 3e38])
+def test_equal_values_stay_what_they_are_whatever_the_sums(lse: float) -> None:
+    parts = [(torch.full((1, 1, 2, 4), 1.5), torch.full((1, 1, 2), lse + more)) for more in (0.0, 0.3)]
+    assert torch.allclose(merge(*parts)[0], parts[0][0], rtol=1e-6)
+
+
+def test_what_is_no_number_is_not_hidden() -> None:
+    nan, nothing = torch.full((1, 1, 2), float("nan")), torch.full((1, 1, 2), float("-inf"))
+    for others in ((), ((torch.ones(1, 1, 2, 4), nothing),), ((torch.ones(1, 1, 2, 4), torch.zeros(1, 1, 2)),)):
+        o, lse = merge((torch.ones(1, 1, 2, 4), nan), *others)
+        assert bool(o.isnan().all()) and bool(lse.isnan().all())

@@ -230,7 +230,7 @@ class Plan(Buffers):
         return replace(
             self.forward[-1],
             name="attend_hopper_recompute_kernel",
-            computes="o and lse again",
+            computes="o and lse, recomputed",
             programs=programs,
             twin=False,
         )

@@ -29,7 +29,7 @@ def merge(*parts: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """
     _check_parts(parts)
     o, lse = (torch.stack([part[i].double() for part in parts]) for i in range(2))
-    present = lse > -math.inf
+    present = lse != -math.inf
     # Where all are -inf, differences of them would be NaN: zeros stand in, and what comes of them is thrown away.
     anything = present.any(dim=0)
     lse = lse.masked_fill(~anything, 0)

@@ -26,7 +26,7 @@ def is_in_gluon(tile: dict[str, Any]) -> bool:
 def variant(kernel: Any, tile: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Which kernel a launch is, and what it takes of its tile shapes.
 
-    A pair is a kernel in Triton and one in Gluon. The latter may not know loose ends: those stay in Triton.
+    A pair is a kernel in Triton and one in Gluon. The latter may not know partial tiles: those stay in Triton.
     """
     if not isinstance(kernel, tuple):
         return kernel, in_triton(tile)

@@ -1,23 +1,26 @@
 """The stages of attention in torch, for the CPU: selection from means, attention along given lists."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
 if TYPE_CHECKING:
-    from llsa_gen.runtime.cpu import Tensors, attend_heads, grad_levels, select_levels, slices_of_heads
+    from llsa_gen.runtime.cpu import attend_heads, grad_levels, select_levels, slices_of_heads
     from llsa_gen.runtime.launch_plan import empty_like
     from llsa_gen.runtime.module import ENRICHED, HEAD_DIM, LEVELS, SPANS
 
 # ---- spliced into every module from here on
 
 
-def with_means(x: torch.Tensor, means: Tensors, heads: slice) -> list[torch.Tensor]:
+def with_means(x: torch.Tensor, means: Sequence[torch.Tensor], heads: slice) -> list[torch.Tensor]:
     """The rows of some heads, and their means."""
     return [x[heads], *(mean[heads] for mean in means)]
 
 
-def select_means_torch(kept: Tensors, q_means: Tensors, k_means: Tensors) -> list[torch.Tensor]:
+def select_means_torch(
+    kept: Sequence[torch.Tensor], q_means: Sequence[torch.Tensor], k_means: Sequence[torch.Tensor]
+) -> list[torch.Tensor]:
     """Fill in the kept tokens [B, H, T_l(M), width] from the means of each level, in torch."""
     lists, q_levels, k_levels = ([x.flatten(0, 1) for x in levels] for levels in (kept, q_means, k_means))
     lengths = q_levels[0].shape[1] * SPANS[1], k_levels[0].shape[1] * SPANS[1]
@@ -52,8 +55,8 @@ def saved_by_level(saved: dict[str, torch.Tensor]) -> tuple[list[torch.Tensor], 
 
 
 def grad_along(
-    means: Tensors, grad_o: torch.Tensor, grad_lse: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor,
-    v: torch.Tensor, saved: dict[str, torch.Tensor], scale: float,
+    means: Sequence[torch.Tensor], grad_o: torch.Tensor, grad_lse: torch.Tensor | None, q: torch.Tensor,
+    k: torch.Tensor, v: torch.Tensor, saved: dict[str, torch.Tensor], scale: float,
 ) -> list[torch.Tensor]:  # fmt: skip
     """dq, dk, dv and the gradients of the means, which are filled in: where `attend_along` attended."""
     kept, levels = saved_by_level(saved)

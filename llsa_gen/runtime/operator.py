@@ -1,8 +1,10 @@
 """Registration with torch, and what a user calls."""
 
 import ast
+import itertools
 import linecache
 import numbers
+import operator as python_operator
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +13,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 if TYPE_CHECKING:
     from llsa_gen.runtime.launch_plan import empty_like, empty_outputs, empty_selection
-    from llsa_gen.runtime.module import DTYPES, HEAD_DIM, MAX_SCALE, MAX_TOKENS, OPERATOR, SPANS, flops
+    from llsa_gen.runtime.module import BLOCKS, DTYPES, HEAD_DIM, MAX_SCALE, MAX_TOKENS, OPERATOR, SPANS, flops
     from llsa_gen.runtime.passes import (
         attend_eagerly,
         backward,
@@ -117,8 +119,8 @@ def check(tensors: dict[str, torch.Tensor]) -> None:
             raise ValueError(f"{name}: expected head dim {HEAD_DIM.value}, got {shape[3]} in shape {list(shape)}")
         if dtype not in DTYPES:
             raise TypeError(f"{name}: expected torch.float32, torch.float16 or torch.bfloat16, got {dtype}")
-        if shape != like[0] and shape[:2] != like[0][:2]:
-            batch, heads, _, head_dim = like[0]
+        batch, heads, queries, head_dim = like[0]
+        if shape[0] != batch or shape[1] != heads:  # lengths may differ, and nothing may ask whether they do
             raise ValueError(f"{name}: expected [{batch}, {heads}, N, {head_dim}] like {first}, got {list(shape)}")
         if dtype != like[1]:
             raise TypeError(f"{name}: expected {like[1]} like {first}, got {dtype}")
@@ -128,7 +130,7 @@ def check(tensors: dict[str, torch.Tensor]) -> None:
             raise NotImplementedError(f"{name}: forward-mode derivatives are not available, got a dual tensor")
     if q.device.type not in ("cpu", "cuda", "meta"):
         raise ValueError(f"{first}: expected a tensor on the CPU, a GPU (cuda) or meta, got device {q.device}")
-    (_, _, queries, _), of_keys = like[0], tensors["k"].shape
+    of_keys = tensors["k"].shape
     if shape != of_keys:  # of the last, v
         raise ValueError(f"{name}: expected shape {list(of_keys)} like k, got {list(shape)}")
     # a bound of dynamic lengths would be a guard
@@ -180,16 +182,14 @@ def attention(
     elif not abs(scale) <= MAX_SCALE:  # nor NaN
         came = "a larger one" if isinstance(scale, int) else scale  # which may have thousands of digits
         raise ValueError(f"scale: expected a number from -{MAX_SCALE} to {MAX_SCALE}, got {came}")
-    ahead = rows_ahead(query_offset)
-    if ahead:
-        q = torch.nn.functional.pad(q, (0, 0, ahead, 0))
+    q, ahead = with_rows_ahead(q, query_offset)
     if is_plain(q, k, v):
         needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
         run = attend_eagerly if needs_grad else forward
     else:
         run = AttendTransformed.apply if is_transformed() else getattr(torch.ops.llsa, OPERATOR)
     o, lse, _ = run(q, k, v, float(scale))  # type: ignore[arg-type]
-    if ahead:
+    if ahead is not None:
         o, lse = o[:, :, ahead:], lse[:, :, ahead:]
     return (o, lse) if return_lse else o
 
@@ -198,18 +198,47 @@ def select(q: torch.Tensor, k: torch.Tensor, *, query_offset: int = 0) -> tuple[
     """What `attention` selects: a level, finest first, [B, H, T_l(M), width] int32 kept key tokens, -1 where fewer."""
     q, k = autocast(q, k)
     check({"q": q, "k": k})
-    ahead = rows_ahead(query_offset)
-    if ahead:
-        q = torch.nn.functional.pad(q, (0, 0, ahead, 0))
+    q, ahead = with_rows_ahead(q, query_offset)
     kept = operator("_select", select_forward, q, k)(q, k)
+    if ahead is None:
+        return tuple(kept)
     return tuple(lists[:, :, ahead // span :] for lists, span in zip(kept, SPANS[1:], strict=True))
 
 
-def rows_ahead(query_offset: int) -> int:
-    """Rows of zeros to put before the queries: that cuts them into blocks as if the first were token `query_offset`.
+def with_rows_ahead(q: torch.Tensor, query_offset: Any) -> tuple[torch.Tensor, Any]:
+    """The queries with rows of zeros before them, which cut them into blocks as if the first were token `query_offset`.
 
-    A block's mean is then a smaller multiple of the mean over what there is of it, which selects the same.
+    And how many rows, or None. A block's mean is then a smaller multiple of the mean over what there is of it, which
+    selects the same (in float16 as long as it does not become too small a number).
     """
-    if isinstance(query_offset, bool) or not isinstance(query_offset, int) or query_offset < 0:
-        raise ValueError(f"query_offset: expected an integer of at least 0, got {query_offset!r}")
-    return query_offset % SPANS[-1]
+    if type(query_offset) is int and query_offset == 0:
+        return q, None
+    if isinstance(query_offset, torch.SymInt):
+        ahead: Any = query_offset % SPANS[-1]
+    else:
+        ahead = rows_ahead(query_offset, q.shape[2])
+        if ahead == 0:
+            return q, None
+    padded = torch.nn.functional.pad(q, (0, 0, ahead, 0))
+    if not torch.compiler.is_compiling() and not isinstance(ahead, torch.SymInt) and padded.shape[2] > MAX_TOKENS:
+        raise ValueError(f"query_offset: expected {MAX_TOKENS} tokens at most from the coarsest block's first on")
+    return padded, ahead
+
+
+def rows_ahead(query_offset: Any, queries: int) -> int:
+    """How far before the queries the blocks begin that they are cut by: of levels where all are in one block, none."""
+    try:
+        offset = python_operator.index(query_offset)
+    except TypeError:
+        offset = None
+    if offset is None or isinstance(query_offset, bool):
+        raise TypeError(f"query_offset: expected an integer, got {type(query_offset).__name__}")
+    if offset < 0:
+        raise ValueError("query_offset: expected an integer of at least 0, got a negative one")
+    spans = [1, *itertools.accumulate(BLOCKS, lambda a, b: a * b)]
+    ahead = 0
+    for span in spans:  # of the finest level on: beyond the first that has them all in one block, nothing changes
+        ahead = offset % span
+        if queries == 0 or (ahead + queries <= span and span > 1):
+            break
+    return ahead if queries else 0

@@ -37,8 +37,9 @@ def attend_means(
     """o [B, H, M, D] and lse [B, H, M] along given lists; differentiable in q, k, v and the means.
 
     The lists are [B, H, T_l(M), W], W at most the width that `select` gives, -1 for fewer. What a list below the
-    coarsest level holds has to be a child of what the list above holds: nothing checks that. Of the means, the enriched
-    levels count.
+    coarsest level holds has to be a child of what the list above holds, and every query has to have something to attend
+    to: nothing checks that. Of the means, the enriched levels count. Gradients of the first order only, and nothing of
+    torch.func.
     """
     run = getattr(torch.ops.llsa, OPERATOR + "_attend_means")
     return run(q, k, v, list(k_means), list(v_means), list(kept), scale)[:2]
@@ -55,8 +56,9 @@ def pooling_launches(at: Any, launch: Callable[..., None], scale: Any, *tensors:
 def pool_forward(x: torch.Tensor) -> list[torch.Tensor]:
     """`pool`, on whichever device x is: on a GPU as the queries of a call with one key."""
     if x.numel() == 0 or not runs_kernels(x):
-        means = token_means(x.flatten(0, 1)) if x.numel() else empty_means(x)
-        return [level.to(x.dtype).view(*x.shape[:2], -1, x.shape[3]) for level in means]
+        if x.numel() == 0:
+            return empty_means(x)
+        return [level.to(x.dtype).view(*x.shape[:2], -1, x.shape[3]) for level in token_means(x.flatten(0, 1))]
     with on_device_of(x):
         at, x, k, v = plan_launches((x, x[:, :, :1], x[:, :, :1]))
         memory = at.memory("selection")
@@ -77,12 +79,14 @@ def save_length(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 def unpool(ctx: Any, grads: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
     """The gradient of what was pooled: of every mean, its part for each token covered."""
     total: Any = None
+    dtype = torch.float32
     for level, grad in enumerate(grads, start=1):
         if grad is not None:
-            share = grad / covered_tokens(level, ctx.length, grad.device).to(grad.dtype)[:, None]
-            rows = share.repeat_interleave(SPANS[level], 2)[:, :, : ctx.length]
-            total = rows if total is None else total + rows
-    return total
+            of_token = grad.float() / covered_tokens(level, ctx.length, grad.device)[:, None]
+            token = torch.arange(ctx.length, device=grad.device)
+            rows = of_token.index_select(2, token // SPANS[level])
+            total, dtype = rows if total is None else total + rows, grad.dtype
+    return None if total is None else total.to(dtype)
 
 
 # ---- selection

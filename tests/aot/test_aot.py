@@ -102,7 +102,7 @@ PINNED = pytest.mark.skipif(not compiled.stored(), reason="what is remembered is
 
 @PINNED
 def test_what_did_not_change_is_remembered(compiles: list[str]) -> None:
-    module = edited("# ---- tiles", "# another line\n\n\n# ---- tiles")  # which moves every kernel
+    module = edited("# ---- geometry", "# another line\n\n\n# ---- geometry")  # which moves every kernel
     reports = compiled.compile_kernels(module, "cuda:80", "bfloat16", aot.USUAL_TOKENS)
     assert compiles == [] and len(reports) >= 7
     assert all(report.fits and report.registers > 0 for report in reports)

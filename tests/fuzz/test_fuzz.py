@@ -44,8 +44,9 @@ def test_a_case_tells_only_what_is_unusual() -> None:
 @given(case=fuzz.cases())
 def test_tensors_follow_from_the_case(case: Case) -> None:
     tensors, again = case.tensors(), case.tensors()
-    shape = (case.batch, case.heads, case.n, case.spec.head_dim)
-    for x, y, layout in zip(tensors, again, case.layouts, strict=True):
+    lengths = case.queries, case.n, case.n, case.queries
+    for x, y, layout, tokens in zip(tensors, again, case.layouts, lengths, strict=True):
+        shape = (case.batch, case.heads, tokens, case.spec.head_dim)
         assert torch.equal(x, y) and x.shape == shape and x.dtype == case.torch_dtype
         assert x.isfinite().all()
         assert layout != "contiguous" or x.is_contiguous()
@@ -109,7 +110,8 @@ def test_no_tolerance_hides_a_mistake(case: Case, name: str) -> None:
     # Results off by two percent are refused: in float32 for all inputs, in half precision for standard normal ones of
     # some length. (Of two tokens nearly all of dq cancels, and what is left is made of the rounding of o.)
     if case.dtype != "float32":
-        case = dataclasses.replace(case, n=64 + case.n, values="normal", std=1.0, popular=False, scale=None)
+        case = dataclasses.replace(case, n=64 + case.n, m=None, values="normal", std=1.0, popular=False, scale=None)
+    case = dataclasses.replace(case, query_offset=0)
     q, k, v, grad_o = case.tensors()
     kept = list(reference.select(case.spec, q, k))
     grad_lse = case.gradient_of_lse()
