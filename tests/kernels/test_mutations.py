@@ -39,6 +39,8 @@ PARTIALS = fuzz.Case(spec("partials", 16, (16, 2), (4, 1)), n=48)
 KEEPERS = fuzz.Case(spec("keepers", 16, (24, 2), (3, 1)), n=3 * 72 + 5)
 # the same, two kept by each
 PAIRS = fuzz.Case(spec("pairs", 16, (32, 2), (2, 2)), n=3 * 64 + 5)
+# more queries than keys
+LENGTHS = fuzz.Case(spec("lengths", 16, (4, 3), (4, 2)), n=37, m=150)
 # one that all twelve keepers keep: more than are summed at a time
 CROWD = fuzz.Case(spec("crowd", 16, (32, 2), (2, 1)), n=12 * 64, popular=True)
 # 100 candidates, dealt to four warps in half precision
@@ -76,6 +78,12 @@ def mutation(name: str, template: str, old: str, new: str, case: fuzz.Case = TAI
 
 
 KERNELS = (
+    # two lengths
+    mutation(
+        "one query too few", "grad_kv.py", "tl.minimum(m_tokens - last", "tl.minimum(m_tokens - 1 - last", LENGTHS
+    ),
+    mutation("no queries beyond the keys", "walk", "& (token < m_tokens)", "& (token < n_tokens)", LENGTHS),
+    mutation("means of queries over the keys", "pool.py", '"q", "m_tokens")', '"q", "n_tokens")', LENGTHS),
     # weights
     mutation("weight dropped", "tiles.py", "where(inside, weight, float", "where(inside, 0.0, float"),
     mutation("weight of a tail", "tiles.py", "if not FULL:", "if False:"),
