@@ -42,7 +42,7 @@ SPEC = {
     "name": "uneven",
     "reweight": True,
 }
-OPERATOR = "uneven_f24dcec9cecc68a7"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
+OPERATOR = "uneven_ac6ff87e99696953"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -1617,7 +1617,8 @@ def grad_launches(at, launch, scale, q, k, v, grad_o, o, saved, grad_q, grad_k, 
         partial_grad_v_l2, grad_k_l1, grad_v_l1, grad_k_l2, grad_v_l2,
     ] = at.buffers(memory, "gradients")
     q_steps, k_steps, v_steps, grad_o_steps = at.steps
-    handed_grad_k_l2, handed_grad_v_l2, handed_grad_k_l1, handed_grad_v_l1 = [zeros] * 4 if zeros else (grad_k_l2, grad_v_l2, grad_k_l1, grad_v_l1)
+    handed = [zeros] * 4 if zeros else [grad_k_l2, grad_v_l2, grad_k_l1, grad_v_l1]
+    [handed_grad_k_l2, handed_grad_v_l2, handed_grad_k_l1, handed_grad_v_l1] = handed
 
     launch(
         scan_kernel, counts_l1, counts_l2, offsets_l1, overflow_l1, offsets_l2, overflow_l2, at.part_l1, at.part_l2,
