@@ -41,7 +41,7 @@ SPEC = {
     "name": "topk_b128",
     "reweight": True,
 }
-OPERATOR = "topk_b128_99b27e19d06e36f1"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
+OPERATOR = "topk_b128_1b1dd8335ab118f0"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -2541,6 +2541,7 @@ def empty_means(x: torch.Tensor) -> list[torch.Tensor]:
 
 
 def save_length(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    """Keep what `unpool` needs."""
     ctx.length = inputs[0].shape[2]
 
 
@@ -2912,16 +2913,20 @@ def with_rows_ahead(q: torch.Tensor, query_offset: Any) -> tuple[torch.Tensor, A
     """
     if type(query_offset) is int and query_offset == 0:
         return q, None
-    if isinstance(query_offset, torch.SymInt):
-        ahead: Any = query_offset % SPANS[-1]
+    ahead: Any
+    if isinstance(query_offset, torch.SymInt) or torch.compiler.is_compiling():  # nothing may depend on lengths
+        if not isinstance(query_offset, int | torch.SymInt) or isinstance(query_offset, bool) or query_offset < 0:
+            raise ValueError("query_offset: expected an integer of at least 0")
+        ahead = query_offset % math.prod(BLOCKS)
     else:
-        ahead = rows_ahead(query_offset, q.shape[2])
+        queries = q.shape[2]
+        ahead = rows_ahead(query_offset, queries)
         if ahead == 0:
             return q, None
-    padded = torch.nn.functional.pad(q, (0, 0, ahead, 0))
-    if not torch.compiler.is_compiling() and not isinstance(ahead, torch.SymInt) and padded.shape[2] > MAX_TOKENS:
-        raise ValueError(f"query_offset: expected {MAX_TOKENS} tokens at most from the coarsest block's first on")
-    return padded, ahead
+        if ahead + queries > MAX_TOKENS:
+            came = f"{ahead} before the first query, and M = {queries}"
+            raise ValueError(f"query_offset: expected {MAX_TOKENS} tokens at most from a coarsest block on, got {came}")
+    return torch.nn.functional.pad(q, (0, 0, ahead, 0)), ahead
 
 
 def rows_ahead(query_offset: Any, queries: int) -> int:
@@ -2934,13 +2939,12 @@ def rows_ahead(query_offset: Any, queries: int) -> int:
         raise TypeError(f"query_offset: expected an integer, got {type(query_offset).__name__}")
     if offset < 0:
         raise ValueError("query_offset: expected an integer of at least 0, got a negative one")
-    spans = [1, *itertools.accumulate(BLOCKS, lambda a, b: a * b)]
     ahead = 0
-    for span in spans:  # of the finest level on: beyond the first that has them all in one block, nothing changes
+    for span in itertools.accumulate(BLOCKS, lambda a, b: a * b) if queries else ():
         ahead = offset % span
-        if queries == 0 or (ahead + queries <= span and span > 1):
-            break
-    return ahead if queries else 0
+        if ahead + queries <= span:  # so they are at every coarser level, whatever comes before
+            return 0 if span == BLOCKS[0] else ahead
+    return ahead
 
 
 LIBRARY = register() or globals().get("LIBRARY")  # which a reload of this module must not drop

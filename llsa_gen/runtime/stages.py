@@ -73,6 +73,7 @@ def empty_means(x: torch.Tensor) -> list[torch.Tensor]:
 
 
 def save_length(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    """Keep what `unpool` needs."""
     ctx.length = inputs[0].shape[2]
 
 

@@ -1,5 +1,6 @@
 """Queries and keys of two lengths, and queries that begin inside a block: as the reference has them, everywhere."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ from llsa_gen.fuzz.case import Layouts
 from llsa_gen.plan import lower
 from llsa_gen.plan.cost import Cost, evaluate
 from llsa_gen.spec import Level, Spec, load
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def spec(name: str, head_dim: int, *levels: tuple[int, int], **more: Any) -> Spec:
@@ -54,7 +57,7 @@ def test_queries_that_begin_inside_a_block(offset: int, device: str) -> None:
 @pytest.mark.parametrize(("m", "n"), [(4096, 16_384), (1021, 4099), (16_384, 4096), (70_001, 300), (5, 20_000)])
 @pytest.mark.parametrize("name", ["llsa_l1", "llsa_l2", "llsa_l3", "llsa_d128", "llsa_b64", "topk_b128", "uneven"])
 def test_two_lengths_of_the_shipped_specs(name: str, m: int, n: int) -> None:
-    chosen = load(f"spec/{name}.yaml")
+    chosen = load(ROOT / "spec" / f"{name}.yaml")
     for dtype, offset in (("bfloat16", 0), ("float32", 0), ("bfloat16", 7)):
         case = fuzz.Case(chosen, n, m=m, heads=2, dtype=dtype, query_offset=offset, device="cuda")  # type: ignore[arg-type]
         fuzz.run(case).raise_if_failed()
@@ -193,3 +196,38 @@ def test_exported_for_any_two_lengths() -> None:
     for lengths in ((20, 20), (37, 50), (90, 21)):
         others = tuple(x.detach() for x in draw(*lengths))
         assert torch.equal(exported(*others), Module()(*others))
+
+
+def test_blocks_that_would_begin_too_far_ahead_are_refused() -> None:
+    # two queries on both sides of the end of a coarsest block of 3 * 255^4 tokens
+    q, k = torch.randn(1, 1, 2, 8), torch.randn(1, 1, 9, 8)
+    message = r"query_offset: expected \d+ tokens at most from a coarsest block on, got 12684751874 before .* M = 2"
+    with pytest.raises(ValueError, match=message):
+        compile(BIG).select(q, k, query_offset=3 * 255**4 - 1)
+
+
+def test_an_offset_may_be_a_symbol() -> None:
+    attention = compile(TWO)
+
+    class Half(torch.nn.Module):
+        def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            half = q.shape[2] // 2
+            o = attention(q[:, :, half:], k, v, query_offset=half)
+            assert isinstance(o, torch.Tensor)
+            return o
+
+    inputs = tuple(x.detach() for x in draw(40, 50))
+    dynamic = ({2: torch.export.Dim.DYNAMIC},) * 3
+    exported = torch.export.export(Half(), inputs, dynamic_shapes=dynamic, strict=False).module()
+    for lengths in ((38, 20), (90, 30), (40, 50)):
+        others = tuple(x.detach() for x in draw(*lengths))
+        assert torch.equal(exported(*others), Half()(*others))
+
+
+@pytest.mark.parametrize("offset", [-1, 1.0, True])
+def test_an_offset_is_an_integer_under_compile_too(offset: Any) -> None:
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:
+        return compile(TWO)(q, k, v, query_offset=offset)
+
+    with pytest.raises(Exception, match="query_offset: expected an integer"):
+        torch.compile(attend, backend="eager")(*draw(5, 5))
