@@ -45,7 +45,7 @@ SPEC = {
     "name": "llsa_l2",
     "reweight": True,
 }
-OPERATOR = "llsa_l2_da4eb79f244dee8c"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
+OPERATOR = "llsa_l2_371cfafc51a46964"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -60,12 +60,14 @@ SPAN_1 = tl.constexpr(16)  # P_1
 SPAN_2 = tl.constexpr(256)  # P_2
 LOG2E = tl.constexpr(1.4426950408889634)  # the softmax works in base 2
 LN2 = tl.constexpr(0.6931471805599453)
+LOWEST = tl.constexpr(-3.0e38)  # a running maximum before the first key: below all logits, and finite, so that differences are numbers
 EMPTY = tl.constexpr(-(2**63))  # the rank of no token at all
 
 # What differs from call to call: Triton makes no kernel of its own where one of these is 1 or a multiple of 16.
 UNSPECIALISED = [
-    "heads_per_batch", "heads", "m_tokens", "n_tokens", "saved_step", "part_l1", "rows_l2", "splits_l2",
-    "rows_l1", "splits_l1", "parts_l0", "width_l1", "width_l2",
+    "heads_per_batch", "heads", "m_tokens", "n_tokens", "saved_step", "g_tokens", "part_l1", "rows_global",
+    "splits_global", "rows_l2", "splits_l2", "rows_l1", "splits_l1", "parts_l0", "given_width_l1", "given_width_l2",
+    "width_l1", "width_l2",
 ]
 
 # How every kernel is compiled: a product and a sum are rounded once, whatever the default of the Triton that is installed,
@@ -77,13 +79,15 @@ TILES_1 = {
     "pool": {"CHILDREN": 16, "ROWS": 8, "num_warps": 2, "maxnreg": 96},
     "select_l1": {"BLOCK_M": 16, "BLOCK_N": 32, "KEEP": 8, "num_warps": 1, "num_stages": 2, "DOUBLES": 0},
     "select_l2": {"BLOCK_M": 16, "BLOCK_N": 64, "KEEP": 8, "num_warps": 4, "num_stages": 2, "DOUBLES": 0, "SPLIT": 4},
+    "keep": {"BLOCK_M": 64, "num_warps": 4},
     "attend": {"GROUP": 4, "BLOCK_M": 16, "BLOCK_C": 64, "BLOCK_N": 16, "num_warps": 2, "num_stages": 2, "PIPELINED_QK": 0},
     "scan": {"BLOCK": 1024, "num_warps": 4},
     "invert_l1": {"BLOCK_M": 128, "KEYS": 16, "num_warps": 4},
     "invert_l2": {"BLOCK_M": 128, "KEYS": 32, "num_warps": 4},
     "grad_q": {"GROUP": 4, "BLOCK_M": 16, "BLOCK_C": 32, "BLOCK_N": 16, "num_warps": 2, "num_stages": 3, "PIPELINED_QK": 0},
-    "grad_kv_l2": {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
     "grad_sum": {"BLOCK": 1, "num_warps": 1},
+    "grad_kv_l2": {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
+    "grad_kv_global": {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
     "grad_kv_l1": {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
     "grad_gather_l1": {"ROWS": 8, "BLOCK": 2, "KEEP": 8, "num_warps": 1},
     "grad_kv_l0": {"PART": 64, "BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 1, "num_stages": 3, "maxnreg": 168},
@@ -92,13 +96,15 @@ TILES_2 = {
     "pool": {"CHILDREN": 16, "ROWS": 8, "num_warps": 2},
     "select_l1": {"BLOCK_M": 16, "BLOCK_N": 32, "KEEP": 8, "num_warps": 1, "num_stages": 2, "DOUBLES": 0},
     "select_l2": {"BLOCK_M": 16, "BLOCK_N": 32, "KEEP": 8, "num_warps": 1, "num_stages": 2, "DOUBLES": 0, "SPLIT": 1},
+    "keep": {"BLOCK_M": 64, "num_warps": 4},
     "attend": {"GROUP": 2, "BLOCK_M": 16, "BLOCK_C": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2, "PIPELINED_QK": 1},
     "scan": {"BLOCK": 1024, "num_warps": 4},
     "invert_l1": {"BLOCK_M": 128, "KEYS": 16, "num_warps": 4},
     "invert_l2": {"BLOCK_M": 128, "KEYS": 32, "num_warps": 4},
     "grad_q": {"GROUP": 2, "BLOCK_M": 16, "BLOCK_C": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2, "PIPELINED_QK": 1},
-    "grad_kv_l2": {"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 4, "num_stages": 2},
     "grad_sum": {"BLOCK": 1, "num_warps": 1},
+    "grad_kv_l2": {"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 4, "num_stages": 2},
+    "grad_kv_global": {"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 4, "num_stages": 2},
     "grad_kv_l1": {"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 4, "num_stages": 2},
     "grad_gather_l1": {"ROWS": 8, "BLOCK": 2, "KEEP": 8, "num_warps": 1},
     "grad_kv_l0": {"PART": 64, "BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 4, "num_stages": 2},
@@ -107,13 +113,15 @@ TILES_3 = {
     "pool": {"CHILDREN": 16, "ROWS": 8, "num_warps": 2, "maxnreg": 96},
     "select_l1": {"BLOCK_M": 16, "BLOCK_N": 32, "KEEP": 8, "num_warps": 1, "num_stages": 2, "DOUBLES": 1},
     "select_l2": {"BLOCK_M": 16, "BLOCK_N": 64, "KEEP": 8, "num_warps": 4, "num_stages": 2, "DOUBLES": 1, "SPLIT": 4},
+    "keep": {"BLOCK_M": 64, "num_warps": 4},
     "attend": {"GROUP": 4, "BLOCK_M": 16, "BLOCK_C": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2, "PIPELINED_QK": 1, "backend": "gluon_sm90", "maxnreg": 128, "triton_maxnreg": 128},
     "scan": {"BLOCK": 1024, "num_warps": 4},
     "invert_l1": {"BLOCK_M": 128, "KEYS": 16, "num_warps": 4},
     "invert_l2": {"BLOCK_M": 128, "KEYS": 32, "num_warps": 4},
     "grad_q": {"GROUP": 4, "BLOCK_M": 16, "BLOCK_C": 32, "BLOCK_N": 16, "num_warps": 4, "num_stages": 3, "PIPELINED_QK": 1, "backend": "gluon_sm90", "maxnreg": 168, "triton_maxnreg": 128},
-    "grad_kv_l2": {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2, "backend": "gluon_sm90", "maxnreg": 255},
     "grad_sum": {"BLOCK": 1, "num_warps": 1},
+    "grad_kv_l2": {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2, "backend": "gluon_sm90", "maxnreg": 255},
+    "grad_kv_global": {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2, "backend": "gluon_sm90", "maxnreg": 255},
     "grad_kv_l1": {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 4, "num_stages": 1, "backend": "gluon_sm90", "maxnreg": 128, "triton_maxnreg": 128},
     "grad_gather_l1": {"ROWS": 8, "BLOCK": 2, "KEEP": 8, "num_warps": 1},
     "grad_kv_l0": {"PART": 64, "BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 1, "num_stages": 3, "backend": "gluon_sm90", "maxnreg": 168, "triton_maxnreg": 168},
@@ -672,6 +680,77 @@ def select_l1_kernel(
     store_kept(kept_ptr, counts_ptr, row, width_l1, inside, best, KEEP, DOUBLES)
 
 
+@triton.jit
+def keep_rows(
+    given_ptr, given_width, kept_ptr, width, row, inside, n_tokens, WIDTH: tl.constexpr
+):
+    """Copy the lists of the query tokens `row` [M], of one head, with -1 at their ends; key tokens that exist are below `n_tokens`.
+
+    Returns the tokens [M, WIDTH], and which of these there are.
+    """
+    slot = tl.arange(0, WIDTH)[None, :]
+    begin = row.to(tl.int64)[:, None]
+    token = tl.load(given_ptr + begin * given_width + slot, mask=inside[:, None] & (slot < given_width), other=-1)
+    exists = ((token >= 0) & (token < n_tokens)).to(tl.int32)
+    to = tl.cumsum(exists, 1) - exists
+    tl.store(kept_ptr + begin * width + slot, -1, mask=inside[:, None] & (slot >= tl.sum(exists, 1)[:, None]) & (slot < width))
+    taken = (exists > 0) & (to < width)
+    tl.store(kept_ptr + begin * width + to, token, mask=taken)
+    return token, taken
+
+
+@triton.jit
+def are_in_list(token, list_ptr, width, row, inside):
+    """Which of the tokens [M, *] are in the lists of the query tokens `row` [M]."""
+    found = tl.zeros(token.shape, tl.int32)
+    for slot in range(0, width):
+        listed = tl.load(list_ptr + row.to(tl.int64) * width + slot, mask=inside, other=-1)
+        found |= (token == listed[:, None]).to(tl.int32)
+    return found > 0
+
+
+@triton.jit(do_not_specialize=UNSPECIALISED)
+def keep_kernel(
+    given_l1_ptr, given_width_l1,  # [B*H, T_1(M), given_width_l1] int32
+    given_l2_ptr, given_width_l2,  # [B*H, T_2(M), given_width_l2] int32
+    kept_l1_ptr, width_l1,  # [B*H, T_1(M), width_l1] int32, out: kept key tokens, best first, then -1
+    kept_l2_ptr, width_l2,  # [B*H, T_2(M), width_l2] int32, out: kept key tokens, best first, then -1
+    counts_l1_ptr,  # [B*H, T_1(N)] int32, out: how many query tokens keep each key token
+    counts_l2_ptr,  # [B*H, T_2(N)] int32, out: how many query tokens keep each key token
+    m_tokens, n_tokens, saved_step,  # M, N, 256 bytes each, from head to head of what is saved
+    BLOCK_M: tl.constexpr,
+):
+    """The lists of BLOCK_M query tokens of a level. Those are counted whose parents are kept: the inversion finds no others.
+
+    Grid: B*H * (ceil(T_1(M) / BLOCK_M) + ceil(T_2(M) / BLOCK_M)).
+    """
+    m_l1 = tl.cdiv(m_tokens, SPAN_1)
+    end_l1 = tl.cdiv(m_l1, BLOCK_M)
+    m_l2 = tl.cdiv(m_tokens, SPAN_2)
+    end_l2 = end_l1 + tl.cdiv(m_l2, BLOCK_M)
+    head, tile = head_and_tile(tl.program_id(0), end_l2)
+    if tile < end_l1:
+        row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+        inside = row < m_l1
+        token, counted = keep_rows(
+            of_head(given_l1_ptr, head, tl.cdiv(m_tokens, SPAN_1), given_width_l1), given_width_l1,
+            of_saved(kept_l1_ptr, head, saved_step), width_l1,
+            row, inside, tl.cdiv(n_tokens, SPAN_1), 8,
+        )
+        above = of_head(given_l2_ptr, head, tl.cdiv(m_tokens, SPAN_2), given_width_l2)
+        counted &= are_in_list(token // 16, above, given_width_l2, row // 16, inside)
+        tl.atomic_add(of_saved(counts_l1_ptr, head, saved_step) + token, 1, mask=counted, sem="relaxed")
+    if (tile >= end_l1) & (tile < end_l2):
+        row = (tile - end_l1) * BLOCK_M + tl.arange(0, BLOCK_M)
+        inside = row < m_l2
+        token, counted = keep_rows(
+            of_head(given_l2_ptr, head, tl.cdiv(m_tokens, SPAN_2), given_width_l2), given_width_l2,
+            of_saved(kept_l2_ptr, head, saved_step), width_l2,
+            row, inside, tl.cdiv(n_tokens, SPAN_2), 8,
+        )
+        tl.atomic_add(of_saved(counts_l2_ptr, head, saved_step) + token, 1, mask=counted, sem="relaxed")
+
+
 # ---- attention -------------------------------------------------------------------------------------------------------
 
 
@@ -684,10 +763,12 @@ def attend_kernel(
     k_l2_ptr, v_l2_ptr,  # [B*H_kv, T_2(N), D]
     kept_l1_ptr, width_l1,  # [B*H, T_1(M), width_l1] int32
     kept_l2_ptr, width_l2,  # [B*H, T_2(M), width_l2] int32
+    k_global_ptr, v_global_ptr,  # [B*H_kv, G, D]: None where there are no globals
+    global_mask_ptr,  # [B, G] uint8: None where all take part
     o_ptr,  # [B*H, M, D], out
     lse_ptr,  # [B*H, M] float32, out: natural logarithm of the sum of weights
     peak_ptr, total_ptr,  # [B*H, M] float32, out: the same sum as 2^peak * total
-    scale, heads_per_batch, m_tokens, n_tokens, saved_step,  # s, H, M, N, 256 bytes each, from head to head of what is saved
+    scale, heads_per_batch, m_tokens, n_tokens, g_tokens, saved_step,  # s, H, M, N, G, 256 bytes each, from head to head of what is saved
     GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
     PIPELINED_QK: tl.constexpr, FULL: tl.constexpr,
 ):
@@ -709,7 +790,7 @@ def attend_kernel(
 
     q = load_rows(head_base(q_ptr, head, stride_qb, stride_qh, heads_per_batch), token, stride_qn, inside)
     scale *= LOG2E
-    peak = tl.full([GROUP * BLOCK_M], float("-inf"), tl.float32)
+    peak = tl.full([GROUP * BLOCK_M], LOWEST, tl.float32)
     total = tl.zeros([GROUP * BLOCK_M], tl.float32)
     acc = tl.zeros([GROUP * BLOCK_M, PAD_DIM], tl.float32)
 
@@ -789,13 +870,29 @@ def attend_kernel(
     peak = tl.reshape(peak, [GROUP * BLOCK_M])
     total = tl.reshape(total, [GROUP * BLOCK_M])
     acc = tl.reshape(acc, [GROUP * BLOCK_M, PAD_DIM])
+    if k_global_ptr is not None:
+        k_base = of_head(k_global_ptr, kv_head, g_tokens, HEAD_DIM)
+        v_base = of_head(v_global_ptr, kv_head, g_tokens, HEAD_DIM)
+        for start in range(0, g_tokens, BLOCK_C):
+            key = start + tl.arange(0, BLOCK_C)
+            exists = key < g_tokens
+            if global_mask_ptr is not None:
+                exists &= tl.load(of_head(global_mask_ptr, head // heads_per_batch, g_tokens, 1) + key, mask=exists, other=0) != 0
+            bias = tl.where(exists, 0.0, float("-inf"))
+            k = load_rows(k_base, key, HEAD_DIM, exists)
+            v = load_rows(v_base, key, HEAD_DIM, exists)
+            logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale + bias[None, :]
+            peak, total, acc = softmax_step(logits, v, peak, total, acc)
 
+    nothing = total == 0.0  # to attend to: o = 0, lse = -inf
+    total = tl.where(nothing, 1.0, total)
+    log_sum = tl.where(nothing, float("-inf"), peak + tl.log2(total))
     store_rows(of_head(o_ptr, head, m_tokens, HEAD_DIM), token, HEAD_DIM, inside, acc * (1.0 / total)[:, None])
-    log_sum = peak + tl.log2(total)
     tl.store(of_head(lse_ptr, head, m_tokens, 1) + token, log_sum * LN2, mask=inside)
     if q.dtype != tl.float32:  # half precision rounds more than this sum: the backward pass is spared a product
         peak = log_sum
         total = tl.full([GROUP * BLOCK_M], 1.0, tl.float32)
+    peak = tl.where(nothing, float("inf"), peak)  # so that p = 0 in the backward pass
     tl.store(of_saved(peak_ptr, head, saved_step) + token, peak, mask=inside)
     tl.store(of_saved(total_ptr, head, saved_step) + token, total, mask=inside)
 
@@ -930,9 +1027,11 @@ def grad_q_kernel(
     grad_o_ptr, stride_gb, stride_gh, stride_gn,  # [B, H, M, D]
     peak_ptr, total_ptr,  # [B*H, M] float32
     grad_lse_ptr,  # [B*H, M] float32: None where lse has no gradient
+    k_global_ptr, v_global_ptr,  # [B*H_kv, G, D]: None where there are no globals
+    global_mask_ptr,  # [B, G] uint8: None where all take part
     grad_q_ptr,  # [B*H, M, D], out
     delta_ptr,  # [B*H, M] float32, out
-    scale, heads_per_batch, m_tokens, n_tokens, saved_step,  # s, H, M, N, 256 bytes each, from head to head of what is saved
+    scale, heads_per_batch, m_tokens, n_tokens, g_tokens, saved_step,  # s, H, M, N, G, 256 bytes each, from head to head of what is saved
     GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
     PIPELINED_QK: tl.constexpr, FULL: tl.constexpr,
 ):
@@ -964,6 +1063,21 @@ def grad_q_kernel(
     scale_log2e = scale * LOG2E
     grad_q = tl.zeros([GROUP * BLOCK_M, PAD_DIM], tl.float32)
 
+    if k_global_ptr is not None:
+        k_base = of_head(k_global_ptr, kv_head, g_tokens, HEAD_DIM)
+        v_base = of_head(v_global_ptr, kv_head, g_tokens, HEAD_DIM)
+        for start in range(0, g_tokens, BLOCK_C):
+            key = start + tl.arange(0, BLOCK_C)
+            exists = key < g_tokens
+            if global_mask_ptr is not None:
+                exists &= tl.load(of_head(global_mask_ptr, head // heads_per_batch, g_tokens, 1) + key, mask=exists, other=0) != 0
+            bias = tl.where(exists, 0.0, float("-inf"))
+            k = load_rows(k_base, key, HEAD_DIM, exists)
+            v = load_rows(v_base, key, HEAD_DIM, exists)
+            logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2e + (bias[None, :] - peak[:, None])
+            dp = tl.dot(grad_o, tl.trans(v), input_precision="ieee")
+            grad_logits = tl.exp2(logits) * (dp - delta[:, None])
+            grad_q = add_product(grad_logits.to(k.dtype), k, grad_q)
     # level 2: all its tokens; the last tile, if they do not fill it, on its own, so that the loop needs no masks
     n_l2 = tl.cdiv(n_tokens, SPAN_2)
     k_base = of_saved(k_l2_ptr, kv_head, saved_step)
@@ -1095,6 +1209,73 @@ def grad_run(
 
 
 @triton.jit
+def sum_of_splits(grad_k_ptr, grad_v_ptr, head, splits, n_keys, key, exists):
+    """dk, dv of a tile of keys of one head: the partial sums [B*H, splits, n_keys, D] in order, in float32."""
+    grad_k = tl.zeros([key.shape[0], PAD_DIM], tl.float32)
+    grad_v = tl.zeros([key.shape[0], PAD_DIM], tl.float32)
+    for split in range(0, splits):
+        of = head * splits + split
+        grad_k += load_rows(of_head(grad_k_ptr, of, n_keys, HEAD_DIM), key, HEAD_DIM, exists).to(tl.float32)
+        grad_v += load_rows(of_head(grad_v_ptr, of, n_keys, HEAD_DIM), key, HEAD_DIM, exists).to(tl.float32)
+    return grad_k, grad_v
+
+
+@triton.jit(do_not_specialize=UNSPECIALISED)
+def grad_kv_global_kernel(
+    q_ptr, stride_qb, stride_qh, stride_qn,  # [B, H, M, D]
+    grad_o_ptr, stride_gb, stride_gh, stride_gn,  # [B, H, M, D]
+    peak_ptr, total_ptr, delta_ptr,  # [B*H, M] float32
+    k_global_ptr, v_global_ptr,  # [B*H_kv, G, D]
+    global_mask_ptr,  # [B, G] uint8: None where all take part
+    partial_grad_k_global_ptr, partial_grad_v_global_ptr,  # [B*H, splits_global, G, D], out
+    rows_global, splits_global, scale, heads_per_batch, m_tokens, g_tokens, saved_step,  # queries a split, how many splits, s, H, M, G, 256 bytes each, from head to head of what is saved
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):
+    """dk, dv of BLOCK_N global tokens, which all queries attend to, from one split of the queries.
+
+    Grid: B*H * splits_global * ceil(G / BLOCK_N).
+    """
+    head, split, tile = head_token_and_tile(tl.program_id(0), splits_global, tl.cdiv(g_tokens, BLOCK_N))
+    kv_head = kv_head_of(head)
+    key = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    exists = key < g_tokens
+    if global_mask_ptr is not None:
+        exists &= tl.load(of_head(global_mask_ptr, head // heads_per_batch, g_tokens, 1) + key, mask=exists, other=0) != 0
+    bias = tl.where(exists, 0.0, float("-inf"))
+    k = load_rows(of_head(k_global_ptr, kv_head, g_tokens, HEAD_DIM), key, HEAD_DIM, exists)
+    v = load_rows(of_head(v_global_ptr, kv_head, g_tokens, HEAD_DIM), key, HEAD_DIM, exists)
+    begin = split * rows_global
+    grad_k, grad_v = grad_run(
+        head_base(q_ptr, head, stride_qb, stride_qh, heads_per_batch), stride_qn,
+        head_base(grad_o_ptr, head, stride_gb, stride_gh, heads_per_batch), stride_gn,
+        of_saved(peak_ptr, head, saved_step), of_saved(total_ptr, head, saved_step), of_head(delta_ptr, head, m_tokens, 1),
+        begin, tl.minimum(begin + rows_global, m_tokens), k, v, bias, scale, BLOCK_M,
+    )
+    to = head * splits_global + split
+    store_rows(of_head(partial_grad_k_global_ptr, to, g_tokens, HEAD_DIM), key, HEAD_DIM, key < g_tokens, grad_k)
+    store_rows(of_head(partial_grad_v_global_ptr, to, g_tokens, HEAD_DIM), key, HEAD_DIM, key < g_tokens, grad_v)
+
+
+@triton.jit(do_not_specialize=UNSPECIALISED)
+def grad_kv_global_sum_kernel(
+    partial_grad_k_global_ptr, partial_grad_v_global_ptr,  # [B*H, splits_global, G, D]
+    grad_k_global_ptr, grad_v_global_ptr,  # [B*H_kv, G, D], out
+    splits_global, g_tokens,  # how many splits, G
+    BLOCK: tl.constexpr,
+):
+    """dk, dv of BLOCK global tokens: the splits summed in order, in float32.
+
+    Grid: B*H_kv * ceil(G / BLOCK).
+    """
+    kv_head, tile = head_and_tile(tl.program_id(0), tl.cdiv(g_tokens, BLOCK))
+    key = tile * BLOCK + tl.arange(0, BLOCK)
+    exists = key < g_tokens
+    grad_k, grad_v = sum_of_splits(partial_grad_k_global_ptr, partial_grad_v_global_ptr, kv_head, splits_global, g_tokens, key, exists)
+    store_rows(of_head(grad_k_global_ptr, kv_head, g_tokens, HEAD_DIM), key, HEAD_DIM, exists, grad_k)
+    store_rows(of_head(grad_v_global_ptr, kv_head, g_tokens, HEAD_DIM), key, HEAD_DIM, exists, grad_v)
+
+
+@triton.jit
 def overflow_owner(overflow_ptr, part, n_rows):
     """The list that overflow part number `part` belongs to: the last row whose running sum of parts is at most `part`."""
     low = part * 0
@@ -1168,12 +1349,9 @@ def grad_kv_l2_sum_kernel(
     kv_head, tile = head_and_tile(tl.program_id(0), tl.cdiv(n_l2, BLOCK))
     key = tile * BLOCK + tl.arange(0, BLOCK)
     exists = key < n_l2
-    grad_k = tl.zeros([BLOCK, PAD_DIM], tl.float32)
-    grad_v = tl.zeros([BLOCK, PAD_DIM], tl.float32)
-    for split in range(0, splits_l2):
-        of = kv_head * splits_l2 + split
-        grad_k += load_rows(of_head(partial_grad_k_l2_ptr, of, n_l2, HEAD_DIM), key, HEAD_DIM, exists).to(tl.float32)
-        grad_v += load_rows(of_head(partial_grad_v_l2_ptr, of, n_l2, HEAD_DIM), key, HEAD_DIM, exists).to(tl.float32)
+    grad_k, grad_v = sum_of_splits(
+        partial_grad_k_l2_ptr, partial_grad_v_l2_ptr, kv_head, splits_l2, n_l2, key, exists
+    )
     store_rows(of_head(grad_k_l2_ptr, kv_head, tl.cdiv(n_tokens, SPAN_2), HEAD_DIM), key, HEAD_DIM, exists, grad_k)
     store_rows(of_head(grad_v_l2_ptr, kv_head, tl.cdiv(n_tokens, SPAN_2), HEAD_DIM), key, HEAD_DIM, exists, grad_v)
 
@@ -1515,6 +1693,34 @@ class Keys(NamedTuple):
     first: gl.tensor  # of the query blocks
 
 
+class Shared(NamedTuple):
+    """The global tokens, which all queries of a head attend to."""
+
+    k_ptr: gl.tensor
+    v_ptr: gl.tensor
+    mask_ptr: gl.tensor  # [G]: which take part; None where all do
+    g_tokens: gl.tensor  # G
+
+
+@gluon.jit
+def globals_of_tile(shared, tile, LAYOUT: gl.constexpr):
+    """The tokens of a tile of 64, and which of them take part."""
+    token = tile * 64 + gl.arange(0, 64, layout=LAYOUT)
+    exists = token < shared.g_tokens
+    if shared.mask_ptr is not None:
+        exists &= gl.load(shared.mask_ptr + token, mask=exists, other=0) != 0
+    return token, exists
+
+
+@gluon.jit
+def copy_global(shared, tile, k_to, v_to):
+    """Begin to copy a tile of global keys and values, if there is one; zeros where they take no part."""
+    if (tile >= 0) & (tile * 64 < shared.g_tokens):
+        token, exists = globals_of_tile(shared, tile, gl.SliceLayout(1, COPIED))
+        copy_rows(k_to, shared.k_ptr, token, HEAD_DIM, exists)
+        copy_rows(v_to, shared.v_ptr, token, HEAD_DIM, exists)
+
+
 @gluon.jit
 def parents_of_coarse(keys, tile, FULL: gl.constexpr):
     """Of each row of a coarse tile, the kept token whose child it is: -1 for none, 0 at the coarsest level and beyond."""
@@ -1698,11 +1904,12 @@ def sum_of_own_batch(p):
 
 
 @gluon.jit
-def attend_tiles(keys, q_base, stride_qn, scale, FIXED_MAX: gl.constexpr, FULL: gl.constexpr):
+def attend_tiles(keys, shared, q_base, stride_qn, scale, FIXED_MAX: gl.constexpr, FULL: gl.constexpr):
     """peak, total [4, 16] and acc [4, 16, D] of four query blocks over all their keys, as `softmax_step` has them.
 
     FIXED_MAX: `peak` is the largest logit of the first tile and stays. Nothing waits for a maximum then, no sum is
-    rescaled, and threads add up their sums at the end; but where other logits are much larger, a sum may not fit.
+    rescaled, and threads add up their sums at the end; but where other logits are much larger, a sum may not fit. Which
+    sums do, is returned last. Global tokens, whose logits may well be much larger, have a running maximum anyway.
     """
     ROWS: gl.constexpr = gl.SliceLayout(1, PRODUCT)
     dtype: gl.constexpr = q_base.dtype.element_ty
@@ -1733,6 +1940,8 @@ def attend_tiles(keys, q_base, stride_qn, scale, FIXED_MAX: gl.constexpr, FULL: 
         hopper.fence_async_shared()
         to = before(stage)
         copy_tile(keys, tile + 2, parent, k_tiles.index(to), v_tiles.index(to), FULL)
+        if shared is not None:
+            copy_global(shared, tile + 2 - keys.end, k_tiles.index(to), v_tiles.index(to))
         hopper.async_copy.commit_group()
         parent = parents_of_tile(keys, tile + 3, FULL)
         products = hopper.warpgroup_mma(q, k_tiles.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
@@ -1787,6 +1996,8 @@ def attend_tiles(keys, q_base, stride_qn, scale, FIXED_MAX: gl.constexpr, FULL: 
         hopper.async_copy.wait_group(1)
         to = before(stage)
         copy_fine(keys, tile + 2, parent, k_tiles.index(to), v_tiles.index(to), FULL)
+        if shared is not None:
+            copy_global(shared, tile + 2 - keys.end, k_tiles.index(to), v_tiles.index(to))
         hopper.async_copy.commit_group()
         parent = parents_of_fine(keys, tile + 3)
         k = as_batch(k_tiles.index(stage)).permute((0, 2, 1)).load(RIGHT_BATCH)
@@ -1809,10 +2020,43 @@ def attend_tiles(keys, q_base, stride_qn, scale, FIXED_MAX: gl.constexpr, FULL: 
         v = as_batch(v_tiles.index(stage)).load(RIGHT_BATCH)
         acc = hopper.mma_v2(gl.convert_layout(p.to(dtype), LEFT_BATCH), v, acc)
         stage = next_of(stage)
-    hopper.async_copy.wait_group(0)
     if FIXED_MAX:
         total += gl.convert_layout(gl.sum(fine_total, 2), gl.SliceLayout(2, BATCH))
-    return peak, total, acc
+        # not too large for the dtype of p, not rounded away, and a number
+        fits = (total > 0.5) & (total < (2.0**15 if dtype == gl.float16 else 2.0**64))
+    else:
+        fits = gl.full([4, 16], True, gl.int1, layout=gl.SliceLayout(2, BATCH))
+    if shared is not None:
+        acc = hopper.warpgroup_mma_init(gl.convert_layout(gl.reshape(acc, [64, PAD_DIM]), PRODUCT))
+        peak = gl.convert_layout(gl.reshape(peak, [64]), ROWS)
+        total = gl.convert_layout(gl.reshape(total, [64]), ROWS)
+        for tile in range(0, gl.cdiv(shared.g_tokens, 64)):
+            acc = hopper.warpgroup_mma_wait(0, deps=[acc])
+            hopper.async_copy.wait_group(1)
+            hopper.fence_async_shared()
+            to = before(stage)
+            copy_global(shared, tile + 2, k_tiles.index(to), v_tiles.index(to))
+            hopper.async_copy.commit_group()
+            products = hopper.warpgroup_mma(q, k_tiles.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
+            products = hopper.warpgroup_mma_wait(0, deps=[products])
+            logits = products * scale
+            if shared.mask_ptr is not None or tile * 64 + 64 > shared.g_tokens:
+                key, exists = globals_of_tile(shared, tile, gl.SliceLayout(0, PRODUCT))
+                logits = gl.where(exists[None, :], logits, float("-inf"))
+            new_peak = gl.maximum(peak, gl.max(logits, 1))
+            p = gl.exp2(logits - new_peak[:, None])
+            shrink = gl.exp2(peak - new_peak)
+            total = total * shrink + gl.sum(p, 1)
+            peak = new_peak
+            acc = hopper.warpgroup_mma_init(acc * shrink[:, None])
+            acc = hopper.warpgroup_mma(gl.convert_layout(p.to(dtype), LEFT), v_tiles.index(stage), acc, is_async=True)
+            stage = next_of(stage)
+        acc = hopper.warpgroup_mma_wait(0, deps=[acc])
+        acc = gl.convert_layout(gl.reshape(acc, [4, 16, PAD_DIM]), BATCH)
+        peak = gl.convert_layout(gl.reshape(peak, [4, 16]), gl.SliceLayout(2, BATCH))
+        total = gl.convert_layout(gl.reshape(total, [4, 16]), gl.SliceLayout(2, BATCH))
+    hopper.async_copy.wait_group(0)
+    return peak, total, acc, fits
 
 
 @gluon.jit
@@ -1853,10 +2097,12 @@ def attend_hopper_kernel(
     k_l2_ptr, v_l2_ptr,  # [B*H_kv, T_2(N), D]
     kept_l1_ptr, width_l1,  # [B*H, T_1(M), width_l1] int32
     kept_l2_ptr, width_l2,  # [B*H, T_2(M), width_l2] int32
+    k_global_ptr, v_global_ptr,  # [B*H_kv, G, D]: None where there are no globals
+    global_mask_ptr,  # [B, G] uint8: None where all take part
     o_ptr,  # [B*H, M, D], out
     lse_ptr,  # [B*H, M] float32, out: natural logarithm of the sum of weights
     peak_ptr, total_ptr,  # [B*H, M] float32, out: the same sum as 2^peak * total
-    scale, heads_per_batch, m_tokens, n_tokens, saved_step,  # s, H, M, N, 256 bytes each, from head to head of what is saved
+    scale, heads_per_batch, m_tokens, n_tokens, g_tokens, saved_step,  # s, H, M, N, G, 256 bytes each, from head to head of what is saved
     FULL: gl.constexpr,
 ):
     """What attend_kernel does, four query blocks a program, but for queries whose sums do not fit."""
@@ -1878,10 +2124,14 @@ def attend_hopper_kernel(
         m_tokens, n_tokens, first,
     )
     q_base = head_base(q_ptr, head, stride_qb, stride_qh, heads_per_batch)
+    if k_global_ptr is None:
+        shared = None
+    elif global_mask_ptr is None:
+        shared = Shared(of_head(k_global_ptr, kv_head, g_tokens, HEAD_DIM), of_head(v_global_ptr, kv_head, g_tokens, HEAD_DIM), None, g_tokens)
+    else:
+        shared = Shared(of_head(k_global_ptr, kv_head, g_tokens, HEAD_DIM), of_head(v_global_ptr, kv_head, g_tokens, HEAD_DIM), of_head(global_mask_ptr, head // heads_per_batch, g_tokens, 1), g_tokens)
 
-    peak, total, acc = attend_tiles(keys, q_base, stride_qn, scale * LOG2E, FIXED_MAX=True, FULL=FULL)
-    # not too large for the dtype of p, not rounded away, and a number
-    fits = (total > 0.5) & (total < (2.0**15 if q_base.dtype.element_ty == gl.float16 else 2.0**64))
+    peak, total, acc, fits = attend_tiles(keys, shared, q_base, stride_qn, scale * LOG2E, FIXED_MAX=True, FULL=FULL)
     write_attended(keys, o_ptr, lse_ptr, peak_ptr, total_ptr, head, m_tokens, saved_step, peak, total, acc, fits)
 
 
@@ -1894,10 +2144,12 @@ def attend_hopper_recompute_kernel(
     k_l2_ptr, v_l2_ptr,  # [B*H_kv, T_2(N), D]
     kept_l1_ptr, width_l1,  # [B*H, T_1(M), width_l1] int32
     kept_l2_ptr, width_l2,  # [B*H, T_2(M), width_l2] int32
+    k_global_ptr, v_global_ptr,  # [B*H_kv, G, D]: None where there are no globals
+    global_mask_ptr,  # [B, G] uint8: None where all take part
     o_ptr,  # [B*H, M, D], out
     lse_ptr,  # [B*H, M] float32, out: natural logarithm of the sum of weights
     peak_ptr, total_ptr,  # [B*H, M] float32, out: the same sum as 2^peak * total
-    scale, heads_per_batch, m_tokens, n_tokens, saved_step,  # s, H, M, N, 256 bytes each, from head to head of what is saved
+    scale, heads_per_batch, m_tokens, n_tokens, g_tokens, saved_step,  # s, H, M, N, G, 256 bytes each, from head to head of what is saved
 ):
     """Attend again with a running maximum where attend_hopper_kernel found sums that do not fit: `total` is 0 there.
 
@@ -1928,8 +2180,15 @@ def attend_hopper_recompute_kernel(
                     m_tokens, n_tokens, first,
                 )
                 q_base = head_base(q_ptr, head, stride_qb, stride_qh, heads_per_batch)
-                peak, total, acc = attend_tiles(keys, q_base, stride_qn, scale * LOG2E, FIXED_MAX=False, FULL=False)
-                fits = gl.full([4, 16], True, gl.int1, layout=gl.SliceLayout(2, BATCH))
+                if k_global_ptr is None:
+                    shared = None
+                elif global_mask_ptr is None:
+                    shared = Shared(of_head(k_global_ptr, kv_head, g_tokens, HEAD_DIM), of_head(v_global_ptr, kv_head, g_tokens, HEAD_DIM), None, g_tokens)
+                else:
+                    shared = Shared(of_head(k_global_ptr, kv_head, g_tokens, HEAD_DIM), of_head(v_global_ptr, kv_head, g_tokens, HEAD_DIM), of_head(global_mask_ptr, head // heads_per_batch, g_tokens, 1), g_tokens)
+                peak, total, acc, fits = attend_tiles(
+                    keys, shared, q_base, stride_qn, scale * LOG2E, FIXED_MAX=False, FULL=False
+                )
                 write_attended(keys, o_ptr, lse_ptr, peak_ptr, total_ptr, head, m_tokens, saved_step, peak, total, acc, fits)
 
 
@@ -1946,9 +2205,11 @@ def grad_q_hopper_kernel(
     grad_o_ptr, stride_gb, stride_gh, stride_gn,  # [B, H, M, D]
     peak_ptr, total_ptr,  # [B*H, M] float32
     grad_lse_ptr,  # [B*H, M] float32: None where lse has no gradient
+    k_global_ptr, v_global_ptr,  # [B*H_kv, G, D]: None where there are no globals
+    global_mask_ptr,  # [B, G] uint8: None where all take part
     grad_q_ptr,  # [B*H, M, D], out
     delta_ptr,  # [B*H, M] float32, out
-    scale, heads_per_batch, m_tokens, n_tokens, saved_step,  # s, H, M, N, 256 bytes each, from head to head of what is saved
+    scale, heads_per_batch, m_tokens, n_tokens, g_tokens, saved_step,  # s, H, M, N, G, 256 bytes each, from head to head of what is saved
     FULL: gl.constexpr,
 ):
     """What grad_q_kernel does, with four query blocks a program. `total` is 1 in half precision."""
@@ -1970,6 +2231,12 @@ def grad_q_hopper_kernel(
         m_tokens, n_tokens, first,
     )
     q_base = head_base(q_ptr, head, stride_qb, stride_qh, heads_per_batch)
+    if k_global_ptr is None:
+        shared = None
+    elif global_mask_ptr is None:
+        shared = Shared(of_head(k_global_ptr, kv_head, g_tokens, HEAD_DIM), of_head(v_global_ptr, kv_head, g_tokens, HEAD_DIM), None, g_tokens)
+    else:
+        shared = Shared(of_head(k_global_ptr, kv_head, g_tokens, HEAD_DIM), of_head(v_global_ptr, kv_head, g_tokens, HEAD_DIM), of_head(global_mask_ptr, head // heads_per_batch, g_tokens, 1), g_tokens)
 
     ROWS: gl.constexpr = gl.SliceLayout(1, PRODUCT)
     dtype: gl.constexpr = q_ptr.dtype.element_ty
@@ -2014,6 +2281,8 @@ def grad_q_hopper_kernel(
         hopper.fence_async_shared()
         to = before(stage)
         copy_tile(keys, tile + 2, parent, k_tiles.index(to), v_tiles.index(to), FULL)
+        if shared is not None:
+            copy_global(shared, tile + 2 - keys.end, k_tiles.index(to), v_tiles.index(to))
         hopper.async_copy.commit_group()
         parent = parents_of_tile(keys, tile + 3, FULL)
         weight = gl.where(tile < keys.end_l2, WEIGHT_2, WEIGHT_1)
@@ -2047,6 +2316,8 @@ def grad_q_hopper_kernel(
         hopper.async_copy.wait_group(1)
         to = before(stage)
         copy_fine(keys, tile + 2, parent, k_tiles.index(to), v_tiles.index(to), FULL)
+        if shared is not None:
+            copy_global(shared, tile + 2 - keys.end, k_tiles.index(to), v_tiles.index(to))
         hopper.async_copy.commit_group()
         parent = parents_of_fine(keys, tile + 3)
         k, v = as_batch(k_tiles.index(stage)), as_batch(v_tiles.index(stage))
@@ -2058,9 +2329,35 @@ def grad_q_hopper_kernel(
         grad_logits = (p * (dp - delta[:, :, None])).to(dtype)
         grad_q = hopper.mma_v2(gl.convert_layout(grad_logits, LEFT_BATCH), k.load(RIGHT_BATCH), grad_q)
         stage = next_of(stage)
+    grad_q = gl.reshape(grad_q, [64, PAD_DIM])
+    if shared is not None:
+        grad_q = hopper.warpgroup_mma_init(gl.convert_layout(grad_q, PRODUCT))
+        peak = gl.convert_layout(gl.reshape(peak, [64]), ROWS)
+        delta = gl.convert_layout(gl.reshape(delta, [64]), ROWS)
+        for tile in range(0, gl.cdiv(shared.g_tokens, 64)):
+            grad_q = hopper.warpgroup_mma_wait(0, deps=[grad_q])
+            grad_q = hopper.warpgroup_mma_init(grad_q)
+            hopper.async_copy.wait_group(1)
+            hopper.fence_async_shared()
+            to = before(stage)
+            copy_global(shared, tile + 2, k_tiles.index(to), v_tiles.index(to))
+            hopper.async_copy.commit_group()
+            k, v = k_tiles.index(stage), v_tiles.index(stage)
+            products = hopper.warpgroup_mma(q, k.permute((1, 0)), zeros, use_acc=False, is_async=True)
+            dp = hopper.warpgroup_mma(grad_o, v.permute((1, 0)), zeros, use_acc=False, is_async=True)
+            products = hopper.warpgroup_mma_wait(1, deps=[products])
+            p = gl.exp2(products * scale_log2e - peak[:, None])
+            dp = hopper.warpgroup_mma_wait(0, deps=[dp])
+            if shared.mask_ptr is not None or tile * 64 + 64 > shared.g_tokens:
+                key, exists = globals_of_tile(shared, tile, gl.SliceLayout(0, PRODUCT))
+                p = gl.where(exists[None, :], p, 0.0)
+            grad_logits = (p * (dp - delta[:, None])).to(dtype)
+            grad_q = hopper.warpgroup_mma(gl.convert_layout(grad_logits, LEFT), k, grad_q, is_async=True)
+            stage = next_of(stage)
+        grad_q = hopper.warpgroup_mma_wait(0, deps=[grad_q])
     hopper.async_copy.wait_group(0)
 
-    grad_q = gl.reshape(grad_q * scale, [64, PAD_DIM])
+    grad_q *= scale
     write_rows(of_head(grad_q_ptr, head, m_tokens, HEAD_DIM), token, inside, grad_q)
 
 
@@ -2120,6 +2417,40 @@ def grad_run_hopper(
     hopper.async_copy.wait_group(0)
     grad_k, grad_v = hopper.warpgroup_mma_wait(0, deps=[grad_k, grad_v])
     return grad_k * scale, grad_v
+
+
+@gluon.jit(do_not_specialize=UNSPECIALISED)
+def grad_kv_global_hopper_kernel(
+    q_ptr, stride_qb, stride_qh, stride_qn,  # [B, H, M, D]
+    grad_o_ptr, stride_gb, stride_gh, stride_gn,  # [B, H, M, D]
+    peak_ptr, total_ptr, delta_ptr,  # [B*H, M] float32
+    k_global_ptr, v_global_ptr,  # [B*H_kv, G, D]
+    global_mask_ptr,  # [B, G] uint8: None where all take part
+    partial_grad_k_global_ptr, partial_grad_v_global_ptr,  # [B*H, splits_global, G, D], out
+    rows_global, splits_global, scale, heads_per_batch, m_tokens, g_tokens, saved_step,  # queries a split, how many splits, s, H, M, G, 256 bytes each, from head to head of what is saved
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+):
+    """What grad_kv_global_kernel does; BLOCK_N is 64. `total` is 1 in half precision."""
+    head, split, tile = head_token_and_tile(gl.program_id(0), splits_global, gl.cdiv(g_tokens, BLOCK_N))
+    kv_head = kv_head_of(head)
+    key = tile * BLOCK_N + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, COPIED))
+    exists = key < g_tokens
+    if global_mask_ptr is not None:
+        exists &= gl.load(of_head(global_mask_ptr, head // heads_per_batch, g_tokens, 1) + key, mask=exists, other=0) != 0
+    k_at, column = row_tile(of_head(k_global_ptr, kv_head, g_tokens, HEAD_DIM), key, HEAD_DIM, COPIED)
+    v_at, _ = row_tile(of_head(v_global_ptr, kv_head, g_tokens, HEAD_DIM), key, HEAD_DIM, COPIED)
+    k = gl.load(k_at, mask=exists[:, None] & column, other=0.0)
+    v = gl.load(v_at, mask=exists[:, None] & column, other=0.0)
+    bias = gl.where(exists, 0.0, float("-inf"))
+    begin = split * rows_global
+    grad_k, grad_v = grad_run_hopper(
+        head_base(q_ptr, head, stride_qb, stride_qh, heads_per_batch), stride_qn,
+        head_base(grad_o_ptr, head, stride_gb, stride_gh, heads_per_batch), stride_gn,
+        of_saved(peak_ptr, head, saved_step), of_head(delta_ptr, head, m_tokens, 1), begin, gl.minimum(begin + rows_global, m_tokens), k, v, bias, scale, BLOCK_M, BLOCK_N,
+    )
+    to = head * splits_global + split
+    write_rows(of_head(partial_grad_k_global_ptr, to, g_tokens, HEAD_DIM), key, key < g_tokens, grad_k)
+    write_rows(of_head(partial_grad_v_global_ptr, to, g_tokens, HEAD_DIM), key, key < g_tokens, grad_v)
 
 
 @gluon.jit(do_not_specialize=UNSPECIALISED)
@@ -2352,10 +2683,11 @@ LAYOUTS = {
         "kept_l1": torch.int32, "kept_l2": torch.int32,
     },
     "gradients": {
-        "delta": torch.float32, "offsets_l1": torch.int32, "keepers_l1": torch.int32, "overflow_l1": torch.int32,
-        "offsets_l2": torch.int32, "keepers_l2": torch.int32, "overflow_grad_k_l0": torch.float32, "overflow_grad_v_l0": torch.float32,
-        "partial_grad_k_l1": "partial", "partial_grad_v_l1": "partial", "partial_grad_k_l2": "partial", "partial_grad_v_l2": "partial",
-        "grad_k_l1": torch.float32, "grad_v_l1": torch.float32, "grad_k_l2": torch.float32, "grad_v_l2": torch.float32,
+        "partial_grad_k_global": "partial", "partial_grad_v_global": "partial", "delta": torch.float32, "offsets_l1": torch.int32,
+        "keepers_l1": torch.int32, "overflow_l1": torch.int32, "offsets_l2": torch.int32, "keepers_l2": torch.int32,
+        "overflow_grad_k_l0": torch.float32, "overflow_grad_v_l0": torch.float32, "partial_grad_k_l1": "partial", "partial_grad_v_l1": "partial",
+        "partial_grad_k_l2": "partial", "partial_grad_v_l2": "partial", "grad_k_l1": torch.float32, "grad_v_l1": torch.float32,
+        "grad_k_l2": torch.float32, "grad_v_l2": torch.float32,
     },
 }
 
@@ -2374,12 +2706,14 @@ def saved_shapes(m_tokens, n_tokens):
 
 def work_out(at, tiles):
     """Fill in a `LaunchPlan`: shapes of buffers, programs and tile shapes of launches; `tiles` are those of every stage."""
-    heads, kv_heads, m_tokens, n_tokens = at.heads, at.kv_heads, at.m_tokens, at.n_tokens
+    heads, kv_heads, m_tokens, n_tokens, g_tokens = at.heads, at.kv_heads, at.m_tokens, at.n_tokens, at.g_tokens
     queries, keys = level_tokens(m_tokens), level_tokens(n_tokens)
     at.rows_l2, splits_l2 = split_queries(heads, m_tokens, keys[2], tiles["grad_kv_l2"])
     at.splits_l2 = splits_l2
     at.rows_l1, splits_l1 = split_queries(heads * queries[2], min(m_tokens, 256), 16 * min(8, keys[2]), tiles["grad_kv_l1"])
     at.splits_l1 = splits_l1
+    at.rows_global, splits_global = split_queries(heads, m_tokens, g_tokens, tiles["grad_kv_global"])
+    at.splits_global = splits_global
     tile = tiles["grad_kv_l0"]
     parts_l0 = at.parts_l0 = min(((queries[1] * min(8, keys[1])) // tile["PART"]), keys[1] * ((queries[1] - 1) // tile["PART"]))
     at.part_l1 = tile["PART"]
@@ -2387,7 +2721,9 @@ def work_out(at, tiles):
         "o": (heads, m_tokens, 64), "lse": (heads, m_tokens),
         "q_l1": (heads, queries[1], 64), "q_l2": (heads, queries[2], 64),
         "grad_q": (heads, m_tokens, 64), "grad_k": (kv_heads, n_tokens, 64),
-        "grad_v": (kv_heads, n_tokens, 64), "delta": (heads, m_tokens),
+        "grad_v": (kv_heads, n_tokens, 64), "grad_k_global": (kv_heads, g_tokens, 64),
+        "grad_v_global": (kv_heads, g_tokens, 64), "partial_grad_k_global": (heads, splits_global, g_tokens, 64),
+        "partial_grad_v_global": (heads, splits_global, g_tokens, 64), "delta": (heads, m_tokens),
         "offsets_l1": (heads, keys[1] + 1), "keepers_l1": (heads, queries[1] * min(8, keys[1])),
         "overflow_l1": (heads, keys[1] + 1), "offsets_l2": (heads, keys[2] + 1),
         "keepers_l2": (heads, queries[2] * min(8, keys[2])), "overflow_grad_k_l0": (heads, parts_l0, 16, 64),
@@ -2401,6 +2737,7 @@ def work_out(at, tiles):
     is_long = rows * HEAD_DIM.value * at.dtype.itemsize > CACHED
     at.width_l1 = at.shapes["kept_l1"][1]
     at.width_l2 = at.shapes["kept_l2"][1]
+    [at.given_width_l1, at.given_width_l2] = at.given or [0] * 2
     at.grids = {}
     tile = tiles["pool"] | {"EVICT_FIRST": is_long}
     at.grids["pool_l1_kernel"] = heads * queries[2] + 2 * keys[2] * kv_heads, tile
@@ -2408,6 +2745,8 @@ def work_out(at, tiles):
     at.grids["select_l2_kernel"] = heads * ceil_div(queries[2], tile["BLOCK_M"]), tile
     tile = tiles["select_l1"]
     at.grids["select_l1_kernel"] = heads * queries[2] * ceil_div(min(16, queries[1]), tile["BLOCK_M"]), tile
+    tile = tiles["keep"]
+    at.grids["keep_kernel"] = heads * (ceil_div(queries[1], tile["BLOCK_M"]) + ceil_div(queries[2], tile["BLOCK_M"])), tile
     tile = tiles["attend"] | {"FULL": not at.given and is_full(queries, keys, tiles["attend"])}
     at.grids["attend_kernel"] = heads * queries[2] * ceil_div(min(16, queries[1]), tile["GROUP"]), tile
     if is_in_gluon(tile):  # that kernel's tiles, and four query blocks a program
@@ -2426,6 +2765,10 @@ def work_out(at, tiles):
     if is_in_gluon(tile):  # that kernel's tiles, and four query blocks a program
         tile["FULL"] = not at.given and is_full(queries, keys, {"BLOCK_C": 64, "BLOCK_N": 16})
         at.grids["grad_q_kernel"] = heads * ceil_div(queries[1], 4), tile
+    tile = tiles["grad_kv_global"]
+    at.grids["grad_kv_global_kernel"] = heads * splits_global * ceil_div(g_tokens, tile["BLOCK_N"]), tile
+    tile = tiles["grad_sum"]
+    at.grids["grad_kv_global_sum_kernel"] = kv_heads * ceil_div(g_tokens, tile["BLOCK"]), tile
     tile = tiles["grad_kv_l2"]
     at.grids["grad_kv_l2_kernel"] = heads * splits_l2 * ceil_div(keys[2], tile["BLOCK_N"]), tile
     tile = tiles["grad_sum"]
@@ -2443,14 +2786,20 @@ LISTS_FILL = True  # whether lists can be without gaps
 PARTIAL_IN_GLUON = True  # whether kernels in Gluon also take partial tiles
 
 
-def forward_launches(at, launch, scale, q, k, v, o, lse, saved, memory, stages=FORWARD_STAGES):
-    """The launches of the forward pass, or of some of its stages. What is saved of a head lies together."""
+def forward_launches(at, launch, scale, q, k, v, o, lse, saved, memory, *extras, stages=FORWARD_STAGES):
+    """The launches of the forward pass, or of some of its stages. What is saved of a head lies together.
+
+    `extras` are what `at.extras` names: global tokens, lists that are given.
+    """
     [
         peak, total, k_l1, v_l1, k_l2, v_l2,
         counts_l1, counts_l2, kept_l1, kept_l2,
     ] = at.buffers(saved, "saved")
     [q_l1, q_l2] = at.buffers(memory, "selection")
     q_steps, k_steps, v_steps = at.steps
+    k_global, v_global, global_mask, given_l1, given_l2 = at.named(
+        extras, "k_global", "v_global", "global_mask", "given_l1", "given_l2"
+    )
     if "pool" in stages:
         launch(
             pool_l1_kernel, q, *q_steps, k, *k_steps, v, *v_steps, q_l1, k_l1, v_l1, q_l2, k_l2, v_l2, counts_l1, counts_l2,
@@ -2464,32 +2813,43 @@ def forward_launches(at, launch, scale, q, k, v, o, lse, saved, memory, stages=F
             select_l1_kernel, q_l1, k_l1, kept_l2, at.width_l2, kept_l1, at.width_l1, counts_l1, at.m_tokens, at.n_tokens,
             at.saved_step,
         )
+    if "keep" in stages:
+        launch(
+            keep_kernel, given_l1, at.given_width_l1, given_l2, at.given_width_l2, kept_l1, at.width_l1, kept_l2,
+            at.width_l2, counts_l1, counts_l2, at.m_tokens, at.n_tokens, at.saved_step,
+        )
     if "attend" in stages:
         launch(
             (attend_kernel, attend_hopper_kernel), q, *q_steps, k, *k_steps, v, *v_steps, k_l1, v_l1, k_l2, v_l2, kept_l1,
-            at.width_l1, kept_l2, at.width_l2, o, lse, peak, total, scale, at.heads_per_batch, at.m_tokens, at.n_tokens,
-            at.saved_step,
+            at.width_l1, kept_l2, at.width_l2, k_global, v_global, global_mask, o, lse, peak, total, scale,
+            at.heads_per_batch, at.m_tokens, at.n_tokens, at.g_tokens, at.saved_step,
         )
         if "attend_hopper_recompute_kernel" in at.grids:
             launch(
                 attend_hopper_recompute_kernel, q, *q_steps, k, *k_steps, v, *v_steps, k_l1, v_l1, k_l2, v_l2, kept_l1,
-                at.width_l1, kept_l2, at.width_l2, o, lse, peak, total, scale, at.heads_per_batch, at.m_tokens, at.n_tokens,
-                at.saved_step,
+                at.width_l1, kept_l2, at.width_l2, k_global, v_global, global_mask, o, lse, peak, total, scale,
+                at.heads_per_batch, at.m_tokens, at.n_tokens, at.g_tokens, at.saved_step,
             )
 
 
-def grad_launches(at, launch, scale, q, k, v, grad_o, o, saved, grad_q, grad_k, grad_v, memory, grad_lse=None, zeros=None):
-    """The launches of the backward pass. With `zeros`, float32 as many as means of level 1, no level hands its gradient down."""
+def grad_launches(at, launch, scale, q, k, v, grad_o, o, saved, grad_q, grad_k, grad_v, memory, *extras):
+    """The launches of the backward pass. `extras` are what `at.extras` names: the gradient of lse, global tokens and theirs.
+
+    With `zeros` among them, float32 as many as means of level 1, no level hands its gradient down.
+    """
     [
         peak, total, k_l1, v_l1, k_l2, v_l2,
         counts_l1, counts_l2, kept_l1, kept_l2,
     ] = at.buffers(saved, "saved")
     [
-        delta, offsets_l1, keepers_l1, overflow_l1, offsets_l2, keepers_l2,
-        overflow_grad_k_l0, overflow_grad_v_l0, partial_grad_k_l1, partial_grad_v_l1, partial_grad_k_l2, partial_grad_v_l2,
-        grad_k_l1, grad_v_l1, grad_k_l2, grad_v_l2,
+        partial_grad_k_global, partial_grad_v_global, delta, offsets_l1, keepers_l1, overflow_l1,
+        offsets_l2, keepers_l2, overflow_grad_k_l0, overflow_grad_v_l0, partial_grad_k_l1, partial_grad_v_l1,
+        partial_grad_k_l2, partial_grad_v_l2, grad_k_l1, grad_v_l1, grad_k_l2, grad_v_l2,
     ] = at.buffers(memory, "gradients")
     q_steps, k_steps, v_steps, grad_o_steps = at.steps
+    grad_lse, k_global, v_global, global_mask, grad_k_global, grad_v_global, zeros = at.named(
+        extras, "grad_lse", "k_global", "v_global", "global_mask", "grad_k_global", "grad_v_global", "zeros"
+    )
     handed = [zeros] * 4 if zeros else [grad_k_l2, grad_v_l2, grad_k_l1, grad_v_l1]
     [handed_grad_k_l2, handed_grad_v_l2, handed_grad_k_l1, handed_grad_v_l1] = handed
 
@@ -2506,9 +2866,20 @@ def grad_launches(at, launch, scale, q, k, v, grad_o, o, saved, grad_q, grad_k, 
     )
     launch(
         (grad_q_kernel, grad_q_hopper_kernel), q, *q_steps, k, *k_steps, v, *v_steps, k_l1, v_l1, k_l2, v_l2, kept_l1,
-        at.width_l1, kept_l2, at.width_l2, o, grad_o, *grad_o_steps, peak, total, grad_lse, grad_q, delta, scale,
-        at.heads_per_batch, at.m_tokens, at.n_tokens, at.saved_step,
+        at.width_l1, kept_l2, at.width_l2, o, grad_o, *grad_o_steps, peak, total, grad_lse, k_global, v_global,
+        global_mask, grad_q, delta, scale, at.heads_per_batch, at.m_tokens, at.n_tokens, at.g_tokens, at.saved_step,
     )
+    if k_global:
+        launch(
+            (grad_kv_global_kernel, grad_kv_global_hopper_kernel), q, *q_steps, grad_o, *grad_o_steps, peak, total, delta,
+            k_global, v_global, global_mask, partial_grad_k_global, partial_grad_v_global, at.rows_global, at.splits_global,
+            scale, at.heads_per_batch, at.m_tokens, at.g_tokens, at.saved_step,
+        )
+    if k_global:
+        launch(
+            grad_kv_global_sum_kernel, partial_grad_k_global, partial_grad_v_global, grad_k_global, grad_v_global,
+            at.splits_global, at.g_tokens,
+        )
     launch(
         (grad_kv_l2_kernel, grad_kv_l2_hopper_kernel), q, *q_steps, grad_o, *grad_o_steps, peak, total, delta, k_l2,
         v_l2, partial_grad_k_l2, partial_grad_v_l2, at.rows_l2, at.splits_l2, scale, at.heads_per_batch, at.m_tokens,
@@ -2539,11 +2910,12 @@ def grad_launches(at, launch, scale, q, k, v, grad_o, o, saved, grad_q, grad_k, 
     )
 
 
-def flops(heads, kv_heads, m_tokens, n_tokens):
-    """FLOPs of the forward pass, of the backward pass and of the selection alone, as llsa_gen's cost model counts them."""
+def flops(heads, kv_heads, m_tokens, n_tokens, g_tokens=0):
+    """FLOPs of the forward pass, the backward pass, the selection and its scores alone, as llsa_gen's cost model counts them."""
     queries, keys = level_tokens(m_tokens), level_tokens(n_tokens)
     of_forward = (
-        256 * heads * keys[2] * m_tokens
+        256 * g_tokens * heads * m_tokens
+        + 256 * heads * keys[2] * m_tokens
         + 128 * heads * keys[2] * queries[2]
         + 256 * heads * m_tokens * min(128, keys[1])
         + 256 * heads * m_tokens * min(128, n_tokens)
@@ -2554,7 +2926,8 @@ def flops(heads, kv_heads, m_tokens, n_tokens):
         + 128 * kv_heads * n_tokens
     )
     of_backward = (
-        896 * heads * keys[2] * m_tokens
+        896 * g_tokens * heads * m_tokens
+        + 896 * heads * keys[2] * m_tokens
         + 896 * heads * m_tokens * min(128, keys[1])
         + 896 * heads * m_tokens * min(128, n_tokens)
         + 128 * keys[1] * kv_heads
@@ -2568,7 +2941,11 @@ def flops(heads, kv_heads, m_tokens, n_tokens):
         + 128 * keys[1] * kv_heads
         + 128 * kv_heads * n_tokens
     )
-    return of_forward, of_backward, of_selection
+    of_scores = (
+        128 * heads * keys[2] * queries[2]
+        + 128 * heads * queries[1] * min(128, keys[1])
+    )
+    return of_forward, of_backward, of_selection, of_scores
 
 
 LEVELS = 2
@@ -3077,6 +3454,7 @@ def split_queries(walks: int, n_queries: int, n_keys: int, tile: dict[str, int])
     `walks` is how many times that happens in a call, over all heads. Enough splits to fill a GPU, but no more than keep
     the partial sums small beside q: splits * n_keys <= n_queries / SPLIT_KEYS, or one split.
     """
+    n_keys = max(n_keys, 1)
     programs = walks * ceil_div(n_keys, tile["BLOCK_N"])
     wanted = min(ceil_div(FILLING, programs), n_queries // (SPLIT_KEYS * n_keys))
     rows = ceil_div(ceil_div(n_queries, max(wanted, 1)), tile["BLOCK_M"]) * tile["BLOCK_M"]
@@ -3091,6 +3469,11 @@ def is_full(queries: Sequence[int], keys: Sequence[int], tile: dict[str, int]) -
         min(WIDTHS[level], keys[level + 1]) * BLOCKS[level] % tile["BLOCK_C" if level else "BLOCK_N"] == 0
         for level in LISTED
     )
+
+
+Extras = tuple[str, ...]
+Widths = tuple[int, ...]
+GIVEN = (0,) * LEVELS  # of lists whose widths do not matter: the backward pass, which has copies, reads no others
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -3190,30 +3573,31 @@ def schedule_for(target: str, dtype: torch.dtype) -> dict[str, dict[str, Any]]:
     return SCHEDULES[target][dtype.itemsize]
 
 
-def plan_launches(tensors: Sequence[torch.Tensor], has_grad_lse: bool = False, given: bool = False) -> tuple[Any, ...]:
+def plan_launches(
+    tensors: Sequence[torch.Tensor], extras: Extras = (), g_tokens: int = 0, given: Widths = ()
+) -> tuple[Any, ...]:
     """The `LaunchPlan` for q, k, ... [B, H, N, D]; q, k, ..., `aligned`.
 
-    Triton also tells apart where a row begins, at a multiple of 16 bytes or not, and whether lse has a gradient. Lists
-    that are `given` may have gaps where those of the selection have none.
+    Triton also tells apart where a row begins, at a multiple of 16 bytes or not, and which `extras` there are beside.
+    Lists that are `given`, of these widths, may have gaps where those of the selection have none.
     """
     q, k, *_ = tensors
     strides = tuple([x.stride() for x in tensors])
     starts = tuple([x.data_ptr() % 16 for x in tensors])
-    at = launch_plan(q.device, q.dtype, q.shape, k.shape, strides, starts, has_grad_lse, given)
-    return (at, *tensors) if at is not None else plan_launches([aligned(x) for x in tensors], has_grad_lse, given)
+    at = launch_plan(q.device, q.dtype, q.shape, k.shape, strides, starts, extras, g_tokens, given)
+    return (at, *tensors) if at is not None else plan_launches([aligned(x) for x in tensors], extras, g_tokens, given)
 
 
 @functools.lru_cache(maxsize=2048)
 def launch_plan(
     device: torch.device, dtype: torch.dtype, q_shape: torch.Size, k_shape: torch.Size,
-    strides: tuple[tuple[int, ...], ...], starts: tuple[int, ...], has_grad_lse: bool,
-    given: bool = False,
+    strides: tuple[tuple[int, ...], ...], starts: tuple[int, ...], extras: Extras, g_tokens: int, given: Widths,
 ) -> "LaunchPlan | None":  # fmt: skip
     """One `LaunchPlan` for all calls that Triton does not tell apart; None where tensors have to be copied first."""
     if not all(map(is_aligned, strides)):
         return None
     tiles = schedule_for(target_of(device), dtype)
-    return LaunchPlan(device, dtype, q_shape, k_shape, strides, starts, tiles, given)
+    return LaunchPlan(device, dtype, q_shape, k_shape, strides, starts, tiles, extras, g_tokens, given)
 
 
 class LaunchPlan:
@@ -3221,6 +3605,7 @@ class LaunchPlan:
 
     steps: between batches, heads and rows of each tensor. shapes: of every buffer. places, sizes: of buffers in the
     memory of each layout and of that memory, see `lay_out`. grids: programs and tile shapes of every launch.
+    extras: names of the tensors that a pass takes beside those that it always takes, in their order.
     ready: what Triton made of each launch, so that it need not look for it again. replays: the launches of each pass,
     from its first call on, or None where that cannot be replayed. What else there is, `work_out` says.
     """
@@ -3231,9 +3616,9 @@ class LaunchPlan:
     def __init__(
         self, device: torch.device, dtype: torch.dtype, q_shape: torch.Size, k_shape: torch.Size,
         strides: tuple[tuple[int, ...], ...], starts: tuple[int, ...], tiles: dict[str, dict[str, Any]],
-        given: bool = False,
+        extras: Extras = (), g_tokens: int = 0, given: Widths = (),
     ) -> None:  # fmt: skip
-        self.device, self.dtype, self.given = device, dtype, given
+        self.device, self.dtype, self.extras, self.g_tokens, self.given = device, dtype, extras, g_tokens, given
         batch, self.heads_per_batch, self.m_tokens, _ = q_shape
         self.heads, self.kv_heads, self.n_tokens = batch * self.heads_per_batch, batch * k_shape[1], k_shape[2]
         self.steps = [stride[:3] for stride in strides]
@@ -3254,6 +3639,11 @@ class LaunchPlan:
         """One piece of memory for all buffers of a layout."""
         # sizes one by one: torch takes half a microsecond longer for a tuple
         return torch.empty(*self.memories[layout], dtype=torch.uint8, device=self.device)
+
+    def named(self, extras: Sequence["Argument"], *names: str) -> list["Argument | None"]:
+        """The extra tensors of these names; None where there is none."""
+        known = dict(zip(self.extras, extras, strict=True))
+        return [known.get(name) for name in names]
 
     def buffers(self, memory: Any, layout: str) -> list["Argument"]:
         """The buffers of a layout in its memory, an `Argument`: an `Argument` each."""
@@ -3316,26 +3706,68 @@ def select_kernels(q: torch.Tensor, k: torch.Tensor) -> list[torch.Tensor]:
     return [kept.clone(memory_format=torch.contiguous_format) for kept in lists]
 
 
+def keeping_launches(at: Any, launch: Callable[..., None], scale: Any, *tensors: Any) -> None:
+    """The launches of the forward pass along given lists."""
+    forward_launches(at, launch, scale, *tensors, stages=("pool", "keep", "attend"))
+
+
+GlobalTokens = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+SHARED_NAMES = "k_global", "v_global", "global_mask"
+GIVEN_NAMES = tuple(f"given_l{level}" for level in range(1, LEVELS + 1))
+
+
+def shared_tensors(shared: GlobalTokens) -> tuple[torch.Tensor, ...]:
+    """Global tokens and their mask, if there is one, as kernels take it."""
+    k, v, mask = shared
+    return (k, v) if mask is None else (k, v, mask.view(torch.uint8))
+
+
 def attend_kernels(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """o, lse and what the backward pass needs, memory of the layout `saved`."""
-    at, q, k, v = plan_launches((q, k, v))
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, shared: GlobalTokens | None = None,
+    kept: Sequence[torch.Tensor] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """o, lse and what the backward pass needs, memory of the layout `saved`.
+
+    `shared`: global tokens [B, H, G, D], twice, and their mask [B, G] or None. `kept`: given lists, finest first.
+    """
+    extras: tuple[Any, ...] = ()
+    if shared is None and kept is None:
+        at, q, k, v = plan_launches((q, k, v))
+    else:
+        names: tuple[str, ...] = ()
+        if shared is not None:
+            extras = shared_tensors(shared)
+            names = SHARED_NAMES[: len(extras)]
+        if kept is not None:
+            extras, names = (*extras, *kept), (*names, *GIVEN_NAMES)
+        widths = () if kept is None else tuple([lists.shape[3] for lists in kept])
+        at, q, k, v = plan_launches((q, k, v), names, 0 if shared is None else shared[0].shape[2], widths)
     o, lse, saved = empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32), at.memory("saved")
-    at.run(forward_launches, (q, k, v, o, lse, saved, at.memory("selection")), scale)
+    launches = forward_launches if kept is None else keeping_launches
+    at.run(launches, (q, k, v, o, lse, saved, at.memory("selection"), *extras), scale)
     return o, lse, saved
 
 
 def grad_kernels(
     grad_o: torch.Tensor, grad_lse: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
-    o: torch.Tensor, saved: torch.Tensor, scale: float,
+    o: torch.Tensor, saved: torch.Tensor, scale: float, shared: GlobalTokens | None = None, given: bool = False,
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
-    """dq, dk, dv from what `attend_kernels` returned; grad_lse may be None."""
-    at, q, k, v, grad_o = plan_launches((q, k, v, grad_o), grad_lse is not None)
+    """dq, dk, dv from what `attend_kernels` returned, and those of global tokens; grad_lse may be None.
+
+    `given`: whether lists were.
+    """
+    extras: tuple[Any, ...] = () if grad_lse is None else (grad_lse,)
+    names: tuple[str, ...] = () if grad_lse is None else ("grad_lse",)
+    of_shared: tuple[torch.Tensor, ...] = ()
+    if shared is not None:
+        of_shared, tensors = (empty_like(shared[0]), empty_like(shared[1])), shared_tensors(shared)
+        extras = (*extras, *tensors, *of_shared)
+        names = (*names, *SHARED_NAMES[: len(tensors)], "grad_k_global", "grad_v_global")
+    g_tokens = 0 if shared is None else shared[0].shape[2]
+    at, q, k, v, grad_o = plan_launches((q, k, v, grad_o), names, g_tokens, GIVEN if given else ())
     grads = empty_like(q), empty_like(k), empty_like(v)
-    tensors = q, k, v, grad_o, o, saved, *grads, at.memory("gradients")
-    at.run(grad_launches, tensors if grad_lse is None else (*tensors, grad_lse), scale)
-    return grads
+    at.run(grad_launches, (q, k, v, grad_o, o, saved, *grads, at.memory("gradients"), *extras), scale)
+    return *grads, *of_shared
 
 
 # ---- the CPU path ----------------------------------------------------------------------------------------------------
@@ -4106,9 +4538,8 @@ def attending_launches(at: Any, launch: Callable[..., None], scale: Any, *tensor
 
 
 def apart_launches(at: Any, launch: Callable[..., None], scale: Any, *tensors: Any) -> None:
-    """The launches of the backward pass; no level hands its gradient down: the last tensor is zeros."""
-    *others, zeros = tensors
-    grad_launches(at, launch, scale, *others, zeros=zeros)
+    """The launches of the backward pass; no level hands its gradient down, for there are zeros among `at.extras`."""
+    grad_launches(at, launch, scale, *tensors)
 
 
 def gaps_last(kept: torch.Tensor) -> torch.Tensor:
@@ -4140,7 +4571,7 @@ def attend_means_forward(
             attend_along(o, lse, named, q, k, v, scale)
         return o, lse, saved
     with on_device_of(q):
-        at, q, k, v = plan_launches((q, k, v), given=True)
+        at, q, k, v = plan_launches((q, k, v), given=GIVEN)
         at.run(attending_launches, (q, k, v, o, lse, saved, at.memory("selection")), scale)
     return o, lse, saved
 
@@ -4158,10 +4589,11 @@ def attend_means_backward(
         with without_autocast():
             return grad_along(means, grad_o, grad_lse, q, k, v, named_views(None, (q, k), saved=saved), scale)
     with on_device_of(q):
-        at, q, k, v, grad_o = plan_launches((q, k, v, grad_o), grad_lse is not None, given=True)
+        of_lse = [] if grad_lse is None else [in_one_piece(grad_lse)]
+        names = ("grad_lse", "zeros")[-1 - len(of_lse) :]
+        at, q, k, v, grad_o = plan_launches((q, k, v, grad_o), names, given=GIVEN)
         grads, memory = [empty_like(x) for x in (q, k, v)], at.memory("gradients")
         zeros = k.new_zeros((*k.shape[:2], level_tokens(k.shape[2])[1], k.shape[3]), dtype=torch.float32)
-        of_lse = [] if grad_lse is None else [in_one_piece(grad_lse)]
         tensors = q, k, v, grad_o, in_one_piece(o), saved, *grads, memory, *of_lse, zeros
         at.run(apart_launches, tensors, scale)
         named = named_views(at, gradients=memory)

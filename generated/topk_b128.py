@@ -41,7 +41,7 @@ SPEC = {
     "name": "topk_b128",
     "reweight": True,
 }
-OPERATOR = "topk_b128_1b1dd8335ab118f0"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
+OPERATOR = "topk_b128_bb48f442b3959aa6"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -54,11 +54,13 @@ BLOCK_1 = tl.constexpr(128)  # b_1
 SPAN_1 = tl.constexpr(128)  # P_1
 LOG2E = tl.constexpr(1.4426950408889634)  # the softmax works in base 2
 LN2 = tl.constexpr(0.6931471805599453)
+LOWEST = tl.constexpr(-3.0e38)  # a running maximum before the first key: below all logits, and finite, so that differences are numbers
 EMPTY = tl.constexpr(-(2**63))  # the rank of no token at all
 
 # What differs from call to call: Triton makes no kernel of its own where one of these is 1 or a multiple of 16.
 UNSPECIALISED = [
-    "heads_per_batch", "heads", "m_tokens", "n_tokens", "saved_step", "part_l1", "parts_l0", "width_l1",
+    "heads_per_batch", "heads", "m_tokens", "n_tokens", "saved_step", "g_tokens", "part_l1", "rows_global",
+    "splits_global", "parts_l0", "given_width_l1", "width_l1",
 ]
 
 # How every kernel is compiled: a product and a sum are rounded once, whatever the default of the Triton that is installed,
@@ -69,31 +71,33 @@ OPTIONS = {"enable_fp_fusion": True}
 TILES_1 = {
     "pool": {"CHILDREN": 1, "ROWS": 64, "num_warps": 4},
     "select_l1": {"BLOCK_M": 16, "BLOCK_N": 64, "KEEP": 4, "num_warps": 4, "num_stages": 2, "DOUBLES": 0, "SPLIT": 4},
+    "keep": {"BLOCK_M": 64, "num_warps": 4},
     "attend": {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3, "maxnreg": 128},
     "scan": {"BLOCK": 1024, "num_warps": 4},
     "invert_l1": {"BLOCK_M": 128, "KEYS": 32, "num_warps": 4},
     "grad_q": {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
+    "grad_sum": {"BLOCK": 1, "num_warps": 1},
+    "grad_kv_global": {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
     "grad_kv_l0": {"PART": 32, "BLOCK_M": 32, "BLOCK_N": 128, "num_warps": 4, "num_stages": 2},
 }
 TILES_2 = {
     "pool": {"CHILDREN": 1, "ROWS": 64, "num_warps": 4},
     "select_l1": {"BLOCK_M": 16, "BLOCK_N": 32, "KEEP": 4, "num_warps": 1, "num_stages": 2, "DOUBLES": 0, "SPLIT": 1},
+    "keep": {"BLOCK_M": 64, "num_warps": 4},
     "attend": {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2},
     "scan": {"BLOCK": 1024, "num_warps": 4},
     "invert_l1": {"BLOCK_M": 128, "KEYS": 32, "num_warps": 4},
     "grad_q": {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2},
+    "grad_sum": {"BLOCK": 1, "num_warps": 1},
+    "grad_kv_global": {"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 4, "num_stages": 2},
     "grad_kv_l0": {"PART": 32, "BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 4, "num_stages": 2},
 }
 TILES_3 = TILES_1 | {
     "select_l1": {"BLOCK_M": 16, "BLOCK_N": 64, "KEEP": 4, "num_warps": 4, "num_stages": 2, "DOUBLES": 1, "SPLIT": 4},
+    "grad_kv_global": {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
 }
-TILES_4 = {
-    "pool": {"CHILDREN": 1, "ROWS": 64, "num_warps": 4},
-    "select_l1": {"BLOCK_M": 16, "BLOCK_N": 64, "KEEP": 4, "num_warps": 4, "num_stages": 2, "DOUBLES": 0, "SPLIT": 4},
+TILES_4 = TILES_1 | {
     "attend": {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
-    "scan": {"BLOCK": 1024, "num_warps": 4},
-    "invert_l1": {"BLOCK_M": 128, "KEYS": 32, "num_warps": 4},
-    "grad_q": {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
     "grad_kv_l0": {"PART": 32, "BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
 }
 SCHEDULES = {  # by target and bytes of an element
@@ -536,6 +540,61 @@ def select_l1_kernel(
     store_kept(kept_ptr, counts_ptr, row, width_l1, inside, best, KEEP, DOUBLES)
 
 
+@triton.jit
+def keep_rows(
+    given_ptr, given_width, kept_ptr, width, row, inside, n_tokens, WIDTH: tl.constexpr
+):
+    """Copy the lists of the query tokens `row` [M], of one head, with -1 at their ends; key tokens that exist are below `n_tokens`.
+
+    Returns the tokens [M, WIDTH], and which of these there are.
+    """
+    slot = tl.arange(0, WIDTH)[None, :]
+    begin = row.to(tl.int64)[:, None]
+    token = tl.load(given_ptr + begin * given_width + slot, mask=inside[:, None] & (slot < given_width), other=-1)
+    exists = ((token >= 0) & (token < n_tokens)).to(tl.int32)
+    to = tl.cumsum(exists, 1) - exists
+    tl.store(kept_ptr + begin * width + slot, -1, mask=inside[:, None] & (slot >= tl.sum(exists, 1)[:, None]) & (slot < width))
+    taken = (exists > 0) & (to < width)
+    tl.store(kept_ptr + begin * width + to, token, mask=taken)
+    return token, taken
+
+
+@triton.jit
+def are_in_list(token, list_ptr, width, row, inside):
+    """Which of the tokens [M, *] are in the lists of the query tokens `row` [M]."""
+    found = tl.zeros(token.shape, tl.int32)
+    for slot in range(0, width):
+        listed = tl.load(list_ptr + row.to(tl.int64) * width + slot, mask=inside, other=-1)
+        found |= (token == listed[:, None]).to(tl.int32)
+    return found > 0
+
+
+@triton.jit(do_not_specialize=UNSPECIALISED)
+def keep_kernel(
+    given_l1_ptr, given_width_l1,  # [B*H, T_1(M), given_width_l1] int32
+    kept_l1_ptr, width_l1,  # [B*H, T_1(M), width_l1] int32, out: kept key tokens, best first, then -1
+    counts_l1_ptr,  # [B*H, T_1(N)] int32, out: how many query tokens keep each key token
+    m_tokens, n_tokens, saved_step,  # M, N, 256 bytes each, from head to head of what is saved
+    BLOCK_M: tl.constexpr,
+):
+    """The lists of BLOCK_M query tokens of a level. Those are counted whose parents are kept: the inversion finds no others.
+
+    Grid: B*H * (ceil(T_1(M) / BLOCK_M)).
+    """
+    m_l1 = tl.cdiv(m_tokens, SPAN_1)
+    end_l1 = tl.cdiv(m_l1, BLOCK_M)
+    head, tile = head_and_tile(tl.program_id(0), end_l1)
+    if tile < end_l1:
+        row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+        inside = row < m_l1
+        token, counted = keep_rows(
+            of_head(given_l1_ptr, head, tl.cdiv(m_tokens, SPAN_1), given_width_l1), given_width_l1,
+            of_saved(kept_l1_ptr, head, saved_step), width_l1,
+            row, inside, tl.cdiv(n_tokens, SPAN_1), 4,
+        )
+        tl.atomic_add(of_saved(counts_l1_ptr, head, saved_step) + token, 1, mask=counted, sem="relaxed")
+
+
 # ---- attention -------------------------------------------------------------------------------------------------------
 
 
@@ -546,7 +605,7 @@ def attend_list(
 ):
     """peak, total, acc of the queries q [M, D] over the tokens of the listed blocks, as `softmax_step` has them.
 
-    `peak` [M] begins at -inf, or stays as it is if FIXED_MAX: then nothing waits for a maximum, no sum is rescaled, and
+    `peak` [M] begins at LOWEST, or stays as it is if FIXED_MAX: then nothing waits for a maximum, no sum is rescaled, and
     products of values run on while those of the next tile begin.
     """
     total = tl.zeros([q.shape[0]], tl.float32)
@@ -562,6 +621,8 @@ def attend_list(
         products = tl.dot(q, tl.trans(k), input_precision="ieee")
         if FIXED_MAX:
             p = tl.exp2(products * scale - peak[:, None])
+            if not FULL:
+                p = tl.where(exists[None, :], p, 0.0)
             total += tl.sum(p, 1)
             acc = add_product(p.to(v.dtype), v, acc)
         else:
@@ -575,10 +636,12 @@ def attend_kernel(
     k_ptr, stride_kb, stride_kh, stride_kn,  # [B, H_kv, N, D]
     v_ptr, stride_vb, stride_vh, stride_vn,  # [B, H_kv, N, D]
     kept_l1_ptr, width_l1,  # [B*H, T_1(M), width_l1] int32
+    k_global_ptr, v_global_ptr,  # [B*H_kv, G, D]: None where there are no globals
+    global_mask_ptr,  # [B, G] uint8: None where all take part
     o_ptr,  # [B*H, M, D], out
     lse_ptr,  # [B*H, M] float32, out: natural logarithm of the sum of weights
     peak_ptr, total_ptr,  # [B*H, M] float32, out: the same sum as 2^peak * total
-    scale, heads_per_batch, m_tokens, n_tokens, saved_step,  # s, H, M, N, 256 bytes each, from head to head of what is saved
+    scale, heads_per_batch, m_tokens, n_tokens, g_tokens, saved_step,  # s, H, M, N, G, 256 bytes each, from head to head of what is saved
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FULL: tl.constexpr,
 ):
     """o_i = sum_j w_j exp(s q_i.k_j) v_j / sum_j w_j exp(s q_i.k_j) over the keys of level 0.
@@ -598,32 +661,44 @@ def attend_kernel(
     k_base = head_base(k_ptr, kv_head, stride_kb, stride_kh, heads_per_batch)
     v_base = head_base(v_ptr, kv_head, stride_vb, stride_vh, heads_per_batch)
     list_ptr = of_saved(kept_l1_ptr, head, saved_step) + block * width_l1
-    lowest = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    if FULL:
-        # from the largest of 16 logits, which the list holds: no sum is much less than 1, and few are too large
-        place = tl.arange(0, 16)
-        key, exists = children(parents(list_ptr, 0, place, width_l1, BLOCK_1), 0, place, n_tokens, BLOCK_1, FULL)
-        k = load_rows(k_base, key, stride_kn, exists)
-        fixed_max = tl.max(tl.dot(q, tl.trans(k), input_precision="ieee") * scale, 1)
-        peak, total, acc = attend_list(
-            q, scale, fixed_max, k_base, stride_kn, v_base, stride_vn, list_ptr, width_l1, n_tokens, BLOCK_N, FULL, FIXED_MAX=True
-        )
-        fits = (total > 0.5) & (total < (2.0**15 if q.dtype == tl.float16 else 2.0**64))
-        if tl.min(fits.to(tl.int32), 0) == 0:  # too large for the dtype of p somewhere, or no number, or rounded away
-            peak, total, acc = attend_list(
-                q, scale, lowest, k_base, stride_kn, v_base, stride_vn, list_ptr, width_l1, n_tokens, BLOCK_N, FULL, FIXED_MAX=False
-            )
-    else:
+    # from the largest of 16 logits, which the list begins with: no sum is much less than 1, and few are too large
+    place = tl.arange(0, 16)
+    key, exists = children(parents(list_ptr, 0, place, width_l1, BLOCK_1), 0, place, n_tokens, BLOCK_1, FULL)
+    k = load_rows(k_base, key, stride_kn, exists)
+    products = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+    fixed_max = tl.max(products if FULL else tl.where(exists[None, :], products, float("-inf")), 1)
+    peak, total, acc = attend_list(
+        q, scale, fixed_max, k_base, stride_kn, v_base, stride_vn, list_ptr, width_l1, n_tokens, BLOCK_N, FULL, FIXED_MAX=True
+    )
+    fits = (total > 0.5) & (total < (2.0**15 if q.dtype == tl.float16 else 2.0**64))
+    if tl.min(fits.to(tl.int32), 0) == 0:  # too large for the dtype of p somewhere, or no number, or rounded away
+        lowest = tl.full([BLOCK_M], LOWEST, tl.float32)
         peak, total, acc = attend_list(
             q, scale, lowest, k_base, stride_kn, v_base, stride_vn, list_ptr, width_l1, n_tokens, BLOCK_N, FULL, FIXED_MAX=False
         )
+    if k_global_ptr is not None:
+        k_base = of_head(k_global_ptr, kv_head, g_tokens, HEAD_DIM)
+        v_base = of_head(v_global_ptr, kv_head, g_tokens, HEAD_DIM)
+        for start in range(0, g_tokens, BLOCK_N):
+            key = start + tl.arange(0, BLOCK_N)
+            exists = key < g_tokens
+            if global_mask_ptr is not None:
+                exists &= tl.load(of_head(global_mask_ptr, head // heads_per_batch, g_tokens, 1) + key, mask=exists, other=0) != 0
+            bias = tl.where(exists, 0.0, float("-inf"))
+            k = load_rows(k_base, key, HEAD_DIM, exists)
+            v = load_rows(v_base, key, HEAD_DIM, exists)
+            logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale + bias[None, :]
+            peak, total, acc = softmax_step(logits, v, peak, total, acc)
 
+    nothing = total == 0.0  # to attend to: o = 0, lse = -inf
+    total = tl.where(nothing, 1.0, total)
+    log_sum = tl.where(nothing, float("-inf"), peak + tl.log2(total))
     store_rows(of_head(o_ptr, head, m_tokens, HEAD_DIM), token, HEAD_DIM, inside, acc * (1.0 / total)[:, None])
-    log_sum = peak + tl.log2(total)
     tl.store(of_head(lse_ptr, head, m_tokens, 1) + token, log_sum * LN2, mask=inside)
     if q.dtype != tl.float32:  # half precision rounds more than this sum: the backward pass is spared a product
         peak = log_sum
         total = tl.full([BLOCK_M], 1.0, tl.float32)
+    peak = tl.where(nothing, float("inf"), peak)  # so that p = 0 in the backward pass
     tl.store(of_saved(peak_ptr, head, saved_step) + token, peak, mask=inside)
     tl.store(of_saved(total_ptr, head, saved_step) + token, total, mask=inside)
 
@@ -717,9 +792,11 @@ def grad_q_kernel(
     grad_o_ptr, stride_gb, stride_gh, stride_gn,  # [B, H, M, D]
     peak_ptr, total_ptr,  # [B*H, M] float32
     grad_lse_ptr,  # [B*H, M] float32: None where lse has no gradient
+    k_global_ptr, v_global_ptr,  # [B*H_kv, G, D]: None where there are no globals
+    global_mask_ptr,  # [B, G] uint8: None where all take part
     grad_q_ptr,  # [B*H, M, D], out
     delta_ptr,  # [B*H, M] float32, out
-    scale, heads_per_batch, m_tokens, n_tokens, saved_step,  # s, H, M, N, 256 bytes each, from head to head of what is saved
+    scale, heads_per_batch, m_tokens, n_tokens, g_tokens, saved_step,  # s, H, M, N, G, 256 bytes each, from head to head of what is saved
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FULL: tl.constexpr,
 ):
     """dq_i = s sum_j p_ij (do_i.v_j - delta_i) k_j, with delta_i = o_i.do_i - dlse_i, over the keys of level 0.
@@ -745,6 +822,21 @@ def grad_q_kernel(
     scale_log2e = scale * LOG2E
     grad_q = tl.zeros([BLOCK_M, PAD_DIM], tl.float32)
 
+    if k_global_ptr is not None:
+        k_base = of_head(k_global_ptr, kv_head, g_tokens, HEAD_DIM)
+        v_base = of_head(v_global_ptr, kv_head, g_tokens, HEAD_DIM)
+        for start in range(0, g_tokens, BLOCK_N):
+            key = start + tl.arange(0, BLOCK_N)
+            exists = key < g_tokens
+            if global_mask_ptr is not None:
+                exists &= tl.load(of_head(global_mask_ptr, head // heads_per_batch, g_tokens, 1) + key, mask=exists, other=0) != 0
+            bias = tl.where(exists, 0.0, float("-inf"))
+            k = load_rows(k_base, key, HEAD_DIM, exists)
+            v = load_rows(v_base, key, HEAD_DIM, exists)
+            logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2e + (bias[None, :] - peak[:, None])
+            dp = tl.dot(grad_o, tl.trans(v), input_precision="ieee")
+            grad_logits = tl.exp2(logits) * (dp - delta[:, None])
+            grad_q = add_product(grad_logits.to(k.dtype), k, grad_q)
     # level 0: the tokens of the key blocks that the query block keeps
     k_base = head_base(k_ptr, kv_head, stride_kb, stride_kh, heads_per_batch)
     v_base = head_base(v_ptr, kv_head, stride_vb, stride_vh, heads_per_batch)
@@ -795,6 +887,90 @@ def grad_queries(
     total = tl.load(total_ptr + token, mask=inside, other=1.0)
     delta = tl.load(delta_ptr + token, mask=inside, other=0.0)
     return grad_step(q, grad_o, k, v, bias, scale_log2e, peak, total, delta, grad_k, grad_v)
+
+
+@triton.jit
+def grad_run(
+    q_ptr, stride_qn, grad_o_ptr, stride_gn, peak_ptr, total_ptr, delta_ptr,
+    begin, end, k, v, bias, scale, BLOCK_M: tl.constexpr,
+):
+    """dk, dv of a tile of keys from the queries begin..end of one head."""
+    grad_k = tl.zeros(k.shape, tl.float32)
+    grad_v = tl.zeros(v.shape, tl.float32)
+    for start in range(begin, end, BLOCK_M):
+        token = start + tl.arange(0, BLOCK_M)
+        grad_k, grad_v = grad_queries(
+            q_ptr, stride_qn, grad_o_ptr, stride_gn, peak_ptr, total_ptr, delta_ptr,
+            token, token < end, k, v, bias, scale * LOG2E, grad_k, grad_v,
+        )
+    return grad_k * scale, grad_v
+
+
+@triton.jit
+def sum_of_splits(grad_k_ptr, grad_v_ptr, head, splits, n_keys, key, exists):
+    """dk, dv of a tile of keys of one head: the partial sums [B*H, splits, n_keys, D] in order, in float32."""
+    grad_k = tl.zeros([key.shape[0], PAD_DIM], tl.float32)
+    grad_v = tl.zeros([key.shape[0], PAD_DIM], tl.float32)
+    for split in range(0, splits):
+        of = head * splits + split
+        grad_k += load_rows(of_head(grad_k_ptr, of, n_keys, HEAD_DIM), key, HEAD_DIM, exists).to(tl.float32)
+        grad_v += load_rows(of_head(grad_v_ptr, of, n_keys, HEAD_DIM), key, HEAD_DIM, exists).to(tl.float32)
+    return grad_k, grad_v
+
+
+@triton.jit(do_not_specialize=UNSPECIALISED)
+def grad_kv_global_kernel(
+    q_ptr, stride_qb, stride_qh, stride_qn,  # [B, H, M, D]
+    grad_o_ptr, stride_gb, stride_gh, stride_gn,  # [B, H, M, D]
+    peak_ptr, total_ptr, delta_ptr,  # [B*H, M] float32
+    k_global_ptr, v_global_ptr,  # [B*H_kv, G, D]
+    global_mask_ptr,  # [B, G] uint8: None where all take part
+    partial_grad_k_global_ptr, partial_grad_v_global_ptr,  # [B*H, splits_global, G, D], out
+    rows_global, splits_global, scale, heads_per_batch, m_tokens, g_tokens, saved_step,  # queries a split, how many splits, s, H, M, G, 256 bytes each, from head to head of what is saved
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):
+    """dk, dv of BLOCK_N global tokens, which all queries attend to, from one split of the queries.
+
+    Grid: B*H * splits_global * ceil(G / BLOCK_N).
+    """
+    head, split, tile = head_token_and_tile(tl.program_id(0), splits_global, tl.cdiv(g_tokens, BLOCK_N))
+    kv_head = kv_head_of(head)
+    key = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    exists = key < g_tokens
+    if global_mask_ptr is not None:
+        exists &= tl.load(of_head(global_mask_ptr, head // heads_per_batch, g_tokens, 1) + key, mask=exists, other=0) != 0
+    bias = tl.where(exists, 0.0, float("-inf"))
+    k = load_rows(of_head(k_global_ptr, kv_head, g_tokens, HEAD_DIM), key, HEAD_DIM, exists)
+    v = load_rows(of_head(v_global_ptr, kv_head, g_tokens, HEAD_DIM), key, HEAD_DIM, exists)
+    begin = split * rows_global
+    grad_k, grad_v = grad_run(
+        head_base(q_ptr, head, stride_qb, stride_qh, heads_per_batch), stride_qn,
+        head_base(grad_o_ptr, head, stride_gb, stride_gh, heads_per_batch), stride_gn,
+        of_saved(peak_ptr, head, saved_step), of_saved(total_ptr, head, saved_step), of_head(delta_ptr, head, m_tokens, 1),
+        begin, tl.minimum(begin + rows_global, m_tokens), k, v, bias, scale, BLOCK_M,
+    )
+    to = head * splits_global + split
+    store_rows(of_head(partial_grad_k_global_ptr, to, g_tokens, HEAD_DIM), key, HEAD_DIM, key < g_tokens, grad_k)
+    store_rows(of_head(partial_grad_v_global_ptr, to, g_tokens, HEAD_DIM), key, HEAD_DIM, key < g_tokens, grad_v)
+
+
+@triton.jit(do_not_specialize=UNSPECIALISED)
+def grad_kv_global_sum_kernel(
+    partial_grad_k_global_ptr, partial_grad_v_global_ptr,  # [B*H, splits_global, G, D]
+    grad_k_global_ptr, grad_v_global_ptr,  # [B*H_kv, G, D], out
+    splits_global, g_tokens,  # how many splits, G
+    BLOCK: tl.constexpr,
+):
+    """dk, dv of BLOCK global tokens: the splits summed in order, in float32.
+
+    Grid: B*H_kv * ceil(G / BLOCK).
+    """
+    kv_head, tile = head_and_tile(tl.program_id(0), tl.cdiv(g_tokens, BLOCK))
+    key = tile * BLOCK + tl.arange(0, BLOCK)
+    exists = key < g_tokens
+    grad_k, grad_v = sum_of_splits(partial_grad_k_global_ptr, partial_grad_v_global_ptr, kv_head, splits_global, g_tokens, key, exists)
+    store_rows(of_head(grad_k_global_ptr, kv_head, g_tokens, HEAD_DIM), key, HEAD_DIM, exists, grad_k)
+    store_rows(of_head(grad_v_global_ptr, kv_head, g_tokens, HEAD_DIM), key, HEAD_DIM, exists, grad_v)
 
 
 @triton.jit
@@ -951,8 +1127,8 @@ LAYOUTS = {
         "peak": torch.float32, "total": torch.float32, "counts_l1": torch.int32, "kept_l1": torch.int32,
     },
     "gradients": {
-        "delta": torch.float32, "offsets_l1": torch.int32, "keepers_l1": torch.int32, "overflow_l1": torch.int32,
-        "overflow_grad_k_l0": torch.float32, "overflow_grad_v_l0": torch.float32,
+        "partial_grad_k_global": "partial", "partial_grad_v_global": "partial", "delta": torch.float32, "offsets_l1": torch.int32,
+        "keepers_l1": torch.int32, "overflow_l1": torch.int32, "overflow_grad_k_l0": torch.float32, "overflow_grad_v_l0": torch.float32,
     },
 }
 
@@ -968,8 +1144,10 @@ def saved_shapes(m_tokens, n_tokens):
 
 def work_out(at, tiles):
     """Fill in a `LaunchPlan`: shapes of buffers, programs and tile shapes of launches; `tiles` are those of every stage."""
-    heads, kv_heads, m_tokens, n_tokens = at.heads, at.kv_heads, at.m_tokens, at.n_tokens
+    heads, kv_heads, m_tokens, n_tokens, g_tokens = at.heads, at.kv_heads, at.m_tokens, at.n_tokens, at.g_tokens
     queries, keys = level_tokens(m_tokens), level_tokens(n_tokens)
+    at.rows_global, splits_global = split_queries(heads, m_tokens, g_tokens, tiles["grad_kv_global"])
+    at.splits_global = splits_global
     tile = tiles["grad_kv_l0"]
     parts_l0 = at.parts_l0 = min(((queries[1] * min(4, keys[1])) // tile["PART"]), keys[1] * ((queries[1] - 1) // tile["PART"]))
     at.part_l1 = tile["PART"]
@@ -977,7 +1155,9 @@ def work_out(at, tiles):
         "o": (heads, m_tokens, 64), "lse": (heads, m_tokens),
         "q_l1": (heads, queries[1], 64), "k_l1": (kv_heads, keys[1], 64),
         "grad_q": (heads, m_tokens, 64), "grad_k": (kv_heads, n_tokens, 64),
-        "grad_v": (kv_heads, n_tokens, 64), "delta": (heads, m_tokens),
+        "grad_v": (kv_heads, n_tokens, 64), "grad_k_global": (kv_heads, g_tokens, 64),
+        "grad_v_global": (kv_heads, g_tokens, 64), "partial_grad_k_global": (heads, splits_global, g_tokens, 64),
+        "partial_grad_v_global": (heads, splits_global, g_tokens, 64), "delta": (heads, m_tokens),
         "offsets_l1": (heads, keys[1] + 1), "keepers_l1": (heads, queries[1] * min(4, keys[1])),
         "overflow_l1": (heads, keys[1] + 1), "overflow_grad_k_l0": (heads, parts_l0, 128, 64),
         "overflow_grad_v_l0": (heads, parts_l0, 128, 64),
@@ -985,11 +1165,14 @@ def work_out(at, tiles):
     rows = heads * m_tokens + kv_heads * n_tokens
     is_long = rows * HEAD_DIM.value * at.dtype.itemsize > CACHED
     at.width_l1 = at.shapes["kept_l1"][1]
+    [at.given_width_l1] = at.given or [0] * 1
     at.grids = {}
     tile = tiles["pool"] | {"EVICT_FIRST": is_long}
     at.grids["pool_l1_kernel"] = heads * ceil_div(queries[1], tile["CHILDREN"]) + kv_heads * ceil_div(keys[1], tile["CHILDREN"]), tile
     tile = tiles["select_l1"] | {"RUNS": has_runs(keys[1], tiles["select_l1"])}
     at.grids["select_l1_kernel"] = heads * ceil_div(queries[1], tile["BLOCK_M"]), tile
+    tile = tiles["keep"]
+    at.grids["keep_kernel"] = heads * ceil_div(queries[1], tile["BLOCK_M"]), tile
     tile = tiles["attend"] | {"FULL": not at.given and is_full(queries, keys, tiles["attend"])}
     at.grids["attend_kernel"] = heads * queries[1] * ceil_div(128, tile["BLOCK_M"]), tile
     tile = tiles["scan"]
@@ -998,6 +1181,10 @@ def work_out(at, tiles):
     at.grids["invert_l1_kernel"] = heads * ceil_div(keys[1], tile["KEYS"]), tile
     tile = tiles["grad_q"] | {"FULL": not at.given and is_full(queries, keys, tiles["grad_q"])}
     at.grids["grad_q_kernel"] = heads * queries[1] * ceil_div(128, tile["BLOCK_M"]), tile
+    tile = tiles["grad_kv_global"]
+    at.grids["grad_kv_global_kernel"] = heads * splits_global * ceil_div(g_tokens, tile["BLOCK_N"]), tile
+    tile = tiles["grad_sum"]
+    at.grids["grad_kv_global_sum_kernel"] = kv_heads * ceil_div(g_tokens, tile["BLOCK"]), tile
     tile = tiles["grad_kv_l0"]
     at.grids["grad_kv_l0_overflow_kernel"] = heads * parts_l0 * ceil_div(128, tile["BLOCK_N"]), tile
     at.grids["grad_kv_l0_kernel"] = keys[1] * kv_heads * ceil_div(128, tile["BLOCK_N"]), tile
@@ -1007,11 +1194,17 @@ LISTS_FILL = True  # whether lists can be without gaps
 PARTIAL_IN_GLUON = False  # there is none
 
 
-def forward_launches(at, launch, scale, q, k, v, o, lse, saved, memory, stages=FORWARD_STAGES):
-    """The launches of the forward pass, or of some of its stages. What is saved of a head lies together."""
+def forward_launches(at, launch, scale, q, k, v, o, lse, saved, memory, *extras, stages=FORWARD_STAGES):
+    """The launches of the forward pass, or of some of its stages. What is saved of a head lies together.
+
+    `extras` are what `at.extras` names: global tokens, lists that are given.
+    """
     [peak, total, counts_l1, kept_l1] = at.buffers(saved, "saved")
     [q_l1, k_l1] = at.buffers(memory, "selection")
     q_steps, k_steps, v_steps = at.steps
+    k_global, v_global, global_mask, given_l1 = at.named(
+        extras, "k_global", "v_global", "global_mask", "given_l1"
+    )
     if "pool" in stages:
         launch(
             pool_l1_kernel, q, *q_steps, k, *k_steps, q_l1, k_l1, counts_l1, at.heads_per_batch, at.heads, at.m_tokens,
@@ -1021,18 +1214,29 @@ def forward_launches(at, launch, scale, q, k, v, o, lse, saved, memory, stages=F
         launch(
             select_l1_kernel, q_l1, k_l1, kept_l1, at.width_l1, counts_l1, at.m_tokens, at.n_tokens, at.saved_step,
         )
+    if "keep" in stages:
+        launch(
+            keep_kernel, given_l1, at.given_width_l1, kept_l1, at.width_l1, counts_l1, at.m_tokens, at.n_tokens,
+            at.saved_step,
+        )
     if "attend" in stages:
         launch(
-            attend_kernel, q, *q_steps, k, *k_steps, v, *v_steps, kept_l1, at.width_l1, o, lse, peak, total, scale,
-            at.heads_per_batch, at.m_tokens, at.n_tokens, at.saved_step,
+            attend_kernel, q, *q_steps, k, *k_steps, v, *v_steps, kept_l1, at.width_l1, k_global, v_global, global_mask, o,
+            lse, peak, total, scale, at.heads_per_batch, at.m_tokens, at.n_tokens, at.g_tokens, at.saved_step,
         )
 
 
-def grad_launches(at, launch, scale, q, k, v, grad_o, o, saved, grad_q, grad_k, grad_v, memory, grad_lse=None, zeros=None):
-    """The launches of the backward pass. With `zeros`, float32 as many as means of level 1, no level hands its gradient down."""
+def grad_launches(at, launch, scale, q, k, v, grad_o, o, saved, grad_q, grad_k, grad_v, memory, *extras):
+    """The launches of the backward pass. `extras` are what `at.extras` names: the gradient of lse, global tokens and theirs.
+
+    With `zeros` among them, float32 as many as means of level 1, no level hands its gradient down.
+    """
     [peak, total, counts_l1, kept_l1] = at.buffers(saved, "saved")
-    [delta, offsets_l1, keepers_l1, overflow_l1, overflow_grad_k_l0, overflow_grad_v_l0] = at.buffers(memory, "gradients")
+    [partial_grad_k_global, partial_grad_v_global, delta, offsets_l1, keepers_l1, overflow_l1, overflow_grad_k_l0, overflow_grad_v_l0] = at.buffers(memory, "gradients")
     q_steps, k_steps, v_steps, grad_o_steps = at.steps
+    grad_lse, k_global, v_global, global_mask, grad_k_global, grad_v_global, zeros = at.named(
+        extras, "grad_lse", "k_global", "v_global", "global_mask", "grad_k_global", "grad_v_global", "zeros"
+    )
 
     launch(
         scan_kernel, counts_l1, offsets_l1, overflow_l1, at.part_l1, at.heads, at.n_tokens, at.saved_step,
@@ -1042,8 +1246,20 @@ def grad_launches(at, launch, scale, q, k, v, grad_o, o, saved, grad_q, grad_k, 
     )
     launch(
         grad_q_kernel, q, *q_steps, k, *k_steps, v, *v_steps, kept_l1, at.width_l1, o, grad_o, *grad_o_steps, peak,
-        total, grad_lse, grad_q, delta, scale, at.heads_per_batch, at.m_tokens, at.n_tokens, at.saved_step,
+        total, grad_lse, k_global, v_global, global_mask, grad_q, delta, scale, at.heads_per_batch, at.m_tokens,
+        at.n_tokens, at.g_tokens, at.saved_step,
     )
+    if k_global:
+        launch(
+            grad_kv_global_kernel, q, *q_steps, grad_o, *grad_o_steps, peak, total, delta, k_global, v_global, global_mask,
+            partial_grad_k_global, partial_grad_v_global, at.rows_global, at.splits_global, scale, at.heads_per_batch,
+            at.m_tokens, at.g_tokens, at.saved_step,
+        )
+    if k_global:
+        launch(
+            grad_kv_global_sum_kernel, partial_grad_k_global, partial_grad_v_global, grad_k_global, grad_v_global,
+            at.splits_global, at.g_tokens,
+        )
     launch(
         grad_kv_l0_overflow_kernel, q, *q_steps, grad_o, *grad_o_steps, peak, total, delta, k, *k_steps, v, *v_steps,
         keepers_l1, at.width_l1, offsets_l1, overflow_l1, overflow_grad_k_l0, overflow_grad_v_l0, at.parts_l0, scale,
@@ -1056,24 +1272,29 @@ def grad_launches(at, launch, scale, q, k, v, grad_o, o, saved, grad_q, grad_k, 
     )
 
 
-def flops(heads, kv_heads, m_tokens, n_tokens):
-    """FLOPs of the forward pass, of the backward pass and of the selection alone, as llsa_gen's cost model counts them."""
+def flops(heads, kv_heads, m_tokens, n_tokens, g_tokens=0):
+    """FLOPs of the forward pass, the backward pass, the selection and its scores alone, as llsa_gen's cost model counts them."""
     queries, keys = level_tokens(m_tokens), level_tokens(n_tokens)
     of_forward = (
-        128 * heads * keys[1] * queries[1]
+        256 * g_tokens * heads * m_tokens
+        + 128 * heads * keys[1] * queries[1]
         + 256 * heads * m_tokens * min(512, n_tokens)
         + 64 * heads * m_tokens
         + 64 * kv_heads * n_tokens
     )
     of_backward = (
-        896 * heads * m_tokens * min(512, n_tokens)
+        896 * g_tokens * heads * m_tokens
+        + 896 * heads * m_tokens * min(512, n_tokens)
     )
     of_selection = (
         128 * heads * keys[1] * queries[1]
         + 64 * heads * m_tokens
         + 64 * kv_heads * n_tokens
     )
-    return of_forward, of_backward, of_selection
+    of_scores = (
+        128 * heads * keys[1] * queries[1]
+    )
+    return of_forward, of_backward, of_selection, of_scores
 
 
 LEVELS = 1
@@ -1582,6 +1803,7 @@ def split_queries(walks: int, n_queries: int, n_keys: int, tile: dict[str, int])
     `walks` is how many times that happens in a call, over all heads. Enough splits to fill a GPU, but no more than keep
     the partial sums small beside q: splits * n_keys <= n_queries / SPLIT_KEYS, or one split.
     """
+    n_keys = max(n_keys, 1)
     programs = walks * ceil_div(n_keys, tile["BLOCK_N"])
     wanted = min(ceil_div(FILLING, programs), n_queries // (SPLIT_KEYS * n_keys))
     rows = ceil_div(ceil_div(n_queries, max(wanted, 1)), tile["BLOCK_M"]) * tile["BLOCK_M"]
@@ -1596,6 +1818,11 @@ def is_full(queries: Sequence[int], keys: Sequence[int], tile: dict[str, int]) -
         min(WIDTHS[level], keys[level + 1]) * BLOCKS[level] % tile["BLOCK_C" if level else "BLOCK_N"] == 0
         for level in LISTED
     )
+
+
+Extras = tuple[str, ...]
+Widths = tuple[int, ...]
+GIVEN = (0,) * LEVELS  # of lists whose widths do not matter: the backward pass, which has copies, reads no others
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -1695,30 +1922,31 @@ def schedule_for(target: str, dtype: torch.dtype) -> dict[str, dict[str, Any]]:
     return SCHEDULES[target][dtype.itemsize]
 
 
-def plan_launches(tensors: Sequence[torch.Tensor], has_grad_lse: bool = False, given: bool = False) -> tuple[Any, ...]:
+def plan_launches(
+    tensors: Sequence[torch.Tensor], extras: Extras = (), g_tokens: int = 0, given: Widths = ()
+) -> tuple[Any, ...]:
     """The `LaunchPlan` for q, k, ... [B, H, N, D]; q, k, ..., `aligned`.
 
-    Triton also tells apart where a row begins, at a multiple of 16 bytes or not, and whether lse has a gradient. Lists
-    that are `given` may have gaps where those of the selection have none.
+    Triton also tells apart where a row begins, at a multiple of 16 bytes or not, and which `extras` there are beside.
+    Lists that are `given`, of these widths, may have gaps where those of the selection have none.
     """
     q, k, *_ = tensors
     strides = tuple([x.stride() for x in tensors])
     starts = tuple([x.data_ptr() % 16 for x in tensors])
-    at = launch_plan(q.device, q.dtype, q.shape, k.shape, strides, starts, has_grad_lse, given)
-    return (at, *tensors) if at is not None else plan_launches([aligned(x) for x in tensors], has_grad_lse, given)
+    at = launch_plan(q.device, q.dtype, q.shape, k.shape, strides, starts, extras, g_tokens, given)
+    return (at, *tensors) if at is not None else plan_launches([aligned(x) for x in tensors], extras, g_tokens, given)
 
 
 @functools.lru_cache(maxsize=2048)
 def launch_plan(
     device: torch.device, dtype: torch.dtype, q_shape: torch.Size, k_shape: torch.Size,
-    strides: tuple[tuple[int, ...], ...], starts: tuple[int, ...], has_grad_lse: bool,
-    given: bool = False,
+    strides: tuple[tuple[int, ...], ...], starts: tuple[int, ...], extras: Extras, g_tokens: int, given: Widths,
 ) -> "LaunchPlan | None":  # fmt: skip
     """One `LaunchPlan` for all calls that Triton does not tell apart; None where tensors have to be copied first."""
     if not all(map(is_aligned, strides)):
         return None
     tiles = schedule_for(target_of(device), dtype)
-    return LaunchPlan(device, dtype, q_shape, k_shape, strides, starts, tiles, given)
+    return LaunchPlan(device, dtype, q_shape, k_shape, strides, starts, tiles, extras, g_tokens, given)
 
 
 class LaunchPlan:
@@ -1726,6 +1954,7 @@ class LaunchPlan:
 
     steps: between batches, heads and rows of each tensor. shapes: of every buffer. places, sizes: of buffers in the
     memory of each layout and of that memory, see `lay_out`. grids: programs and tile shapes of every launch.
+    extras: names of the tensors that a pass takes beside those that it always takes, in their order.
     ready: what Triton made of each launch, so that it need not look for it again. replays: the launches of each pass,
     from its first call on, or None where that cannot be replayed. What else there is, `work_out` says.
     """
@@ -1736,9 +1965,9 @@ class LaunchPlan:
     def __init__(
         self, device: torch.device, dtype: torch.dtype, q_shape: torch.Size, k_shape: torch.Size,
         strides: tuple[tuple[int, ...], ...], starts: tuple[int, ...], tiles: dict[str, dict[str, Any]],
-        given: bool = False,
+        extras: Extras = (), g_tokens: int = 0, given: Widths = (),
     ) -> None:  # fmt: skip
-        self.device, self.dtype, self.given = device, dtype, given
+        self.device, self.dtype, self.extras, self.g_tokens, self.given = device, dtype, extras, g_tokens, given
         batch, self.heads_per_batch, self.m_tokens, _ = q_shape
         self.heads, self.kv_heads, self.n_tokens = batch * self.heads_per_batch, batch * k_shape[1], k_shape[2]
         self.steps = [stride[:3] for stride in strides]
@@ -1759,6 +1988,11 @@ class LaunchPlan:
         """One piece of memory for all buffers of a layout."""
         # sizes one by one: torch takes half a microsecond longer for a tuple
         return torch.empty(*self.memories[layout], dtype=torch.uint8, device=self.device)
+
+    def named(self, extras: Sequence["Argument"], *names: str) -> list["Argument | None"]:
+        """The extra tensors of these names; None where there is none."""
+        known = dict(zip(self.extras, extras, strict=True))
+        return [known.get(name) for name in names]
 
     def buffers(self, memory: Any, layout: str) -> list["Argument"]:
         """The buffers of a layout in its memory, an `Argument`: an `Argument` each."""
@@ -1821,26 +2055,68 @@ def select_kernels(q: torch.Tensor, k: torch.Tensor) -> list[torch.Tensor]:
     return [kept.clone(memory_format=torch.contiguous_format) for kept in lists]
 
 
+def keeping_launches(at: Any, launch: Callable[..., None], scale: Any, *tensors: Any) -> None:
+    """The launches of the forward pass along given lists."""
+    forward_launches(at, launch, scale, *tensors, stages=("pool", "keep", "attend"))
+
+
+GlobalTokens = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+SHARED_NAMES = "k_global", "v_global", "global_mask"
+GIVEN_NAMES = tuple(f"given_l{level}" for level in range(1, LEVELS + 1))
+
+
+def shared_tensors(shared: GlobalTokens) -> tuple[torch.Tensor, ...]:
+    """Global tokens and their mask, if there is one, as kernels take it."""
+    k, v, mask = shared
+    return (k, v) if mask is None else (k, v, mask.view(torch.uint8))
+
+
 def attend_kernels(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """o, lse and what the backward pass needs, memory of the layout `saved`."""
-    at, q, k, v = plan_launches((q, k, v))
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, shared: GlobalTokens | None = None,
+    kept: Sequence[torch.Tensor] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """o, lse and what the backward pass needs, memory of the layout `saved`.
+
+    `shared`: global tokens [B, H, G, D], twice, and their mask [B, G] or None. `kept`: given lists, finest first.
+    """
+    extras: tuple[Any, ...] = ()
+    if shared is None and kept is None:
+        at, q, k, v = plan_launches((q, k, v))
+    else:
+        names: tuple[str, ...] = ()
+        if shared is not None:
+            extras = shared_tensors(shared)
+            names = SHARED_NAMES[: len(extras)]
+        if kept is not None:
+            extras, names = (*extras, *kept), (*names, *GIVEN_NAMES)
+        widths = () if kept is None else tuple([lists.shape[3] for lists in kept])
+        at, q, k, v = plan_launches((q, k, v), names, 0 if shared is None else shared[0].shape[2], widths)
     o, lse, saved = empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32), at.memory("saved")
-    at.run(forward_launches, (q, k, v, o, lse, saved, at.memory("selection")), scale)
+    launches = forward_launches if kept is None else keeping_launches
+    at.run(launches, (q, k, v, o, lse, saved, at.memory("selection"), *extras), scale)
     return o, lse, saved
 
 
 def grad_kernels(
     grad_o: torch.Tensor, grad_lse: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
-    o: torch.Tensor, saved: torch.Tensor, scale: float,
+    o: torch.Tensor, saved: torch.Tensor, scale: float, shared: GlobalTokens | None = None, given: bool = False,
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
-    """dq, dk, dv from what `attend_kernels` returned; grad_lse may be None."""
-    at, q, k, v, grad_o = plan_launches((q, k, v, grad_o), grad_lse is not None)
+    """dq, dk, dv from what `attend_kernels` returned, and those of global tokens; grad_lse may be None.
+
+    `given`: whether lists were.
+    """
+    extras: tuple[Any, ...] = () if grad_lse is None else (grad_lse,)
+    names: tuple[str, ...] = () if grad_lse is None else ("grad_lse",)
+    of_shared: tuple[torch.Tensor, ...] = ()
+    if shared is not None:
+        of_shared, tensors = (empty_like(shared[0]), empty_like(shared[1])), shared_tensors(shared)
+        extras = (*extras, *tensors, *of_shared)
+        names = (*names, *SHARED_NAMES[: len(tensors)], "grad_k_global", "grad_v_global")
+    g_tokens = 0 if shared is None else shared[0].shape[2]
+    at, q, k, v, grad_o = plan_launches((q, k, v, grad_o), names, g_tokens, GIVEN if given else ())
     grads = empty_like(q), empty_like(k), empty_like(v)
-    tensors = q, k, v, grad_o, o, saved, *grads, at.memory("gradients")
-    at.run(grad_launches, tensors if grad_lse is None else (*tensors, grad_lse), scale)
-    return grads
+    at.run(grad_launches, (q, k, v, grad_o, o, saved, *grads, at.memory("gradients"), *extras), scale)
+    return *grads, *of_shared
 
 
 # ---- the CPU path ----------------------------------------------------------------------------------------------------
@@ -2611,9 +2887,8 @@ def attending_launches(at: Any, launch: Callable[..., None], scale: Any, *tensor
 
 
 def apart_launches(at: Any, launch: Callable[..., None], scale: Any, *tensors: Any) -> None:
-    """The launches of the backward pass; no level hands its gradient down: the last tensor is zeros."""
-    *others, zeros = tensors
-    grad_launches(at, launch, scale, *others, zeros=zeros)
+    """The launches of the backward pass; no level hands its gradient down, for there are zeros among `at.extras`."""
+    grad_launches(at, launch, scale, *tensors)
 
 
 def gaps_last(kept: torch.Tensor) -> torch.Tensor:
@@ -2645,7 +2920,7 @@ def attend_means_forward(
             attend_along(o, lse, named, q, k, v, scale)
         return o, lse, saved
     with on_device_of(q):
-        at, q, k, v = plan_launches((q, k, v), given=True)
+        at, q, k, v = plan_launches((q, k, v), given=GIVEN)
         at.run(attending_launches, (q, k, v, o, lse, saved, at.memory("selection")), scale)
     return o, lse, saved
 
@@ -2663,10 +2938,11 @@ def attend_means_backward(
         with without_autocast():
             return grad_along(means, grad_o, grad_lse, q, k, v, named_views(None, (q, k), saved=saved), scale)
     with on_device_of(q):
-        at, q, k, v, grad_o = plan_launches((q, k, v, grad_o), grad_lse is not None, given=True)
+        of_lse = [] if grad_lse is None else [in_one_piece(grad_lse)]
+        names = ("grad_lse", "zeros")[-1 - len(of_lse) :]
+        at, q, k, v, grad_o = plan_launches((q, k, v, grad_o), names, given=GIVEN)
         grads, memory = [empty_like(x) for x in (q, k, v)], at.memory("gradients")
         zeros = k.new_zeros((*k.shape[:2], level_tokens(k.shape[2])[1], k.shape[3]), dtype=torch.float32)
-        of_lse = [] if grad_lse is None else [in_one_piece(grad_lse)]
         tensors = q, k, v, grad_o, in_one_piece(o), saved, *grads, memory, *of_lse, zeros
         at.run(apart_launches, tensors, scale)
         named = named_views(at, gradients=memory)

@@ -86,10 +86,14 @@ def record(
     batch: int = 2,
     heads: int = 4,
     tiles: schedule.Schedule | None = None,
+    g_tokens: int = 0,
+    masked: bool = False,
+    given: bool = False,
 ) -> list[Launch]:
     """Every launch for q, k, v [batch, heads, n_tokens, D] of `dtype` on `target`: forward, backward, then `select`.
 
-    `tiles` takes the place of the module's own schedule.
+    `tiles` takes the place of the module's own schedule. With `g_tokens` there are so many global tokens, and a mask of
+    them if `masked`; with `given`, attention is along given lists.
 
     Needs no GPU and no memory. Raises UnknownTargetError for a target without a schedule, TypeError or ValueError for
     a dtype or lengths that the operator does not take, LlsaGenError under TRITON_INTERPRET=1.
@@ -104,7 +108,16 @@ def record(
     head_dim = module.HEAD_DIM.value
     shape = (batch, heads, n_tokens, head_dim)
     q, k, v, grad_o = (torch.empty(shape, dtype=element, device="meta") for _ in range(4))
-    passes = _Passes(module, module.schedule_for(target, element) if tiles is None else tiles)
+    extras: dict[str, Tensor] = {}
+    if g_tokens:
+        of_globals = (batch, heads, g_tokens, head_dim)
+        extras |= {name: torch.empty(of_globals, dtype=element, device="meta") for name in ("k_global", "v_global")}
+        if masked:
+            extras["global_mask"] = torch.empty((batch, g_tokens), dtype=torch.uint8, device="meta")
+    if given:
+        lists = module.empty_selection(q, k)
+        extras |= {f"given_l{level}": list_ for level, list_ in enumerate(lists, start=1)}
+    passes = _Passes(module, module.schedule_for(target, element) if tiles is None else tiles, extras=extras)
     o, _, saved = passes.attend(q, k, v, head_dim**-0.5)
     passes.differentiate(q, k, v, grad_o, o, saved, head_dim**-0.5)
     passes.select(q, k)
@@ -137,25 +150,37 @@ def perform(
 class _Passes:
     """The passes of a module with the tile shapes `tiles`; `launches` are those that it names, made if `real`."""
 
-    def __init__(self, module: ModuleType, tiles: schedule.Schedule, *, real: bool = False) -> None:
-        self.module, self.tiles, self.real = module, tiles, real
+    def __init__(
+        self,
+        module: ModuleType,
+        tiles: schedule.Schedule,
+        *,
+        real: bool = False,
+        extras: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        self.module, self.tiles, self.real, self.extras = module, tiles, real, dict(extras or {})
         self.launches: list[Launch] = []
+        self.lists = [x for name, x in self.extras.items() if name.startswith("given")]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, ...]:
         """o, lse and what is saved: `attend_kernels` of the module."""
-        at, *inputs = self._prepare(q, k, v)
+        at, *inputs = self._prepare(q, k, v, extras=self.extras)
         outputs = self.module.empty_outputs(q, k)
-        tensors = *inputs, *outputs, at.memory("selection")
-        at.launch(self.module.forward_launches, partial(self._note, "forward", at), tensors, scale)
+        tensors = *inputs, *outputs, at.memory("selection"), *self.extras.values()
+        launches = self.module.keeping_launches if self.lists else self.module.forward_launches
+        at.launch(launches, partial(self._note, "forward", at), tensors, scale)
         return outputs
 
     def differentiate(
         self, q: Tensor, k: Tensor, v: Tensor, grad_o: Tensor, o: Tensor, saved: Tensor, scale: float
     ) -> tuple[Tensor, ...]:
         """dq, dk and dv: `grad_kernels` of the module, where lse has no gradient."""
-        at, *inputs = self._prepare(q, k, v, grad_o)
+        shared = {name: x for name, x in self.extras.items() if not name.startswith("given")}
+        if shared:
+            shared |= {f"grad_{name}": self.module.empty_like(shared[name]) for name in ("k_global", "v_global")}
+        at, *inputs = self._prepare(q, k, v, grad_o, extras=shared)
         grads = tuple(map(self.module.empty_like, (q, k, v)))
-        tensors = *inputs, o, saved, *grads, at.memory("gradients")
+        tensors = *inputs, o, saved, *grads, at.memory("gradients"), *shared.values()
         at.launch(self.module.grad_launches, partial(self._note, "backward", at), tensors, scale)
         return grads
 
@@ -165,11 +190,15 @@ class _Passes:
         tensors = q, k, v, q, q, at.memory("saved"), at.memory("selection")
         at.launch(self.module.selection_launches, partial(self._note, "select", at), tensors, 0.0)
 
-    def _prepare(self, *tensors: Tensor) -> tuple[Any, ...]:
+    def _prepare(self, *tensors: Tensor, extras: Mapping[str, Tensor] | None = None) -> tuple[Any, ...]:
         """`plan_launches` of the module, but with these tiles and in no cache: a `LaunchPlan`; tensors, `aligned`."""
         q, k, *_ = tensors = tuple(map(self.module.aligned, tensors))
         strides, starts = zip(*((x.stride(), x.data_ptr() % 16) for x in tensors), strict=True)
-        return self.module.LaunchPlan(q.device, q.dtype, q.shape, k.shape, strides, starts, self.tiles), *tensors
+        extras = extras or {}
+        g_tokens = extras["k_global"].shape[2] if "k_global" in extras else 0
+        known = q.device, q.dtype, q.shape, k.shape, strides, starts, self.tiles
+        widths = tuple(lists.shape[3] for lists in self.lists)
+        return self.module.LaunchPlan(*known, tuple(extras), g_tokens, widths), *tensors
 
     def _note(self, phase: Phase, at: Any, kernel: Any, *arguments: Any) -> None:
         """`by_triton` of the module, which takes one of a pair: the plan's kernel or the one in Gluon for its place."""

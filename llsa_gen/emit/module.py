@@ -91,7 +91,7 @@ def render(plan: Plan, schedules: Schedules) -> str:
                 schedules=schedules_literal(schedules),
                 gluon=stages_in_gluon(schedules),
                 filling=FILLING,
-                flops=[Cost(plan, {}).flops(kernels) for kernels in (plan.forward, plan.backward, plan.forward[:-1])],
+                flops=[Cost(plan, {}).flops(kernels) for kernels in (plan.forward, plan.backward, *plan.selection)],
                 cached=CACHED,
                 lists={level: list_length(plan, level) for level in plan.sorted_levels},
                 partial_in_gluon=plan.top <= PARTIAL_LEVELS,

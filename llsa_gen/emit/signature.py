@@ -46,7 +46,7 @@ def base(plan: Plan, name: str) -> str:
     """Where the rows of one head of a buffer begin, as a kernel has it that knows `head` and, of keys, `kv_head`."""
     buffer = plan.buffers[name]
     heads, rows, *width = buffer.axes
-    head = "kv_head" if heads == "B*H_kv" else "head"
+    head = {"B*H_kv": "kv_head", "B": "head // heads_per_batch"}.get(heads, "head")
     if buffer.role is Role.SAVED:
         return f"of_saved({name}_ptr, {head}, saved_step)"
     if buffer.strides:
@@ -56,7 +56,7 @@ def base(plan: Plan, name: str) -> str:
     return f"of_head({name}_ptr, {head}, {count}, {'HEAD_DIM' if columns == 'D' else columns})"
 
 
-_COUNT = re.compile(r"T_(\d+)\(([MN])\)|^([MN])$")
+_COUNT = re.compile(r"T_(\d+)\(([MN])\)|^([MNG])$")
 
 
 def _count(found: re.Match[str]) -> str:

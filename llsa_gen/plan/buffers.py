@@ -8,7 +8,7 @@ from functools import cached_property
 import sympy
 
 from llsa_gen.plan.levels import Levels
-from llsa_gen.plan.sizes import HEADS, KV_HEADS, M, N, parts, splits
+from llsa_gen.plan.sizes import GLOBAL, HEADS, KV_HEADS, G, M, N, parts, splits
 
 
 class Role(StrEnum):
@@ -69,6 +69,9 @@ class Buffers(Levels):
             "B*H_kv": KV_HEADS,
             "M": M,
             "N": N,
+            "B": sympy.Symbol("batch", integer=True, positive=True),
+            "G": G,
+            "splits_global": splits(GLOBAL),
             "D": sympy.Integer(self.head_dim),
         }
         for level in self.levels:
@@ -76,7 +79,7 @@ class Buffers(Levels):
             sizes |= {f"b_{level}": sympy.Integer(self.block(level)), f"width_l{level}": width}
             sizes |= {f"T_{level}(M)": queries, f"T_{level}(M) * width_l{level}": queries * width}
             sizes |= {f"T_{level}(N)": keys, f"T_{level}(N) + 1": keys + 1}
-            sizes |= {f"width_l{level} * b_{level}": width * self.block(level)}
+            sizes |= {f"width_l{level} * b_{level}": width * self.block(level), f"given_width_l{level}": width}
         sizes |= {f"parts_l{level}": parts(level) for level in self.by_list}
         return sizes | {f"splits_l{level}": splits(level) for level in self.split}
 
@@ -89,6 +92,12 @@ class Buffers(Levels):
         yield buffer("q", f"{queries}, D", "input", Role.INPUT, strides="q")
         for name in ("k", "v"):
             yield buffer(name, f"{keys}, D", "input", Role.INPUT, strides=name)
+        for name in ("k", "v"):
+            yield buffer(f"{name}_global", "B*H_kv, G, D", "input", Role.OPTIONAL, "None where there are no globals")
+        yield buffer("global_mask", "B, G", "uint8", Role.OPTIONAL, "None where all take part")
+        for level in self.levels:
+            axes, width = f"B*H, T_{level}(M), given_width_l{level}", f"given_width_l{level}"
+            yield buffer(f"given_l{level}", axes, "int32", Role.OPTIONAL, "kept key tokens, -1 anywhere", width=width)
         yield buffer("o", f"{queries}, D", "input", Role.OUTPUT)
         yield buffer("lse", queries, "float32", Role.OUTPUT, "natural logarithm of the sum of weights")
         for name in ("peak", "total"):  # the backward pass needs the sum without the rounding of lse
@@ -112,6 +121,10 @@ class Buffers(Levels):
         yield buffer("grad_q", f"{queries}, D", "input", Role.OUTPUT)
         for name in ("grad_k", "grad_v"):
             yield buffer(name, f"{keys}, D", "input", Role.OUTPUT)
+        for name in ("grad_k_global", "grad_v_global"):
+            yield buffer(name, "B*H_kv, G, D", "input", Role.OUTPUT)
+        for name in ("partial_grad_k_global", "partial_grad_v_global"):
+            yield buffer(name, "B*H, splits_global, G, D", "partial", Role.SCRATCH)
         yield buffer("delta", queries, "float32", Role.SCRATCH)
         for level in self.levels:
             says = "where the list of each key token begins"

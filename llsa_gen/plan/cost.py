@@ -19,13 +19,13 @@ Counted are the most keys that a query can see; `Cost.exact` says whether all qu
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import sympy
 
 from llsa_gen.plan.buffers import Buffer, Role
 from llsa_gen.plan.plan import Kernel, Plan
-from llsa_gen.plan.sizes import FILLING, HEADS, KV_HEADS, M, N, ceil_div, parts, splits, tile
+from llsa_gen.plan.sizes import FILLING, GLOBAL, HEADS, KV_HEADS, G, M, N, ceil_div, of_level, parts, splits, tile
 
 __all__ = ["BYTES", "Cost", "Pass", "Share", "Totals", "dense", "evaluate"]
 
@@ -36,10 +36,10 @@ FORWARD_PRODUCTS, GRAD_Q_PRODUCTS, GRAD_KV_PRODUCTS, DENSE_BACKWARD_PRODUCTS = 2
 
 
 class Share(NamedTuple):
-    """FLOPs that one stage spends on the keys of one level (0: the tokens themselves), over all heads."""
+    """FLOPs that one stage spends on the keys of one level (0: the tokens, or the global ones), over all heads."""
 
     stage: str
-    level: int
+    level: int | Literal["global"]
     flops: sympy.Expr
 
 
@@ -124,6 +124,10 @@ class Cost:
             yield Share("attend", level, FORWARD_PRODUCTS * pairs)
             yield Share("grad_q", level, GRAD_Q_PRODUCTS * pairs)
             yield Share(f"grad_kv_l{level}", level, GRAD_KV_PRODUCTS * pairs)
+        for stage, products in (
+            ("attend", FORWARD_PRODUCTS), ("grad_q", GRAD_Q_PRODUCTS), ("grad_kv_global", GRAD_KV_PRODUCTS),
+        ):  # fmt: skip
+            yield Share(stage, GLOBAL, products * row * M * G)
         for level in plan.listed:
             above = plan.enriched_above(level)
             if above:  # pooling backwards: dk and dv of the level above are added to those below it
@@ -173,19 +177,22 @@ class Cost:
     def _decided(self) -> list[tuple[sympy.Expr, sympy.Expr]]:
         """What the host code decides: into how many splits queries come, and the room for overflow parts."""
         decided: list[tuple[sympy.Expr, sympy.Expr]] = [
-            (splits(level), self._splits(level)) for level in self.plan.split
+            (splits(level), self._splits(level)) for level in (GLOBAL, *self.plan.split)
         ]
         for level in self.plan.by_list:
             most = self.plan.overflow_parts(level).subs(tile("PART"), self.schedule[f"grad_kv_l{level}"]["PART"])
             decided.append((parts(level), most))
         return decided
 
-    def _splits(self, level: int) -> sympy.Expr:
+    def _splits(self, level: int | Literal["global"]) -> sympy.Expr:
         """How many splits the queries of a level come in: what `split_queries` of the host code says."""
-        plan, tiles = self.plan, self.schedule[f"grad_kv_l{level}"]
-        keys = plan.keys_of_keeper(level)
-        queries = M if level == plan.top else sympy.Min(M, plan.span(level + 1))
-        programs = HEADS * plan.keepers(level) * ceil_div(keys, tiles["BLOCK_N"])
+        plan, tiles = self.plan, self.schedule[f"grad_kv_{of_level(level)}"]
+        if level == GLOBAL:
+            keys, queries, keepers = sympy.Max(G, 1), M, 1
+        else:
+            keys, keepers = plan.keys_of_keeper(level), plan.keepers(level)
+            queries = M if level == plan.top else sympy.Min(M, plan.span(level + 1))
+        programs = HEADS * keepers * ceil_div(keys, tiles["BLOCK_N"])
         few_sums = sympy.floor(queries / (plan.queries_per_partial * keys))
         wanted = sympy.Max(1, sympy.Min(sympy.ceiling(FILLING / programs), few_sums))
         rows = tiles["BLOCK_M"] * sympy.ceiling(sympy.ceiling(queries / wanted) / tiles["BLOCK_M"])
@@ -195,7 +202,8 @@ class Cost:
         """Bytes that one launch moves. Parts of popular lists are left out: usually there are none."""
         if self._only_overflow(kernel):
             return sympy.Integer(0)
-        names = (*kernel.reads, *kernel.writes)
+        also = (name for name in kernel.optional if self.plan.buffers[name].dtype == "input")  # global tokens
+        names = (*kernel.reads, *also, *kernel.writes)
         counted = (self.plan.buffers[name] for name in names if not self._is_overflow(name))
         return sympy.Add(*map(self.buffer_bytes, counted))
 
@@ -235,9 +243,10 @@ def dense(head_dim: int, element: int = 2) -> Totals:
     )
 
 
-def evaluate(expr: sympy.Expr, n_tokens: int, heads: int = 1, m_tokens: int | None = None) -> int:
-    """The value of an expression of this module, an exact integer: N keys, B*H heads, M queries (N unless given)."""
-    sizes = [(N, n_tokens), (M, n_tokens if m_tokens is None else m_tokens), (HEADS, heads), (KV_HEADS, heads)]
+def evaluate(expr: sympy.Expr, n_tokens: int, heads: int = 1, m_tokens: int | None = None, g_tokens: int = 0) -> int:
+    """The value of an expression of this module, an exact integer: N keys, B*H heads, M queries (N unless given), G."""
+    queries = n_tokens if m_tokens is None else m_tokens
+    sizes = [(N, n_tokens), (M, queries), (HEADS, heads), (KV_HEADS, heads), (G, g_tokens)]
     value = sympy.sympify(expr).subs(sizes)
     if not value.is_Integer:
         raise ValueError(f"expected an expression in lengths and numbers of heads, got {expr}, which is {value}")

@@ -2,7 +2,8 @@
 
 The plan says *what* is computed, in the names of the semantics (M queries, N keys, L levels, spans P_l, T_l tokens a
 level, K_l kept); it knows neither text nor GPUs. Sizes are sympy expressions in `m_tokens` (M), `n_tokens` (N), `heads`
-(B*H, the query heads of every batch entry), `kv_heads` (B*H_kv, as many for now) and the tile shapes of a schedule.
+(B*H, the query heads of every batch entry), `kv_heads` (B*H_kv, as many for now), `g_tokens` (G, the global tokens) and
+the tile shapes of a schedule.
 """
 
 import json
@@ -15,7 +16,7 @@ from typing import NamedTuple
 import sympy
 
 from llsa_gen.plan.buffers import Buffers, Role
-from llsa_gen.plan.sizes import HEADS, KV_HEADS, ceil_div, parts, splits, tile
+from llsa_gen.plan.sizes import GLOBAL, HEADS, KV_HEADS, G, ceil_div, parts, splits, tile
 from llsa_gen.spec import Spec
 
 Names = tuple[str, ...]
@@ -31,7 +32,7 @@ class Scalar(NamedTuple):
 
 SCALE = Scalar("scale", "s")
 H, B_H = Scalar("heads_per_batch", "H"), Scalar("heads", "B*H")
-M_TOKENS, N_TOKENS = Scalar("m_tokens", "M"), Scalar("n_tokens", "N")
+M_TOKENS, N_TOKENS, G_TOKENS = Scalar("m_tokens", "M"), Scalar("n_tokens", "N"), Scalar("g_tokens", "G")
 SAVED_STEP = Scalar("saved_step", "256 bytes each, from head to head of what is saved")
 
 
@@ -53,6 +54,7 @@ class Kernel:
     handed: Names = ()  # of what it reads, gradients of the level above that flow through the pooling
     level: int | None = None
     twin: bool = False  # whether a kernel in Gluon can take its place
+    of_globals: bool = False  # whether it is launched only where there are global tokens
 
     @property
     def stage(self) -> str:
@@ -125,11 +127,26 @@ class Plan(Buffers):
         """The kernels of the forward pass in launch order; those before `attend` are the selection."""
         return tuple(map(self._told, (*self._pool(), *self._select(), self._attend())))
 
+    @property
+    def selection(self) -> tuple[tuple[Kernel, ...], tuple[Kernel, ...]]:
+        """The kernels of the selection, pooling included, and those that score."""
+        return self.forward[:-1], tuple(kernel for kernel in self.forward if kernel.kind == "select")
+
     @cached_property
     def backward(self) -> tuple[Kernel, ...]:
         """The kernels of the backward pass in launch order."""
         grad_kv = (step for level in reversed(self.attended) for step in self._grad_kv(level))
-        return tuple(map(self._told, (*self._invert(), self._grad_q(), *grad_kv)))
+        return tuple(map(self._told, (*self._invert(), self._grad_q(), *self._grad_globals(), *grad_kv)))
+
+    @cached_property
+    def keep(self) -> Kernel:
+        """What takes the place of the selection where the caller gives the lists: it counts who keeps what."""
+        rows = sympy.Add(*(ceil_div(self.query_tokens(level), tile("BLOCK_M")) for level in self.levels))
+        kept = tuple(f"{name}_l{level}" for name in ("kept", "counts") for level in self.levels)
+        lists = tuple(f"given_l{level}" for level in self.levels)
+        return self._told(
+            Kernel("keep_kernel", "keep", "given lists, without gaps, and their counts", HEADS * rows, lists, kept)
+        )
 
     def _told(self, kernel: Kernel) -> Kernel:
         """The kernel, told how far apart heads lie of what is saved, if it takes any of that."""
@@ -139,8 +156,8 @@ class Plan(Buffers):
 
     @property
     def kernels(self) -> tuple[Kernel, ...]:
-        """Every launch in order, but `recompute`."""
-        return (*self.forward, *self.backward)
+        """Every launch in order, but `recompute`; the selection is either `keep` or the kernels before it."""
+        return (*self.forward[:-1], self.keep, self.forward[-1], *self.backward)
 
     @cached_property
     def stages(self) -> dict[str, tuple[str, int | None]]:
@@ -212,7 +229,7 @@ class Plan(Buffers):
         return Kernel(
             "attend_kernel", "attend", "o and lse: one softmax over all levels", HEADS * self.query_programs,
             ("q", "k", "v", *self._coarse(), *self._lists()), ("o", "lse", "peak", "total"),
-            (SCALE, H, M_TOKENS, N_TOKENS), twin=True,
+            (SCALE, H, M_TOKENS, N_TOKENS, G_TOKENS), ("k_global", "v_global", "global_mask"), twin=True,
         )  # fmt: skip
 
     @property
@@ -262,7 +279,23 @@ class Plan(Buffers):
         reads = ("q", "k", "v", *self._coarse(), *self._lists(), "o", "grad_o", "peak", "total")
         return Kernel(
             "grad_q_kernel", "grad_q", "dq, and delta = sum(o do)", HEADS * self.query_programs,
-            reads, ("grad_q", "delta"), (SCALE, H, M_TOKENS, N_TOKENS), ("grad_lse",), twin=True,
+            reads, ("grad_q", "delta"), (SCALE, H, M_TOKENS, N_TOKENS, G_TOKENS),
+            ("grad_lse", "k_global", "v_global", "global_mask"), twin=True,
+        )  # fmt: skip
+
+    def _grad_globals(self) -> Iterable[Kernel]:
+        reads = ("q", "grad_o", "peak", "total", "delta", "k_global", "v_global")
+        partial = "partial_grad_k_global", "partial_grad_v_global"
+        rows, many = Scalar("rows_global", "queries a split"), Scalar("splits_global", "how many splits")
+        yield Kernel(
+            "grad_kv_global_kernel", "grad_kv_global", "dk, dv of the global tokens, a split of the queries each",
+            HEADS * splits(GLOBAL) * ceil_div(G, tile("BLOCK_N")), reads, partial,
+            (rows, many, SCALE, H, M_TOKENS, G_TOKENS), ("global_mask",), twin=True, of_globals=True,
+        )  # fmt: skip
+        yield Kernel(
+            "grad_kv_global_sum_kernel", "grad_sum", "dk, dv of the global tokens: the partial sums in order",
+            KV_HEADS * ceil_div(G, tile("BLOCK")), partial, ("grad_k_global", "grad_v_global"), (many, G_TOKENS),
+            of_globals=True,
         )  # fmt: skip
 
     def _grad_kv(self, level: int) -> Iterable[Kernel]:
@@ -342,6 +375,7 @@ class Plan(Buffers):
                 for buffer in self.buffers.values()
             },
             "forward": [kernel(step) for step in self.forward],
+            "keep": kernel(self.keep),
             "backward": [kernel(step) for step in self.backward],
         }
 

@@ -1,5 +1,7 @@
 """Sizes as sympy expressions: the lengths they depend on, and the one division that levels are made of."""
 
+from typing import Literal
+
 import sympy
 
 M = sympy.Symbol("m_tokens", integer=True, positive=True)
@@ -7,6 +9,9 @@ M = sympy.Symbol("m_tokens", integer=True, positive=True)
 
 N = sympy.Symbol("n_tokens", integer=True, positive=True)
 """Keys of a head."""
+
+G = sympy.Symbol("g_tokens", integer=True, nonnegative=True)
+"""Global tokens of a head, which every query attends to."""
 
 HEADS = sympy.Symbol("heads", integer=True, positive=True)
 """B*H, the heads of all queries."""
@@ -18,9 +23,18 @@ MAX_TOKENS = 2**30
 """Most queries or keys of a head. Token numbers have 32 bits; a level that spans more has exactly one token."""
 
 
-def splits(level: int) -> sympy.Symbol:
+GLOBAL: Literal["global"] = "global"
+"""Stands for a level where keys are the global tokens."""
+
+
+def of_level(level: int | Literal["global"]) -> str:
+    """How names of buffers, kernels and numbers end: `l2` of level 2, `global` of the global tokens."""
+    return GLOBAL if level == GLOBAL else f"l{level}"
+
+
+def splits(level: int | Literal["global"]) -> sympy.Symbol:
     """Into how many splits the queries come of one tile of a level's keys: the host code's choice."""
-    return sympy.Symbol(f"splits_l{level}", integer=True, positive=True)
+    return sympy.Symbol(f"splits_{of_level(level)}", integer=True, positive=True)
 
 
 def parts(level: int) -> sympy.Symbol:

@@ -17,6 +17,11 @@ if TYPE_CHECKING:
 # ---- spliced into every module from here on
 
 
+Extras = tuple[str, ...]
+Widths = tuple[int, ...]
+GIVEN = (0,) * LEVELS  # of lists whose widths do not matter: the backward pass, which has copies, reads no others
+
+
 def ceil_div(a: int, b: int) -> int:
     """ceil(a / b)."""
     return -(-a // b)
@@ -114,30 +119,31 @@ def schedule_for(target: str, dtype: torch.dtype) -> dict[str, dict[str, Any]]:
     return SCHEDULES[target][dtype.itemsize]
 
 
-def plan_launches(tensors: Sequence[torch.Tensor], has_grad_lse: bool = False, given: bool = False) -> tuple[Any, ...]:
+def plan_launches(
+    tensors: Sequence[torch.Tensor], extras: Extras = (), g_tokens: int = 0, given: Widths = ()
+) -> tuple[Any, ...]:
     """The `LaunchPlan` for q, k, ... [B, H, N, D]; q, k, ..., `aligned`.
 
-    Triton also tells apart where a row begins, at a multiple of 16 bytes or not, and whether lse has a gradient. Lists
-    that are `given` may have gaps where those of the selection have none.
+    Triton also tells apart where a row begins, at a multiple of 16 bytes or not, and which `extras` there are beside.
+    Lists that are `given`, of these widths, may have gaps where those of the selection have none.
     """
     q, k, *_ = tensors
     strides = tuple([x.stride() for x in tensors])
     starts = tuple([x.data_ptr() % 16 for x in tensors])
-    at = launch_plan(q.device, q.dtype, q.shape, k.shape, strides, starts, has_grad_lse, given)
-    return (at, *tensors) if at is not None else plan_launches([aligned(x) for x in tensors], has_grad_lse, given)
+    at = launch_plan(q.device, q.dtype, q.shape, k.shape, strides, starts, extras, g_tokens, given)
+    return (at, *tensors) if at is not None else plan_launches([aligned(x) for x in tensors], extras, g_tokens, given)
 
 
 @functools.lru_cache(maxsize=2048)
 def launch_plan(
     device: torch.device, dtype: torch.dtype, q_shape: torch.Size, k_shape: torch.Size,
-    strides: tuple[tuple[int, ...], ...], starts: tuple[int, ...], has_grad_lse: bool,
-    given: bool = False,
+    strides: tuple[tuple[int, ...], ...], starts: tuple[int, ...], extras: Extras, g_tokens: int, given: Widths,
 ) -> "LaunchPlan | None":  # fmt: skip
     """One `LaunchPlan` for all calls that Triton does not tell apart; None where tensors have to be copied first."""
     if not all(map(is_aligned, strides)):
         return None
     tiles = schedule_for(target_of(device), dtype)
-    return LaunchPlan(device, dtype, q_shape, k_shape, strides, starts, tiles, given)
+    return LaunchPlan(device, dtype, q_shape, k_shape, strides, starts, tiles, extras, g_tokens, given)
 
 
 class LaunchPlan:
@@ -145,6 +151,7 @@ class LaunchPlan:
 
     steps: between batches, heads and rows of each tensor. shapes: of every buffer. places, sizes: of buffers in the
     memory of each layout and of that memory, see `lay_out`. grids: programs and tile shapes of every launch.
+    extras: names of the tensors that a pass takes beside those that it always takes, in their order.
     ready: what Triton made of each launch, so that it need not look for it again. replays: the launches of each pass,
     from its first call on, or None where that cannot be replayed. What else there is, `work_out` says.
     """
@@ -155,9 +162,9 @@ class LaunchPlan:
     def __init__(
         self, device: torch.device, dtype: torch.dtype, q_shape: torch.Size, k_shape: torch.Size,
         strides: tuple[tuple[int, ...], ...], starts: tuple[int, ...], tiles: dict[str, dict[str, Any]],
-        given: bool = False,
+        extras: Extras = (), g_tokens: int = 0, given: Widths = (),
     ) -> None:  # fmt: skip
-        self.device, self.dtype, self.given = device, dtype, given
+        self.device, self.dtype, self.extras, self.g_tokens, self.given = device, dtype, extras, g_tokens, given
         batch, self.heads_per_batch, self.m_tokens, _ = q_shape
         self.heads, self.kv_heads, self.n_tokens = batch * self.heads_per_batch, batch * k_shape[1], k_shape[2]
         self.steps = [stride[:3] for stride in strides]
@@ -178,6 +185,11 @@ class LaunchPlan:
         """One piece of memory for all buffers of a layout."""
         # sizes one by one: torch takes half a microsecond longer for a tuple
         return torch.empty(*self.memories[layout], dtype=torch.uint8, device=self.device)
+
+    def named(self, extras: Sequence["Argument"], *names: str) -> list["Argument | None"]:
+        """The extra tensors of these names; None where there is none."""
+        known = dict(zip(self.extras, extras, strict=True))
+        return [known.get(name) for name in names]
 
     def buffers(self, memory: Any, layout: str) -> list["Argument"]:
         """The buffers of a layout in its memory, an `Argument`: an `Argument` each."""

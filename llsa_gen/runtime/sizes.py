@@ -21,6 +21,7 @@ def split_queries(walks: int, n_queries: int, n_keys: int, tile: dict[str, int])
     `walks` is how many times that happens in a call, over all heads. Enough splits to fill a GPU, but no more than keep
     the partial sums small beside q: splits * n_keys <= n_queries / SPLIT_KEYS, or one split.
     """
+    n_keys = max(n_keys, 1)
     programs = walks * ceil_div(n_keys, tile["BLOCK_N"])
     wanted = min(ceil_div(FILLING, programs), n_queries // (SPLIT_KEYS * n_keys))
     rows = ceil_div(ceil_div(n_queries, max(wanted, 1)), tile["BLOCK_M"]) * tile["BLOCK_M"]

@@ -12,7 +12,7 @@ import torch
 if TYPE_CHECKING:
     from llsa_gen.runtime.cpu import covered_tokens, token_means
     from llsa_gen.runtime.cpu_stages import attend_along, grad_along, select_means_torch
-    from llsa_gen.runtime.launch_plan import empty_like, empty_outputs, named_views, plan_launches
+    from llsa_gen.runtime.launch_plan import GIVEN, empty_like, empty_outputs, named_views, plan_launches
     from llsa_gen.runtime.module import ENRICHED, LEVELS, OPERATOR, SPANS, forward_launches, grad_launches, saved_shapes
     from llsa_gen.runtime.passes import in_one_piece, on_device_of, runs_kernels, without_autocast, without_keys
     from llsa_gen.runtime.sizes import level_tokens
@@ -143,9 +143,8 @@ def attending_launches(at: Any, launch: Callable[..., None], scale: Any, *tensor
 
 
 def apart_launches(at: Any, launch: Callable[..., None], scale: Any, *tensors: Any) -> None:
-    """The launches of the backward pass; no level hands its gradient down: the last tensor is zeros."""
-    *others, zeros = tensors
-    grad_launches(at, launch, scale, *others, zeros=zeros)
+    """The launches of the backward pass; no level hands its gradient down, for there are zeros among `at.extras`."""
+    grad_launches(at, launch, scale, *tensors)
 
 
 def gaps_last(kept: torch.Tensor) -> torch.Tensor:
@@ -177,7 +176,7 @@ def attend_means_forward(
             attend_along(o, lse, named, q, k, v, scale)
         return o, lse, saved
     with on_device_of(q):
-        at, q, k, v = plan_launches((q, k, v), given=True)
+        at, q, k, v = plan_launches((q, k, v), given=GIVEN)
         at.run(attending_launches, (q, k, v, o, lse, saved, at.memory("selection")), scale)
     return o, lse, saved
 
@@ -195,10 +194,11 @@ def attend_means_backward(
         with without_autocast():
             return grad_along(means, grad_o, grad_lse, q, k, v, named_views(None, (q, k), saved=saved), scale)
     with on_device_of(q):
-        at, q, k, v, grad_o = plan_launches((q, k, v, grad_o), grad_lse is not None, given=True)
+        of_lse = [] if grad_lse is None else [in_one_piece(grad_lse)]
+        names = ("grad_lse", "zeros")[-1 - len(of_lse) :]
+        at, q, k, v, grad_o = plan_launches((q, k, v, grad_o), names, given=GIVEN)
         grads, memory = [empty_like(x) for x in (q, k, v)], at.memory("gradients")
         zeros = k.new_zeros((*k.shape[:2], level_tokens(k.shape[2])[1], k.shape[3]), dtype=torch.float32)
-        of_lse = [] if grad_lse is None else [in_one_piece(grad_lse)]
         tensors = q, k, v, grad_o, in_one_piece(o), saved, *grads, memory, *of_lse, zeros
         at.run(apart_launches, tensors, scale)
         named = named_views(at, gradients=memory)

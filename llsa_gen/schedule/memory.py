@@ -50,15 +50,17 @@ def shared_memory(plan: Plan, kind: str, tiles: Mapping[str, int], element: int,
         return _grad_kv(tiles, width, element, goal, turned=plan.row_unit * element < COPIED)
     if loop == "walk":
         return _walk(kind, tiles, width, element, goal)
-    return ACCUMULATOR * _numbers(kind, tiles, width)
+    return ACCUMULATOR * _numbers(plan, kind, tiles, width)
 
 
-def _numbers(kind: str, tiles: Mapping[str, int], width: int) -> int:
+def _numbers(plan: Plan, kind: str, tiles: Mapping[str, int], width: int) -> int:
     """What kernels without products hand from thread to thread: one tile of numbers."""
     if "CHILDREN" in tiles:  # pooling: sums of tokens or, of a single one, of its rows
         return max(tiles["CHILDREN"], tiles["ROWS"] if tiles["CHILDREN"] == 1 else 1) * width
     if "KEYS" in tiles:  # inverted lists
         return tiles["BLOCK_M"] * tiles["KEYS"]
+    if kind == "keep":
+        return tiles["BLOCK_M"] * pad(max(map(plan.most_kept, plan.levels)))
     if kind == "grad_gather":
         return tiles["ROWS"] * max(tiles["KEEP"], tiles["BLOCK"] * width)
     return tiles["BLOCK"] * (width if kind == "grad_sum" else 1)

@@ -97,14 +97,19 @@ def _rules(plan: Plan, goal: Target, element: int) -> dict[str, Entry]:
         result["pool_sums"] = _pool_sums(plan)
     for level in plan.levels:
         result[f"select_l{level}"] = _select(plan, goal, element, level)
+    result["keep"] = {"BLOCK_M": max(1, 1024 // pad(max(map(plan.most_kept, plan.levels)))), "num_warps": 4}
     result["attend"] = _walk(plan, goal, element, "attend")
     result["scan"] = {"BLOCK": 1024, "num_warps": 4}
     for level in plan.levels:
         result[f"invert_l{level}"] = _invert(plan, level)
     result["grad_q"] = _walk(plan, goal, element, "grad_q")
+    split = _grad_split(plan, goal, element)
+    result["grad_sum"] = _grad_sum(plan)
     if plan.attends_top:
-        result[f"grad_kv_l{plan.top}"] = _grad_split(plan, goal, element)
-        result["grad_sum"] = _grad_sum(plan)
+        result[f"grad_kv_l{plan.top}"] = split
+        result["grad_kv_global"] = dict(split)
+    else:  # a kernel in Gluon for global tokens alone would be most of a module's Gluon
+        result["grad_kv_global"] = in_triton(split)
     for level in reversed(plan.by_keeper):
         result[f"grad_kv_l{level}"] = _grad_keeper(plan, goal, element, level)
         result[f"grad_gather_l{level}"] = _grad_gather(plan, level)
@@ -210,7 +215,7 @@ def _walk(plan: Plan, goal: Target, element: int, stage: str) -> Entry:
 
 
 def _grad_split(plan: Plan, goal: Target, element: int) -> Entry:
-    """dk, dv of the coarsest level: for a tile of keys, over a long run of queries."""
+    """dk, dv of the coarsest level and of global tokens: for a tile of keys, over a long run of queries."""
     width = pad(plan.head_dim)
     if element == 4:
         return {"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 4 if width <= 128 else 8, "num_stages": 2}

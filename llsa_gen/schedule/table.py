@@ -60,6 +60,7 @@ STAGES = {
     "pool_sums": Stage((), ("CHILDREN", "ROWS")),  # those above, from sums
     "select_top": Stage(("keep",), ("SPLIT", "BLOCK_M", "BLOCK_N"), "select"),  # the coarsest level
     "select": Stage(("rows", "keep"), ("BLOCK_M", "BLOCK_N"), "select", "BLOCK_M"),  # the levels below it
+    "keep": Stage((), ("BLOCK_M",)),  # in place of the selection, where lists are given
     "attend": WALK,
     "scan": Stage((), ("BLOCK",)),
     "invert_top": Stage((), ("BLOCK_M", "KEYS")),
@@ -69,6 +70,7 @@ STAGES = {
     "grad_kv_coarse": Stage(("rows", "keep"), BY_LISTS, "grad_kv", "BLOCK_N"),  # coarse levels below it, by lists
     "grad_kv_keeper": Stage(("rows", "keep"), BY_KEYS, "grad_kv", gluon=SHARED_KEYS),  # the same, keeper by keeper
     "grad_kv_tokens": Stage(("rows", "keep"), BY_LISTS, "grad_kv", "BLOCK_N", LISTED),  # level 0, by lists
+    "grad_kv_global": Stage((), BY_KEYS, "grad_kv", gluon=SHARED_KEYS),  # global tokens, by all queries
     "grad_sum": Stage((), ("BLOCK",)),
     "grad_gather": Stage(("rows", "keep"), ("ROWS", "BLOCK"), filled="BLOCK"),
 }
