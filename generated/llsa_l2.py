@@ -45,7 +45,7 @@ SPEC = {
     "name": "llsa_l2",
     "reweight": True,
 }
-OPERATOR = "llsa_l2_371cfafc51a46964"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
+OPERATOR = "llsa_l2_6aaf82ce62a1b7ab"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -200,6 +200,15 @@ def store_rows(ptr, row, stride, inside, tile):
     dim = tl.arange(0, PAD_DIM)
     at = tl.expand_dims(row.to(tl.int64) * stride, -1) + dim
     tl.store(ptr + at, tile.to(ptr.dtype.element_ty), mask=tl.expand_dims(inside, -1))
+
+
+@triton.jit
+def take_part(token, mask_ptr, batch, g_tokens):
+    """Which of the global tokens `token` of a batch entry take part, by the mask [B, G]: all there are, if there is none."""
+    exists = token < g_tokens
+    if mask_ptr is not None:
+        exists &= tl.load(of_head(mask_ptr, batch, g_tokens, 1) + token, mask=exists, other=0) != 0
+    return exists
 
 
 @triton.jit
@@ -754,6 +763,25 @@ def keep_kernel(
 # ---- attention -------------------------------------------------------------------------------------------------------
 
 
+@triton.jit
+def attend_globals(
+    q, scale, peak, total, acc, head, kv_head, heads_per_batch, k_global_ptr, v_global_ptr, global_mask_ptr, g_tokens,
+    BLOCK: tl.constexpr,
+):
+    """peak, total, acc of `softmax_step` after the global tokens. With a running maximum: their logits may well be the largest."""
+    k_base = of_head(k_global_ptr, kv_head, g_tokens, HEAD_DIM)
+    v_base = of_head(v_global_ptr, kv_head, g_tokens, HEAD_DIM)
+    for start in range(0, g_tokens, BLOCK):
+        key = start + tl.arange(0, BLOCK)
+        exists = take_part(key, global_mask_ptr, head // heads_per_batch, g_tokens)
+        bias = tl.where(exists, 0.0, float("-inf"))
+        k = load_rows(k_base, key, HEAD_DIM, exists)
+        v = load_rows(v_base, key, HEAD_DIM, exists)
+        logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale + bias[None, :]
+        peak, total, acc = softmax_step(logits, v, peak, total, acc)
+    return peak, total, acc
+
+
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def attend_kernel(
     q_ptr, stride_qb, stride_qh, stride_qn,  # [B, H, M, D]
@@ -871,18 +899,10 @@ def attend_kernel(
     total = tl.reshape(total, [GROUP * BLOCK_M])
     acc = tl.reshape(acc, [GROUP * BLOCK_M, PAD_DIM])
     if k_global_ptr is not None:
-        k_base = of_head(k_global_ptr, kv_head, g_tokens, HEAD_DIM)
-        v_base = of_head(v_global_ptr, kv_head, g_tokens, HEAD_DIM)
-        for start in range(0, g_tokens, BLOCK_C):
-            key = start + tl.arange(0, BLOCK_C)
-            exists = key < g_tokens
-            if global_mask_ptr is not None:
-                exists &= tl.load(of_head(global_mask_ptr, head // heads_per_batch, g_tokens, 1) + key, mask=exists, other=0) != 0
-            bias = tl.where(exists, 0.0, float("-inf"))
-            k = load_rows(k_base, key, HEAD_DIM, exists)
-            v = load_rows(v_base, key, HEAD_DIM, exists)
-            logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale + bias[None, :]
-            peak, total, acc = softmax_step(logits, v, peak, total, acc)
+        peak, total, acc = attend_globals(
+            q, scale, peak, total, acc, head, kv_head, heads_per_batch, k_global_ptr, v_global_ptr, global_mask_ptr, g_tokens,
+            BLOCK_C,
+        )
 
     nothing = total == 0.0  # to attend to: o = 0, lse = -inf
     total = tl.where(nothing, 1.0, total)
@@ -1068,9 +1088,7 @@ def grad_q_kernel(
         v_base = of_head(v_global_ptr, kv_head, g_tokens, HEAD_DIM)
         for start in range(0, g_tokens, BLOCK_C):
             key = start + tl.arange(0, BLOCK_C)
-            exists = key < g_tokens
-            if global_mask_ptr is not None:
-                exists &= tl.load(of_head(global_mask_ptr, head // heads_per_batch, g_tokens, 1) + key, mask=exists, other=0) != 0
+            exists = take_part(key, global_mask_ptr, head // heads_per_batch, g_tokens)
             bias = tl.where(exists, 0.0, float("-inf"))
             k = load_rows(k_base, key, HEAD_DIM, exists)
             v = load_rows(v_base, key, HEAD_DIM, exists)
@@ -1238,9 +1256,7 @@ def grad_kv_global_kernel(
     head, split, tile = head_token_and_tile(tl.program_id(0), splits_global, tl.cdiv(g_tokens, BLOCK_N))
     kv_head = kv_head_of(head)
     key = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    exists = key < g_tokens
-    if global_mask_ptr is not None:
-        exists &= tl.load(of_head(global_mask_ptr, head // heads_per_batch, g_tokens, 1) + key, mask=exists, other=0) != 0
+    exists = take_part(key, global_mask_ptr, head // heads_per_batch, g_tokens)
     bias = tl.where(exists, 0.0, float("-inf"))
     k = load_rows(of_head(k_global_ptr, kv_head, g_tokens, HEAD_DIM), key, HEAD_DIM, exists)
     v = load_rows(of_head(v_global_ptr, kv_head, g_tokens, HEAD_DIM), key, HEAD_DIM, exists)
@@ -1693,32 +1709,14 @@ class Keys(NamedTuple):
     first: gl.tensor  # of the query blocks
 
 
-class Shared(NamedTuple):
-    """The global tokens, which all queries of a head attend to."""
-
-    k_ptr: gl.tensor
-    v_ptr: gl.tensor
-    mask_ptr: gl.tensor  # [G]: which take part; None where all do
-    g_tokens: gl.tensor  # G
-
-
 @gluon.jit
-def globals_of_tile(shared, tile, LAYOUT: gl.constexpr):
-    """The tokens of a tile of 64, and which of them take part."""
-    token = tile * 64 + gl.arange(0, 64, layout=LAYOUT)
-    exists = token < shared.g_tokens
-    if shared.mask_ptr is not None:
-        exists &= gl.load(shared.mask_ptr + token, mask=exists, other=0) != 0
-    return token, exists
-
-
-@gluon.jit
-def copy_global(shared, tile, k_to, v_to):
-    """Begin to copy a tile of global keys and values, if there is one; zeros where they take no part."""
-    if (tile >= 0) & (tile * 64 < shared.g_tokens):
-        token, exists = globals_of_tile(shared, tile, gl.SliceLayout(1, COPIED))
-        copy_rows(k_to, shared.k_ptr, token, HEAD_DIM, exists)
-        copy_rows(v_to, shared.v_ptr, token, HEAD_DIM, exists)
+def copy_global(k_ptr, v_ptr, mask_ptr, batch, g_tokens, tile, k_to, v_to):
+    """Begin to copy a tile of 64 global keys and values, if there is one; zeros where they take no part."""
+    if (tile >= 0) & (tile * 64 < g_tokens):
+        token = tile * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, COPIED))
+        exists = take_part(token, mask_ptr, batch, g_tokens)
+        copy_rows(k_to, k_ptr, token, HEAD_DIM, exists)
+        copy_rows(v_to, v_ptr, token, HEAD_DIM, exists)
 
 
 @gluon.jit
@@ -1904,7 +1902,9 @@ def sum_of_own_batch(p):
 
 
 @gluon.jit
-def attend_tiles(keys, shared, q_base, stride_qn, scale, FIXED_MAX: gl.constexpr, FULL: gl.constexpr):
+def attend_tiles(
+    keys, k_global_ptr, v_global_ptr, global_mask_ptr, batch, g_tokens, q_base, stride_qn, scale, FIXED_MAX: gl.constexpr, FULL: gl.constexpr
+):
     """peak, total [4, 16] and acc [4, 16, D] of four query blocks over all their keys, as `softmax_step` has them.
 
     FIXED_MAX: `peak` is the largest logit of the first tile and stays. Nothing waits for a maximum then, no sum is
@@ -1940,8 +1940,8 @@ def attend_tiles(keys, shared, q_base, stride_qn, scale, FIXED_MAX: gl.constexpr
         hopper.fence_async_shared()
         to = before(stage)
         copy_tile(keys, tile + 2, parent, k_tiles.index(to), v_tiles.index(to), FULL)
-        if shared is not None:
-            copy_global(shared, tile + 2 - keys.end, k_tiles.index(to), v_tiles.index(to))
+        if k_global_ptr is not None:
+            copy_global(k_global_ptr, v_global_ptr, global_mask_ptr, batch, g_tokens, tile + 2 - keys.end, k_tiles.index(to), v_tiles.index(to))
         hopper.async_copy.commit_group()
         parent = parents_of_tile(keys, tile + 3, FULL)
         products = hopper.warpgroup_mma(q, k_tiles.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
@@ -1996,8 +1996,8 @@ def attend_tiles(keys, shared, q_base, stride_qn, scale, FIXED_MAX: gl.constexpr
         hopper.async_copy.wait_group(1)
         to = before(stage)
         copy_fine(keys, tile + 2, parent, k_tiles.index(to), v_tiles.index(to), FULL)
-        if shared is not None:
-            copy_global(shared, tile + 2 - keys.end, k_tiles.index(to), v_tiles.index(to))
+        if k_global_ptr is not None:
+            copy_global(k_global_ptr, v_global_ptr, global_mask_ptr, batch, g_tokens, tile + 2 - keys.end, k_tiles.index(to), v_tiles.index(to))
         hopper.async_copy.commit_group()
         parent = parents_of_fine(keys, tile + 3)
         k = as_batch(k_tiles.index(stage)).permute((0, 2, 1)).load(RIGHT_BATCH)
@@ -2026,23 +2026,24 @@ def attend_tiles(keys, shared, q_base, stride_qn, scale, FIXED_MAX: gl.constexpr
         fits = (total > 0.5) & (total < (2.0**15 if dtype == gl.float16 else 2.0**64))
     else:
         fits = gl.full([4, 16], True, gl.int1, layout=gl.SliceLayout(2, BATCH))
-    if shared is not None:
+    if k_global_ptr is not None:
         acc = hopper.warpgroup_mma_init(gl.convert_layout(gl.reshape(acc, [64, PAD_DIM]), PRODUCT))
         peak = gl.convert_layout(gl.reshape(peak, [64]), ROWS)
         total = gl.convert_layout(gl.reshape(total, [64]), ROWS)
-        for tile in range(0, gl.cdiv(shared.g_tokens, 64)):
+        for tile in range(0, gl.cdiv(g_tokens, 64)):
             acc = hopper.warpgroup_mma_wait(0, deps=[acc])
             hopper.async_copy.wait_group(1)
             hopper.fence_async_shared()
             to = before(stage)
-            copy_global(shared, tile + 2, k_tiles.index(to), v_tiles.index(to))
+            copy_global(k_global_ptr, v_global_ptr, global_mask_ptr, batch, g_tokens, tile + 2, k_tiles.index(to), v_tiles.index(to))
             hopper.async_copy.commit_group()
             products = hopper.warpgroup_mma(q, k_tiles.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
             products = hopper.warpgroup_mma_wait(0, deps=[products])
             logits = products * scale
-            if shared.mask_ptr is not None or tile * 64 + 64 > shared.g_tokens:
-                key, exists = globals_of_tile(shared, tile, gl.SliceLayout(0, PRODUCT))
-                logits = gl.where(exists[None, :], logits, float("-inf"))
+            if global_mask_ptr is not None or tile * 64 + 64 > g_tokens:
+                place = tile * 64 + gl.arange(0, 64, layout=gl.SliceLayout(0, PRODUCT))
+                exists = take_part(place, global_mask_ptr, batch, g_tokens)[None, :]
+                logits = gl.where(exists, logits, float("-inf"))
             new_peak = gl.maximum(peak, gl.max(logits, 1))
             p = gl.exp2(logits - new_peak[:, None])
             shrink = gl.exp2(peak - new_peak)
@@ -2124,14 +2125,12 @@ def attend_hopper_kernel(
         m_tokens, n_tokens, first,
     )
     q_base = head_base(q_ptr, head, stride_qb, stride_qh, heads_per_batch)
-    if k_global_ptr is None:
-        shared = None
-    elif global_mask_ptr is None:
-        shared = Shared(of_head(k_global_ptr, kv_head, g_tokens, HEAD_DIM), of_head(v_global_ptr, kv_head, g_tokens, HEAD_DIM), None, g_tokens)
-    else:
-        shared = Shared(of_head(k_global_ptr, kv_head, g_tokens, HEAD_DIM), of_head(v_global_ptr, kv_head, g_tokens, HEAD_DIM), of_head(global_mask_ptr, head // heads_per_batch, g_tokens, 1), g_tokens)
+    if k_global_ptr is not None:
+        k_global_ptr = of_head(k_global_ptr, kv_head, g_tokens, HEAD_DIM)
+        v_global_ptr = of_head(v_global_ptr, kv_head, g_tokens, HEAD_DIM)
+    batch = head // heads_per_batch
 
-    peak, total, acc, fits = attend_tiles(keys, shared, q_base, stride_qn, scale * LOG2E, FIXED_MAX=True, FULL=FULL)
+    peak, total, acc, fits = attend_tiles(keys, k_global_ptr, v_global_ptr, global_mask_ptr, batch, g_tokens, q_base, stride_qn, scale * LOG2E, FIXED_MAX=True, FULL=FULL)
     write_attended(keys, o_ptr, lse_ptr, peak_ptr, total_ptr, head, m_tokens, saved_step, peak, total, acc, fits)
 
 
@@ -2180,14 +2179,12 @@ def attend_hopper_recompute_kernel(
                     m_tokens, n_tokens, first,
                 )
                 q_base = head_base(q_ptr, head, stride_qb, stride_qh, heads_per_batch)
-                if k_global_ptr is None:
-                    shared = None
-                elif global_mask_ptr is None:
-                    shared = Shared(of_head(k_global_ptr, kv_head, g_tokens, HEAD_DIM), of_head(v_global_ptr, kv_head, g_tokens, HEAD_DIM), None, g_tokens)
-                else:
-                    shared = Shared(of_head(k_global_ptr, kv_head, g_tokens, HEAD_DIM), of_head(v_global_ptr, kv_head, g_tokens, HEAD_DIM), of_head(global_mask_ptr, head // heads_per_batch, g_tokens, 1), g_tokens)
+                if k_global_ptr is not None:
+                    k_global_ptr = of_head(k_global_ptr, kv_head, g_tokens, HEAD_DIM)
+                    v_global_ptr = of_head(v_global_ptr, kv_head, g_tokens, HEAD_DIM)
+                batch = head // heads_per_batch
                 peak, total, acc, fits = attend_tiles(
-                    keys, shared, q_base, stride_qn, scale * LOG2E, FIXED_MAX=False, FULL=False
+                    keys, k_global_ptr, v_global_ptr, global_mask_ptr, batch, g_tokens, q_base, stride_qn, scale * LOG2E, FIXED_MAX=False, FULL=False
                 )
                 write_attended(keys, o_ptr, lse_ptr, peak_ptr, total_ptr, head, m_tokens, saved_step, peak, total, acc, fits)
 
@@ -2231,12 +2228,10 @@ def grad_q_hopper_kernel(
         m_tokens, n_tokens, first,
     )
     q_base = head_base(q_ptr, head, stride_qb, stride_qh, heads_per_batch)
-    if k_global_ptr is None:
-        shared = None
-    elif global_mask_ptr is None:
-        shared = Shared(of_head(k_global_ptr, kv_head, g_tokens, HEAD_DIM), of_head(v_global_ptr, kv_head, g_tokens, HEAD_DIM), None, g_tokens)
-    else:
-        shared = Shared(of_head(k_global_ptr, kv_head, g_tokens, HEAD_DIM), of_head(v_global_ptr, kv_head, g_tokens, HEAD_DIM), of_head(global_mask_ptr, head // heads_per_batch, g_tokens, 1), g_tokens)
+    if k_global_ptr is not None:
+        k_global_ptr = of_head(k_global_ptr, kv_head, g_tokens, HEAD_DIM)
+        v_global_ptr = of_head(v_global_ptr, kv_head, g_tokens, HEAD_DIM)
+    batch = head // heads_per_batch
 
     ROWS: gl.constexpr = gl.SliceLayout(1, PRODUCT)
     dtype: gl.constexpr = q_ptr.dtype.element_ty
@@ -2281,8 +2276,8 @@ def grad_q_hopper_kernel(
         hopper.fence_async_shared()
         to = before(stage)
         copy_tile(keys, tile + 2, parent, k_tiles.index(to), v_tiles.index(to), FULL)
-        if shared is not None:
-            copy_global(shared, tile + 2 - keys.end, k_tiles.index(to), v_tiles.index(to))
+        if k_global_ptr is not None:
+            copy_global(k_global_ptr, v_global_ptr, global_mask_ptr, batch, g_tokens, tile + 2 - keys.end, k_tiles.index(to), v_tiles.index(to))
         hopper.async_copy.commit_group()
         parent = parents_of_tile(keys, tile + 3, FULL)
         weight = gl.where(tile < keys.end_l2, WEIGHT_2, WEIGHT_1)
@@ -2316,8 +2311,8 @@ def grad_q_hopper_kernel(
         hopper.async_copy.wait_group(1)
         to = before(stage)
         copy_fine(keys, tile + 2, parent, k_tiles.index(to), v_tiles.index(to), FULL)
-        if shared is not None:
-            copy_global(shared, tile + 2 - keys.end, k_tiles.index(to), v_tiles.index(to))
+        if k_global_ptr is not None:
+            copy_global(k_global_ptr, v_global_ptr, global_mask_ptr, batch, g_tokens, tile + 2 - keys.end, k_tiles.index(to), v_tiles.index(to))
         hopper.async_copy.commit_group()
         parent = parents_of_fine(keys, tile + 3)
         k, v = as_batch(k_tiles.index(stage)), as_batch(v_tiles.index(stage))
@@ -2330,17 +2325,17 @@ def grad_q_hopper_kernel(
         grad_q = hopper.mma_v2(gl.convert_layout(grad_logits, LEFT_BATCH), k.load(RIGHT_BATCH), grad_q)
         stage = next_of(stage)
     grad_q = gl.reshape(grad_q, [64, PAD_DIM])
-    if shared is not None:
+    if k_global_ptr is not None:
         grad_q = hopper.warpgroup_mma_init(gl.convert_layout(grad_q, PRODUCT))
         peak = gl.convert_layout(gl.reshape(peak, [64]), ROWS)
         delta = gl.convert_layout(gl.reshape(delta, [64]), ROWS)
-        for tile in range(0, gl.cdiv(shared.g_tokens, 64)):
+        for tile in range(0, gl.cdiv(g_tokens, 64)):
             grad_q = hopper.warpgroup_mma_wait(0, deps=[grad_q])
             grad_q = hopper.warpgroup_mma_init(grad_q)
             hopper.async_copy.wait_group(1)
             hopper.fence_async_shared()
             to = before(stage)
-            copy_global(shared, tile + 2, k_tiles.index(to), v_tiles.index(to))
+            copy_global(k_global_ptr, v_global_ptr, global_mask_ptr, batch, g_tokens, tile + 2, k_tiles.index(to), v_tiles.index(to))
             hopper.async_copy.commit_group()
             k, v = k_tiles.index(stage), v_tiles.index(stage)
             products = hopper.warpgroup_mma(q, k.permute((1, 0)), zeros, use_acc=False, is_async=True)
@@ -2348,9 +2343,10 @@ def grad_q_hopper_kernel(
             products = hopper.warpgroup_mma_wait(1, deps=[products])
             p = gl.exp2(products * scale_log2e - peak[:, None])
             dp = hopper.warpgroup_mma_wait(0, deps=[dp])
-            if shared.mask_ptr is not None or tile * 64 + 64 > shared.g_tokens:
-                key, exists = globals_of_tile(shared, tile, gl.SliceLayout(0, PRODUCT))
-                p = gl.where(exists[None, :], p, 0.0)
+            if global_mask_ptr is not None or tile * 64 + 64 > g_tokens:
+                place = tile * 64 + gl.arange(0, 64, layout=gl.SliceLayout(0, PRODUCT))
+                exists = take_part(place, global_mask_ptr, batch, g_tokens)[None, :]
+                p = gl.where(exists, p, 0.0)
             grad_logits = (p * (dp - delta[:, None])).to(dtype)
             grad_q = hopper.warpgroup_mma(gl.convert_layout(grad_logits, LEFT), k, grad_q, is_async=True)
             stage = next_of(stage)
@@ -2434,9 +2430,7 @@ def grad_kv_global_hopper_kernel(
     head, split, tile = head_token_and_tile(gl.program_id(0), splits_global, gl.cdiv(g_tokens, BLOCK_N))
     kv_head = kv_head_of(head)
     key = tile * BLOCK_N + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, COPIED))
-    exists = key < g_tokens
-    if global_mask_ptr is not None:
-        exists &= gl.load(of_head(global_mask_ptr, head // heads_per_batch, g_tokens, 1) + key, mask=exists, other=0) != 0
+    exists = take_part(key, global_mask_ptr, head // heads_per_batch, g_tokens)
     k_at, column = row_tile(of_head(k_global_ptr, kv_head, g_tokens, HEAD_DIM), key, HEAD_DIM, COPIED)
     v_at, _ = row_tile(of_head(v_global_ptr, kv_head, g_tokens, HEAD_DIM), key, HEAD_DIM, COPIED)
     k = gl.load(k_at, mask=exists[:, None] & column, other=0.0)

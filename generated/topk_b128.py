@@ -41,7 +41,7 @@ SPEC = {
     "name": "topk_b128",
     "reweight": True,
 }
-OPERATOR = "topk_b128_bb48f442b3959aa6"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
+OPERATOR = "topk_b128_a2d1789df860fb7d"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -170,6 +170,15 @@ def store_rows(ptr, row, stride, inside, tile):
     dim = tl.arange(0, PAD_DIM)
     at = tl.expand_dims(row.to(tl.int64) * stride, -1) + dim
     tl.store(ptr + at, tile.to(ptr.dtype.element_ty), mask=tl.expand_dims(inside, -1))
+
+
+@triton.jit
+def take_part(token, mask_ptr, batch, g_tokens):
+    """Which of the global tokens `token` of a batch entry take part, by the mask [B, G]: all there are, if there is none."""
+    exists = token < g_tokens
+    if mask_ptr is not None:
+        exists &= tl.load(of_head(mask_ptr, batch, g_tokens, 1) + token, mask=exists, other=0) != 0
+    return exists
 
 
 @triton.jit
@@ -630,6 +639,25 @@ def attend_list(
     return peak, total, acc
 
 
+@triton.jit
+def attend_globals(
+    q, scale, peak, total, acc, head, kv_head, heads_per_batch, k_global_ptr, v_global_ptr, global_mask_ptr, g_tokens,
+    BLOCK: tl.constexpr,
+):
+    """peak, total, acc of `softmax_step` after the global tokens. With a running maximum: their logits may well be the largest."""
+    k_base = of_head(k_global_ptr, kv_head, g_tokens, HEAD_DIM)
+    v_base = of_head(v_global_ptr, kv_head, g_tokens, HEAD_DIM)
+    for start in range(0, g_tokens, BLOCK):
+        key = start + tl.arange(0, BLOCK)
+        exists = take_part(key, global_mask_ptr, head // heads_per_batch, g_tokens)
+        bias = tl.where(exists, 0.0, float("-inf"))
+        k = load_rows(k_base, key, HEAD_DIM, exists)
+        v = load_rows(v_base, key, HEAD_DIM, exists)
+        logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale + bias[None, :]
+        peak, total, acc = softmax_step(logits, v, peak, total, acc)
+    return peak, total, acc
+
+
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def attend_kernel(
     q_ptr, stride_qb, stride_qh, stride_qn,  # [B, H, M, D]
@@ -677,18 +705,10 @@ def attend_kernel(
             q, scale, lowest, k_base, stride_kn, v_base, stride_vn, list_ptr, width_l1, n_tokens, BLOCK_N, FULL, FIXED_MAX=False
         )
     if k_global_ptr is not None:
-        k_base = of_head(k_global_ptr, kv_head, g_tokens, HEAD_DIM)
-        v_base = of_head(v_global_ptr, kv_head, g_tokens, HEAD_DIM)
-        for start in range(0, g_tokens, BLOCK_N):
-            key = start + tl.arange(0, BLOCK_N)
-            exists = key < g_tokens
-            if global_mask_ptr is not None:
-                exists &= tl.load(of_head(global_mask_ptr, head // heads_per_batch, g_tokens, 1) + key, mask=exists, other=0) != 0
-            bias = tl.where(exists, 0.0, float("-inf"))
-            k = load_rows(k_base, key, HEAD_DIM, exists)
-            v = load_rows(v_base, key, HEAD_DIM, exists)
-            logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale + bias[None, :]
-            peak, total, acc = softmax_step(logits, v, peak, total, acc)
+        peak, total, acc = attend_globals(
+            q, scale, peak, total, acc, head, kv_head, heads_per_batch, k_global_ptr, v_global_ptr, global_mask_ptr, g_tokens,
+            BLOCK_N,
+        )
 
     nothing = total == 0.0  # to attend to: o = 0, lse = -inf
     total = tl.where(nothing, 1.0, total)
@@ -827,9 +847,7 @@ def grad_q_kernel(
         v_base = of_head(v_global_ptr, kv_head, g_tokens, HEAD_DIM)
         for start in range(0, g_tokens, BLOCK_N):
             key = start + tl.arange(0, BLOCK_N)
-            exists = key < g_tokens
-            if global_mask_ptr is not None:
-                exists &= tl.load(of_head(global_mask_ptr, head // heads_per_batch, g_tokens, 1) + key, mask=exists, other=0) != 0
+            exists = take_part(key, global_mask_ptr, head // heads_per_batch, g_tokens)
             bias = tl.where(exists, 0.0, float("-inf"))
             k = load_rows(k_base, key, HEAD_DIM, exists)
             v = load_rows(v_base, key, HEAD_DIM, exists)
@@ -936,9 +954,7 @@ def grad_kv_global_kernel(
     head, split, tile = head_token_and_tile(tl.program_id(0), splits_global, tl.cdiv(g_tokens, BLOCK_N))
     kv_head = kv_head_of(head)
     key = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    exists = key < g_tokens
-    if global_mask_ptr is not None:
-        exists &= tl.load(of_head(global_mask_ptr, head // heads_per_batch, g_tokens, 1) + key, mask=exists, other=0) != 0
+    exists = take_part(key, global_mask_ptr, head // heads_per_batch, g_tokens)
     bias = tl.where(exists, 0.0, float("-inf"))
     k = load_rows(of_head(k_global_ptr, kv_head, g_tokens, HEAD_DIM), key, HEAD_DIM, exists)
     v = load_rows(of_head(v_global_ptr, kv_head, g_tokens, HEAD_DIM), key, HEAD_DIM, exists)
