@@ -45,7 +45,7 @@ SPEC = {
     "name": "llsa_l2",
     "reweight": True,
 }
-OPERATOR = "llsa_l2_6aaf82ce62a1b7ab"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
+OPERATOR = "llsa_l2_8c67f69df8d6eef9"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -1956,7 +1956,8 @@ def attend_tiles(
                 if not FULL:  # of whole tokens, so that the sum is 1 at least; if the only one is cut short, it weighs n_tokens
                     taken = column < gl.maximum(keys.n_tokens // SPAN_2, 1)
                 high = gl.max(gl.where(taken, products * gl.where(scale < 0.0, -1.0, 1.0), float("-inf")), 1)
-                peak = high * gl.abs(scale) + (weight if FULL else gl.minimum(weight, gl.log2(keys.n_tokens.to(gl.float32))))
+                # rounded once, as of whichever variant: given lists, for which there is no FULL, then lead to the same bits
+                peak = gl.fma(high, gl.abs(scale), (weight if FULL else gl.minimum(weight, gl.log2(keys.n_tokens.to(gl.float32)))))
             p = gl.exp2(products * scale + (weight - peak)[:, None])
             if loose:
                 if FULL:
@@ -3122,7 +3123,7 @@ static PyMethodDef methods[] = {
 static struct PyModuleDef module = {.m_base = PyModuleDef_HEAD_INIT, .m_name = "llsa_replay", .m_size = -1, .m_methods = methods};
 PyMODINIT_FUNC PyInit_llsa_replay(void) { return PyModule_Create(&module); }
 """
-BASES, PARAMETERS = 16, 128  # of a pass and of a launch, at most
+BASES, PARAMETERS = 32, 128  # of a pass and of a launch, at most
 DRIVER = (
     "cuLaunchKernel", "cuStreamIsCapturing", "cuThreadExchangeStreamCaptureMode", "cuGraphCreate", "cuGraphDestroy",
     "cuGraphAddKernelNode_v2", "cuGraphInstantiateWithFlags", "cuGraphExecDestroy", "cuGraphExecKernelNodeSetParams_v2",

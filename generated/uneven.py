@@ -42,7 +42,7 @@ SPEC = {
     "name": "uneven",
     "reweight": True,
 }
-OPERATOR = "uneven_82d465856a4f1e7b"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
+OPERATOR = "uneven_790dbc56316dabfa"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -2117,7 +2117,7 @@ static PyMethodDef methods[] = {
 static struct PyModuleDef module = {.m_base = PyModuleDef_HEAD_INIT, .m_name = "llsa_replay", .m_size = -1, .m_methods = methods};
 PyMODINIT_FUNC PyInit_llsa_replay(void) { return PyModule_Create(&module); }
 """
-BASES, PARAMETERS = 16, 128  # of a pass and of a launch, at most
+BASES, PARAMETERS = 32, 128  # of a pass and of a launch, at most
 DRIVER = (
     "cuLaunchKernel", "cuStreamIsCapturing", "cuThreadExchangeStreamCaptureMode", "cuGraphCreate", "cuGraphDestroy",
     "cuGraphAddKernelNode_v2", "cuGraphInstantiateWithFlags", "cuGraphExecDestroy", "cuGraphExecKernelNodeSetParams_v2",

@@ -12,7 +12,7 @@ REPLAY_C = (Path(__file__).parent / "replay.c").read_text(encoding="utf-8")
 
 # ---- spliced into every module from here on
 
-BASES, PARAMETERS = 16, 128  # of a pass and of a launch, at most
+BASES, PARAMETERS = 32, 128  # of a pass and of a launch, at most
 DRIVER = (
     "cuLaunchKernel", "cuStreamIsCapturing", "cuThreadExchangeStreamCaptureMode", "cuGraphCreate", "cuGraphDestroy",
     "cuGraphAddKernelNode_v2", "cuGraphInstantiateWithFlags", "cuGraphExecDestroy", "cuGraphExecKernelNodeSetParams_v2",
