@@ -45,7 +45,7 @@ SPEC = {
     "name": "llsa_l2",
     "reweight": True,
 }
-OPERATOR = "llsa_l2_8c67f69df8d6eef9"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
+OPERATOR = "llsa_l2_049cfafcfe6216dd"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -3823,8 +3823,8 @@ def token_means(x: torch.Tensor) -> list[torch.Tensor]:
 
 
 def enriched_by(x: torch.Tensor) -> list[torch.Tensor]:
-    """x [H, N, D] and its pyramid, if any level of it is attended."""
-    return [x, *token_means(x)] if ENRICHED else [x]
+    """x [H, N, D] and its pyramid, if any level of it is attended and there is anything to pool."""
+    return [x, *token_means(x)] if ENRICHED and x.shape[1] else [x]
 
 
 def block_rows(blocks: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
@@ -3851,6 +3851,202 @@ def children_of(kept: torch.Tensor, block: int, n_tokens: int) -> tuple[torch.Te
     return child, (child >= 0) & (child < n_tokens)
 
 
+def elements_seen(kept: Tensors, m_tokens: int, n_tokens: int, g_tokens: int = 0) -> int:
+    """Elements of the keys, values and logits of a block of queries of one head, the logits twice."""
+    blocks = block_sizes(n_tokens)
+    listed = sum(kept[level].shape[2] * blocks[level] for level in LISTED)
+    seen = listed + g_tokens + (level_tokens(n_tokens)[LEVELS] if LEVELS in ENRICHED else 0)
+    return 2 * (listed * HEAD_DIM.value + seen * block_sizes(m_tokens)[0])
+
+
+def slices_of_heads(kept: Tensors, m_tokens: int, n_tokens: int, g_tokens: int = 0) -> list[slice]:
+    """Slices of the heads: of so many that a block of queries of each, of any level, fits into CHUNK elements."""
+    most = max(elements_seen(kept, m_tokens, n_tokens, g_tokens), level_tokens(n_tokens)[LEVELS])
+    for lists, q_block, k_block in zip(kept[1:], block_sizes(m_tokens)[1:], block_sizes(n_tokens)[1:], strict=True):
+        most = max(most, lists.shape[2] * k_block * (HEAD_DIM.value + q_block))
+    return slices(kept[0].shape[0], CHUNK // most)
+
+
+def log_weights(level: int, token: torch.Tensor, exists: torch.Tensor, n_tokens: int) -> torch.Tensor:
+    """Logarithms of the weights c_l(j) of key tokens of a level, or 0; -inf for tokens that do not exist."""
+    weights = (n_tokens - token * SPANS[level]).clamp(max=SPANS[level]).float().log() if WEIGHTED else 0.0
+    return torch.where(exists, weights, float("-inf"))
+
+
+class Pyramid:
+    """Keys and values of some heads as queries see them: every level in float32 and in blocks, and the kept tokens.
+
+    k_levels and v_levels: [H, T_l(N), D] of the levels, finest first; kept: [H, T_l(M), width] of every coarse level,
+    of m_tokens queries. shared: what all queries see, keys and values [H, S, D] and log weights [H, S], or None. It is
+    the coarsest level, if that is attended, then the global tokens `of_all`. Without keys no level is listed.
+    """
+
+    def __init__(
+        self, k_levels: Tensors, v_levels: Tensors, kept: Tensors, m_tokens: int, of_all: Tensors = ()
+    ) -> None:
+        self.kept, self.m_tokens, self.q_block = kept, m_tokens, block_sizes(m_tokens)[0]
+        self.heads, self.n_tokens, _ = k_levels[0].shape
+        self.blocks, self.listed = block_sizes(self.n_tokens), LISTED if self.n_tokens else ()
+        self.k_blocks, self.v_blocks = (
+            [blocks_of(levels[level], self.blocks[level]).float().contiguous() for level in self.listed]
+            for levels in (k_levels, v_levels)
+        )
+        self.n_top, self.g_tokens, parts = 0, of_all[0].shape[1] if of_all else 0, []
+        if LEVELS in ENRICHED and self.n_tokens:
+            self.n_top = k_levels[-1].shape[1]
+            token = torch.arange(self.n_top, device=k_levels[-1].device)
+            weights = log_weights(LEVELS, token, token >= 0, self.n_tokens)
+            parts.append((k_levels[-1], v_levels[-1], weights.expand(self.heads, -1)))
+        if of_all:
+            keys, values, weights = of_all
+            absent = (weights == float("-inf"))[..., None]
+            parts.append((keys.float().masked_fill(absent, 0.0), values.float().masked_fill(absent, 0.0), weights))
+        together = [torch.cat(x, 1) for x in zip(*parts, strict=True)] if len(parts) > 1 else [*parts, None][0]
+        self.shared: Tensors | None = together
+
+    def runs(self) -> list[slice]:
+        """Slices of query blocks such that the keys, values and logits of each fit into CHUNK elements."""
+        elements = self.heads * elements_seen(self.kept, self.m_tokens, self.n_tokens, self.g_tokens)
+        return slices(self.kept[0].shape[1], CHUNK // elements)
+
+    def lists(self, run: slice) -> list[torch.Tensor]:
+        """What the query blocks of a run keep one level above each listed level: a list of [H, R, width]."""
+        block = torch.arange(run.start, run.stop, device=self.kept[0].device)
+        return [self.kept[level].index_select(1, block * SPANS[1] // SPANS[level + 1]) for level in self.listed]
+
+    def gather(self, lists: Tensors) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
+        """Keys and values, lists of [H, R, C, D], and log weights, of [H, R, C], of the children of each list."""
+        keys = [gather_blocks(blocks, kept) for blocks, kept in zip(self.k_blocks, lists, strict=True)]
+        values = [gather_blocks(blocks, kept) for blocks, kept in zip(self.v_blocks, lists, strict=True)]
+        weights = []
+        for level, kept in zip(self.listed, lists, strict=True):
+            child, exists = children_of(kept, self.blocks[level], level_tokens(self.n_tokens)[level])
+            weights.append(log_weights(level, child, exists, self.n_tokens))
+        return keys, values, weights
+
+
+def softmax_blocks(
+    queries: torch.Tensor, keys: Tensors, weights: Tensors, shared: Tensors | None, scale: float
+) -> tuple[Tensors, torch.Tensor, torch.Tensor | None]:
+    """Softmax weights over all keys, a list of [H, R, b_1, C], and lse [H, R, b_1], of query blocks [H, R, b_1, D].
+
+    Also which queries have nothing to attend to, [H, R, b_1, 1], or None for none: there all weights are 0.
+    """
+    logits = [(queries @ k.mT).mul_(scale).add_(weight[:, :, None]) for k, weight in zip(keys, weights, strict=True)]
+    if shared is not None:
+        of_all = (queries.flatten(1, 2) @ shared[0].mT).mul_(scale).add_(shared[2][:, None])
+        logits.append(of_all.unflatten(1, queries.shape[1:3]))
+    sizes = [part.shape[-1] for part in logits]
+    logits = torch.cat(logits, dim=-1)
+    p, peak = logits.softmax(-1), logits.amax(-1)
+    lse = peak - p.amax(-1).log()  # the largest weight is e^(peak - lse)
+    nothing = (peak == float("-inf"))[..., None]
+    if not (nothing.is_cuda or nothing.any()):  # a GPU would have to be waited for
+        return p.split(sizes, dim=-1), lse, None
+    return p.masked_fill_(nothing, 0.0).split(sizes, dim=-1), torch.where(nothing[..., 0], peak, lse), nothing
+
+
+def attend_blocks(
+    queries: torch.Tensor, keys: Tensors, values: Tensors, weights: Tensors, shared: Tensors | None, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """o [H, R, b_1, D] and lse [H, R, b_1] of query blocks [H, R, b_1, D]: one softmax over all their keys."""
+    p, lse, _ = softmax_blocks(queries, keys, weights, shared, scale)
+    o: Any = sum(part @ v for part, v in zip(p, values, strict=False))
+    if shared is not None:
+        o = o + (p[-1].flatten(1, 2) @ shared[1]).unflatten(1, queries.shape[1:3])
+    return o, lse
+
+
+def grad_attend_blocks(
+    grad_o: torch.Tensor, grad_lse: torch.Tensor | None, queries: torch.Tensor, keys: Tensors, values: Tensors,
+    weights: Tensors, shared: Tensors | None, scale: float,
+) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:  # fmt: skip
+    """dq, then dk and dv as lists like keys and values, and at their end those of `shared`.
+
+    From the gradients of o [H, R, b_1, D] and lse [H, R, b_1, 1], which may be None.
+    """
+    p, _, nothing = softmax_blocks(queries, keys, weights, shared, scale)
+    if nothing is not None:
+        grad_o = grad_o.masked_fill(nothing, 0.0)
+        grad_lse = None if grad_lse is None else grad_lse.masked_fill(nothing, 0.0)
+    dp = [grad_o @ v.mT for v in values]
+    if shared is not None:
+        dp.append((grad_o.flatten(1, 2) @ shared[1].mT).unflatten(1, queries.shape[1:3]))
+    delta: Any = sum((part * grad).sum(-1, keepdim=True) for part, grad in zip(p, dp, strict=True))
+    delta = delta - (0.0 if grad_lse is None else grad_lse)
+    ds = [grad.sub_(delta).mul_(part).mul_(scale) for part, grad in zip(p, dp, strict=True)]
+    dq: Any = sum(part @ k for part, k in zip(ds, keys, strict=False))
+    dk = [part.mT @ queries for part in ds[: len(keys)]]
+    dv = [part.mT @ grad_o for part in p[: len(keys)]]
+    if shared is not None:
+        dq = dq + (ds[-1].flatten(1, 2) @ shared[0]).unflatten(1, queries.shape[1:3])
+        dk.append(ds[-1].flatten(1, 2).mT @ queries.flatten(1, 2))
+        dv.append(p[-1].flatten(1, 2).mT @ grad_o.flatten(1, 2))
+    return dq, dk, dv
+
+
+def attend_heads(
+    o: torch.Tensor, lse: torch.Tensor, kept: Tensors, q: torch.Tensor, k_levels: Tensors, v_levels: Tensors,
+    scale: float, of_all: Tensors = (),
+) -> None:  # fmt: skip
+    """Fill in o [H, M, D] and lse [H, M] of some heads, along the kept tokens of every level, finest first."""
+    pyramid = Pyramid(k_levels, v_levels, kept, q.shape[1], of_all)
+    for run in pyramid.runs():
+        queries = blocks_of(q, pyramid.q_block, run).float().contiguous()
+        part_o, part_lse = attend_blocks(queries, *pyramid.gather(pyramid.lists(run)), pyramid.shared, scale)
+        put_blocks(o, run, part_o)
+        put_blocks(lse, run, part_lse)
+
+
+def grad_levels(
+    dq: torch.Tensor, kept: Tensors, grad_o: torch.Tensor, grad_lse: torch.Tensor | None, q: torch.Tensor,
+    k_levels: Tensors, v_levels: Tensors, scale: float, of_all: Tensors = (),
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:  # fmt: skip
+    """Fill in dq of some heads; the gradients of keys and of values of every attended level, float32.
+
+    Last those of the globals, if there are any.
+    """
+    pyramid = Pyramid(k_levels, v_levels, kept, q.shape[1], of_all)
+    grad_k = [torch.zeros_like(blocks) for blocks in pyramid.k_blocks]
+    grad_v = [torch.zeros_like(blocks) for blocks in pyramid.v_blocks]
+    of_shared = [] if pyramid.shared is None else [torch.zeros_like(x) for x in pyramid.shared[:2]]
+    for run in pyramid.runs():
+        lists = pyramid.lists(run)
+        queries, grads = (blocks_of(x, pyramid.q_block, run).float().contiguous() for x in (q, grad_o))
+        of_lse = None if grad_lse is None else blocks_of(grad_lse, pyramid.q_block, run)
+        gathered = pyramid.gather(lists)
+        part_q, parts_k, parts_v = grad_attend_blocks(grads, of_lse, queries, *gathered, pyramid.shared, scale)
+        put_blocks(dq, run, part_q)
+        for total_k, total_v, above, part_k, part_v in zip(grad_k, grad_v, lists, parts_k, parts_v, strict=False):
+            scatter_add_blocks(total_k, above, part_k)
+            scatter_add_blocks(total_v, above, part_v)
+        for total, parts in zip(of_shared, (parts_k, parts_v), strict=False):
+            total += parts[-1]
+
+    found = [blocks.flatten(1, 2) for blocks in grad_k], [blocks.flatten(1, 2) for blocks in grad_v]
+    for levels, total in zip(found, of_shared, strict=False):
+        top, of_globals = total[:, : pyramid.n_top], total[:, pyramid.n_top :]
+        levels += [x for x, there in ((top, pyramid.n_top), (of_globals, of_all)) if there]
+    return found
+
+
+def put_sums(to: torch.Tensor, sums: Tensors) -> None:
+    """Write to `to` [H, N, D] the sums of each token, and its share of the sums of the means that it is part of."""
+    if not sums:  # there are no keys
+        return
+    if not ENRICHED:
+        to.copy_(sums[0][:, : to.shape[1]])
+        return
+    heads, n_tokens, dim = to.shape
+    for run in slices(n_tokens, CHUNK // (heads * dim)):
+        token, rows = torch.arange(run.start, run.stop, device=to.device), sums[0][:, run]
+        for level, coarse in zip(ENRICHED, sums[1:], strict=True):
+            above = token // SPANS[level]
+            share = 1.0 / covered_tokens(level, n_tokens, to.device)[above][:, None]
+            rows += coarse.index_select(1, above).mul_(share)
+        to[:, run] = rows
+
+
 def best_tokens(scores: torch.Tensor, token: torch.Tensor, exists: torch.Tensor, width: int) -> torch.Tensor:
     """The `width` best tokens of each row, best first, of equal scores the lower token; -1 where fewer exist.
 
@@ -3867,7 +4063,10 @@ def best_tokens(scores: torch.Tensor, token: torch.Tensor, exists: torch.Tensor,
     return torch.where(best == EMPTY.value, -1, 0x7FFFFFFF - (best & 0x7FFFFFFF)).int()
 
 
-def select_levels(kept: Tensors, q_means: Tensors, k_means: Tensors, m_tokens: int, n_tokens: int) -> None:
+def select_levels(
+    kept: Sequence[torch.Tensor], q_means: Sequence[torch.Tensor], k_means: Sequence[torch.Tensor], m_tokens: int,
+    n_tokens: int,
+) -> None:  # fmt: skip
     """Fill in the kept tokens [H, T_l(M), width] of each level, finest first, from the means of each level.
 
     Those of the queries are [H, T_l(M), D], those of the keys [H, T_l(N), D].
@@ -3887,22 +4086,6 @@ def select_levels(kept: Tensors, q_means: Tensors, k_means: Tensors, m_tokens: i
             put_blocks(kept[level - 1], run, best_tokens(scores, child, exists, kept[level - 1].shape[2]))
 
 
-def elements_seen(kept: Tensors, m_tokens: int, n_tokens: int) -> int:
-    """Elements of the keys, values and logits of a block of queries of one head, the logits twice."""
-    blocks = block_sizes(n_tokens)
-    listed = sum(kept[level].shape[2] * blocks[level] for level in LISTED)
-    seen = listed + level_tokens(n_tokens)[LEVELS] if LEVELS in ENRICHED else listed
-    return 2 * (listed * HEAD_DIM.value + seen * block_sizes(m_tokens)[0])
-
-
-def slices_of_heads(kept: Tensors, m_tokens: int, n_tokens: int) -> list[slice]:
-    """Slices of the heads: of so many that a block of queries of each, of any level, fits into CHUNK elements."""
-    most = max(elements_seen(kept, m_tokens, n_tokens), level_tokens(n_tokens)[LEVELS])
-    for lists, q_block, k_block in zip(kept[1:], block_sizes(m_tokens)[1:], block_sizes(n_tokens)[1:], strict=True):
-        most = max(most, lists.shape[2] * k_block * (HEAD_DIM.value + q_block))
-    return slices(kept[0].shape[0], CHUNK // most)
-
-
 def select_torch(q: torch.Tensor, k: torch.Tensor) -> list[torch.Tensor]:
     """The kept tokens of each level, finest first, in torch."""
     selection = empty_selection(q, k)
@@ -3913,130 +4096,36 @@ def select_torch(q: torch.Tensor, k: torch.Tensor) -> list[torch.Tensor]:
     return selection
 
 
-def log_weights(level: int, token: torch.Tensor, exists: torch.Tensor, n_tokens: int) -> torch.Tensor:
-    """Logarithms of the weights c_l(j) of key tokens of a level, or 0; -inf for tokens that do not exist."""
-    weights = (n_tokens - token * SPANS[level]).clamp(max=SPANS[level]).float().log() if WEIGHTED else 0.0
-    return torch.where(exists, weights, float("-inf"))
-
-
-class Pyramid:
-    """Keys and values of some heads as queries see them: every level in float32 and in blocks, and the kept tokens.
-
-    k_levels and v_levels: [H, T_l(N), D] of the levels, finest first; kept: [H, T_l(M), width] of every coarse level,
-    of m_tokens queries. top: keys and values [H, T_L(N), D] and log weights [T_L(N)] of the coarsest level, if all
-    queries see it, or else None.
-    """
-
-    def __init__(self, k_levels: Tensors, v_levels: Tensors, kept: Tensors, m_tokens: int) -> None:
-        self.kept, self.m_tokens, self.q_block = kept, m_tokens, block_sizes(m_tokens)[0]
-        self.heads, self.n_tokens, _ = k_levels[0].shape
-        self.blocks = block_sizes(self.n_tokens)
-        self.k_blocks, self.v_blocks = (
-            [blocks_of(levels[level], self.blocks[level]).float().contiguous() for level in LISTED]
-            for levels in (k_levels, v_levels)
-        )
-        self.top = None
-        if LEVELS in ENRICHED:
-            token = torch.arange(k_levels[-1].shape[1], device=k_levels[-1].device)
-            self.top = k_levels[-1], v_levels[-1], log_weights(LEVELS, token, token >= 0, self.n_tokens)
-
-    def runs(self) -> list[slice]:
-        """Slices of query blocks such that the keys, values and logits of each fit into CHUNK elements."""
-        elements = self.heads * elements_seen(self.kept, self.m_tokens, self.n_tokens)
-        return slices(self.kept[0].shape[1], CHUNK // elements)
-
-    def lists(self, run: slice) -> list[torch.Tensor]:
-        """What the query blocks of a run keep one level above each listed level: a list of [H, R, width]."""
-        block = torch.arange(run.start, run.stop, device=self.kept[0].device)
-        return [self.kept[level].index_select(1, block * SPANS[1] // SPANS[level + 1]) for level in LISTED]
-
-    def gather(self, lists: Tensors) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
-        """Keys and values, lists of [H, R, C, D], and log weights, of [H, R, C], of the children of each list."""
-        keys = [gather_blocks(blocks, kept) for blocks, kept in zip(self.k_blocks, lists, strict=True)]
-        values = [gather_blocks(blocks, kept) for blocks, kept in zip(self.v_blocks, lists, strict=True)]
-        weights = []
-        for level, kept in zip(LISTED, lists, strict=True):
-            child, exists = children_of(kept, self.blocks[level], level_tokens(self.n_tokens)[level])
-            weights.append(log_weights(level, child, exists, self.n_tokens))
-        return keys, values, weights
-
-
-def softmax_blocks(
-    queries: torch.Tensor, keys: Tensors, weights: Tensors, top: Tensors | None, scale: float
-) -> tuple[Tensors, torch.Tensor]:
-    """Softmax weights over all keys, a list of [H, R, b_1, C], and lse [H, R, b_1], of query blocks [H, R, b_1, D]."""
-    logits = [(queries @ k.mT).mul_(scale).add_(weight[:, :, None]) for k, weight in zip(keys, weights, strict=True)]
-    if top is not None:
-        k_top, _, weights_top = top
-        of_top = (queries.flatten(1, 2) @ k_top.mT).mul_(scale).add_(weights_top)
-        logits.append(of_top.unflatten(1, queries.shape[1:3]))
-    sizes = [part.shape[-1] for part in logits]
-    logits = torch.cat(logits, dim=-1)
-    p = logits.softmax(-1)
-    lse = logits.amax(-1) - p.amax(-1).log()  # the largest weight is e^(peak - lse)
-    return p.split(sizes, dim=-1), lse
-
-
-def attend_blocks(
-    queries: torch.Tensor, keys: Tensors, values: Tensors, weights: Tensors, top: Tensors | None, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """o [H, R, b_1, D] and lse [H, R, b_1] of query blocks [H, R, b_1, D]: one softmax over all their keys."""
-    p, lse = softmax_blocks(queries, keys, weights, top, scale)
-    o: Any = sum(part @ v for part, v in zip(p, values, strict=False))
-    if top is not None:
-        o = o + (p[-1].flatten(1, 2) @ top[1]).unflatten(1, queries.shape[1:3])
-    return o, lse
-
-
-def grad_attend_blocks(
-    grad_o: torch.Tensor, grad_lse: torch.Tensor | float, queries: torch.Tensor, keys: Tensors, values: Tensors,
-    weights: Tensors, top: Tensors | None, scale: float,
-) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:  # fmt: skip
-    """dq, then dk and dv as lists like keys and values, and at their end those of `top`.
-
-    From the gradients of o [H, R, b_1, D] and lse [H, R, b_1, 1], or 0.
-    """
-    p, _ = softmax_blocks(queries, keys, weights, top, scale)
-    dp = [grad_o @ v.mT for v in values]
-    if top is not None:
-        dp.append((grad_o.flatten(1, 2) @ top[1].mT).unflatten(1, queries.shape[1:3]))
-    delta = sum((part * grad).sum(-1, keepdim=True) for part, grad in zip(p, dp, strict=True)) - grad_lse
-    ds = [grad.sub_(delta).mul_(part).mul_(scale) for part, grad in zip(p, dp, strict=True)]
-    dq: Any = sum(part @ k for part, k in zip(ds, keys, strict=False))
-    dk = [part.mT @ queries for part in ds[: len(keys)]]
-    dv = [part.mT @ grad_o for part in p[: len(keys)]]
-    if top is not None:
-        dq = dq + (ds[-1].flatten(1, 2) @ top[0]).unflatten(1, queries.shape[1:3])
-        dk.append(ds[-1].flatten(1, 2).mT @ queries.flatten(1, 2))
-        dv.append(p[-1].flatten(1, 2).mT @ grad_o.flatten(1, 2))
-    return dq, dk, dv
+def global_rows(shared: Sequence[Any] | None) -> Sequence[torch.Tensor]:
+    """Global keys and values [B*H, G, D] and log weights [B*H, G], -inf where masked; of None, nothing."""
+    if shared is None:
+        return ()
+    keys, values, mask = shared
+    weights = keys.new_zeros((keys.shape[0], keys.shape[2]), dtype=torch.float32)
+    if mask is not None:
+        weights = weights.masked_fill(~mask, float("-inf"))
+    return keys.flatten(0, 1), values.flatten(0, 1), weights.repeat_interleave(keys.shape[1], 0)
 
 
 def attend_torch(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """o, lse and what the backward pass needs, in torch: of the layout `saved`, the kept tokens alone."""
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, shared: Sequence[Any] | None = None,
+    given: Sequence[torch.Tensor] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """o, lse and what the backward pass needs, in torch: of the layout `saved`, what is kept, unless that is given."""
     o, lse, saved = empty_outputs(q, k)
-    kept = saved_lists(saved.zero_(), q, k)
+    saved.zero_()
+    kept = saved_lists(saved, q, k) if given is None else [level.flatten(0, 1) for level in given]
+    of_all = global_rows(shared)
     heads_o, heads_lse, q, k, v = (x.flatten(0, 1) for x in (o, lse, q, k, v))
-    for heads in slices_of_heads(kept, q.shape[1], k.shape[1]):
-        lists, k_levels = [level[heads] for level in kept], [k[heads], *token_means(k[heads])]
-        select_levels(lists, token_means(q[heads]), k_levels[1:], q.shape[1], k.shape[1])
-        attend_heads(heads_o[heads], heads_lse[heads], lists, q[heads], k_levels, enriched_by(v[heads]), scale)
+    for heads in slices_of_heads(kept, q.shape[1], k.shape[1], of_all[0].shape[1] if of_all else 0):
+        lists, own = [level[heads] for level in kept], [x[heads] for x in of_all]
+        if given is None:
+            k_levels = [k[heads], *token_means(k[heads])]
+            select_levels(lists, token_means(q[heads]), k_levels[1:], q.shape[1], k.shape[1])
+        else:
+            k_levels = enriched_by(k[heads])
+        attend_heads(heads_o[heads], heads_lse[heads], lists, q[heads], k_levels, enriched_by(v[heads]), scale, own)
     return o, lse, saved
-
-
-def attend_heads(
-    o: torch.Tensor, lse: torch.Tensor, kept: Tensors, q: torch.Tensor, k_levels: Tensors, v_levels: Tensors,
-    scale: float,
-) -> None:  # fmt: skip
-    """Fill in o [H, M, D] and lse [H, M] of some heads, along the kept tokens of every level, finest first."""
-    pyramid = Pyramid(k_levels, v_levels, kept, q.shape[1])
-    for run in pyramid.runs():
-        queries = blocks_of(q, pyramid.q_block, run).float().contiguous()
-        part_o, part_lse = attend_blocks(queries, *pyramid.gather(pyramid.lists(run)), pyramid.top, scale)
-        put_blocks(o, run, part_o)
-        put_blocks(lse, run, part_lse)
 
 
 def saved_lists(saved: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> list[torch.Tensor]:
@@ -4047,72 +4136,28 @@ def saved_lists(saved: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> list[t
 
 def grad_torch(
     grad_o: torch.Tensor, grad_lse: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
-    saved: torch.Tensor, scale: float,
+    saved: torch.Tensor, scale: float, shared: Sequence[Any] | None = None, given: Sequence[torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
-    """dq, dk, dv in torch: the softmax of every run of query blocks once more, then the pooling backwards."""
-    kept = saved_lists(saved, q, k)
-    grads = tuple(map(empty_like, (q, k, v)))
-    dq, dk, dv, grad_o, q, k, v = (x.flatten(0, 1) for x in (*grads, grad_o, q, k, v))
+    """dq, dk, dv in torch, then dk and dv of the globals, if there are any.
+
+    The softmax of every run of query blocks once more, then the pooling backwards.
+    """
+    kept = saved_lists(saved, q, k) if given is None else [level.flatten(0, 1) for level in given]
+    of_all = global_rows(shared)
+    grads = tuple(map(empty_like, (q, k, v, *(shared or ())[:2])))
+    dq, dk, dv, *of_globals, grad_o, q, k, v = (x.flatten(0, 1) for x in (*grads, grad_o, q, k, v))
     if grad_lse is not None:
         grad_lse = grad_lse.flatten(0, 1)[..., None]
-    for heads in slices_of_heads(kept, q.shape[1], k.shape[1]):
-        lists = [level[heads] for level in kept]
+    for heads in slices_of_heads(kept, q.shape[1], k.shape[1], of_all[0].shape[1] if of_all else 0):
+        lists, own, to = ([x[heads] for x in tensors] for tensors in (kept, of_all, (dk, dv, *of_globals)))
         of_lse = None if grad_lse is None else grad_lse[heads]
-        grad_heads(dq[heads], dk[heads], dv[heads], lists, grad_o[heads], of_lse, q[heads], k[heads], v[heads], scale)
+        k_levels, v_levels = enriched_by(k[heads]), enriched_by(v[heads])
+        sums = grad_levels(dq[heads], lists, grad_o[heads], of_lse, q[heads], k_levels, v_levels, scale, own)
+        for place, levels in enumerate(sums):
+            if own:
+                to[2 + place].copy_(levels.pop().masked_fill_((own[2] == float("-inf"))[..., None], 0.0))
+            put_sums(to[place], levels)
     return grads
-
-
-def grad_heads(
-    dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor, kept: Tensors, grad_o: torch.Tensor,
-    grad_lse: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float,
-) -> None:  # fmt: skip
-    """Fill in dq [H, M, D], dk and dv [H, N, D] of some heads."""
-    sums_k, sums_v = grad_levels(dq, kept, grad_o, grad_lse, q, enriched_by(k), enriched_by(v), scale)
-    put_sums(dk, sums_k)
-    put_sums(dv, sums_v)
-
-
-def grad_levels(
-    dq: torch.Tensor, kept: Tensors, grad_o: torch.Tensor, grad_lse: torch.Tensor | None, q: torch.Tensor,
-    k_levels: Tensors, v_levels: Tensors, scale: float,
-) -> tuple[list[torch.Tensor], list[torch.Tensor]]:  # fmt: skip
-    """Fill in dq of some heads; the gradients of keys and of values of every attended level, float32."""
-    pyramid = Pyramid(k_levels, v_levels, kept, q.shape[1])
-    grad_k = [torch.zeros_like(blocks) for blocks in pyramid.k_blocks]
-    grad_v = [torch.zeros_like(blocks) for blocks in pyramid.v_blocks]
-    of_top = [] if pyramid.top is None else [torch.zeros_like(x) for x in pyramid.top[:2]]
-    for run in pyramid.runs():
-        lists = pyramid.lists(run)
-        queries, grads = (blocks_of(x, pyramid.q_block, run).float().contiguous() for x in (q, grad_o))
-        of_lse = 0.0 if grad_lse is None else blocks_of(grad_lse, pyramid.q_block, run)
-        gathered = pyramid.gather(lists)
-        part_q, parts_k, parts_v = grad_attend_blocks(grads, of_lse, queries, *gathered, pyramid.top, scale)
-        put_blocks(dq, run, part_q)
-        for total_k, total_v, above, part_k, part_v in zip(grad_k, grad_v, lists, parts_k, parts_v, strict=False):
-            scatter_add_blocks(total_k, above, part_k)
-            scatter_add_blocks(total_v, above, part_v)
-        for total, parts in zip(of_top, (parts_k, parts_v), strict=False):
-            total += parts[-1]
-
-    return (
-        [*(blocks.flatten(1, 2) for blocks in grad_k), *of_top[:1]],
-        [*(blocks.flatten(1, 2) for blocks in grad_v), *of_top[1:]],
-    )
-
-
-def put_sums(to: torch.Tensor, sums: Tensors) -> None:
-    """Write to `to` [H, N, D] the sums of each token, and its share of the sums of the means that it is part of."""
-    if not ENRICHED:
-        to.copy_(sums[0][:, : to.shape[1]])
-        return
-    heads, n_tokens, dim = to.shape
-    for run in slices(n_tokens, CHUNK // (heads * dim)):
-        token, rows = torch.arange(run.start, run.stop, device=to.device), sums[0][:, run]
-        for level, coarse in zip(ENRICHED, sums[1:], strict=True):
-            above = token // SPANS[level]
-            share = 1.0 / covered_tokens(level, n_tokens, to.device)[above][:, None]
-            rows += coarse.index_select(1, above).mul_(share)
-        to[:, run] = rows
 
 
 def with_means(x: torch.Tensor, means: Sequence[torch.Tensor], heads: slice) -> list[torch.Tensor]:
@@ -4229,9 +4274,9 @@ def on_device_of(x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
     return ON_CURRENT_DEVICE
 
 
-def without_autocast() -> contextlib.AbstractContextManager[Any]:
-    """What the CPU path multiplies is float32 on purpose, and autocast would round it."""
-    return torch.autocast("cpu", enabled=False)
+def without_autocast(x: torch.Tensor | None = None) -> contextlib.AbstractContextManager[Any]:
+    """What the CPU path multiplies, on the CPU or where `x` is, is float32 on purpose, and autocast would round it."""
+    return torch.autocast("cpu" if x is None else x.device.type, enabled=False)
 
 
 def runs_kernels(x: torch.Tensor) -> bool:
@@ -4245,17 +4290,47 @@ def without_keys(q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.
     return o.zero_(), lse.fill_(float("-inf")), saved.zero_()
 
 
+def seen_by_all(
+    k_global: torch.Tensor | None, v_global: torch.Tensor | None, global_mask: torch.Tensor | None
+) -> tuple[Any, ...] | None:
+    """Global keys, values and their mask, or None for it, contiguous; None where there are no global tokens."""
+    if k_global is None or v_global is None or k_global.shape[2] == 0:
+        return None
+    return k_global.contiguous(), v_global.contiguous(), None if global_mask is None else global_mask.contiguous()
+
+
+def rows_checked(kept: Sequence[torch.Tensor] | None, q: torch.Tensor, k: torch.Tensor) -> list[torch.Tensor] | None:
+    """Lists as kernels take them. Under torch.compile nothing has looked at their rows, which index memory."""
+    if kept is None:
+        return None
+    shapes = saved_shapes(q.shape[2], k.shape[2])
+    for level, lists in enumerate(kept, start=1):
+        rows, _ = shapes[f"kept_l{level}"]
+        if lists.shape[2] != rows:
+            raise ValueError(f"kept, level {level}: expected {rows} rows for M = {q.shape[2]}, got {lists.shape[2]}")
+    return [lists.contiguous() for lists in kept]
+
+
 def forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, k_global: torch.Tensor | None = None,
+    v_global: torch.Tensor | None = None, global_mask: torch.Tensor | None = None,
+    kept: Sequence[torch.Tensor] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """o, lse and what the backward pass needs, memory of the layout `saved`."""
+    shared, more = None, ()
+    if k_global is not None or kept is not None:
+        shared = seen_by_all(k_global, v_global, global_mask)
+        more = shared, rows_checked(kept, q, k)
     if q.numel() == 0 or k.numel() == 0:
-        return without_keys(q, k)
+        if q.numel() == 0 or shared is None:
+            return without_keys(q, k)
+        with without_autocast(q):
+            return attend_torch(q, k, v, scale, shared, empty_selection(q, k))
     if not runs_kernels(q):
         with without_autocast():
-            return attend_torch(q, k, v, scale)
+            return attend_torch(q, k, v, scale, *more)
     with on_device_of(q):
-        return attend_kernels(q, k, v, scale)
+        return attend_kernels(q, k, v, scale, *more)
 
 
 def in_one_piece(x: torch.Tensor) -> torch.Tensor:
@@ -4267,19 +4342,43 @@ def in_one_piece(x: torch.Tensor) -> torch.Tensor:
 
 def backward(
     grad_o: torch.Tensor, grad_lse: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
-    o: torch.Tensor, saved: torch.Tensor, scale: float,
+    o: torch.Tensor, saved: torch.Tensor, scale: float, k_global: torch.Tensor | None = None,
+    v_global: torch.Tensor | None = None, global_mask: torch.Tensor | None = None,
+    kept: Sequence[torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
-    """dq [B, H, M, D], dk and dv [B, H, N, D], from the gradient of o and, if it has one, that of lse."""
-    if q.numel() == 0 or k.numel() == 0:
-        return tuple(empty_like(x).zero_() for x in (q, k, v))
-    saved = in_one_piece(saved)
+    """dq [B, H, M, D], dk and dv [B, H, N, D], from the gradient of o and, if it has one, that of lse.
+
+    With global tokens also the gradients of their keys and values, [B, H, G, D].
+    """
+    shared, of_none, more = None, (), ()
+    if k_global is not None or kept is not None:
+        shared = seen_by_all(k_global, v_global, global_mask)
+        more = shared, kept is not None
+        if k_global is not None and shared is None:
+            of_none = empty_like(k_global), empty_like(k_global)
     if grad_lse is not None:
         grad_lse = in_one_piece(grad_lse)
+    if q.numel() == 0 or k.numel() == 0:
+        if q.numel() == 0 or shared is None:
+            return tuple(empty_like(x).zero_() for x in (q, k, v, *(shared or of_none)[:2]))
+        with without_autocast(q):
+            return grad_torch(grad_o, grad_lse, q, k, v, saved, scale, shared, empty_selection(q, k))
+    saved = in_one_piece(saved)
     if not runs_kernels(q):
         with without_autocast():
-            return grad_torch(grad_o, grad_lse, q, k, v, saved, scale)
+            return (*grad_torch(grad_o, grad_lse, q, k, v, saved, scale, shared, kept), *of_none)
     with on_device_of(q):
-        return grad_kernels(grad_o, grad_lse, q, k, v, in_one_piece(o), saved, scale)
+        return (*grad_kernels(grad_o, grad_lse, q, k, v, in_one_piece(o), saved, scale, *more), *of_none)
+
+
+def in_five(q: torch.Tensor, grads: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """Gradients as torch's operator has them, for which vmap wants a fixed number: without globals two of nothing."""
+    return *grads, *[q.new_empty(0) for _ in range(5 - len(grads))]
+
+
+def five_gradients(*inputs: Any) -> tuple[torch.Tensor, ...]:
+    """`backward` for torch's operator."""
+    return in_five(inputs[2], backward(*inputs))
 
 
 def select_forward(q: torch.Tensor, k: torch.Tensor) -> list[torch.Tensor]:
@@ -4300,30 +4399,60 @@ def operator(suffix: str, function: Callable[..., Any], *tensors: torch.Tensor) 
 
 def save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     """Keep what `differentiate` reads."""
-    q, k, v, ctx.scale = inputs
+    q, k, v, ctx.scale, *more = inputs
     o, _, saved = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(saved)
-    ctx.save_for_backward(q, k, v, o, saved)
+    ctx.more = None
+    if more and any(
+        x is not None for x in more
+    ):  # global keys and values, their mask, and the lists, each of which may be None
+        *shared, kept = more
+        ctx.more = [x is not None for x in shared], kept is not None
+        ctx.save_for_backward(q, k, v, o, saved, *present(*more))
+    else:
+        ctx.save_for_backward(q, k, v, o, saved)
 
 
-def differentiate(
-    ctx: Any, grad_o: torch.Tensor | None, grad_lse: torch.Tensor | None, *_: object
-) -> tuple[torch.Tensor | None, ...]:
+def present(*inputs: torch.Tensor | Sequence[torch.Tensor] | None) -> list[torch.Tensor]:
+    """The tensors among what may be a tensor, a list of them, or None."""
+    found: list[torch.Tensor] = []
+    for x in inputs:
+        if x is not None:
+            found += [x] if isinstance(x, torch.Tensor) else x
+    return found
+
+
+def as_saved(ctx: Any, tensors: Sequence[torch.Tensor]) -> tuple[Any, ...]:
+    """What `save_for_backward` has kept beside the usual: global keys and values, their mask, the lists, or None."""
+    if ctx.more is None:
+        return ()
+    (of_shared, of_kept), left = ctx.more, iter(tensors)
+    shared = [next(left) if there else None for there in of_shared]
+    return *shared, list(left) if of_kept else None
+
+
+def differentiate(ctx: Any, grad_o: torch.Tensor | None, grad_lse: torch.Tensor | None, *_: object) -> tuple[Any, ...]:
     """Gradients of the operator's inputs from those of o and lse; the selection is held fixed."""
+    needed = ctx.needs_input_grad  # of a list, a list
+    of_kept = [None] * len(needed[7]) if len(needed) > 7 and isinstance(needed[7], list) else None
     if grad_o is None and grad_lse is None:
-        return None, None, None, None
-    q, k, v, o, saved = ctx.saved_tensors
+        return (None, None, None, None, None, None, None, of_kept)[: len(needed)]
+    q, k, v, o, saved, *tensors = ctx.saved_tensors
     if grad_o is None:
         grad_o = torch.zeros_like(o)
-    inputs = grad_o, grad_lse, q, k, v, o, saved, ctx.scale
+    more = as_saved(ctx, tensors)
+    inputs = grad_o, grad_lse, q, k, v, o, saved, ctx.scale, *more
     if torch.is_grad_enabled() or is_transformed():
         run = Differentiate.apply
     elif any(x is not None and is_legacy_batchedtensor(x) for x in (grad_o, grad_lse)):  # by is_grads_batched
         run = getattr(torch.ops.llsa, OPERATOR + "_backward")
     else:
         run = operator("_backward", backward, grad_o, q)
-    return *run(*inputs), None
+    dq, dk, dv, *of_globals = run(*inputs)
+    if not more or more[0] is None:
+        of_globals = None, None
+    return (dq, dk, dv, None, *of_globals, None, of_kept)[: len(needed)]
 
 
 class Attend(torch.autograd.Function):
@@ -4338,10 +4467,19 @@ class Attend(torch.autograd.Function):
 attend_eagerly = super(torch.autograd.Function, Attend).apply  # type: ignore[attr-defined]
 
 
-def folded(size: int, dims: Sequence[int | None], tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Tensors that vmap has batched, `size` times: that dimension, at `dims` or missing, as part of the batch."""
-    batched = [x if at is None else x.movedim(at, 0) for x, at in zip(tensors, dims, strict=True)]
-    return [(x.expand(size, *x.shape) if at is None else x).flatten(0, 1) for x, at in zip(batched, dims, strict=True)]
+def folded(size: int, dims: Sequence[Any], tensors: Sequence[Any]) -> list[Any]:
+    """Tensors that vmap has batched, `size` times: that dimension, at `dims` or missing, as part of the batch.
+
+    In their place there may be None, and lists of tensors.
+    """
+    found: list[Any] = []
+    for x, at in zip(tensors, dims, strict=True):
+        if isinstance(x, torch.Tensor):
+            whole = x.expand(size, *x.shape) if at is None else x.movedim(at, 0)
+            found.append(whole.flatten(0, 1))
+        else:
+            found.append(None if x is None else folded(size, at or [None] * len(x), x))
+    return found
 
 
 def unfolded(size: int, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -4350,11 +4488,11 @@ def unfolded(size: int, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 class AttendTransformed(Attend):
-    """The same under the transforms of torch.func."""
+    """The same under torch.func. `more` is global keys and values, their mask and the lists, or nothing."""
 
     @staticmethod
-    def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> Any:
-        return operator("", forward, q, k, v)(q, k, v, scale)
+    def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, *more: Any) -> Any:
+        return operator("", forward, q, k, v, *present(*more))(q, k, v, scale, *more)
 
     @staticmethod
     def jvp(ctx: Any, *_: object) -> Any:
@@ -4362,11 +4500,11 @@ class AttendTransformed(Attend):
 
     @staticmethod
     def vmap(
-        info: Any, dims: tuple[int | None, ...], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+        info: Any, dims: tuple[Any, ...], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, *more: Any
     ) -> Any:
         size = info.batch_size
-        q, k, v = folded(size, dims[:3], (q, k, v))
-        o, lse, saved = AttendTransformed.apply(q, k, v, scale)
+        qkv, others = folded(size, dims[:3], (q, k, v)), folded(size, dims[4:], more)
+        o, lse, saved = AttendTransformed.apply(*qkv, scale, *others)
         return unfolded(size, o, lse, saved), (0, 0, 0)
 
 
@@ -4376,10 +4514,11 @@ class Differentiate(torch.autograd.Function):
     @staticmethod
     def forward(
         grad_o: torch.Tensor, grad_lse: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
-        o: torch.Tensor, saved: torch.Tensor, scale: float,
+        o: torch.Tensor, saved: torch.Tensor, scale: float, *more: Any,
     ) -> tuple[torch.Tensor, ...]:  # fmt: skip
-        run = operator("_backward", backward, grad_o, q, k, v)
-        return tuple(run(grad_o, grad_lse, q, k, v, o, saved, scale))
+        run = operator("_backward", backward, grad_o, q, k, v, *present(*more))
+        grads = run(grad_o, grad_lse, q, k, v, o, saved, scale, *more)
+        return grads[: 5 if more and more[0] is not None else 3]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -4393,15 +4532,12 @@ class Differentiate(torch.autograd.Function):
 
     @staticmethod
     def vmap(
-        info: Any, dims: tuple[int | None, ...], grad_o: torch.Tensor, grad_lse: torch.Tensor | None, q: torch.Tensor,
-        k: torch.Tensor, v: torch.Tensor, o: torch.Tensor, saved: torch.Tensor, scale: float,
+        info: Any, dims: tuple[Any, ...], grad_o: torch.Tensor, grad_lse: torch.Tensor | None, q: torch.Tensor,
+        k: torch.Tensor, v: torch.Tensor, o: torch.Tensor, saved: torch.Tensor, scale: float, *more: Any,
     ) -> Any:  # fmt: skip
-        size, (at_o, at_lse, *at, _) = info.batch_size, dims
-        grad_o, q, k, v, o, saved = folded(size, (at_o, *at), (grad_o, q, k, v, o, saved))
-        if grad_lse is not None:
-            (grad_lse,) = folded(size, (at_lse,), (grad_lse,))
-        grads = Differentiate.apply(grad_o, grad_lse, q, k, v, o, saved, scale)
-        return unfolded(size, *grads), (0, 0, 0)
+        size, tensors = info.batch_size, (grad_o, grad_lse, q, k, v, o, saved)
+        grads = Differentiate.apply(*folded(size, dims[:7], tensors), scale, *folded(size, dims[8:], more))
+        return unfolded(size, *grads), (0,) * len(grads)
 
 
 def select_batched(info: Any, dims: tuple[int | None, ...], q: torch.Tensor, k: torch.Tensor) -> Any:
@@ -4427,9 +4563,9 @@ def attend_means(
     """o [B, H, M, D] and lse [B, H, M] along given lists; differentiable in q, k, v and the means.
 
     The lists are [B, H, T_l(M), W], W at most the width that `select` gives, -1 for fewer. What a list below the
-    coarsest level holds has to be a child of what the list above holds, and every query has to have something to attend
-    to: nothing checks that. Of the means, the enriched levels count. Gradients of the first order only, and nothing of
-    torch.func.
+    coarsest level holds has to be a child of what the list above holds: nothing checks that. A query with nothing to
+    attend to has o = 0, lse = -inf and zero gradients. Of the means, the enriched levels count. Gradients of the first
+    order only, and nothing of torch.func.
     """
     run = getattr(torch.ops.llsa, OPERATOR + "_attend_means")
     return run(q, k, v, list(k_means), list(v_means), list(kept), scale)[:2]
@@ -4522,6 +4658,48 @@ def empty_lists(q_means: list[torch.Tensor], k_means: list[torch.Tensor]) -> lis
     shapes = saved_shapes(q_means[0].shape[2] * SPANS[1], k_means[0].shape[2] * SPANS[1])
     lists = [shapes[f"kept_l{level}"] for level in range(1, LEVELS + 1)]
     return [q_means[0].new_empty((*q_means[0].shape[:2], *shape), dtype=torch.int32) for shape in lists]
+
+
+# ---- lists that are given
+
+
+def check_entries(kept: Sequence[torch.Tensor], n_tokens: int, ahead: int) -> None:
+    """ValueError for an entry out of range, doubled in its row, or no child of what is kept one level above.
+
+    The lists are those of queries before which the blocks begin by `ahead`. Nothing is seen where there are no data.
+    """
+    if torch.compiler.is_compiling():
+        raise ValueError("check_kept: expected False under torch.compile, which cannot look at entries, got True")
+    if kept[0].is_meta:
+        return
+    tokens = level_tokens(n_tokens)
+    for level, lists in enumerate(kept, start=1):
+        refuse(level, lists, (lists < -1) | (lists >= tokens[level]), f"-1 or a token from 0 to {tokens[level] - 1}")
+        ranked, place = lists.sort(dim=-1, stable=True)
+        again = torch.zeros_like(lists, dtype=torch.bool)
+        again[..., 1:] = (ranked[..., 1:] == ranked[..., :-1]) & (ranked[..., 1:] >= 0)
+        refuse(level, lists, torch.empty_like(again).scatter_(-1, place, again), "no token twice in a row")
+        if level == LEVELS:
+            return
+        block = BLOCKS[level]
+        row = torch.arange(lists.shape[2], device=lists.device) + ahead // SPANS[level]
+        above = kept[level].index_select(2, row // block - ahead // SPANS[level + 1])
+        parent, found = lists // block, lists < 0
+        for column in above.unbind(-1):
+            found |= parent == column[..., None]
+        expected = f"a child, {block} each, of a token that its parent keeps at level {level + 1}"
+        refuse(level, lists, ~found, expected, above)
+
+
+def refuse(
+    level: int, lists: torch.Tensor, wrong: torch.Tensor, expected: str, above: torch.Tensor | None = None
+) -> None:
+    """ValueError for the first entry that is wrong; `above`: what the parent of each row keeps, to be named."""
+    for place in wrong.nonzero()[:1].tolist():
+        batch, head, row, _ = place
+        where, came = f"kept, level {level}, batch {batch}, head {head}, row {row}", int(lists[tuple(place)])
+        named = "" if above is None else f", {sorted(x for x in above[batch, head, row].tolist() if x >= 0)}"
+        raise ValueError(f"{where}: expected {expected}{named}, got {came}")
 
 
 # ---- attention
@@ -4668,28 +4846,26 @@ def register() -> torch.library.Library | None:
             )
         return None
     library = torch.library.Library("llsa", "FRAGMENT")
-    library.define(f"{OPERATOR}(Tensor q, Tensor k, Tensor v, float scale) -> (Tensor, Tensor, Tensor)")
+    more = "Tensor? k_global=None, Tensor? v_global=None, Tensor? global_mask=None, Tensor[]? kept=None"
+    library.define(f"{OPERATOR}(Tensor q, Tensor k, Tensor v, float scale, {more}) -> (Tensor, Tensor, Tensor)")
     library.define(
         f"{OPERATOR}_backward(Tensor grad_o, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor saved,"
-        " float scale) -> (Tensor, Tensor, Tensor)"
+        f" float scale, {more}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
     )
     library.define(f"{OPERATOR}_select(Tensor q, Tensor k) -> Tensor[]")
-    for suffix, function in (("", forward), ("_backward", backward), ("_select", select_forward)):
+    for suffix, function in (("", forward), ("_backward", five_gradients), ("_select", select_forward)):
         library.impl(OPERATOR + suffix, function, "CPU")
         library.impl(OPERATOR + suffix, function, "CUDA")
 
     def fake_backward(
-        grad_o: torch.Tensor,
-        grad_lse: torch.Tensor | None,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        *_: object,
-    ) -> tuple[torch.Tensor, ...]:
-        return tuple(map(empty_like, (q, k, v)))
+        grad_o: torch.Tensor, grad_lse: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+        o: torch.Tensor, saved: torch.Tensor, scale: float, k_global: torch.Tensor | None = None,
+        v_global: torch.Tensor | None = None, *_: object, **__: object,
+    ) -> tuple[torch.Tensor, ...]:  # fmt: skip
+        return in_five(q, [*map(empty_like, present(q, k, v, k_global, v_global))])
 
     name = f"llsa::{OPERATOR}"
-    torch.library.register_fake(name, lambda q, k, v, scale: empty_outputs(q, k), lib=library)
+    torch.library.register_fake(name, lambda q, k, *_, **__: empty_outputs(q, k), lib=library)
     torch.library.register_fake(name + "_backward", fake_backward, lib=library)
     torch.library.register_fake(name + "_select", empty_selection, lib=library)
     torch.library.register_autograd(name, differentiate, setup_context=save_for_backward, lib=library)
@@ -4697,13 +4873,26 @@ def register() -> torch.library.Library | None:
 
     register_stages(library)
 
-    def count(which: int, q: Sequence[int], k: Sequence[int]) -> int:
-        return flops(q[0] * q[1], k[0] * k[1], q[2], k[2])[which]
+    def count(q: Sequence[int], k: Sequence[int], k_global: Sequence[int] | None = None) -> Sequence[int]:
+        return flops(q[0] * q[1], k[0] * k[1], q[2], k[2], *(k_global or ())[2:3])
+
+    def of_attention(
+        q: Sequence[int], k: Sequence[int], v: object, scale: object, k_global: Sequence[int] | None = None,
+        v_global: object = None, global_mask: object = None, kept: object = None, **_: object,
+    ) -> int:  # fmt: skip
+        counted = count(q, k, k_global)
+        return counted[0] if kept is None else counted[0] - counted[3]
+
+    def of_gradients(
+        grad_o: object, grad_lse: object, q: Sequence[int], k: Sequence[int], v: object, o: object, saved: object,
+        scale: object, k_global: Sequence[int] | None = None, *_: object, **__: object,
+    ) -> int:  # fmt: skip
+        return count(q, k, k_global)[1]
 
     operators = [getattr(torch.ops.llsa, OPERATOR + suffix) for suffix in ("", "_backward", "_select")]
-    register_flop_formula(operators[0])(lambda q, k, *_, **__: count(0, q, k))
-    register_flop_formula(operators[1])(lambda grad_o, grad_lse, q, k, *_, **__: count(1, q, k))
-    register_flop_formula(operators[2])(lambda q, k, **__: count(2, q, k))
+    register_flop_formula(operators[0])(of_attention)
+    register_flop_formula(operators[1])(of_gradients)
+    register_flop_formula(operators[2])(lambda q, k, **__: count(q, k)[2])
     operators[0].source, operators[0].file = source, __file__
     return library
 
@@ -4722,28 +4911,35 @@ def may_be_dual() -> bool:
     return getattr(torch.autograd.forward_ad, "_current_level", 0) >= 0
 
 
-def check(tensors: dict[str, torch.Tensor]) -> None:
-    """One clear error for tensors that the operator does not take: queries first, then keys, and values like them."""
-    first, q = next(iter(tensors.items()))
+def check(tensors: dict[str, torch.Tensor], tokens: str = "N") -> None:
+    """One clear error for tensors that the operator does not take: queries first, then keys, and values like them.
+
+    Of the keys and values there are `tokens`.
+    """
+    (first, second, *_), q = tensors, next(iter(tensors.values()))
     dual = may_be_dual() and not torch.compiler.is_compiling()
     like: Any = None
     for name, x in tensors.items():
         if not isinstance(x, torch.Tensor):
-            raise TypeError(f"{name}: expected a tensor [B, H, N, {HEAD_DIM.value}], got {type(x).__name__}")
+            raise TypeError(f"{name}: expected a tensor [B, H, {tokens}, {HEAD_DIM.value}], got {type(x).__name__}")
         if x.layout is not torch.strided or x.is_nested:
             raise TypeError(f"{name}: expected a dense tensor, got layout {x.layout}{', nested' * x.is_nested}")
         shape, dtype, device = x.shape, x.dtype, x.device
         if x is q:
             like = shape, dtype, device
         if len(shape) != 4:
-            raise ValueError(f"{name}: expected 4 dimensions [B, H, N, {HEAD_DIM.value}], got shape {list(shape)}")
+            raise ValueError(
+                f"{name}: expected 4 dimensions [B, H, {tokens}, {HEAD_DIM.value}], got shape {list(shape)}"
+            )
         if shape[3] != HEAD_DIM.value:
             raise ValueError(f"{name}: expected head dim {HEAD_DIM.value}, got {shape[3]} in shape {list(shape)}")
         if dtype not in DTYPES:
             raise TypeError(f"{name}: expected torch.float32, torch.float16 or torch.bfloat16, got {dtype}")
         batch, heads, queries, head_dim = like[0]
         if shape[0] != batch or shape[1] != heads:  # lengths may differ, and nothing may ask whether they do
-            raise ValueError(f"{name}: expected [{batch}, {heads}, N, {head_dim}] like {first}, got {list(shape)}")
+            raise ValueError(
+                f"{name}: expected [{batch}, {heads}, {tokens}, {head_dim}] like {first}, got {list(shape)}"
+            )
         if dtype != like[1]:
             raise TypeError(f"{name}: expected {like[1]} like {first}, got {dtype}")
         if device != like[2]:
@@ -4752,15 +4948,72 @@ def check(tensors: dict[str, torch.Tensor]) -> None:
             raise NotImplementedError(f"{name}: forward-mode derivatives are not available, got a dual tensor")
     if q.device.type not in ("cpu", "cuda", "meta"):
         raise ValueError(f"{first}: expected a tensor on the CPU, a GPU (cuda) or meta, got device {q.device}")
-    of_keys = tensors["k"].shape
+    of_keys = tensors[second].shape
     if shape != of_keys:  # of the last, v
-        raise ValueError(f"{name}: expected shape {list(of_keys)} like k, got {list(shape)}")
+        raise ValueError(f"{name}: expected shape {list(of_keys)} like {second}, got {list(shape)}")
     # a bound of dynamic lengths would be a guard
     if not torch.compiler.is_compiling() and (queries > MAX_TOKENS or of_keys[2] > MAX_TOKENS):
-        name, came = (first, f"M = {queries}") if queries > MAX_TOKENS else ("k", f"N = {of_keys[2]}")
+        name, came = (first, f"M = {queries}") if queries > MAX_TOKENS else (second, f"{tokens} = {of_keys[2]}")
         raise ValueError(
             f"{name}: expected at most {MAX_TOKENS} tokens, got {came} in shape {list(tensors[name].shape)}"
         )
+
+
+def check_globals(q: torch.Tensor, k_global: Any, v_global: Any, global_mask: Any) -> None:
+    """The same for what all queries attend to."""
+    if k_global is None or v_global is None:
+        given = {"k_global": k_global, "v_global": v_global, "global_mask": global_mask}
+        came = " and ".join(name for name, x in given.items() if x is not None)
+        raise ValueError(f"k_global, v_global: expected both or neither, got {came} alone")
+    check({"q": q, "k_global": k_global, "v_global": v_global}, "G")
+    if global_mask is None:
+        return
+    expected = "expected a bool tensor [B, G], True where a token takes part"
+    if not isinstance(global_mask, torch.Tensor):
+        raise TypeError(f"global_mask: {expected}, got {type(global_mask).__name__}")
+    if global_mask.dtype != torch.bool or global_mask.layout is not torch.strided or global_mask.is_nested:
+        raise TypeError(f"global_mask: {expected}, got {global_mask.dtype}, layout {global_mask.layout}")
+    shape = [k_global.shape[0], k_global.shape[2]]
+    if global_mask.ndim != 2 or list(global_mask.shape) != shape:
+        raise ValueError(f"global_mask: {expected}, here {shape}, got {list(global_mask.shape)}")
+    if global_mask.device != q.device:
+        raise ValueError(f"global_mask: expected device {q.device} like q, got {global_mask.device}")
+
+
+def lists_of(kept: Any, q: torch.Tensor, k: torch.Tensor, ahead: Any, look: bool) -> list[torch.Tensor]:
+    """Given lists for queries with `ahead` rows before them: one clear error, of their entries too if it has to look.
+
+    The query tokens of those rows alone keep nothing.
+    """
+    if not isinstance(kept, list | tuple):
+        raise TypeError(f"kept: expected {LEVELS} tensors, one a level, finest first, got {type(kept).__name__}")
+    if len(kept) != LEVELS:
+        raise ValueError(f"kept: expected {LEVELS} tensors, one a level, finest first, got {len(kept)}")
+    compiling = torch.compiler.is_compiling()  # then nothing may ask for lengths
+    batch, heads, queries, _ = q.shape
+    whole: list[torch.Tensor] = []
+    for level, lists in enumerate(kept, start=1):
+        name, most = f"kept, level {level}", SPEC["levels"][level - 1]["topk"]
+        if not isinstance(lists, torch.Tensor):
+            raise TypeError(f"{name}: expected an int32 tensor, got {type(lists).__name__}")
+        if lists.dtype != torch.int32 or lists.layout is not torch.strided or lists.is_nested:
+            raise TypeError(f"{name}: expected a dense int32 tensor, got {lists.dtype}, layout {lists.layout}")
+        if lists.device != q.device:
+            raise ValueError(f"{name}: expected device {q.device} like q, got {lists.device}")
+        before = 0 if ahead is None else ahead // SPANS[level]
+        shape, fits = lists.shape, lists.ndim == 4 and lists.shape[0] == batch and lists.shape[1] == heads
+        if fits and not compiling:
+            fits = (
+                shape[2] == -(-queries // SPANS[level]) - before and (0 if k.shape[2] == 0 else 1) <= shape[3] <= most
+            )
+        if not fits:
+            rows = "T_l(M)" if compiling else -(-queries // SPANS[level]) - before
+            raise ValueError(f"{name}: expected [{batch}, {heads}, {rows}, 1 to {most}], got {list(shape)}")
+        pads = ahead is not None if compiling else before > 0
+        whole.append(torch.nn.functional.pad(lists, (0, 0, before, 0), value=-1) if pads else lists)
+    if look:
+        check_entries(kept, k.shape[2], ahead or 0)
+    return whole
 
 
 def autocast(*tensors: torch.Tensor) -> Sequence[torch.Tensor]:
@@ -4786,6 +5039,11 @@ def attention(
     scale: float | None = None,
     return_lse: bool = False,
     query_offset: int = 0,
+    k_global: torch.Tensor | None = None,
+    v_global: torch.Tensor | None = None,
+    global_mask: torch.Tensor | None = None,
+    kept: Sequence[torch.Tensor] | None = None,
+    check_kept: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Log-linear sparse attention of q [B, H, M, D] over k, v [B, H, N, D]: o [B, H, M, D], differentiable.
 
@@ -4794,6 +5052,9 @@ def attention(
     Any strides; float32, float16 or bfloat16, on a GPU or the CPU; under torch.autocast in its dtype. The logits are
     `scale` * q.k, 1/sqrt(D) unless given. With return_lse also the natural logarithm of the sum of weights, [B, H, M]
     float32, differentiable too.
+    Every query also attends to k_global, v_global [B, H, G, D], differentiable too, where global_mask [B, G] is True.
+    With `kept`, lists as `select` gives them, int32 [B, H, T_l(M), 1 to K_l], finest first, -1 for none, nothing is
+    selected. Their entries are trusted, unless check_kept has them looked at, which waits for the GPU.
     """
     q, k, v = autocast(q, k, v)
     check({"q": q, "k": k, "v": v})
@@ -4804,13 +5065,23 @@ def attention(
     elif not abs(scale) <= MAX_SCALE:  # nor NaN
         came = "a larger one" if isinstance(scale, int) else scale  # which may have thousands of digits
         raise ValueError(f"scale: expected a number from -{MAX_SCALE} to {MAX_SCALE}, got {came}")
+    if k_global is not None or v_global is not None or global_mask is not None:
+        k_global, v_global = autocast(k_global, v_global)  # type: ignore[arg-type]
+        check_globals(q, k_global, v_global, global_mask)
     q, ahead = with_rows_ahead(q, query_offset)
-    if is_plain(q, k, v):
-        needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    if kept is not None:
+        kept = lists_of(kept, q, k, ahead, check_kept)
+    more: tuple[Any, ...] = ()
+    if k_global is not None or kept is not None:
+        more = k_global, v_global, global_mask, kept
+    if is_plain(q, k, v, *present(*more)) if more else is_plain(q, k, v):
+        needs_grad = torch.is_grad_enabled() and (
+            q.requires_grad or k.requires_grad or v.requires_grad or any(x.requires_grad for x in present(*more[:2]))
+        )
         run = attend_eagerly if needs_grad else forward
     else:
         run = AttendTransformed.apply if is_transformed() else getattr(torch.ops.llsa, OPERATOR)
-    o, lse, _ = run(q, k, v, float(scale))  # type: ignore[arg-type]
+    o, lse, _ = run(q, k, v, float(scale), *more)  # type: ignore[arg-type]
     if ahead is not None:
         o, lse = o[:, :, ahead:], lse[:, :, ahead:]
     return (o, lse) if return_lse else o

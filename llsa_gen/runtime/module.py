@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import triton.language as tl
 
+SPEC: dict[str, Any]
 OPERATOR: str
 INTERPRETED: bool
 DTYPES: tuple[torch.dtype, ...]
