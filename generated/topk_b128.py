@@ -41,7 +41,7 @@ SPEC = {
     "name": "topk_b128",
     "reweight": True,
 }
-OPERATOR = "topk_b128_6bca17885a3fd532"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
+OPERATOR = "topk_b128_9627070361a7929a"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -1250,8 +1250,8 @@ def grad_launches(at, launch, scale, q, k, v, grad_o, o, saved, grad_q, grad_k, 
     [peak, total, counts_l1, kept_l1] = at.buffers(saved, "saved")
     [partial_grad_k_global, partial_grad_v_global, delta, offsets_l1, keepers_l1, overflow_l1, overflow_grad_k_l0, overflow_grad_v_l0] = at.buffers(memory, "gradients")
     q_steps, k_steps, v_steps, grad_o_steps = at.steps
-    grad_lse, k_global, v_global, global_mask, grad_k_global, grad_v_global, zeros = at.named(
-        extras, "grad_lse", "k_global", "v_global", "global_mask", "grad_k_global", "grad_v_global", "zeros"
+    grad_lse, k_global, v_global, global_mask, grad_k_global, grad_v_global = at.named(
+        extras, "grad_lse", "k_global", "v_global", "global_mask", "grad_k_global", "grad_v_global"
     )
 
     launch(
