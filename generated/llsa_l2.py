@@ -45,7 +45,7 @@ SPEC = {
     "name": "llsa_l2",
     "reweight": True,
 }
-OPERATOR = "llsa_l2_049cfafcfe6216dd"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
+OPERATOR = "llsa_l2_1bf2c7ee5a76e17b"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -323,7 +323,7 @@ def pool_l1_kernel(
     k_l2_ptr, v_l2_ptr,  # [B*H_kv, T_2(N), D], out: means
     counts_l1_ptr,  # [B*H, T_1(N)] int32, out: how many query tokens keep each key token
     counts_l2_ptr,  # [B*H, T_2(N)] int32, out: how many query tokens keep each key token
-    heads_per_batch, heads, m_tokens, n_tokens, saved_step,  # H, B*H, M, N, 256 bytes each, from head to head of what is saved
+    heads_per_batch, heads, m_tokens, n_tokens, saved_step,  # H, B*H, M, or 0 where queries are not pooled, N, 256 bytes each, from head to head of what is saved
     CHILDREN: tl.constexpr, ROWS: tl.constexpr, EVICT_FIRST: tl.constexpr,  # level-1 tokens summed at a time, and rows of each
 ):
     """Means over the tokens that each token of level 1 and 2 covers: float32 sums, rounded once.
@@ -333,9 +333,9 @@ def pool_l1_kernel(
     """
     SUMS: tl.constexpr = 2 if CHILDREN > 1 and ROWS > 1 else 1  # registers for more programs: some ask while others add
     q_tiles, k_tiles = tl.cdiv(m_tokens, SPAN_2), tl.cdiv(n_tokens, SPAN_2)
-    head, tile = head_and_tile(tl.program_id(0), q_tiles)
     is_key = False
-    if head < heads:
+    if tl.program_id(0) < heads * q_tiles:
+        head, tile = head_and_tile(tl.program_id(0), q_tiles)
         length = m_tokens
         rows, stride_n = head_base(q_ptr, head, stride_qb, stride_qh, heads_per_batch), stride_qn
         mean_l1_ptr = of_head(q_l1_ptr, head, tl.cdiv(m_tokens, SPAN_1), HEAD_DIM)
@@ -712,7 +712,7 @@ def keep_rows(
 def are_in_list(token, list_ptr, width, row, inside):
     """Which of the tokens [M, *] are in the lists of the query tokens `row` [M]."""
     found = tl.zeros(token.shape, tl.int32)
-    for slot in range(0, width):
+    for slot in tl.range(0, width, loop_unroll_factor=8):  # as many reads at once
         listed = tl.load(list_ptr + row.to(tl.int64) * width + slot, mask=inside, other=-1)
         found |= (token == listed[:, None]).to(tl.int32)
     return found > 0
@@ -2033,6 +2033,9 @@ def attend_tiles(
         total = gl.convert_layout(gl.reshape(total, [64]), ROWS)
         for tile in range(0, gl.cdiv(g_tokens, 64)):
             acc = hopper.warpgroup_mma_wait(0, deps=[acc])
+            if global_mask_ptr is not None:
+                place = tile * 64 + gl.arange(0, 64, layout=gl.SliceLayout(0, PRODUCT))
+                exists = take_part(place, global_mask_ptr, batch, g_tokens)[None, :]
             hopper.async_copy.wait_group(1)
             hopper.fence_async_shared()
             to = before(stage)
@@ -2040,13 +2043,21 @@ def attend_tiles(
             hopper.async_copy.commit_group()
             products = hopper.warpgroup_mma(q, k_tiles.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
             products = hopper.warpgroup_mma_wait(0, deps=[products])
-            logits = products * scale
-            if global_mask_ptr is not None or tile * 64 + 64 > g_tokens:
-                place = tile * 64 + gl.arange(0, 64, layout=gl.SliceLayout(0, PRODUCT))
-                exists = take_part(place, global_mask_ptr, batch, g_tokens)[None, :]
-                logits = gl.where(exists, logits, float("-inf"))
-            new_peak = gl.maximum(peak, gl.max(logits, 1))
-            p = gl.exp2(logits - new_peak[:, None])
+            seen = products
+            if global_mask_ptr is not None:
+                seen = gl.where(exists, seen, gl.where(scale < 0.0, -LOWEST, LOWEST))
+            elif tile * 64 + 64 > g_tokens:
+                seen = gl.where(tile * 64 + column < g_tokens, seen, gl.where(scale < 0.0, -LOWEST, LOWEST))
+            if scale < 0.0:
+                high = gl.min(seen, 1)
+            else:
+                high = gl.max(seen, 1)
+            new_peak = gl.maximum(peak, high * scale)
+            p = gl.exp2(products * scale - new_peak[:, None])
+            if global_mask_ptr is not None:
+                p = gl.where(exists, p, 0.0)
+            elif tile * 64 + 64 > g_tokens:
+                p = gl.where(tile * 64 + column < g_tokens, p, 0.0)
             shrink = gl.exp2(peak - new_peak)
             total = total * shrink + gl.sum(p, 1)
             peak = new_peak
@@ -2333,6 +2344,9 @@ def grad_q_hopper_kernel(
         for tile in range(0, gl.cdiv(g_tokens, 64)):
             grad_q = hopper.warpgroup_mma_wait(0, deps=[grad_q])
             grad_q = hopper.warpgroup_mma_init(grad_q)
+            if global_mask_ptr is not None:
+                place = tile * 64 + gl.arange(0, 64, layout=gl.SliceLayout(0, PRODUCT))
+                exists = take_part(place, global_mask_ptr, batch, g_tokens)[None, :]
             hopper.async_copy.wait_group(1)
             hopper.fence_async_shared()
             to = before(stage)
@@ -2344,10 +2358,10 @@ def grad_q_hopper_kernel(
             products = hopper.warpgroup_mma_wait(1, deps=[products])
             p = gl.exp2(products * scale_log2e - peak[:, None])
             dp = hopper.warpgroup_mma_wait(0, deps=[dp])
-            if global_mask_ptr is not None or tile * 64 + 64 > g_tokens:
-                place = tile * 64 + gl.arange(0, 64, layout=gl.SliceLayout(0, PRODUCT))
-                exists = take_part(place, global_mask_ptr, batch, g_tokens)[None, :]
+            if global_mask_ptr is not None:
                 p = gl.where(exists, p, 0.0)
+            elif tile * 64 + 64 > g_tokens:
+                p = gl.where(tile * 64 + column < g_tokens, p, 0.0)
             grad_logits = (p * (dp - delta[:, None])).to(dtype)
             grad_q = hopper.warpgroup_mma(gl.convert_layout(grad_logits, LEFT), k, grad_q, is_async=True)
             stage = next_of(stage)
@@ -2703,6 +2717,7 @@ def work_out(at, tiles):
     """Fill in a `LaunchPlan`: shapes of buffers, programs and tile shapes of launches; `tiles` are those of every stage."""
     heads, kv_heads, m_tokens, n_tokens, g_tokens = at.heads, at.kv_heads, at.m_tokens, at.n_tokens, at.g_tokens
     queries, keys = level_tokens(m_tokens), level_tokens(n_tokens)
+    pooled_tokens = at.pooled_tokens = 0 if at.given else m_tokens
     at.rows_l2, splits_l2 = split_queries(heads, m_tokens, keys[2], tiles["grad_kv_l2"])
     at.splits_l2 = splits_l2
     at.rows_l1, splits_l1 = split_queries(heads * queries[2], min(m_tokens, 256), 16 * min(8, keys[2]), tiles["grad_kv_l1"])
@@ -2735,7 +2750,7 @@ def work_out(at, tiles):
     [at.given_width_l1, at.given_width_l2] = at.given or [0] * 2
     at.grids = {}
     tile = tiles["pool"] | {"EVICT_FIRST": is_long}
-    at.grids["pool_l1_kernel"] = heads * queries[2] + 2 * keys[2] * kv_heads, tile
+    at.grids["pool_l1_kernel"] = heads * ceil_div(pooled_tokens, 256) + 2 * keys[2] * kv_heads, tile
     tile = tiles["select_l2"] | {"RUNS": has_runs(keys[2], tiles["select_l2"])}
     at.grids["select_l2_kernel"] = heads * ceil_div(queries[2], tile["BLOCK_M"]), tile
     tile = tiles["select_l1"]
@@ -2798,7 +2813,7 @@ def forward_launches(at, launch, scale, q, k, v, o, lse, saved, memory, *extras,
     if "pool" in stages:
         launch(
             pool_l1_kernel, q, *q_steps, k, *k_steps, v, *v_steps, q_l1, k_l1, v_l1, q_l2, k_l2, v_l2, counts_l1, counts_l2,
-            at.heads_per_batch, at.heads, at.m_tokens, at.n_tokens, at.saved_step,
+            at.heads_per_batch, at.heads, at.pooled_tokens, at.n_tokens, at.saved_step,
         )
     if "select" in stages:
         launch(

@@ -41,7 +41,7 @@ SPEC = {
     "name": "topk_b128",
     "reweight": True,
 }
-OPERATOR = "topk_b128_9627070361a7929a"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
+OPERATOR = "topk_b128_dc6caa1e193c2d14"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -276,7 +276,7 @@ def pool_l1_kernel(
     q_l1_ptr,  # [B*H, T_1(M), D], out: means
     k_l1_ptr,  # [B*H_kv, T_1(N), D], out: means
     counts_l1_ptr,  # [B*H, T_1(N)] int32, out: how many query tokens keep each key token
-    heads_per_batch, heads, m_tokens, n_tokens, saved_step,  # H, B*H, M, N, 256 bytes each, from head to head of what is saved
+    heads_per_batch, heads, m_tokens, n_tokens, saved_step,  # H, B*H, M, or 0 where queries are not pooled, N, 256 bytes each, from head to head of what is saved
     CHILDREN: tl.constexpr, ROWS: tl.constexpr, EVICT_FIRST: tl.constexpr,  # level-1 tokens summed at a time, and rows of each
 ):
     """Means over the tokens that each token of level 1 covers: float32 sums, rounded once.
@@ -287,9 +287,9 @@ def pool_l1_kernel(
     SUMS: tl.constexpr = ROWS if CHILDREN > 1 else 1  # all rows on their way at once: two sums took longer here
     q_tiles = tl.cdiv(tl.cdiv(m_tokens, SPAN_1), CHILDREN)
     k_tiles = tl.cdiv(tl.cdiv(n_tokens, SPAN_1), CHILDREN)
-    head, tile = head_and_tile(tl.program_id(0), q_tiles)
     is_key = False
-    if head < heads:
+    if tl.program_id(0) < heads * q_tiles:
+        head, tile = head_and_tile(tl.program_id(0), q_tiles)
         length = m_tokens
         rows, stride_n = head_base(q_ptr, head, stride_qb, stride_qh, heads_per_batch), stride_qn
         mean_l1_ptr = of_head(q_l1_ptr, head, tl.cdiv(m_tokens, SPAN_1), HEAD_DIM)
@@ -572,7 +572,7 @@ def keep_rows(
 def are_in_list(token, list_ptr, width, row, inside):
     """Which of the tokens [M, *] are in the lists of the query tokens `row` [M]."""
     found = tl.zeros(token.shape, tl.int32)
-    for slot in range(0, width):
+    for slot in tl.range(0, width, loop_unroll_factor=8):  # as many reads at once
         listed = tl.load(list_ptr + row.to(tl.int64) * width + slot, mask=inside, other=-1)
         found |= (token == listed[:, None]).to(tl.int32)
     return found > 0
@@ -1162,6 +1162,7 @@ def work_out(at, tiles):
     """Fill in a `LaunchPlan`: shapes of buffers, programs and tile shapes of launches; `tiles` are those of every stage."""
     heads, kv_heads, m_tokens, n_tokens, g_tokens = at.heads, at.kv_heads, at.m_tokens, at.n_tokens, at.g_tokens
     queries, keys = level_tokens(m_tokens), level_tokens(n_tokens)
+    pooled_tokens = at.pooled_tokens = 0 if at.given else m_tokens
     at.rows_global, splits_global = split_queries(heads, m_tokens, g_tokens, tiles["grad_kv_global"])
     at.splits_global = splits_global
     tile = tiles["grad_kv_l0"]
@@ -1184,7 +1185,7 @@ def work_out(at, tiles):
     [at.given_width_l1] = at.given or [0] * 1
     at.grids = {}
     tile = tiles["pool"] | {"EVICT_FIRST": is_long}
-    at.grids["pool_l1_kernel"] = heads * ceil_div(queries[1], tile["CHILDREN"]) + kv_heads * ceil_div(keys[1], tile["CHILDREN"]), tile
+    at.grids["pool_l1_kernel"] = heads * ceil_div(ceil_div(pooled_tokens, 128), tile["CHILDREN"]) + kv_heads * ceil_div(keys[1], tile["CHILDREN"]), tile
     tile = tiles["select_l1"] | {"RUNS": has_runs(keys[1], tiles["select_l1"])}
     at.grids["select_l1_kernel"] = heads * ceil_div(queries[1], tile["BLOCK_M"]), tile
     tile = tiles["keep"]
@@ -1223,7 +1224,7 @@ def forward_launches(at, launch, scale, q, k, v, o, lse, saved, memory, *extras,
     )
     if "pool" in stages:
         launch(
-            pool_l1_kernel, q, *q_steps, k, *k_steps, q_l1, k_l1, counts_l1, at.heads_per_batch, at.heads, at.m_tokens,
+            pool_l1_kernel, q, *q_steps, k, *k_steps, q_l1, k_l1, counts_l1, at.heads_per_batch, at.heads, at.pooled_tokens,
             at.n_tokens, at.saved_step,
         )
     if "select" in stages:

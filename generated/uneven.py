@@ -42,7 +42,7 @@ SPEC = {
     "name": "uneven",
     "reweight": True,
 }
-OPERATOR = "uneven_c6b217d1b514a148"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
+OPERATOR = "uneven_22c5d6df4def75aa"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -306,7 +306,7 @@ def pool_l1_kernel(
     k_l2_ptr, v_l2_ptr,  # [B*H_kv, T_2(N), D], out: means
     counts_l1_ptr,  # [B*H, T_1(N)] int32, out: how many query tokens keep each key token
     counts_l2_ptr,  # [B*H, T_2(N)] int32, out: how many query tokens keep each key token
-    heads_per_batch, heads, m_tokens, n_tokens, saved_step,  # H, B*H, M, N, 256 bytes each, from head to head of what is saved
+    heads_per_batch, heads, m_tokens, n_tokens, saved_step,  # H, B*H, M, or 0 where queries are not pooled, N, 256 bytes each, from head to head of what is saved
     CHILDREN: tl.constexpr, ROWS: tl.constexpr, EVICT_FIRST: tl.constexpr,  # level-1 tokens summed at a time, and rows of each
 ):
     """Means over the tokens that each token of level 1 and 2 covers: float32 sums, rounded once.
@@ -316,9 +316,9 @@ def pool_l1_kernel(
     """
     SUMS: tl.constexpr = 2 if CHILDREN > 1 and ROWS > 1 else 1  # registers for more programs: some ask while others add
     q_tiles, k_tiles = tl.cdiv(m_tokens, SPAN_2), tl.cdiv(n_tokens, SPAN_2)
-    head, tile = head_and_tile(tl.program_id(0), q_tiles)
     is_key = False
-    if head < heads:
+    if tl.program_id(0) < heads * q_tiles:
+        head, tile = head_and_tile(tl.program_id(0), q_tiles)
         length = m_tokens
         rows, stride_n = head_base(q_ptr, head, stride_qb, stride_qh, heads_per_batch), stride_qn
         mean_l1_ptr = of_head(q_l1_ptr, head, tl.cdiv(m_tokens, SPAN_1), HEAD_DIM)
@@ -751,7 +751,7 @@ def keep_rows(
 def are_in_list(token, list_ptr, width, row, inside):
     """Which of the tokens [M, *] are in the lists of the query tokens `row` [M]."""
     found = tl.zeros(token.shape, tl.int32)
-    for slot in range(0, width):
+    for slot in tl.range(0, width, loop_unroll_factor=8):  # as many reads at once
         listed = tl.load(list_ptr + row.to(tl.int64) * width + slot, mask=inside, other=-1)
         found |= (token == listed[:, None]).to(tl.int32)
     return found > 0
@@ -1710,6 +1710,7 @@ def work_out(at, tiles):
     """Fill in a `LaunchPlan`: shapes of buffers, programs and tile shapes of launches; `tiles` are those of every stage."""
     heads, kv_heads, m_tokens, n_tokens, g_tokens = at.heads, at.kv_heads, at.m_tokens, at.n_tokens, at.g_tokens
     queries, keys = level_tokens(m_tokens), level_tokens(n_tokens)
+    pooled_tokens = at.pooled_tokens = 0 if at.given else m_tokens
     at.rows_l2, splits_l2 = split_queries(heads, m_tokens, keys[2], tiles["grad_kv_l2"])
     at.splits_l2 = splits_l2
     at.rows_global, splits_global = split_queries(heads, m_tokens, g_tokens, tiles["grad_kv_global"])
@@ -1743,7 +1744,7 @@ def work_out(at, tiles):
     [at.given_width_l1, at.given_width_l2] = at.given or [0] * 2
     at.grids = {}
     tile = tiles["pool"] | {"EVICT_FIRST": is_long}
-    at.grids["pool_l1_kernel"] = heads * queries[2] + 2 * keys[2] * kv_heads, tile
+    at.grids["pool_l1_kernel"] = heads * ceil_div(pooled_tokens, 60) + 2 * keys[2] * kv_heads, tile
     tile = tiles["select_l2"] | {"RUNS": has_runs(keys[2], tiles["select_l2"])}
     at.grids["select_l2_kernel"] = heads * ceil_div(queries[2], tile["BLOCK_M"]), tile
     tile = tiles["select_l1"]
@@ -1797,7 +1798,7 @@ def forward_launches(at, launch, scale, q, k, v, o, lse, saved, memory, *extras,
     if "pool" in stages:
         launch(
             pool_l1_kernel, q, *q_steps, k, *k_steps, v, *v_steps, q_l1, k_l1, v_l1, q_l2, k_l2, v_l2, counts_l1, counts_l2,
-            at.heads_per_batch, at.heads, at.m_tokens, at.n_tokens, at.saved_step,
+            at.heads_per_batch, at.heads, at.pooled_tokens, at.n_tokens, at.saved_step,
         )
     if "select" in stages:
         launch(

@@ -49,7 +49,7 @@ def symbolic(context: jinja2.runtime.Context, expr: sympy.Expr | int) -> str:
 def printed(plan: Plan, expr: sympy.Expr | int, printer: HostPrinter) -> str:
     """An expression of the plan as a printer has it."""
     named = [
-        (tokens(level), sympy.Symbol(f"{name}[{level}]", integer=True, positive=True))
+        (tokens(level), sympy.Symbol(f"{name}[{level}]", integer=True, nonnegative=True))
         for name, tokens in (("queries", plan.query_tokens), ("keys", plan.key_tokens))
         for level in plan.levels
     ]

@@ -37,7 +37,7 @@ def launch(plan: Plan, in_gluon: Collection[str], kernel: Kernel) -> str:
         own = f"handed_{name}" if name in kernel.handed else name
         given += [own, f"*{name}_steps"] if buffer.strides else [own]
         given += [f"at.{width}" for width in _width(buffer, known)]
-    given += [number.name if number.name == "scale" else f"at.{number.name}" for number in kernel.scalars]
+    given += ["scale" if number.name == "scale" else f"at.{number.host or number.name}" for number in kernel.scalars]
     lines = textwrap.wrap(", ".join(given) + ",", 112, break_long_words=False, break_on_hyphens=False)
     return "\n        ".join(["launch(", *lines]) + "\n    )"
 

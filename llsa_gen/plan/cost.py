@@ -25,7 +25,21 @@ import sympy
 
 from llsa_gen.plan.buffers import Buffer, Role
 from llsa_gen.plan.plan import Kernel, Plan
-from llsa_gen.plan.sizes import FILLING, GLOBAL, HEADS, KV_HEADS, G, M, N, ceil_div, of_level, parts, splits, tile
+from llsa_gen.plan.sizes import (
+    FILLING,
+    GLOBAL,
+    HEADS,
+    KV_HEADS,
+    POOLED_M,
+    G,
+    M,
+    N,
+    ceil_div,
+    of_level,
+    parts,
+    splits,
+    tile,
+)
 
 __all__ = ["BYTES", "Cost", "Pass", "Share", "Totals", "dense", "evaluate"]
 
@@ -246,7 +260,7 @@ def dense(head_dim: int, element: int = 2) -> Totals:
 def evaluate(expr: sympy.Expr, n_tokens: int, heads: int = 1, m_tokens: int | None = None, g_tokens: int = 0) -> int:
     """The value of an expression of this module, an exact integer: N keys, B*H heads, M queries (N unless given), G."""
     queries = n_tokens if m_tokens is None else m_tokens
-    sizes = [(N, n_tokens), (M, queries), (HEADS, heads), (KV_HEADS, heads), (G, g_tokens)]
+    sizes = [(N, n_tokens), (M, queries), (POOLED_M, queries), (HEADS, heads), (KV_HEADS, heads), (G, g_tokens)]
     value = sympy.sympify(expr).subs(sizes)
     if not value.is_Integer:
         raise ValueError(f"expected an expression in lengths and numbers of heads, got {expr}, which is {value}")

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import sympy
 
 from llsa_gen.plan.buffers import Buffers, Role
-from llsa_gen.plan.sizes import GLOBAL, HEADS, KV_HEADS, G, ceil_div, parts, splits, tile
+from llsa_gen.plan.sizes import GLOBAL, HEADS, KV_HEADS, POOLED_M, G, M, ceil_div, parts, splits, tile
 from llsa_gen.spec import Spec
 
 Names = tuple[str, ...]
@@ -24,13 +24,15 @@ Names = tuple[str, ...]
 
 
 class Scalar(NamedTuple):
-    """A number that a kernel is told: its name in a signature, which is the host's too, and what it is."""
+    """A number that a kernel is told: its name in a signature, what it is, and its name in host code if another."""
 
     name: str
     says: str
+    host: str = ""
 
 
 SCALE = Scalar("scale", "s")
+POOLED = Scalar("m_tokens", "M, or 0 where queries are not pooled", host="pooled_tokens")
 H, B_H = Scalar("heads_per_batch", "H"), Scalar("heads", "B*H")
 M_TOKENS, N_TOKENS, G_TOKENS = Scalar("m_tokens", "M"), Scalar("n_tokens", "N"), Scalar("g_tokens", "G")
 SAVED_STEP = Scalar("saved_step", "256 bytes each, from head to head of what is saved")
@@ -184,9 +186,9 @@ class Plan(Buffers):
             yield Kernel(
                 f"pool_l{first}_kernel", "pool" if from_tokens else "pool_sums",
                 f"means of level {' and '.join(map(str, step))}",
-                HEADS * programs(self.query_tokens(last)) + of_keys,
+                HEADS * programs(self.query_tokens(last)).subs(M, POOLED_M) + of_keys,
                 self.pooled if from_tokens else tuple(f"{name}_sums_l{first - 1}" for name in self.pooled),
-                tuple(writes), (*((H,) if from_tokens else ()), B_H, M_TOKENS, N_TOKENS),
+                tuple(writes), (*((H,) if from_tokens else ()), B_H, POOLED, N_TOKENS),
             )  # fmt: skip
 
     def _select(self) -> Iterable[Kernel]:

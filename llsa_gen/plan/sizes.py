@@ -4,10 +4,10 @@ from typing import Literal
 
 import sympy
 
-M = sympy.Symbol("m_tokens", integer=True, positive=True)
+M = sympy.Symbol("m_tokens", integer=True, nonnegative=True)
 """Queries of a head."""
 
-N = sympy.Symbol("n_tokens", integer=True, positive=True)
+N = sympy.Symbol("n_tokens", integer=True, nonnegative=True)
 """Keys of a head."""
 
 G = sympy.Symbol("g_tokens", integer=True, nonnegative=True)
@@ -22,6 +22,9 @@ KV_HEADS = sympy.Symbol("kv_heads", integer=True, positive=True)
 MAX_TOKENS = 2**30
 """Most queries or keys of a head. Token numbers have 32 bits; a level that spans more has exactly one token."""
 
+
+POOLED_M = sympy.Symbol("pooled_tokens", integer=True, nonnegative=True)
+"""Queries of a head that are pooled: all, or none where the caller gives the index lists."""
 
 GLOBAL: Literal["global"] = "global"
 """Stands for a level where keys are the global tokens."""
