@@ -350,15 +350,17 @@ def cases(spec: Spec | None = None, device: str = "cpu") -> st.SearchStrategy[Ca
     def draw_case(draw: st.DrawFn) -> Case:
         chosen = draw(drawn_specs) if spec is None else spec
         most = max(far.tokens, min(far.longest, 3 * chosen.span(chosen.num_levels)))
-        n = draw(lengths(chosen, min(most, far.blocks * chosen.block(1))))
+        length = lengths(chosen, min(most, far.blocks * chosen.block(1)))
+        n = draw(length)
         room = max(1, min(far.total // n, far.blocks * chosen.block(1) // n))
         heads = draw(st.integers(1, min(3, room)))
-        other = st.one_of(st.none(), st.none(), lengths(chosen, min(most, far.blocks * chosen.block(1))))
+        m = draw(st.one_of(st.none(), st.none(), length))
+        missing = draw(st.sampled_from([None] * 30 + ["keys", "queries"]))
         seen = draw(st.sampled_from([False, False, True]))
         global_tokens = draw(st.sampled_from(far.global_tokens)) if seen else 0
         return Case(
             spec=chosen,
-            n=n,
+            n=0 if missing == "keys" else n,
             heads=heads,
             batch=draw(st.integers(1, min(3, room // heads))),
             dtype=draw(st.sampled_from(far.dtypes)),
@@ -370,7 +372,7 @@ def cases(spec: Spec | None = None, device: str = "cpu") -> st.SearchStrategy[Ca
             grad_lse=draw(st.sampled_from([False, False, True])),
             seed=draw(st.integers(0, 9999)),
             device=device,
-            m=draw(other),
+            m=n if missing == "keys" and m is None else 0 if missing == "queries" else m,
             query_offset=draw(st.sampled_from([0, 0, 0, 1, chosen.block(1), chosen.span(chosen.num_levels) + 3])),
             global_tokens=global_tokens,
             masked=global_tokens > 0 and draw(st.sampled_from([False, True])),
