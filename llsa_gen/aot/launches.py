@@ -86,10 +86,11 @@ def record(
     batch: int = 2,
     heads: int = 4,
     tiles: schedule.Schedule | None = None,
+    m_tokens: int | None = None,
 ) -> list[Launch]:
     """Every launch for q, k, v [batch, heads, n_tokens, D] of `dtype` on `target`: forward, backward, then `select`.
 
-    `tiles` takes the place of the module's own schedule.
+    With `m_tokens` q is [batch, heads, m_tokens, D]. `tiles` takes the place of the module's own schedule.
 
     Needs no GPU and no memory. Raises UnknownTargetError for a target without a schedule, TypeError or ValueError for
     a dtype or lengths that the operator does not take, LlsaGenError under TRITON_INTERPRET=1.
@@ -97,13 +98,16 @@ def record(
     module = module_of(source)
     schedule.target(target)
     element = DTYPES[dtype_name(dtype)]
-    if not 1 <= n_tokens <= module.MAX_TOKENS:
-        raise ValueError(f"n_tokens: expected 1 to {module.MAX_TOKENS}, got {n_tokens}")
+    m_tokens = n_tokens if m_tokens is None else m_tokens
+    for name, tokens in (("n_tokens", n_tokens), ("m_tokens", m_tokens)):
+        if not 1 <= tokens <= module.MAX_TOKENS:
+            raise ValueError(f"{name}: expected 1 to {module.MAX_TOKENS}, got {tokens}")
     if batch < 1 or heads < 1:
         raise ValueError(f"batch and heads: expected at least 1 each, got {batch} and {heads}")
     head_dim = module.HEAD_DIM.value
-    shape = (batch, heads, n_tokens, head_dim)
-    q, k, v, grad_o = (torch.empty(shape, dtype=element, device="meta") for _ in range(4))
+    lengths = m_tokens, n_tokens, n_tokens, m_tokens
+    shapes = ((batch, heads, tokens, head_dim) for tokens in lengths)
+    q, k, v, grad_o = (torch.empty(shape, dtype=element, device="meta") for shape in shapes)
     passes = _Passes(module, module.schedule_for(target, element) if tiles is None else tiles)
     o, _, saved = passes.attend(q, k, v, head_dim**-0.5)
     passes.differentiate(q, k, v, grad_o, o, saved, head_dim**-0.5)
