@@ -3,7 +3,7 @@
 import hashlib
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
@@ -43,18 +43,28 @@ class Attention:
 
     def __call__(
         self, q: "Tensor", k: "Tensor", v: "Tensor", *, scale: float | None = None, return_lse: bool = False,
-        query_offset: int = 0,
+        query_offset: int = 0, k_global: "Tensor | None" = None, v_global: "Tensor | None" = None,
+        global_mask: "Tensor | None" = None, kept: "Sequence[Tensor] | None" = None, check_kept: bool = False,
     ) -> "Tensor | tuple[Tensor, Tensor]":  # fmt: skip
         """Attend: q [B, H, M, D] over k, v [B, H, N, D] to o [B, H, M, D], differentiable.
 
         Tensors may have any strides and be float32, float16 or bfloat16, on a GPU or the CPU. `scale` is 1/sqrt(D)
         unless given. With `return_lse` also the natural logarithm of the sum of weights, [B, H, M] float32,
         differentiable too; without keys o = 0 and lse = -inf. With `query_offset` queries are cut into blocks as if the
-        first were that token of a sequence: a shard then has the blocks of the whole. Raises TypeError or ValueError
-        naming the argument, what came and what was expected.
+        first were that token of a sequence: a shard then has the blocks of the whole.
+
+        Every query also attends to the global tokens k_global, v_global [B, H, G, D], in the same softmax; no block,
+        mean or selection has to do with them. Where global_mask, bool [B, G], is False, a token is as good as missing.
+        With `kept` nothing is selected: attention follows these lists, the finest level first, int32
+        [B, H, T_l(M), W_l], W_l at most K_l, -1 for nothing, as `select` gives them. Their entries are trusted, unless
+        check_kept is True, which looks at each of them and waits for the GPU. A query that has nothing to attend to has
+        o = 0 and lse = -inf. Raises TypeError or ValueError naming the argument, what came and what was expected.
         """
         try:
-            return self.module.attention(q, k, v, scale=scale, return_lse=return_lse, query_offset=query_offset)
+            return self.module.attention(
+                q, k, v, scale=scale, return_lse=return_lse, query_offset=query_offset, k_global=k_global,
+                v_global=v_global, global_mask=global_mask, kept=kept, check_kept=check_kept,
+            )  # fmt: skip
         except Exception as error:
             raise self._explained(error) from error.__cause__
 

@@ -14,19 +14,32 @@ from torch.utils.flop_counter import register_flop_formula
 
 if TYPE_CHECKING:
     from llsa_gen.runtime.launch_plan import empty_like, empty_outputs, empty_selection
-    from llsa_gen.runtime.module import BLOCKS, DTYPES, HEAD_DIM, MAX_SCALE, MAX_TOKENS, OPERATOR, SPANS, flops
+    from llsa_gen.runtime.module import (
+        BLOCKS,
+        DTYPES,
+        HEAD_DIM,
+        LEVELS,
+        MAX_SCALE,
+        MAX_TOKENS,
+        OPERATOR,
+        SPANS,
+        SPEC,
+        flops,
+    )
     from llsa_gen.runtime.passes import (
         attend_eagerly,
-        backward,
         differentiate,
+        five_gradients,
         forward,
+        in_five,
         is_plain,
         is_transformed,
         operator,
+        present,
         save_for_backward,
         select_forward,
     )
-    from llsa_gen.runtime.stages import register_stages
+    from llsa_gen.runtime.stages import check_entries, register_stages
     from llsa_gen.runtime.transforms import AttendTransformed, select_batched
 
 # ---- spliced into every module from here on
@@ -47,28 +60,26 @@ def register() -> torch.library.Library | None:
             )
         return None
     library = torch.library.Library("llsa", "FRAGMENT")
-    library.define(f"{OPERATOR}(Tensor q, Tensor k, Tensor v, float scale) -> (Tensor, Tensor, Tensor)")
+    more = "Tensor? k_global=None, Tensor? v_global=None, Tensor? global_mask=None, Tensor[]? kept=None"
+    library.define(f"{OPERATOR}(Tensor q, Tensor k, Tensor v, float scale, {more}) -> (Tensor, Tensor, Tensor)")
     library.define(
         f"{OPERATOR}_backward(Tensor grad_o, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor saved,"
-        " float scale) -> (Tensor, Tensor, Tensor)"
+        f" float scale, {more}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
     )
     library.define(f"{OPERATOR}_select(Tensor q, Tensor k) -> Tensor[]")
-    for suffix, function in (("", forward), ("_backward", backward), ("_select", select_forward)):
+    for suffix, function in (("", forward), ("_backward", five_gradients), ("_select", select_forward)):
         library.impl(OPERATOR + suffix, function, "CPU")
         library.impl(OPERATOR + suffix, function, "CUDA")
 
     def fake_backward(
-        grad_o: torch.Tensor,
-        grad_lse: torch.Tensor | None,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        *_: object,
-    ) -> tuple[torch.Tensor, ...]:
-        return tuple(map(empty_like, (q, k, v)))
+        grad_o: torch.Tensor, grad_lse: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+        o: torch.Tensor, saved: torch.Tensor, scale: float, k_global: torch.Tensor | None = None,
+        v_global: torch.Tensor | None = None, *_: object, **__: object,
+    ) -> tuple[torch.Tensor, ...]:  # fmt: skip
+        return in_five(q, [*map(empty_like, present(q, k, v, k_global, v_global))])
 
     name = f"llsa::{OPERATOR}"
-    torch.library.register_fake(name, lambda q, k, v, scale: empty_outputs(q, k), lib=library)
+    torch.library.register_fake(name, lambda q, k, *_, **__: empty_outputs(q, k), lib=library)
     torch.library.register_fake(name + "_backward", fake_backward, lib=library)
     torch.library.register_fake(name + "_select", empty_selection, lib=library)
     torch.library.register_autograd(name, differentiate, setup_context=save_for_backward, lib=library)
@@ -76,13 +87,26 @@ def register() -> torch.library.Library | None:
 
     register_stages(library)
 
-    def count(which: int, q: Sequence[int], k: Sequence[int]) -> int:
-        return flops(q[0] * q[1], k[0] * k[1], q[2], k[2])[which]
+    def count(q: Sequence[int], k: Sequence[int], k_global: Sequence[int] | None = None) -> Sequence[int]:
+        return flops(q[0] * q[1], k[0] * k[1], q[2], k[2], *(k_global or ())[2:3])
+
+    def of_attention(
+        q: Sequence[int], k: Sequence[int], v: object, scale: object, k_global: Sequence[int] | None = None,
+        v_global: object = None, global_mask: object = None, kept: object = None, **_: object,
+    ) -> int:  # fmt: skip
+        counted = count(q, k, k_global)
+        return counted[0] if kept is None else counted[0] - counted[3]
+
+    def of_gradients(
+        grad_o: object, grad_lse: object, q: Sequence[int], k: Sequence[int], v: object, o: object, saved: object,
+        scale: object, k_global: Sequence[int] | None = None, *_: object, **__: object,
+    ) -> int:  # fmt: skip
+        return count(q, k, k_global)[1]
 
     operators = [getattr(torch.ops.llsa, OPERATOR + suffix) for suffix in ("", "_backward", "_select")]
-    register_flop_formula(operators[0])(lambda q, k, *_, **__: count(0, q, k))
-    register_flop_formula(operators[1])(lambda grad_o, grad_lse, q, k, *_, **__: count(1, q, k))
-    register_flop_formula(operators[2])(lambda q, k, **__: count(2, q, k))
+    register_flop_formula(operators[0])(of_attention)
+    register_flop_formula(operators[1])(of_gradients)
+    register_flop_formula(operators[2])(lambda q, k, **__: count(q, k)[2])
     operators[0].source, operators[0].file = source, __file__
     return library
 
@@ -101,28 +125,35 @@ def may_be_dual() -> bool:
     return getattr(torch.autograd.forward_ad, "_current_level", 0) >= 0
 
 
-def check(tensors: dict[str, torch.Tensor]) -> None:
-    """One clear error for tensors that the operator does not take: queries first, then keys, and values like them."""
-    first, q = next(iter(tensors.items()))
+def check(tensors: dict[str, torch.Tensor], tokens: str = "N") -> None:
+    """One clear error for tensors that the operator does not take: queries first, then keys, and values like them.
+
+    Of the keys and values there are `tokens`.
+    """
+    (first, second, *_), q = tensors, next(iter(tensors.values()))
     dual = may_be_dual() and not torch.compiler.is_compiling()
     like: Any = None
     for name, x in tensors.items():
         if not isinstance(x, torch.Tensor):
-            raise TypeError(f"{name}: expected a tensor [B, H, N, {HEAD_DIM.value}], got {type(x).__name__}")
+            raise TypeError(f"{name}: expected a tensor [B, H, {tokens}, {HEAD_DIM.value}], got {type(x).__name__}")
         if x.layout is not torch.strided or x.is_nested:
             raise TypeError(f"{name}: expected a dense tensor, got layout {x.layout}{', nested' * x.is_nested}")
         shape, dtype, device = x.shape, x.dtype, x.device
         if x is q:
             like = shape, dtype, device
         if len(shape) != 4:
-            raise ValueError(f"{name}: expected 4 dimensions [B, H, N, {HEAD_DIM.value}], got shape {list(shape)}")
+            raise ValueError(
+                f"{name}: expected 4 dimensions [B, H, {tokens}, {HEAD_DIM.value}], got shape {list(shape)}"
+            )
         if shape[3] != HEAD_DIM.value:
             raise ValueError(f"{name}: expected head dim {HEAD_DIM.value}, got {shape[3]} in shape {list(shape)}")
         if dtype not in DTYPES:
             raise TypeError(f"{name}: expected torch.float32, torch.float16 or torch.bfloat16, got {dtype}")
         batch, heads, queries, head_dim = like[0]
         if shape[0] != batch or shape[1] != heads:  # lengths may differ, and nothing may ask whether they do
-            raise ValueError(f"{name}: expected [{batch}, {heads}, N, {head_dim}] like {first}, got {list(shape)}")
+            raise ValueError(
+                f"{name}: expected [{batch}, {heads}, {tokens}, {head_dim}] like {first}, got {list(shape)}"
+            )
         if dtype != like[1]:
             raise TypeError(f"{name}: expected {like[1]} like {first}, got {dtype}")
         if device != like[2]:
@@ -131,15 +162,72 @@ def check(tensors: dict[str, torch.Tensor]) -> None:
             raise NotImplementedError(f"{name}: forward-mode derivatives are not available, got a dual tensor")
     if q.device.type not in ("cpu", "cuda", "meta"):
         raise ValueError(f"{first}: expected a tensor on the CPU, a GPU (cuda) or meta, got device {q.device}")
-    of_keys = tensors["k"].shape
+    of_keys = tensors[second].shape
     if shape != of_keys:  # of the last, v
-        raise ValueError(f"{name}: expected shape {list(of_keys)} like k, got {list(shape)}")
+        raise ValueError(f"{name}: expected shape {list(of_keys)} like {second}, got {list(shape)}")
     # a bound of dynamic lengths would be a guard
     if not torch.compiler.is_compiling() and (queries > MAX_TOKENS or of_keys[2] > MAX_TOKENS):
-        name, came = (first, f"M = {queries}") if queries > MAX_TOKENS else ("k", f"N = {of_keys[2]}")
+        name, came = (first, f"M = {queries}") if queries > MAX_TOKENS else (second, f"{tokens} = {of_keys[2]}")
         raise ValueError(
             f"{name}: expected at most {MAX_TOKENS} tokens, got {came} in shape {list(tensors[name].shape)}"
         )
+
+
+def check_globals(q: torch.Tensor, k_global: Any, v_global: Any, global_mask: Any) -> None:
+    """The same for what all queries attend to."""
+    if k_global is None or v_global is None:
+        given = {"k_global": k_global, "v_global": v_global, "global_mask": global_mask}
+        came = " and ".join(name for name, x in given.items() if x is not None)
+        raise ValueError(f"k_global, v_global: expected both or neither, got {came} alone")
+    check({"q": q, "k_global": k_global, "v_global": v_global}, "G")
+    if global_mask is None:
+        return
+    expected = "expected a bool tensor [B, G], True where a token takes part"
+    if not isinstance(global_mask, torch.Tensor):
+        raise TypeError(f"global_mask: {expected}, got {type(global_mask).__name__}")
+    if global_mask.dtype != torch.bool or global_mask.layout is not torch.strided or global_mask.is_nested:
+        raise TypeError(f"global_mask: {expected}, got {global_mask.dtype}, layout {global_mask.layout}")
+    shape = [k_global.shape[0], k_global.shape[2]]
+    if global_mask.ndim != 2 or list(global_mask.shape) != shape:
+        raise ValueError(f"global_mask: {expected}, here {shape}, got {list(global_mask.shape)}")
+    if global_mask.device != q.device:
+        raise ValueError(f"global_mask: expected device {q.device} like q, got {global_mask.device}")
+
+
+def lists_of(kept: Any, q: torch.Tensor, k: torch.Tensor, ahead: Any, look: bool) -> list[torch.Tensor]:
+    """Given lists for queries with `ahead` rows before them: one clear error, of their entries too if it has to look.
+
+    The query tokens of those rows alone keep nothing.
+    """
+    if not isinstance(kept, list | tuple):
+        raise TypeError(f"kept: expected {LEVELS} tensors, one a level, finest first, got {type(kept).__name__}")
+    if len(kept) != LEVELS:
+        raise ValueError(f"kept: expected {LEVELS} tensors, one a level, finest first, got {len(kept)}")
+    compiling = torch.compiler.is_compiling()  # then nothing may ask for lengths
+    batch, heads, queries, _ = q.shape
+    whole: list[torch.Tensor] = []
+    for level, lists in enumerate(kept, start=1):
+        name, most = f"kept, level {level}", SPEC["levels"][level - 1]["topk"]
+        if not isinstance(lists, torch.Tensor):
+            raise TypeError(f"{name}: expected an int32 tensor, got {type(lists).__name__}")
+        if lists.dtype != torch.int32 or lists.layout is not torch.strided or lists.is_nested:
+            raise TypeError(f"{name}: expected a dense int32 tensor, got {lists.dtype}, layout {lists.layout}")
+        if lists.device != q.device:
+            raise ValueError(f"{name}: expected device {q.device} like q, got {lists.device}")
+        before = 0 if ahead is None else ahead // SPANS[level]
+        shape, fits = lists.shape, lists.ndim == 4 and lists.shape[0] == batch and lists.shape[1] == heads
+        if fits and not compiling:
+            fits = (
+                shape[2] == -(-queries // SPANS[level]) - before and (0 if k.shape[2] == 0 else 1) <= shape[3] <= most
+            )
+        if not fits:
+            rows = "T_l(M)" if compiling else -(-queries // SPANS[level]) - before
+            raise ValueError(f"{name}: expected [{batch}, {heads}, {rows}, 1 to {most}], got {list(shape)}")
+        pads = ahead is not None if compiling else before > 0
+        whole.append(torch.nn.functional.pad(lists, (0, 0, before, 0), value=-1) if pads else lists)
+    if look:
+        check_entries(kept, k.shape[2], ahead or 0)
+    return whole
 
 
 def autocast(*tensors: torch.Tensor) -> Sequence[torch.Tensor]:
@@ -165,6 +253,11 @@ def attention(
     scale: float | None = None,
     return_lse: bool = False,
     query_offset: int = 0,
+    k_global: torch.Tensor | None = None,
+    v_global: torch.Tensor | None = None,
+    global_mask: torch.Tensor | None = None,
+    kept: Sequence[torch.Tensor] | None = None,
+    check_kept: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Log-linear sparse attention of q [B, H, M, D] over k, v [B, H, N, D]: o [B, H, M, D], differentiable.
 
@@ -173,6 +266,9 @@ def attention(
     Any strides; float32, float16 or bfloat16, on a GPU or the CPU; under torch.autocast in its dtype. The logits are
     `scale` * q.k, 1/sqrt(D) unless given. With return_lse also the natural logarithm of the sum of weights, [B, H, M]
     float32, differentiable too.
+    Every query also attends to k_global, v_global [B, H, G, D], differentiable too, where global_mask [B, G] is True.
+    With `kept`, lists as `select` gives them, int32 [B, H, T_l(M), 1 to K_l], finest first, -1 for none, nothing is
+    selected. Their entries are trusted, unless check_kept has them looked at, which waits for the GPU.
     """
     q, k, v = autocast(q, k, v)
     check({"q": q, "k": k, "v": v})
@@ -183,13 +279,23 @@ def attention(
     elif not abs(scale) <= MAX_SCALE:  # nor NaN
         came = "a larger one" if isinstance(scale, int) else scale  # which may have thousands of digits
         raise ValueError(f"scale: expected a number from -{MAX_SCALE} to {MAX_SCALE}, got {came}")
+    if k_global is not None or v_global is not None or global_mask is not None:
+        k_global, v_global = autocast(k_global, v_global)  # type: ignore[arg-type]
+        check_globals(q, k_global, v_global, global_mask)
     q, ahead = with_rows_ahead(q, query_offset)
-    if is_plain(q, k, v):
-        needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    if kept is not None:
+        kept = lists_of(kept, q, k, ahead, check_kept)
+    more: tuple[Any, ...] = ()
+    if k_global is not None or kept is not None:
+        more = k_global, v_global, global_mask, kept
+    if is_plain(q, k, v, *present(*more)) if more else is_plain(q, k, v):
+        needs_grad = torch.is_grad_enabled() and (
+            q.requires_grad or k.requires_grad or v.requires_grad or any(x.requires_grad for x in present(*more[:2]))
+        )
         run = attend_eagerly if needs_grad else forward
     else:
         run = AttendTransformed.apply if is_transformed() else getattr(torch.ops.llsa, OPERATOR)
-    o, lse, _ = run(q, k, v, float(scale))  # type: ignore[arg-type]
+    o, lse, _ = run(q, k, v, float(scale), *more)  # type: ignore[arg-type]
     if ahead is not None:
         o, lse = o[:, :, ahead:], lse[:, :, ahead:]
     return (o, lse) if return_lse else o

@@ -1,16 +1,16 @@
 """The two passes and the selection, on whichever device the tensors are, and how autograd joins them."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 if TYPE_CHECKING:
-    from llsa_gen.runtime.cpu import attend_torch, grad_torch, select_torch
+    from llsa_gen.runtime.cpu_stages import attend_torch, grad_torch, select_torch
     from llsa_gen.runtime.kernels import attend_kernels, grad_kernels, select_kernels
     from llsa_gen.runtime.launch_plan import empty_like, empty_outputs, empty_selection
-    from llsa_gen.runtime.module import INTERPRETED, OPERATOR, Differentiate
+    from llsa_gen.runtime.module import INTERPRETED, OPERATOR, Differentiate, saved_shapes
 
 # ---- spliced into every module from here on
 
@@ -62,9 +62,9 @@ def on_device_of(x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
     return ON_CURRENT_DEVICE
 
 
-def without_autocast() -> contextlib.AbstractContextManager[Any]:
-    """What the CPU path multiplies is float32 on purpose, and autocast would round it."""
-    return torch.autocast("cpu", enabled=False)
+def without_autocast(x: torch.Tensor | None = None) -> contextlib.AbstractContextManager[Any]:
+    """What the CPU path multiplies, on the CPU or where `x` is, is float32 on purpose, and autocast would round it."""
+    return torch.autocast("cpu" if x is None else x.device.type, enabled=False)
 
 
 def runs_kernels(x: torch.Tensor) -> bool:
@@ -78,17 +78,47 @@ def without_keys(q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.
     return o.zero_(), lse.fill_(float("-inf")), saved.zero_()
 
 
+def seen_by_all(
+    k_global: torch.Tensor | None, v_global: torch.Tensor | None, global_mask: torch.Tensor | None
+) -> tuple[Any, ...] | None:
+    """Global keys, values and their mask, or None for it, contiguous; None where there are no global tokens."""
+    if k_global is None or v_global is None or k_global.shape[2] == 0:
+        return None
+    return k_global.contiguous(), v_global.contiguous(), None if global_mask is None else global_mask.contiguous()
+
+
+def rows_checked(kept: Sequence[torch.Tensor] | None, q: torch.Tensor, k: torch.Tensor) -> list[torch.Tensor] | None:
+    """Lists as kernels take them. Under torch.compile nothing has looked at their rows, which index memory."""
+    if kept is None:
+        return None
+    shapes = saved_shapes(q.shape[2], k.shape[2])
+    for level, lists in enumerate(kept, start=1):
+        rows, _ = shapes[f"kept_l{level}"]
+        if lists.shape[2] != rows:
+            raise ValueError(f"kept, level {level}: expected {rows} rows for M = {q.shape[2]}, got {lists.shape[2]}")
+    return [lists.contiguous() for lists in kept]
+
+
 def forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, k_global: torch.Tensor | None = None,
+    v_global: torch.Tensor | None = None, global_mask: torch.Tensor | None = None,
+    kept: Sequence[torch.Tensor] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """o, lse and what the backward pass needs, memory of the layout `saved`."""
+    shared, more = None, ()
+    if k_global is not None or kept is not None:
+        shared = seen_by_all(k_global, v_global, global_mask)
+        more = shared, rows_checked(kept, q, k)
     if q.numel() == 0 or k.numel() == 0:
-        return without_keys(q, k)
+        if q.numel() == 0 or shared is None:
+            return without_keys(q, k)
+        with without_autocast(q):
+            return attend_torch(q, k, v, scale, shared, empty_selection(q, k))
     if not runs_kernels(q):
         with without_autocast():
-            return attend_torch(q, k, v, scale)
+            return attend_torch(q, k, v, scale, *more)
     with on_device_of(q):
-        return attend_kernels(q, k, v, scale)
+        return attend_kernels(q, k, v, scale, *more)
 
 
 def in_one_piece(x: torch.Tensor) -> torch.Tensor:
@@ -100,19 +130,43 @@ def in_one_piece(x: torch.Tensor) -> torch.Tensor:
 
 def backward(
     grad_o: torch.Tensor, grad_lse: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
-    o: torch.Tensor, saved: torch.Tensor, scale: float,
+    o: torch.Tensor, saved: torch.Tensor, scale: float, k_global: torch.Tensor | None = None,
+    v_global: torch.Tensor | None = None, global_mask: torch.Tensor | None = None,
+    kept: Sequence[torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
-    """dq [B, H, M, D], dk and dv [B, H, N, D], from the gradient of o and, if it has one, that of lse."""
-    if q.numel() == 0 or k.numel() == 0:
-        return tuple(empty_like(x).zero_() for x in (q, k, v))
-    saved = in_one_piece(saved)
+    """dq [B, H, M, D], dk and dv [B, H, N, D], from the gradient of o and, if it has one, that of lse.
+
+    With global tokens also the gradients of their keys and values, [B, H, G, D].
+    """
+    shared, of_none, more = None, (), ()
+    if k_global is not None or kept is not None:
+        shared = seen_by_all(k_global, v_global, global_mask)
+        more = shared, kept is not None
+        if k_global is not None and shared is None:
+            of_none = empty_like(k_global), empty_like(k_global)
     if grad_lse is not None:
         grad_lse = in_one_piece(grad_lse)
+    if q.numel() == 0 or k.numel() == 0:
+        if q.numel() == 0 or shared is None:
+            return tuple(empty_like(x).zero_() for x in (q, k, v, *(shared or of_none)[:2]))
+        with without_autocast(q):
+            return grad_torch(grad_o, grad_lse, q, k, v, saved, scale, shared, empty_selection(q, k))
+    saved = in_one_piece(saved)
     if not runs_kernels(q):
         with without_autocast():
-            return grad_torch(grad_o, grad_lse, q, k, v, saved, scale)
+            return (*grad_torch(grad_o, grad_lse, q, k, v, saved, scale, shared, kept), *of_none)
     with on_device_of(q):
-        return grad_kernels(grad_o, grad_lse, q, k, v, in_one_piece(o), saved, scale)
+        return (*grad_kernels(grad_o, grad_lse, q, k, v, in_one_piece(o), saved, scale, *more), *of_none)
+
+
+def in_five(q: torch.Tensor, grads: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """Gradients as torch's operator has them, for which vmap wants a fixed number: without globals two of nothing."""
+    return *grads, *[q.new_empty(0) for _ in range(5 - len(grads))]
+
+
+def five_gradients(*inputs: Any) -> tuple[torch.Tensor, ...]:
+    """`backward` for torch's operator."""
+    return in_five(inputs[2], backward(*inputs))
 
 
 def select_forward(q: torch.Tensor, k: torch.Tensor) -> list[torch.Tensor]:
@@ -133,30 +187,60 @@ def operator(suffix: str, function: Callable[..., Any], *tensors: torch.Tensor) 
 
 def save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     """Keep what `differentiate` reads."""
-    q, k, v, ctx.scale = inputs
+    q, k, v, ctx.scale, *more = inputs
     o, _, saved = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(saved)
-    ctx.save_for_backward(q, k, v, o, saved)
+    ctx.more = None
+    if more and any(
+        x is not None for x in more
+    ):  # global keys and values, their mask, and the lists, each of which may be None
+        *shared, kept = more
+        ctx.more = [x is not None for x in shared], kept is not None
+        ctx.save_for_backward(q, k, v, o, saved, *present(*more))
+    else:
+        ctx.save_for_backward(q, k, v, o, saved)
 
 
-def differentiate(
-    ctx: Any, grad_o: torch.Tensor | None, grad_lse: torch.Tensor | None, *_: object
-) -> tuple[torch.Tensor | None, ...]:
+def present(*inputs: torch.Tensor | Sequence[torch.Tensor] | None) -> list[torch.Tensor]:
+    """The tensors among what may be a tensor, a list of them, or None."""
+    found: list[torch.Tensor] = []
+    for x in inputs:
+        if x is not None:
+            found += [x] if isinstance(x, torch.Tensor) else x
+    return found
+
+
+def as_saved(ctx: Any, tensors: Sequence[torch.Tensor]) -> tuple[Any, ...]:
+    """What `save_for_backward` has kept beside the usual: global keys and values, their mask, the lists, or None."""
+    if ctx.more is None:
+        return ()
+    (of_shared, of_kept), left = ctx.more, iter(tensors)
+    shared = [next(left) if there else None for there in of_shared]
+    return *shared, list(left) if of_kept else None
+
+
+def differentiate(ctx: Any, grad_o: torch.Tensor | None, grad_lse: torch.Tensor | None, *_: object) -> tuple[Any, ...]:
     """Gradients of the operator's inputs from those of o and lse; the selection is held fixed."""
+    needed = ctx.needs_input_grad  # of a list, a list
+    of_kept = [None] * len(needed[7]) if len(needed) > 7 and isinstance(needed[7], list) else None
     if grad_o is None and grad_lse is None:
-        return None, None, None, None
-    q, k, v, o, saved = ctx.saved_tensors
+        return (None, None, None, None, None, None, None, of_kept)[: len(needed)]
+    q, k, v, o, saved, *tensors = ctx.saved_tensors
     if grad_o is None:
         grad_o = torch.zeros_like(o)
-    inputs = grad_o, grad_lse, q, k, v, o, saved, ctx.scale
+    more = as_saved(ctx, tensors)
+    inputs = grad_o, grad_lse, q, k, v, o, saved, ctx.scale, *more
     if torch.is_grad_enabled() or is_transformed():
         run = Differentiate.apply
     elif any(x is not None and is_legacy_batchedtensor(x) for x in (grad_o, grad_lse)):  # by is_grads_batched
         run = getattr(torch.ops.llsa, OPERATOR + "_backward")
     else:
         run = operator("_backward", backward, grad_o, q)
-    return *run(*inputs), None
+    dq, dk, dv, *of_globals = run(*inputs)
+    if not more or more[0] is None:
+        of_globals = None, None
+    return (dq, dk, dv, None, *of_globals, None, of_kept)[: len(needed)]
 
 
 class Attend(torch.autograd.Function):

@@ -13,7 +13,16 @@ if TYPE_CHECKING:
     from llsa_gen.runtime.cpu import covered_tokens, token_means
     from llsa_gen.runtime.cpu_stages import attend_along, grad_along, select_means_torch
     from llsa_gen.runtime.launch_plan import empty_like, empty_outputs, named_views, plan_launches
-    from llsa_gen.runtime.module import ENRICHED, LEVELS, OPERATOR, SPANS, forward_launches, grad_launches, saved_shapes
+    from llsa_gen.runtime.module import (
+        BLOCKS,
+        ENRICHED,
+        LEVELS,
+        OPERATOR,
+        SPANS,
+        forward_launches,
+        grad_launches,
+        saved_shapes,
+    )
     from llsa_gen.runtime.passes import in_one_piece, on_device_of, runs_kernels, without_autocast, without_keys
     from llsa_gen.runtime.sizes import level_tokens
 
@@ -37,9 +46,9 @@ def attend_means(
     """o [B, H, M, D] and lse [B, H, M] along given lists; differentiable in q, k, v and the means.
 
     The lists are [B, H, T_l(M), W], W at most the width that `select` gives, -1 for fewer. What a list below the
-    coarsest level holds has to be a child of what the list above holds, and every query has to have something to attend
-    to: nothing checks that. Of the means, the enriched levels count. Gradients of the first order only, and nothing of
-    torch.func.
+    coarsest level holds has to be a child of what the list above holds: nothing checks that. A query with nothing to
+    attend to has o = 0, lse = -inf and zero gradients. Of the means, the enriched levels count. Gradients of the first
+    order only, and nothing of torch.func.
     """
     run = getattr(torch.ops.llsa, OPERATOR + "_attend_means")
     return run(q, k, v, list(k_means), list(v_means), list(kept), scale)[:2]
@@ -132,6 +141,48 @@ def empty_lists(q_means: list[torch.Tensor], k_means: list[torch.Tensor]) -> lis
     shapes = saved_shapes(q_means[0].shape[2] * SPANS[1], k_means[0].shape[2] * SPANS[1])
     lists = [shapes[f"kept_l{level}"] for level in range(1, LEVELS + 1)]
     return [q_means[0].new_empty((*q_means[0].shape[:2], *shape), dtype=torch.int32) for shape in lists]
+
+
+# ---- lists that are given
+
+
+def check_entries(kept: Sequence[torch.Tensor], n_tokens: int, ahead: int) -> None:
+    """ValueError for an entry out of range, doubled in its row, or no child of what is kept one level above.
+
+    The lists are those of queries before which the blocks begin by `ahead`. Nothing is seen where there are no data.
+    """
+    if torch.compiler.is_compiling():
+        raise ValueError("check_kept: expected False under torch.compile, which cannot look at entries, got True")
+    if kept[0].is_meta:
+        return
+    tokens = level_tokens(n_tokens)
+    for level, lists in enumerate(kept, start=1):
+        refuse(level, lists, (lists < -1) | (lists >= tokens[level]), f"-1 or a token from 0 to {tokens[level] - 1}")
+        ranked, place = lists.sort(dim=-1, stable=True)
+        again = torch.zeros_like(lists, dtype=torch.bool)
+        again[..., 1:] = (ranked[..., 1:] == ranked[..., :-1]) & (ranked[..., 1:] >= 0)
+        refuse(level, lists, torch.empty_like(again).scatter_(-1, place, again), "no token twice in a row")
+        if level == LEVELS:
+            return
+        block = BLOCKS[level]
+        row = torch.arange(lists.shape[2], device=lists.device) + ahead // SPANS[level]
+        above = kept[level].index_select(2, row // block - ahead // SPANS[level + 1])
+        parent, found = lists // block, lists < 0
+        for column in above.unbind(-1):
+            found |= parent == column[..., None]
+        expected = f"a child, {block} each, of a token that its parent keeps at level {level + 1}"
+        refuse(level, lists, ~found, expected, above)
+
+
+def refuse(
+    level: int, lists: torch.Tensor, wrong: torch.Tensor, expected: str, above: torch.Tensor | None = None
+) -> None:
+    """ValueError for the first entry that is wrong; `above`: what the parent of each row keeps, to be named."""
+    for place in wrong.nonzero()[:1].tolist():
+        batch, head, row, _ = place
+        where, came = f"kept, level {level}, batch {batch}, head {head}, row {row}", int(lists[tuple(place)])
+        named = "" if above is None else f", {sorted(x for x in above[batch, head, row].tolist() if x >= 0)}"
+        raise ValueError(f"{where}: expected {expected}{named}, got {came}")
 
 
 # ---- attention

@@ -7,17 +7,26 @@ import torch
 
 if TYPE_CHECKING:
     from llsa_gen.runtime.module import OPERATOR
-    from llsa_gen.runtime.passes import Attend, backward, forward, operator
+    from llsa_gen.runtime.passes import Attend, backward, forward, operator, present
 else:  # for the class below, which in a module stands after it
     Attend = object
 
 # ---- spliced into every module from here on
 
 
-def folded(size: int, dims: Sequence[int | None], tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Tensors that vmap has batched, `size` times: that dimension, at `dims` or missing, as part of the batch."""
-    batched = [x if at is None else x.movedim(at, 0) for x, at in zip(tensors, dims, strict=True)]
-    return [(x.expand(size, *x.shape) if at is None else x).flatten(0, 1) for x, at in zip(batched, dims, strict=True)]
+def folded(size: int, dims: Sequence[Any], tensors: Sequence[Any]) -> list[Any]:
+    """Tensors that vmap has batched, `size` times: that dimension, at `dims` or missing, as part of the batch.
+
+    In their place there may be None, and lists of tensors.
+    """
+    found: list[Any] = []
+    for x, at in zip(tensors, dims, strict=True):
+        if isinstance(x, torch.Tensor):
+            whole = x.expand(size, *x.shape) if at is None else x.movedim(at, 0)
+            found.append(whole.flatten(0, 1))
+        else:
+            found.append(None if x is None else folded(size, at or [None] * len(x), x))
+    return found
 
 
 def unfolded(size: int, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -26,11 +35,11 @@ def unfolded(size: int, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 class AttendTransformed(Attend):
-    """The same under the transforms of torch.func."""
+    """The same under torch.func. `more` is global keys and values, their mask and the lists, or nothing."""
 
     @staticmethod
-    def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> Any:
-        return operator("", forward, q, k, v)(q, k, v, scale)
+    def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, *more: Any) -> Any:
+        return operator("", forward, q, k, v, *present(*more))(q, k, v, scale, *more)
 
     @staticmethod
     def jvp(ctx: Any, *_: object) -> Any:
@@ -38,11 +47,11 @@ class AttendTransformed(Attend):
 
     @staticmethod
     def vmap(
-        info: Any, dims: tuple[int | None, ...], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+        info: Any, dims: tuple[Any, ...], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, *more: Any
     ) -> Any:
         size = info.batch_size
-        q, k, v = folded(size, dims[:3], (q, k, v))
-        o, lse, saved = AttendTransformed.apply(q, k, v, scale)
+        qkv, others = folded(size, dims[:3], (q, k, v)), folded(size, dims[4:], more)
+        o, lse, saved = AttendTransformed.apply(*qkv, scale, *others)
         return unfolded(size, o, lse, saved), (0, 0, 0)
 
 
@@ -52,10 +61,11 @@ class Differentiate(torch.autograd.Function):
     @staticmethod
     def forward(
         grad_o: torch.Tensor, grad_lse: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
-        o: torch.Tensor, saved: torch.Tensor, scale: float,
+        o: torch.Tensor, saved: torch.Tensor, scale: float, *more: Any,
     ) -> tuple[torch.Tensor, ...]:  # fmt: skip
-        run = operator("_backward", backward, grad_o, q, k, v)
-        return tuple(run(grad_o, grad_lse, q, k, v, o, saved, scale))
+        run = operator("_backward", backward, grad_o, q, k, v, *present(*more))
+        grads = run(grad_o, grad_lse, q, k, v, o, saved, scale, *more)
+        return grads[: 5 if more and more[0] is not None else 3]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -69,15 +79,12 @@ class Differentiate(torch.autograd.Function):
 
     @staticmethod
     def vmap(
-        info: Any, dims: tuple[int | None, ...], grad_o: torch.Tensor, grad_lse: torch.Tensor | None, q: torch.Tensor,
-        k: torch.Tensor, v: torch.Tensor, o: torch.Tensor, saved: torch.Tensor, scale: float,
+        info: Any, dims: tuple[Any, ...], grad_o: torch.Tensor, grad_lse: torch.Tensor | None, q: torch.Tensor,
+        k: torch.Tensor, v: torch.Tensor, o: torch.Tensor, saved: torch.Tensor, scale: float, *more: Any,
     ) -> Any:  # fmt: skip
-        size, (at_o, at_lse, *at, _) = info.batch_size, dims
-        grad_o, q, k, v, o, saved = folded(size, (at_o, *at), (grad_o, q, k, v, o, saved))
-        if grad_lse is not None:
-            (grad_lse,) = folded(size, (at_lse,), (grad_lse,))
-        grads = Differentiate.apply(grad_o, grad_lse, q, k, v, o, saved, scale)
-        return unfolded(size, *grads), (0, 0, 0)
+        size, tensors = info.batch_size, (grad_o, grad_lse, q, k, v, o, saved)
+        grads = Differentiate.apply(*folded(size, dims[:7], tensors), scale, *folded(size, dims[8:], more))
+        return unfolded(size, *grads), (0,) * len(grads)
 
 
 def select_batched(info: Any, dims: tuple[int | None, ...], q: torch.Tensor, k: torch.Tensor) -> Any:
