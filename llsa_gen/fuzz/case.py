@@ -209,7 +209,7 @@ def popularity(spec: Spec, n: int) -> Tensor:
 def thinned(case: Case, lists: Sequence[Tensor]) -> list[Tensor]:
     """Lists without some of their ids, and without the children of those, in another order; some rows of -1 alone.
 
-    A level may be narrower than it was, or wider as far as its K allows.
+    A level may be narrower than it was, or wider as far as its K allows. Where q has unusual strides, so have they.
     """
     spec, device = case.spec, lists[0].device
     generator = torch.Generator().manual_seed(case.seed + 5)
@@ -231,7 +231,7 @@ def thinned(case: Case, lists: Sequence[Tensor]) -> list[Tensor]:
             widths = width, width, 1 + int(random(1) * width), min(spec.topk(level), width + 1 + int(random(1) * 3))
             chosen = widths[int(random(1) * len(widths))]
             ids = pad(ids[..., :chosen], (0, max(0, chosen - width)), value=-1)
-        given[level - 1] = ids.contiguous()
+        given[level - 1] = ids.contiguous() if case.layouts[0] == "contiguous" else ids.mT.contiguous().mT
     return given
 
 
