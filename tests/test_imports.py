@@ -51,7 +51,7 @@ ROOMS = {
     "bench": room("spec plan schedule emit store compiler reference fuzz aot", "torch pydantic rich matplotlib"),
     "tune": room("spec plan schedule store compiler reference fuzz aot", "torch triton"),
     # what people call
-    "cli": room("spec plan schedule store compiler fuzz aot bench tune", "typer rich torch"),
+    "cli": room("spec plan schedule store compiler fuzz aot bench tune", "typer rich sympy torch"),
 }
 
 GENERATED_MAY_IMPORT = {"torch", "triton"}

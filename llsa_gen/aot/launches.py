@@ -86,14 +86,16 @@ def record(
     batch: int = 2,
     heads: int = 4,
     tiles: schedule.Schedule | None = None,
+    m_tokens: int | None = None,
     g_tokens: int = 0,
     masked: bool = False,
     given: bool = False,
 ) -> list[Launch]:
     """Every launch for q, k, v [batch, heads, n_tokens, D] of `dtype` on `target`: forward, backward, then `select`.
 
-    `tiles` takes the place of the module's own schedule. With `g_tokens` there are so many global tokens, and a mask of
-    them if `masked`; with `given`, attention is along given lists.
+    With `m_tokens` q is [batch, heads, m_tokens, D]. `tiles` takes the place of the module's own schedule. With
+    `g_tokens` there are so many global tokens, and a mask of them if `masked`; with `given`, attention is along given
+    lists.
 
     Needs no GPU and no memory. Raises UnknownTargetError for a target without a schedule, TypeError or ValueError for
     a dtype or lengths that the operator does not take, LlsaGenError under TRITON_INTERPRET=1.
@@ -101,13 +103,16 @@ def record(
     module = module_of(source)
     schedule.target(target)
     element = DTYPES[dtype_name(dtype)]
-    if not 1 <= n_tokens <= module.MAX_TOKENS:
-        raise ValueError(f"n_tokens: expected 1 to {module.MAX_TOKENS}, got {n_tokens}")
+    m_tokens = n_tokens if m_tokens is None else m_tokens
+    for name, tokens in (("n_tokens", n_tokens), ("m_tokens", m_tokens)):
+        if not 1 <= tokens <= module.MAX_TOKENS:
+            raise ValueError(f"{name}: expected 1 to {module.MAX_TOKENS}, got {tokens}")
     if batch < 1 or heads < 1:
         raise ValueError(f"batch and heads: expected at least 1 each, got {batch} and {heads}")
     head_dim = module.HEAD_DIM.value
-    shape = (batch, heads, n_tokens, head_dim)
-    q, k, v, grad_o = (torch.empty(shape, dtype=element, device="meta") for _ in range(4))
+    lengths = m_tokens, n_tokens, n_tokens, m_tokens
+    shapes = ((batch, heads, tokens, head_dim) for tokens in lengths)
+    q, k, v, grad_o = (torch.empty(shape, dtype=element, device="meta") for shape in shapes)
     extras: dict[str, Tensor] = {}
     if g_tokens:
         of_globals = (batch, heads, g_tokens, head_dim)

@@ -11,6 +11,7 @@ from torch import Tensor
 from llsa_gen.aot import record
 from llsa_gen.bench import check, kernels, timing
 from llsa_gen.bench.baselines import MOST_SAID, Implementation
+from llsa_gen.bench.check import length_of
 from llsa_gen.bench.rows import Ceilings, KernelRow, Machine, Memory, Mode, Row, Timing
 from llsa_gen.bench.timing import Stopwatch
 from llsa_gen.compiler import Attention
@@ -68,7 +69,7 @@ class _Once(NamedTuple):
 
 @dataclass(frozen=True)
 class Cell:
-    """One implementation on q, k, v and the gradient of o, `inputs` of the case, each [B, H, N, D]."""
+    """One implementation on q, k, v and the gradient of o, `inputs` of the case, [B, H, M or N, D]."""
 
     session: Session
     case: Case
@@ -166,9 +167,9 @@ class Cell:
         return _Once(memory, self._breakdown(), missing)
 
     def _memory(self) -> Memory:
-        tensor = self.inputs[0].numel() * self.inputs[0].element_size()
-        peak = timing.peak_bytes(self.forward_backward) + 4 * tensor
-        return Memory(peak_bytes=peak, tensors_bytes=8 * tensor, ratio=peak / (8 * tensor))
+        given = sum(x.numel() * x.element_size() for x in self.inputs)  # and so much are o, dq, dk and dv
+        peak = timing.peak_bytes(self.forward_backward) + given
+        return Memory(peak_bytes=peak, tensors_bytes=2 * given, ratio=peak / (2 * given))
 
     def _breakdown(self) -> tuple[KernelRow, ...] | None:
         limits = self.session.limits
@@ -178,8 +179,10 @@ class Cell:
         plan, target = lower(case.spec), attention.module.target_of(x.device)
         goal = tuned.targets(Store())[target]  # as `compile` reads them
         cost = Cost(plan, schedule(plan, goal, x.element_size()), case.dtype)
-        launches = record(attention, case.n, case.dtype, target, batch=case.batch, heads=case.heads)
-        needed = kernels.work(cost, case.n, case.batch * case.heads, launches)
+        launches = record(
+            attention, case.n, case.dtype, target, batch=case.batch, heads=case.heads, m_tokens=case.queries
+        )
+        needed = kernels.work(cost, case.n, case.batch * case.heads, launches, case.queries)
         happened = kernels.profiled(self.forward_backward, self.session.watch)
         return kernels.breakdown(happened, kernels.PASSES, needed, limits)
 
@@ -209,7 +212,7 @@ class Cell:
         return _row(self.session, self.case, self.one, mode, **measured)
 
     def _place(self) -> str:
-        return f"{self.one.name} at {self.case.n:,} tokens, {self.case.dtype}"
+        return f"{self.one.name} at {length_of(self.case)}, {self.case.dtype}"
 
 
 def empty_rows(
@@ -223,7 +226,7 @@ def empty_rows(
 
 
 def _texts(session: Session, case: Case, one: Implementation) -> list[str]:
-    return [f"{one.name}, {case.n:,} tokens, {case.dtype}, {mode}" for mode in session.modes]
+    return [f"{one.name}, {length_of(case)}, {case.dtype}, {mode}" for mode in session.modes]
 
 
 def _row(session: Session, case: Case, one: Implementation, mode: Mode, **measured: Any) -> Row:
@@ -240,6 +243,7 @@ def _row(session: Session, case: Case, one: Implementation, mode: Mode, **measur
         head_dim=case.spec.head_dim,
         dtype=case.dtype,
         mode=mode,
+        m_tokens=case.m,
         **measured,
     )
 

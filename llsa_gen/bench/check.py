@@ -15,7 +15,7 @@ from llsa_gen.errors import CheckFailed, LlsaGenError
 from llsa_gen.fuzz import oracle
 from llsa_gen.fuzz.case import Case
 
-__all__ = ["check_dense", "check_other", "check_ours", "check_replay"]
+__all__ = ["check_dense", "check_other", "check_ours", "check_replay", "length_of"]
 
 LEAST_QUERIES = 16
 
@@ -28,11 +28,11 @@ def sample(case: Case) -> Tensor:
     All where they are few; else so many that query-key pairs are some millions on a CPU, some ten millions on a GPU.
     """
     pairs = 1 << (26 if torch.device(case.device).type == "cuda" else 22)
-    keys = case.n + sum(reference.num_tokens(case.spec, level, case.n) for level in range(1, case.spec.num_levels + 1))
-    size = min(case.n, max(LEAST_QUERIES, pairs // (case.batch * case.heads * keys)))
+    keys = oracle.keys_of(case.spec, case.n)
+    size = min(case.queries, max(LEAST_QUERIES, pairs // (case.batch * case.heads * keys)))
     generator = torch.Generator().manual_seed(case.seed)
-    drawn = torch.randperm(case.n, generator=generator)[:size]
-    ends = torch.tensor([0, case.n - 1])
+    drawn = torch.randperm(case.queries, generator=generator)[:size]
+    ends = torch.tensor([0, case.queries - 1])
     return torch.cat([drawn, ends]).unique().to(case.device)
 
 
@@ -101,7 +101,7 @@ def check_dense(baseline: Implementation, case: Case, inputs: Tensors, o: Tensor
 
 def check_other(baseline: Implementation, case: Case, o: object) -> None:
     """What can be said about an attention that nobody has an oracle for: shape, dtype, finite. Raises LlsaGenError."""
-    shape = (case.batch, case.heads, case.n, case.spec.head_dim)
+    shape = (case.batch, case.heads, case.queries, case.spec.head_dim)
     if not isinstance(o, Tensor) or o.shape != shape or o.dtype != case.torch_dtype:
         came = f"{o.dtype} {list(o.shape)}" if isinstance(o, Tensor) else type(o).__name__
         raise LlsaGenError(f"{_place(baseline, case)}: expected o, {case.torch_dtype} {list(shape)}, got {came}")
@@ -110,7 +110,12 @@ def check_other(baseline: Implementation, case: Case, o: object) -> None:
 
 
 def _place(baseline: Implementation, case: Case) -> str:
-    return f"{baseline.name} at {case.n:,} tokens, {case.dtype}"
+    return f"{baseline.name} at {length_of(case)}, {case.dtype}"
+
+
+def length_of(case: Case) -> str:
+    """The lengths of a case in words."""
+    return f"{case.n:,} tokens" if case.m is None else f"{case.n:,} keys, {case.m:,} queries"
 
 
 def _not_finite(x: Tensor) -> str:

@@ -50,16 +50,19 @@ class Work(NamedTuple):
     moved_bytes: int
 
 
-def work(cost: Cost, n_tokens: int, heads: int, launches: Iterable[Launch] = ()) -> dict[str, Work]:
+def work(
+    cost: Cost, n_tokens: int, heads: int, launches: Iterable[Launch] = (), m_tokens: int | None = None
+) -> dict[str, Work]:  # fmt: skip
     """FLOPs and bytes of every kernel of a plan in one forward and backward pass, over all `heads` (B*H).
 
-    Kernels of `launches` that take the place of one of the plan are there too, by their own names.
+    `m_tokens` queries, as many as keys unless given. Kernels of `launches` that take the place of one of the plan are
+    there too, by their own names.
     """
     found: dict[str, Work] = {}
     for kernel in cost.plan.kernels:
         before = found.get(kernel.name, Work(0, 0))
-        flops = evaluate(cost.kernel_flops(kernel), n_tokens, heads)
-        moved = evaluate(cost.kernel_bytes(kernel), n_tokens, heads)
+        flops = evaluate(cost.kernel_flops(kernel), n_tokens, heads, m_tokens)
+        moved = evaluate(cost.kernel_bytes(kernel), n_tokens, heads, m_tokens)
         found[kernel.name] = Work(before.flops + flops, before.moved_bytes + moved)
     return found | {launch.kernel: found[launch.step] for launch in launches if launch.step}
 

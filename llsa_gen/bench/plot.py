@@ -19,7 +19,7 @@ from matplotlib.patches import FancyBboxPatch
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from llsa_gen.bench.rows import Kind, Row, label
+from llsa_gen.bench.rows import Kind, Row, label, shape
 from llsa_gen.bench.table import fastest_dense
 from llsa_gen.errors import short
 from llsa_gen.store.files import write_whole
@@ -60,14 +60,16 @@ def lines(rows: Sequence[Row], what: str) -> list[Line]:
 
     A line is named by what tells it from others: dtype and shape only where there are several of them.
     """
-    shapes = {(row.batch, row.heads, row.head_dim) for row in rows}
+    shapes = {(row.batch, row.heads, row.head_dim, row.m_tokens) for row in rows}
     dtypes = {row.dtype for row in rows}
     chosen: defaultdict[tuple[Kind, str], dict[int, Row]] = defaultdict(dict)
     for row in rows:
         if getattr(row, what) is None:
             continue
-        shape = f" B={row.batch} H={row.heads} D={row.head_dim}" if len(shapes) > 1 else ""
-        name = f"{label(row)}{f' {row.dtype}' if len(dtypes) > 1 else ''}{shape}"
+        tensors = f" B={row.batch} H={row.heads} D={row.head_dim}" if len(shapes) > 1 else ""
+        if tensors and row.m_tokens is not None:
+            tensors += f" M={row.m_tokens}"
+        name = f"{label(row)}{f' {row.dtype}' if len(dtypes) > 1 else ''}{tensors}"
         known = chosen[row.kind, name].get(row.n_tokens)
         if known is None or (known.mode, row.mode) == ("eager", "graph"):
             chosen[row.kind, name][row.n_tokens] = row
@@ -131,7 +133,7 @@ def _card(figure: Figure, rows: Sequence[Row]) -> None:
     page.add_patch(FancyBboxPatch((corner, corner), *size, f"round,pad={corner}", facecolor=CARD, linewidth=0))
     page.text(28, 52, "Time of attention over sequence length", color=INK, fontsize=18, weight="bold")
     first = rows[0]
-    shapes = {f"B={row.batch}, H={row.heads}, D={row.head_dim}, {row.dtype}" for row in rows}
+    shapes = {shape(row) for row in rows}
     modes = {row.mode for row in rows}
     how = "CUDA graph replay where measured" if modes == {"eager", "graph"} else "CUDA graph replay"
     what = [*(shapes if len(shapes) == 1 else ()), *([how] if "graph" in modes else ())]

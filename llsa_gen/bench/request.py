@@ -30,7 +30,10 @@ __all__ = ["Request", "bench"]
 
 @dataclass(frozen=True)
 class Request:
-    """What to measure: q, k, v are [batch, heads, n, D] for each of the lengths, in each of the dtypes."""
+    """What to measure: k and v are [batch, heads, n, D] for each of the lengths, in each of the dtypes.
+
+    q is as they are, or [batch, heads, queries, D].
+    """
 
     spec: Spec
     lengths: tuple[int, ...]
@@ -42,9 +45,11 @@ class Request:
     against: tuple[str, ...] = ()
     """Further implementations, each `module:function`."""
     dense_up_to: int = 262_144
-    """Longest sequence for dense attention, in tokens."""
+    """Longest sequence for dense attention, in tokens; its square is the most pairs of a query and a key."""
     breakdown: bool = True
     """Whether our kernels are profiled one by one, on a GPU."""
+    queries: int | None = None
+    """Queries, where they are not as many as keys."""
 
     def __post_init__(self) -> None:
         """Raises LlsaGenError for what can not be measured."""
@@ -54,6 +59,9 @@ class Request:
         for n in self.lengths:
             if not 1 <= n <= longest:
                 raise LlsaGenError(f"n: expected 1 to {longest} tokens, the most that {self.spec.name} takes, got {n}")
+        if self.queries is not None and not 1 <= self.queries <= longest:
+            takes = f"the most that {self.spec.name} takes"
+            raise LlsaGenError(f"m: expected 1 to {longest} queries, {takes}, got {self.queries}")
 
     @property
     def on_gpu(self) -> bool:
@@ -68,8 +76,13 @@ class Request:
 
 def _names(request: Request, dtype: DType, n: int) -> tuple[str, ...]:
     """The implementations at a length and dtype, in order."""
-    dense = baselines.dense(request.device, dtype) if n <= request.dense_up_to else ()
-    return (OURS, *(baseline.name for baseline in dense), *request.against)
+    return (OURS, *(baseline.name for baseline in _dense(request, dtype, n)), *request.against)
+
+
+def _dense(request: Request, dtype: DType, n: int) -> tuple[Implementation, ...]:
+    """Dense attention, unless there are too many pairs of a query and a key."""
+    pairs = n * (n if request.queries is None else request.queries)
+    return baselines.dense(request.device, dtype) if pairs <= request.dense_up_to**2 else ()
 
 
 def bench(request: Request, step: Step = lambda _: None) -> Iterator[Row]:
@@ -90,10 +103,16 @@ def bench(request: Request, step: Step = lambda _: None) -> Iterator[Row]:
             session = Session(attention, request.modes, watch, limits, date, where)
             for n in request.lengths:
                 case = Case(
-                    request.spec, n, batch=request.batch, heads=request.heads, dtype=dtype, device=request.device
+                    request.spec,
+                    n,
+                    batch=request.batch,
+                    heads=request.heads,
+                    dtype=dtype,
+                    device=request.device,
+                    m=None if request.queries == n else request.queries,
                 )
-                dense = baselines.dense(request.device, dtype) if n <= request.dense_up_to else ()
-                yield from _at(session, case, (session.ours, *dense, *others), step)
+                implementations = session.ours, *_dense(request, dtype, n), *others
+                yield from _at(session, case, implementations, step)
     step("")
 
 

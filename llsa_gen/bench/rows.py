@@ -13,7 +13,20 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from llsa_gen.errors import LlsaGenError, short
 
-__all__ = ["Ceilings", "KernelRow", "Kind", "Machine", "Memory", "Mode", "Row", "Timing", "dumps", "label", "read"]
+__all__ = [
+    "Ceilings",
+    "KernelRow",
+    "Kind",
+    "Machine",
+    "Memory",
+    "Mode",
+    "Row",
+    "Timing",
+    "dumps",
+    "label",
+    "read",
+    "shape",
+]
 
 Kind = Literal["ours", "dense", "other"]
 """`ours`: the compiled spec; `dense`: a backend of torch's attention; `other`: a callable given with --against."""
@@ -108,6 +121,8 @@ class Row(_Record):
     head_dim: int
     dtype: str
     mode: Mode
+    m_tokens: int | None = None
+    """Queries, where they are not as many as keys."""
     missing: dict[str, str] = {}
     error: float | None = None
     """Largest error of what was compared with the float64 reference, as a fraction of what is allowed."""
@@ -122,6 +137,12 @@ class Row(_Record):
 
 
 _ROWS = TypeAdapter(tuple[Row, ...])
+
+
+def shape(row: Row) -> str:
+    """What the tensors of a row have in common, whatever the number of keys."""
+    queries = "" if row.m_tokens is None else f", M={row.m_tokens:,}"
+    return f"B={row.batch}, H={row.heads}, D={row.head_dim}{queries}, {row.dtype}"
 
 
 def label(row: Row) -> str:

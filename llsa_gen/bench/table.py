@@ -8,7 +8,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from llsa_gen.bench.rows import Row, Timing, label
+from llsa_gen.bench.rows import Row, Timing, label, shape
 from llsa_gen.plan.units import human_bytes, human_flops
 
 __all__ = ["fastest_dense", "reasons", "tables"]
@@ -20,18 +20,17 @@ def tables(rows: Sequence[Row]) -> RenderableType:
     """All rows: a table for every machine, shape, dtype and mode, then the kernels of ours, then what is missing."""
     groups: defaultdict[tuple[str, str, str], list[Row]] = defaultdict(list)
     for row in rows:
-        shape = f"B={row.batch}, H={row.heads}, D={row.head_dim}, {row.dtype}"
-        groups[_where(row), shape, row.mode].append(row)
+        groups[_where(row), shape(row), row.mode].append(row)
     parts: list[RenderableType] = []
     before = None
-    for (where, shape, mode), group in groups.items():
+    for (where, tensors, mode), group in groups.items():
         if where != before:
             parts.append(Text(f"{where}\n", style="dim"))
         before = where
-        title = f"{shape}, {'CUDA graph replay' if mode == 'graph' else 'called from Python'}"
+        title = f"{tensors}, {'CUDA graph replay' if mode == 'graph' else 'called from Python'}"
         parts += [_times(title, group), Text()]
     # the same for every mode: shown once
-    profiled = {(row.date, row.digest, row.n_tokens, row.dtype): row for row in rows if row.breakdown}
+    profiled = {(row.date, row.digest, row.n_tokens, row.m_tokens, row.dtype): row for row in rows if row.breakdown}
     for row in profiled.values():
         parts += [_kernels(row), Text()]
     parts += [Text(reason, style="yellow") for reason in reasons(rows)]
@@ -39,10 +38,10 @@ def tables(rows: Sequence[Row]) -> RenderableType:
 
 
 def fastest_dense(rows: Iterable[Row], like: Row, what: str) -> float | None:
-    """Milliseconds of the fastest dense attention in the same run, at the length, shape, dtype and mode of a row."""
+    """Milliseconds of the fastest dense attention in the same run, at the lengths, shape, dtype and mode of a row."""
 
     def key(row: Row) -> tuple[object, ...]:
-        return row.date, row.machine, row.n_tokens, row.batch, row.heads, row.head_dim, row.dtype, row.mode
+        return row.date, row.machine, row.n_tokens, shape(row), row.mode
 
     timings = (getattr(row, what) for row in rows if row.kind == "dense" and key(row) == key(like))
     return min((timing.median_ms for timing in timings if timing is not None), default=None)
@@ -96,7 +95,8 @@ def _ms(value: float) -> str:
 
 
 def _kernels(row: Row) -> Table:
-    title = f"{label(row)}, {row.n_tokens:,} tokens, {row.dtype}: kernels of forward+backward"
+    length = f"{row.n_tokens:,} tokens" if row.m_tokens is None else f"{row.n_tokens:,} keys, {row.m_tokens:,} queries"
+    title = f"{label(row)}, {length}, {row.dtype}: kernels of forward+backward"
     table = _table(title, ["kernel", "launches", "us", "share", "FLOPs", "bytes", "of the roofline"])
     kernels, limits = row.breakdown or (), row.ceilings
     for one in kernels:

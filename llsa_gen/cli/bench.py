@@ -41,6 +41,10 @@ def bench(
         list[int] | None,
         typer.Option("-n", "--tokens", help="Sequence length N, in tokens; may be repeated."),
     ] = None,
+    queries: Annotated[
+        int | None,
+        typer.Option("-m", "--queries", callback=between(1), help="Queries M, where they are not as many as keys."),
+    ] = None,
     dtypes: Annotated[
         list[DType] | None,
         typer.Option("--dtype", help="Dtype of q, k and v; may be repeated. bfloat16 on a GPU, float32 on a CPU."),
@@ -53,7 +57,7 @@ def bench(
     ] = None,
     against: Annotated[
         list[str] | None,
-        typer.Option(metavar="MODULE:FUNCTION", help="Also time this f(q, k, v), [B, H, N, D] each; may be repeated."),
+        typer.Option(metavar="MODULE:FUNCTION", help="Also time this f(q, k, v), [B, H, M or N, D]; may be repeated."),
     ] = None,
     dense_up_to: Annotated[
         int, typer.Option(callback=between(0), metavar="N", help="Leave dense attention out of longer sequences.")
@@ -86,7 +90,9 @@ def bench(
         _tell(read(sources), json_file, plot, draw)
         return
     assert spec is not None
-    request = _request(spec, lengths, dtypes, batch, heads, modes, against or [], dense_up_to, breakdown, device)
+    request = _request(
+        spec, lengths, dtypes, batch, heads, modes, against or [], dense_up_to, breakdown, device, queries
+    )
     rows: list[Row] = []
     end: BaseException | None = None
     try:
@@ -117,6 +123,7 @@ def _request(
     dense_up_to: int,
     breakdown: bool,
     device: str | None,
+    queries: int | None,
 ) -> "Request":
     """What to measure of a spec; what is not said depends on the device."""
     source = load_spec(spec)
@@ -139,6 +146,7 @@ def _request(
         against=tuple(dict.fromkeys(against)),
         dense_up_to=dense_up_to,
         breakdown=breakdown,
+        queries=queries,
     )
 
 

@@ -43,6 +43,10 @@ Tokens = Annotated[
     int, typer.Option("-n", "--tokens", callback=between(1, 2**30), help="Sequence length N, in tokens.")
 ]
 Heads = Annotated[int, typer.Option("--heads", callback=between(1), help="Heads of all batch entries, B*H.")]
+Queries = Annotated[
+    int | None,
+    typer.Option("-m", "--queries", callback=between(1, 2**30), help="Queries M, where they are not as many as keys."),
+]
 DTypeOption = Annotated[DType, typer.Option("--dtype", help="Dtype of q, k and v.")]
 
 
@@ -125,6 +129,7 @@ app.command(epilog="Example: llsa-gen tune llsa_l2 -n 65536 --stage attend --sec
 def explain(
     spec: SpecArgument,
     n: Tokens,
+    m: Queries = None,
     heads: Heads = 8,
     dtype: DTypeOption = DType.BFLOAT16,
     plan: Annotated[bool, typer.Option("--plan", help="Print the plan: kernels, tile shapes, buffers.")] = False,
@@ -143,7 +148,7 @@ def explain(
     from llsa_gen.store import Store, tuned
 
     source = load_spec(spec)
-    data = explain(source, n, heads, dtype)
+    data = explain(source, n, heads, dtype, m)
     goal = tuned.targets(Store())[known(on or TARGET).name]
     if as_json:
         more = {"plan": lower(source).to_dict(), "schedule": schedule_data(source, dtype, goal)}
@@ -151,7 +156,7 @@ def explain(
         return
     console().print(tables(data))
     if plan:
-        console().print("\n", plan_tables(source, n, heads, dtype, goal), sep="")
+        console().print("\n", plan_tables(source, n, heads, dtype, goal, m), sep="")
 
 
 @app.command(epilog="Example: llsa-gen export llsa_l2 -o build --target cuda:90 --target hip:gfx942")

@@ -1,8 +1,10 @@
 """Explain: what a spec costs at a length, as plain data and as the tables that `llsa-gen explain` prints of it."""
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
+import sympy
 from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -10,8 +12,9 @@ from rich.text import Text
 
 from llsa_gen.errors import LlsaGenError
 from llsa_gen.plan import Kernel, Plan, lower
-from llsa_gen.plan.cost import BYTES, Cost, Totals, dense, evaluate
-from llsa_gen.plan.growth import growth, top_share, with_another_level
+from llsa_gen.plan.cost import BYTES, DENSE_BACKWARD_PRODUCTS, FORWARD_PRODUCTS, Cost, Pass, Totals, evaluate
+from llsa_gen.plan.growth import growth, with_another_level
+from llsa_gen.plan.sizes import HEADS, KV_HEADS, M, N
 from llsa_gen.plan.units import counted, human_bytes, human_flops
 from llsa_gen.schedule import Choice, Target, choices, schedule, target
 from llsa_gen.spec import Spec
@@ -27,28 +30,40 @@ Data = dict[str, Any]
 # ---- as data ----------------------------------------------------------------------------------------------------
 
 
-def explain(spec: Spec, n_tokens: int, heads: int, dtype: str) -> Data:
+@dataclass(frozen=True)
+class Sizes:
+    """The lengths of keys and of queries, and B*H."""
+
+    n_tokens: int
+    m_tokens: int
+    heads: int = 1
+
+    def of(self, expr: sympy.Expr) -> int:
+        """The value of an expression of the cost model."""
+        return evaluate(expr, self.n_tokens, self.heads, self.m_tokens)
+
+
+def explain(spec: Spec, n_tokens: int, heads: int, dtype: str, m_tokens: int | None = None) -> Data:
     """All that is known about the cost of a spec at a length, for `heads` heads (B*H), as data that json can write.
 
-    FLOPs and bytes are counted as `llsa_gen.plan.cost` says. Raises LlsaGenError for a length that the operator
-    refuses.
+    `m_tokens` queries, as many as keys unless given. FLOPs and bytes are counted as `llsa_gen.plan.cost` says. Raises
+    LlsaGenError for a length that the operator refuses.
     """
     plan = lower(spec)
-    longest = plan.max_tokens
-    if not 1 <= n_tokens <= longest:
-        raise LlsaGenError(f"n: expected 1 to {longest} tokens, the most that {spec.name} takes, got {n_tokens}")
+    at = sizes(plan, n_tokens, heads, m_tokens)
     cost = _cost(plan, target(TARGET), dtype)
     grows = growth(cost)
-    sparse, full = _totals(cost.totals, n_tokens, heads), _totals(dense(spec.head_dim, BYTES[dtype]), n_tokens, heads)
+    sparse, full = _totals(cost.totals, at), _totals(dense(spec.head_dim, BYTES[dtype]), at)
     return {
         "spec": spec.name,
         "n_tokens": n_tokens,
-        "max_tokens": longest,
+        "m_tokens": at.m_tokens,
+        "max_tokens": plan.max_tokens,
         "heads": heads,
         "head_dim": spec.head_dim,
         "dtype": dtype,
-        "levels": [_level(cost, level, n_tokens, heads) for level in (*cost.plan.levels[::-1], 0)],
-        "keys": {"most": evaluate(cost.keys, n_tokens), "exact": cost.exact(n_tokens)},
+        "levels": [_level(cost, level, at) for level in (*cost.plan.levels[::-1], 0)],
+        "keys": {"most": at.of(cost.keys), "exact": cost.exact(n_tokens)},
         "cost": sparse,
         "dense": full,
         "dense_over_cost": {name: full[name] / sparse[name] for name in sparse if sparse[name]},
@@ -59,15 +74,38 @@ def explain(spec: Spec, n_tokens: int, heads: int, dtype: str) -> Data:
             "quadratic_beyond": grows.beyond,
             "with_more_levels": grows.with_levels,
         },
-        "warning": _warning(cost, n_tokens),
+        "warning": _warning(cost, at),
     }
+
+
+def sizes(plan: Plan, n_tokens: int, heads: int, m_tokens: int | None) -> Sizes:
+    """The sizes that are asked for. Raises LlsaGenError for a length that the operator refuses."""
+    longest = plan.max_tokens
+    for name, what, length in (("n", "tokens", n_tokens), ("m", "queries", m_tokens)):
+        if length is not None and not 1 <= length <= longest:
+            takes = f"the most that {plan.spec.name} takes"
+            raise LlsaGenError(f"{name}: expected 1 to {longest} {what}, {takes}, got {length}")
+    return Sizes(n_tokens, n_tokens if m_tokens is None else m_tokens, heads)
+
+
+def dense(head_dim: int, element: int) -> Totals:
+    """Dense flash attention as `llsa_gen.plan.cost.dense` counts it, of M queries: 4 M N D FLOPs forward."""
+    pairs = 2 * HEADS * M * N * head_dim
+    of_queries, of_keys = HEADS * M * head_dim * element, KV_HEADS * N * head_dim * element
+    row = HEADS * M * BYTES["float32"]
+    # forward: q, k, v, o, lse; delta: o, do, delta; backward: q, k, v, do, lse, delta, dq, dk, dv
+    return Totals(
+        Pass(FORWARD_PRODUCTS * pairs, 2 * of_queries + 2 * of_keys + row, sympy.Integer(0)),
+        Pass(DENSE_BACKWARD_PRODUCTS * pairs, (2 * of_queries + row) + (3 * of_queries + 4 * of_keys + 2 * row), row),
+        row,
+    )
 
 
 def _cost(plan: Plan, goal: Target, dtype: str) -> Cost:
     return Cost(plan, schedule(plan, goal, BYTES[dtype]), dtype)
 
 
-def _totals(totals: Totals, n_tokens: int, heads: int) -> dict[str, int]:
+def _totals(totals: Totals, at: Sizes) -> dict[str, int]:
     totals_of = {
         "forward_flops": totals.forward.flops,
         "backward_flops": totals.backward.flops,
@@ -77,36 +115,37 @@ def _totals(totals: Totals, n_tokens: int, heads: int) -> dict[str, int]:
         "forward_scratch_bytes": totals.forward.scratch,
         "backward_scratch_bytes": totals.backward.scratch,
     }
-    return {name: evaluate(expr, n_tokens, heads) for name, expr in totals_of.items()}
+    return {name: at.of(expr) for name, expr in totals_of.items()}
 
 
-def _level(cost: Cost, level: int, n_tokens: int, heads: int) -> Data:
+def _level(cost: Cost, level: int, at: Sizes) -> Data:
     plan, attended = cost.plan, level in cost.plan.attended
-    candidates = evaluate(cost.candidates(level), n_tokens)
+    candidates = at.of(cost.candidates(level))
     return {
         "level": level,
         "block": plan.block(level) if level else None,
         "span": plan.spec.span(level),
-        "tokens": evaluate(plan.key_tokens(level), n_tokens),
+        "tokens": at.of(plan.key_tokens(level)),
         "topk": plan.topk(level) if level else None,
-        "kept": evaluate(plan.width(level), n_tokens) if level else None,
+        "kept": at.of(plan.width(level)) if level else None,
         "candidates": candidates if level else None,
         "keys": candidates if attended else 0,
-        "flops": evaluate(cost.level_flops(level), n_tokens, heads),
+        "flops": at.of(cost.level_flops(level)),
     }
 
 
-def _warning(cost: Cost, n_tokens: int) -> str | None:
+def _warning(cost: Cost, at: Sizes) -> str | None:
     """What to do where the quadratic part is more than half of the work."""
-    spec, share = cost.plan.spec, top_share(cost, n_tokens)
+    spec, plan = cost.plan.spec, cost.plan
+    share = at.of(cost.level_flops(plan.top)) / at.of(cost.totals.flops)
     if share <= 0.5:
         return None
-    text = f"level {spec.num_levels} grows quadratically and takes {share:.0%} of the FLOPs at {n_tokens:,} tokens"
+    text = f"level {spec.num_levels} grows quadratically and takes {share:.0%} of the FLOPs at {at.n_tokens:,} tokens"
     longer = with_another_level(spec)
     if longer is None:
         return f"{text}; there are no more levels to add, so use wider blocks"
     other = _cost(lower(longer), target(TARGET), "bfloat16")
-    less = evaluate(cost.totals.flops, n_tokens) / evaluate(other.totals.flops, n_tokens)
+    less = at.of(cost.totals.flops) / at.of(other.totals.flops)
     if less <= 1:
         return f"{text}; with another level it would take as many"
     level = spec.levels[-1]
@@ -126,9 +165,13 @@ def _table(title: str, columns: Mapping[str, str]) -> Table:
 
 def tables(data: Data) -> RenderableType:
     """The tables of `explain`."""
+    length = counted(data["n_tokens"], "token")
+    if data["m_tokens"] != data["n_tokens"]:
+        queries = "query" if data["m_tokens"] == 1 else "queries"
+        length = f"{counted(data['n_tokens'], 'key')} and {data['m_tokens']:,} {queries}"
     head = (
-        f"{data['spec']} at {counted(data['n_tokens'], 'token')}, {counted(data['heads'], 'head')} of "
-        f"{data['head_dim']} (batch included), {data['dtype']}"
+        f"{data['spec']} at {length}, {counted(data['heads'], 'head')} of {data['head_dim']} (batch included), "
+        f"{data['dtype']}"
     )
     parts: list[RenderableType] = [Text(f"{head}\n", style="bold"), _levels_table(data), Text(), _cost_table(data)]
     grows = data["growth"]
@@ -187,9 +230,12 @@ def schedule_data(spec: Spec, dtype: str, goal: Target) -> Data:
     return {"target": goal.name, "stages": {name: vars(one) for name, one in stages.items()}}
 
 
-def plan_tables(spec: Spec, n_tokens: int, heads: int, dtype: str, goal: Target) -> RenderableType:
+def plan_tables(
+    spec: Spec, n_tokens: int, heads: int, dtype: str, goal: Target, m_tokens: int | None = None
+) -> RenderableType:  # fmt: skip
     """The plan: the kernels in launch order, their tile shapes on a target, and the buffers, with sizes at a length."""
     plan = lower(spec)
+    at = sizes(plan, n_tokens, heads, m_tokens)
     cost = _cost(plan, goal, dtype)
     stages = choices(plan, goal, BYTES[dtype])
     return Group(
@@ -199,7 +245,7 @@ def plan_tables(spec: Spec, n_tokens: int, heads: int, dtype: str, goal: Target)
         Text(f"\nTile shapes on {goal.name}, {dtype}", style="bold"),
         *_tiles(stages),
         Text(),
-        _buffers(cost, goal, n_tokens, heads, dtype),
+        _buffers(cost, goal, at),
     )
 
 
@@ -221,11 +267,11 @@ def _kernels(name: str, kernels: Iterable[Kernel]) -> Iterable[RenderableType]:
         yield Text(f"        writes  {', '.join(kernel.writes)}", style="dim")
 
 
-def _buffers(cost: Cost, goal: Target, n_tokens: int, heads: int, dtype: str) -> Table:
+def _buffers(cost: Cost, goal: Target, at: Sizes) -> Table:
     columns = {"name": "left", "shape": "left", "dtype": "left", "role": "left", "bytes": "right"}
     table = _table(f"Buffers, with these tile shapes on {goal.name}", columns)
     for buffer in cost.plan.buffers.values():
-        size = human_bytes(evaluate(cost.buffer_bytes(buffer), n_tokens, heads))
+        size = human_bytes(at.of(cost.buffer_bytes(buffer)))
         shape = Text(f"[{', '.join(map(str, buffer.shape))}]")  # as a plain string it would be taken for markup
         table.add_row(buffer.name, shape, cost.dtype_of(buffer), buffer.role, size)
     return table

@@ -6,14 +6,18 @@ be run again from the text `repr(case)`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn.functional import pad
 from triton import knobs
 
+from llsa_gen import reference
+from llsa_gen.reference.selection import parent_token
 from llsa_gen.spec import Level, Spec
 
 DType = Literal["float32", "float16", "bfloat16"]
@@ -33,6 +37,14 @@ Values = Literal["normal", "integers", "constant", "zero_queries"]
 """What the elements are, all times `std`: normal; integers -2 to 2 (many equal scores); the same vector for every token
 of a tensor; queries all zero (every score is equal).
 """
+
+Kept = Literal["own", "other", "thinned"]
+"""Which lists attention is given: those that `select` gives for the case, so that nothing may change; those of other
+queries and keys; those of the case without some of their ids, in another order and width, some rows without any.
+"""
+
+ABOVE = 12.0
+"""How far the logits of loud global tokens lie above those of all others, about."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +72,14 @@ class Case:
     m: int | None = None
     """Queries, where they are not as many as keys."""
     query_offset: int = 0
+    global_tokens: int = 0
+    """Tokens that every query attends to, G. Their keys and values lie in memory as k and v do."""
+    masked: bool = False
+    """Whether some of them take no part, which hold NaN; often all of one batch entry."""
+    loud: bool = False
+    """Whether their logits lie far above all others: queries and global keys then have a direction in common."""
+    kept: Kept | None = None
+    """Which lists attention is given, if any."""
 
     @property
     def queries(self) -> int:
@@ -79,7 +99,7 @@ class Case:
     @property
     def standard(self) -> bool:
         """Whether q, k, v are standard normal: the inputs that `reference.tolerance` speaks of."""
-        return self.values == "normal" and self.std == 1.0 and not self.popular and self.scale is None
+        return self.values == "normal" and self.std == 1.0 and not self.popular and self.scale is None and not self.loud
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """q, k, v and the gradient of o, [B, H, M or N, D] of the case's dtype and strides, on its device."""
@@ -92,6 +112,8 @@ class Case:
         if self.popular:
             bump = 3.0 * self.std / self.spec.head_dim**0.5
             q, k = q + bump, k + bump * popularity(self.spec, self.n)[:, None]
+        if self.loud:
+            q = q + self.std * self._direction()
         if self.layouts[3] == "expanded":
             grad_o = grad_o[..., :1].expand(shape)
         q, k, v, grad_o = (
@@ -107,6 +129,57 @@ class Case:
             return None
         generator = torch.Generator().manual_seed(self.seed + 1)
         return torch.randn((self.batch, self.heads, self.queries), generator=generator).to(self.device)
+
+    def shared(self) -> dict[str, Tensor]:
+        """k_global, v_global [B, H, G, D] and, where there is one, global_mask [B, G], by these names; maybe nothing.
+
+        Those that take no part hold NaN, so that whoever looks at them gives himself away.
+        """
+        if not self.global_tokens:
+            return {}
+        generator = torch.Generator().manual_seed(self.seed + 2)
+        shape = (self.batch, self.heads, self.global_tokens, self.spec.head_dim)
+        k, v = (self._elements(shape, generator) * self.std for _ in range(2))
+        if self.loud and self.softmax_scale:
+            # the logits of other keys have this standard deviation, and few are four of them away
+            spread = abs(self.softmax_scale) * self.std**2 * (2 * self.spec.head_dim) ** 0.5
+            logit = (ABOVE + 4 * spread) / (self.softmax_scale * self.std**2 * self.spec.head_dim)
+            k = k / 4 + logit * self.std * self._direction()
+        given = {"k_global": k, "v_global": v}
+        mask = self._mask(generator)
+        for (name, x), layout in zip(given.items(), self.layouts[1:3], strict=True):
+            x = x.to(self.torch_dtype)
+            x = x if mask is None else x.masked_fill(~mask[:, None, :, None], torch.nan)
+            given[name] = on_device(lay_out(x, layout), self.device)
+        return given if mask is None else given | {"global_mask": on_device(mask, self.device)}
+
+    def lists(self, q: Tensor, k: Tensor, selected: Sequence[Tensor]) -> list[Tensor] | None:
+        """The lists that attention is given, int32 [B, H, T_l(M), W_l], finest level first, or None.
+
+        `q` and `k` are those of the case, `selected` what the operator selects for them. Each id is a child of one that
+        the parent query token has in its list.
+        """
+        if self.kept is None or self.kept == "own":
+            return None if self.kept is None else list(selected)
+        if self.kept == "other":
+            generator = torch.Generator().manual_seed(self.seed + 3)
+            q, k = (torch.randn(x.shape, generator=generator).to(x) for x in (q, k))
+        lists = list(reference.select(self.spec, q, k, query_offset=self.query_offset))
+        return thinned(self, lists) if self.kept == "thinned" else lists
+
+    def _mask(self, generator: torch.Generator) -> Tensor | None:
+        """Which global tokens take part, bool [B, G]; where k has unusual strides, so has the mask."""
+        if not self.masked:
+            return None
+        mask = torch.rand((self.batch, self.global_tokens), generator=generator) < 0.6
+        if torch.rand((), generator=generator) < 0.5:
+            mask[int(torch.randint(self.batch, (), generator=generator))] = False
+        return mask if self.layouts[1] == "contiguous" else mask.T.contiguous().T
+
+    def _direction(self) -> Tensor:
+        """What queries and loud global keys have in common, [D]: ones of either sign."""
+        generator = torch.Generator().manual_seed(self.seed + 4)
+        return 2.0 * torch.randint(2, (self.spec.head_dim,), generator=generator) - 1
 
     def _elements(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         if self.values == "integers":
@@ -131,6 +204,35 @@ def popularity(spec: Spec, n: int) -> Tensor:
     for level in range(1, spec.num_levels + 1):
         popular[first : first + spec.topk(level) * spec.span(level)] += 1
     return popular
+
+
+def thinned(case: Case, lists: Sequence[Tensor]) -> list[Tensor]:
+    """Lists without some of their ids, and without the children of those, in another order; some rows of -1 alone.
+
+    A level may be narrower than it was, or wider as far as its K allows. Where q has unusual strides, so have they.
+    """
+    spec, device = case.spec, lists[0].device
+    generator = torch.Generator().manual_seed(case.seed + 5)
+
+    def random(*shape: int) -> Tensor:
+        return torch.rand(shape, generator=generator).to(device)
+
+    given = list(lists)
+    for level in range(spec.num_levels, 0, -1):
+        ids = lists[level - 1]
+        *rows, width = ids.shape
+        dropped = (random(*rows, width) < 0.3) | (random(*rows, 1) < 0.15)
+        if level < spec.num_levels:
+            above = parent_token(spec, level, torch.arange(ids.shape[2], device=device), case.query_offset)
+            parents = given[level][:, :, above]
+            dropped |= ~(ids[..., :, None] // spec.block(level + 1) == parents[..., None, :]).any(-1)
+        ids = ids.masked_fill(dropped, -1).gather(-1, random(*rows, width).argsort(-1))
+        if width:
+            widths = width, width, 1 + int(random(1) * width), min(spec.topk(level), width + 1 + int(random(1) * 3))
+            chosen = widths[int(random(1) * len(widths))]
+            ids = pad(ids[..., :chosen], (0, max(0, chosen - width)), value=-1)
+        given[level - 1] = ids.contiguous() if case.layouts[0] == "contiguous" else ids.mT.contiguous().mT
+    return given
 
 
 def lay_out(x: Tensor, layout: Layout) -> Tensor:
@@ -168,6 +270,10 @@ def on_interpreter(device: str) -> bool:
     return torch.device(device).type == "cpu" and knobs.runtime.interpret
 
 
+GLOBAL_TOKENS = (1, 2, 3, 5, 16, 17, 32, 33, 64, 77, 128, 200)
+"""Numbers of global tokens that are drawn: a few, and about as many as tiles of keys hold."""
+
+
 @dataclass(frozen=True)
 class Reach:
     """How far drawn cases go: what a device does in a moment."""
@@ -180,16 +286,27 @@ class Reach:
     """Most tokens over all heads."""
     blocks: int
     """Most level-1 tokens over all heads: what the number of programs goes by."""
+    global_tokens: tuple[int, ...]
+    """Numbers of global tokens, beside none."""
     dtypes: tuple[DType, ...]
 
 
 def reach(device: str) -> Reach:
     """The reach of a device. The interpreter is slow, and its products of bfloat16 tensors are wrong."""
     if torch.device(device).type != "cpu":
-        return Reach(tokens=2048, longest=12288, total=12288, blocks=12288, dtypes=get_args(DType))
+        return Reach(
+            tokens=2048, longest=12288, total=12288, blocks=12288, global_tokens=GLOBAL_TOKENS, dtypes=get_args(DType)
+        )
     if on_interpreter(device):
-        return Reach(tokens=100, longest=300, total=300, blocks=24, dtypes=("float32", "float16"))
-    return Reach(tokens=400, longest=2000, total=2000, blocks=2000, dtypes=get_args(DType))
+        return Reach(
+            tokens=100,
+            longest=300,
+            total=300,
+            blocks=24,
+            global_tokens=GLOBAL_TOKENS[:8],
+            dtypes=("float32", "float16"),
+        )
+    return Reach(tokens=400, longest=2000, total=2000, blocks=2000, global_tokens=GLOBAL_TOKENS, dtypes=get_args(DType))
 
 
 def specs(max_levels: int = 4, max_topk: int = 40) -> st.SearchStrategy[Spec]:
@@ -233,13 +350,17 @@ def cases(spec: Spec | None = None, device: str = "cpu") -> st.SearchStrategy[Ca
     def draw_case(draw: st.DrawFn) -> Case:
         chosen = draw(drawn_specs) if spec is None else spec
         most = max(far.tokens, min(far.longest, 3 * chosen.span(chosen.num_levels)))
-        n = draw(lengths(chosen, min(most, far.blocks * chosen.block(1))))
+        length = lengths(chosen, min(most, far.blocks * chosen.block(1)))
+        n = draw(length)
         room = max(1, min(far.total // n, far.blocks * chosen.block(1) // n))
         heads = draw(st.integers(1, min(3, room)))
-        other = st.one_of(st.none(), st.none(), lengths(chosen, min(most, far.blocks * chosen.block(1))))
+        m = draw(st.one_of(st.none(), st.none(), length))
+        missing = draw(st.sampled_from([None] * 30 + ["keys", "queries"]))
+        seen = draw(st.sampled_from([False, False, True]))
+        global_tokens = draw(st.sampled_from(far.global_tokens)) if seen else 0
         return Case(
             spec=chosen,
-            n=n,
+            n=0 if missing == "keys" else n,
             heads=heads,
             batch=draw(st.integers(1, min(3, room // heads))),
             dtype=draw(st.sampled_from(far.dtypes)),
@@ -251,8 +372,12 @@ def cases(spec: Spec | None = None, device: str = "cpu") -> st.SearchStrategy[Ca
             grad_lse=draw(st.sampled_from([False, False, True])),
             seed=draw(st.integers(0, 9999)),
             device=device,
-            m=draw(other),
+            m=n if missing == "keys" and m is None else 0 if missing == "queries" else m,
             query_offset=draw(st.sampled_from([0, 0, 0, 1, chosen.block(1), chosen.span(chosen.num_levels) + 3])),
+            global_tokens=global_tokens,
+            masked=global_tokens > 0 and draw(st.sampled_from([False, True])),
+            loud=global_tokens > 0 and draw(st.sampled_from([False, False, True])),
+            kept=draw(st.sampled_from([None, None, None, None, None, None, "own", "other", "thinned", "thinned"])),
         )
 
     return draw_case()

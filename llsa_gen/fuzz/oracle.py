@@ -16,6 +16,7 @@ from itertools import takewhile
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from llsa_gen import reference
 from llsa_gen.fuzz.case import Case
@@ -25,14 +26,21 @@ CHUNK_ELEMENTS = 1 << 26
 """Elements of the largest intermediate of `truth`: half a gigabyte."""
 
 RESULTS = ("o", "lse", "dq", "dk", "dv")
+GLOBAL_RESULTS = ("dk_global", "dv_global")
+
+
+def results(case: Case) -> tuple[str, ...]:
+    """The names of what a case computes."""
+    return RESULTS + (GLOBAL_RESULTS if case.global_tokens else ())
 
 
 @dataclass(frozen=True)
 class Truth:
     """o, dq [B, H, M, D], dk, dv [B, H, N, D] and lse [B, H, M], float64, with the size of each.
 
-    `through_o` is the part of an error in o, relative to it and independent from element to element, that reaches dq
-    and dk: the backward pass reads o, as rounded, for delta = grad_o . o.
+    Where there are global tokens, dk_global and dv_global [B, H, G, D] too; those that take no part have size 0.
+    `through_o` is the part of an error in o, relative to it and independent from element to element, that reaches dq,
+    dk and dk_global: the backward pass reads o, as rounded, for delta = grad_o . o.
     """
 
     values: Mapping[str, Tensor]
@@ -52,25 +60,35 @@ def truth(
     queries: Tensor | None = None,
     grad_lse: Tensor | None = None,
     query_offset: int = 0,
+    k_global: Tensor | None = None,
+    v_global: Tensor | None = None,
+    global_mask: Tensor | None = None,
 ) -> Truth:
-    """The results for q, grad_o [B, H, M, D], k, v [B, H, N, D], grad_lse [B, H, M], selection `kept` held fixed.
+    """The results for q, grad_o [B, H, M, D], k, v [B, H, N, D], grad_lse [B, H, M], the lists `kept` held fixed.
+
+    `k_global` and `v_global` are [B, H, G, D], `global_mask` is [B, G]; what a token that takes no part holds is not
+    read.
 
     With `queries`, integers [R], o, lse and dq are those of these queries alone, and dk and dv what they contribute:
-    all there is where grad_o is zero for every other query. Time R (N + sum T_l) D; memory `CHUNK_ELEMENTS` at a time.
+    all there is where grad_o is zero for every other query. Time R (N + sum T_l + G) D; memory `CHUNK_ELEMENTS` at a
+    time.
     """
     n = k.shape[2]
-    keys, values = (_with_coarse(spec, x) for x in (k, v))
+    mask = k.new_ones((k.shape[0], 0 if k_global is None else k_global.shape[2]), dtype=torch.bool)
+    mask = mask if global_mask is None else global_mask
+    keys, values = (_columns(spec, x, shared, mask) for x, shared in ((k, k_global), (v, v_global)))
     rows_of_results: dict[str, list[Tensor]] = {
         name: [] for name in ("o", "lse", "dq", "|o|", "|lse|", "|dq|", "dq(o)")
     }
     sums = {name: torch.zeros_like(keys) for name in ("dk", "dv", "|dk|", "|dv|", "dk(o)")}
     queries = torch.arange(q.shape[2], device=q.device) if queries is None else queries
-    for rows in queries.split(max(1, CHUNK_ELEMENTS // (keys[..., 0].numel()))):
+    for rows in queries.split(max(1, CHUNK_ELEMENTS // max(1, keys[..., 0].numel()))):
         query, grad = q[:, :, rows].double(), grad_o[:, :, rows].double()
-        bias = reference.weight_rows(spec, kept, rows, n, query_offset=query_offset).log()  # -inf: not attended
+        weights = reference.weight_rows(spec, kept, rows, n, query_offset=query_offset, global_mask=mask)
+        bias = weights.log()  # -inf: not attended
         logits = scale * (query @ keys.mT) + bias
         lse = logits.logsumexp(-1)
-        p = (logits - lse[..., None]).exp()
+        p = (logits - lse[..., None]).exp().masked_fill(bias == -math.inf, 0)  # also where lse is -inf
         o, o_size = p @ values, p @ values.abs()
         delta, delta_size = (grad * o).sum(-1, keepdim=True), (grad.abs() * o_size).sum(-1, keepdim=True)
         delta_error = (grad * o).norm(dim=-1, keepdim=True)
@@ -83,7 +101,7 @@ def truth(
         terms = abs(scale) * (query.abs() @ keys.mT.abs()) + bias.clamp(min=0)
         chunk = {"o": o, "lse": lse, "dq": ds @ keys, "|o|": o_size, "|dq|": ds_size @ keys.abs()}
         chunk["dq(o)"] = abs(scale) * delta_error * (p @ keys).abs()
-        chunk["|lse|"] = terms.masked_fill(bias == -math.inf, 0).amax(-1)
+        chunk["|lse|"] = pad(terms.masked_fill(bias == -math.inf, 0), (0, 1)).amax(-1)  # 0 also where there is no key
         for name, result in chunk.items():
             rows_of_results[name].append(result)
         sums["dk"] += ds.mT @ query
@@ -94,18 +112,31 @@ def truth(
     found = {name: torch.cat(parts, dim=2) for name, parts in rows_of_results.items()}
     sums["dk(o)"].sqrt_()
     del keys, values  # a million tokens take gigabytes of each
+    names, from_o = RESULTS, ("dq", "dk")
+    if k_global is not None:
+        names, from_o = RESULTS + GLOBAL_RESULTS, (*from_o, "dk_global")
+        columns = keys_of(spec, n)
+        for name in list(sums):
+            found[name.replace("dk", "dk_global").replace("dv", "dv_global")] = sums[name][:, :, columns:]
+            sums[name] = sums[name][:, :, :columns]
     found |= {name: _unpool(spec, sums.pop(name), n) for name in list(sums)}
     return Truth(
-        values={name: found[name] for name in RESULTS},
-        sizes={name: found[f"|{name}|"] for name in RESULTS},
-        through_o={name: found[f"{name}(o)"] for name in ("dq", "dk")},
+        values={name: found[name] for name in names},
+        sizes={name: found[f"|{name}|"] for name in names},
+        through_o={name: found[f"{name}(o)"] for name in from_o},
     )
 
 
-def _with_coarse(spec: Spec, x: Tensor) -> Tensor:
-    """[tokens | level 1 | ... | level L], float64."""
+def keys_of(spec: Spec, n: int) -> int:
+    """How many keys there are of all levels, N + T_1 + ... + T_L."""
+    return n + sum(reference.num_tokens(spec, level, n) for level in range(1, spec.num_levels + 1))
+
+
+def _columns(spec: Spec, x: Tensor, shared: Tensor | None, mask: Tensor) -> Tensor:
+    """[tokens | level 1 | ... | level L | globals], float64; zeros for globals that take no part."""
     coarse = [reference.pool(x, spec.span(level)) for level in range(1, spec.num_levels + 1)]
-    return torch.cat([x.double(), *coarse], dim=2)
+    parts = [] if shared is None else [shared.double().masked_fill(~mask[:, None, :, None], 0)]
+    return torch.cat([x.double(), *coarse, *parts], dim=2)
 
 
 def _unpool(spec: Spec, grad: Tensor, n: int) -> Tensor:
@@ -122,13 +153,30 @@ def _unpool(spec: Spec, grad: Tensor, n: int) -> Tensor:
 def yardstick(
     case: Case, q: Tensor, k: Tensor, v: Tensor, grad_o: Tensor, kept: Sequence[Tensor]
 ) -> dict[str, Tensor]:  # fmt: skip
-    """o, dq, dk, dv of the same dense formula that torch evaluates in the dtype of the inputs."""
-    q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
-    o, lse = reference.dense_in_dtype(case.spec, q, k, v, kept, case.scale, query_offset=case.query_offset)
+    """o, dq, dk, dv, and the gradients of global tokens, of the same dense formula that torch evaluates in the dtype of
+    the inputs."""
+    leaves, mask = leaves_of(case, q, k, v)
+    q, k, v, *_ = leaves.values()
+    shared = {name: leaves[name] for name in leaves if name.endswith("_global")} | mask
+    o, lse = reference.dense_in_dtype(case.spec, q, k, v, kept, case.scale, query_offset=case.query_offset, **shared)
+    return {"o": o.detach(), **gradients(case, leaves, o, lse, grad_o)}
+
+
+def leaves_of(case: Case, q: Tensor, k: Tensor, v: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What gradients are taken of, by name: q, k, v and, where there are any, k_global, v_global; and the mask, so."""
+    tensors = {"q": q, "k": k, "v": v} | case.shared()
+    mask = {name: tensors.pop(name) for name in list(tensors) if name == "global_mask"}
+    return {name: x.detach().requires_grad_() for name, x in tensors.items()}, mask
+
+
+def gradients(
+    case: Case, leaves: Mapping[str, Tensor], o: Tensor, lse: Tensor, grad_o: Tensor
+) -> dict[str, Tensor]:  # fmt: skip
+    """dq, dk, dv and the others, by name, from the gradients of o and, where the case has one, of lse."""
     grad_lse = case.gradient_of_lse()
     results, grads = ((o,), (grad_o,)) if grad_lse is None else ((o, lse), (grad_o, grad_lse.to(lse.dtype)))
-    dq, dk, dv = torch.autograd.grad(results, (q, k, v), grads)
-    return {"o": o.detach(), "dq": dq, "dk": dk, "dv": dv}
+    found = torch.autograd.grad(results, tuple(leaves.values()), grads)
+    return {f"d{name}": grad for name, grad in zip(leaves, found, strict=True)}
 
 
 @dataclass(frozen=True)
@@ -159,18 +207,39 @@ def judge_lse(case: Case, lse: Tensor, true: Truth) -> Verdict:
     bound = (16 + case.spec.head_dim / 4) * 2.0**-24 * terms
     if case.torch_dtype != torch.float32:
         bound = bound + 2 * torch.finfo(case.torch_dtype).eps * terms / case.spec.head_dim**0.5
-    ratio = ((lse.double() - true.values["lse"]).abs() / bound).max()
-    return Verdict(float(ratio), 1.0, "float32 sums")
+    error = (lse.double() - true.values["lse"]).abs() / bound
+    nothing = true.values["lse"] == -math.inf
+    error = torch.where(nothing, torch.where(lse == -math.inf, 0.0, math.inf), error)
+    return Verdict(float(error.max()) if error.numel() else 0.0, 1.0, "float32 sums")
+
+
+def check_zeros(case: Case, found: Mapping[str, Tensor], true: Truth) -> list[str]:
+    """What is wrong where docs/semantics.md asks for exact zeros, if anything.
+
+    A query with nothing to attend to has o = 0, lse = -inf and no gradient; a global token that takes no part has none
+    either.
+    """
+    nothing = true.values["lse"] == -math.inf
+    rows = {"o": nothing, "dq": nothing}
+    mask = case.shared().get("global_mask")
+    if mask is not None:
+        rows |= dict.fromkeys(GLOBAL_RESULTS, ~mask[:, None].expand(-1, case.heads, -1))
+    why = {"o": "queries with nothing to attend to", "dq": "queries with nothing to attend to"}
+    return [
+        f"{name}: expected zeros for {why.get(name, 'global tokens that take no part')}, got other numbers"
+        for name, which in rows.items()
+        if found[name].shape == true.values[name].shape and found[name][which].ne(0).any()  # NaN is another number
+    ]
 
 
 def judge(case: Case, name: str, found: Tensor, true: Truth, torchs: Mapping[str, Tensor] | None) -> list[Verdict]:
-    """`found`, one of o, dq, dk, dv, by the two rules of docs/semantics.md; `torchs` is the `yardstick` or None.
+    """`found` by the two rules of docs/semantics.md: o or a gradient; `torchs` is the `yardstick` or None.
 
     On standard normal inputs the error is at most `reference.tolerance` times the norm of the truth. Where almost
     everything cancels in the truth (one key, so that dq and dk are zero), a part of its size stands for it: 1/256,
     less than what remains when terms merely have random signs. In float32 that allows 0.7 roundoffs of the size. dq
-    and dk may be off by what a roundoff of o makes of them besides: little beside the tolerance, but for a few tokens
-    whose gradients nearly cancel.
+    and dk, and dk_global, may be off by what a roundoff of o makes of them besides: little beside the tolerance, but
+    for a few tokens whose gradients nearly cancel.
 
     On any inputs the error is at most twice that of the yardstick, which may by luck have none at all (a softmax over
     one key is exactly 1, equal terms may add up without rounding), and so eight roundoffs of the size more: four are
@@ -190,7 +259,7 @@ def judge(case: Case, name: str, found: Tensor, true: Truth, torchs: Mapping[str
         verdicts.append(Verdict(error, allowed, f"the tolerance of {case.dtype} on standard normal inputs"))
     if torchs is not None:
         torch_error = _norm(torchs[name].double() - true.values[name])
-        logit = 2.0**-24 * float(true.sizes["lse"].max())
+        logit = 2.0**-24 * (float(true.sizes["lse"].max()) if true.sizes["lse"].numel() else 0.0)
         if math.isfinite(torch_error):
             allowed = 2 * torch_error + (8 * roundoff + logit) * size
             verdicts.append(Verdict(error, allowed, "twice torch's own error in that dtype"))
@@ -227,7 +296,7 @@ def _scores_are_exact(case: Case, level: int, q: Tensor, k: Tensor) -> bool:
     """Whether every float32 sum and quotient in the scores of a level is exact, in whatever order it is computed."""
     if not q.any():
         return True
-    if case.values != "integers" or case.popular or math.log2(case.std) % 1:
+    if case.values != "integers" or case.popular or case.loud or math.log2(case.std) % 1:
         return False
     if case.query_offset:
         return False  # the means of cut blocks are not those of the reference, but multiples of them
@@ -237,4 +306,4 @@ def _scores_are_exact(case: Case, level: int, q: Tensor, k: Tensor) -> bool:
             return False  # quotients by other numbers than powers of two
     span = case.spec.span(level)
     largest = reference.pool(q.abs(), span) @ reference.pool(k.abs(), span).mT
-    return bool(largest.max() < 2**24 * (case.std / span) ** 2)
+    return bool((largest < 2**24 * (case.std / span) ** 2).all())

@@ -1,8 +1,8 @@
 """The fuzzer: runs a compiled spec on drawn inputs and compares everything with the float64 reference.
 
-`run(case)` checks one `Case`: the selection by value, attention and its gradients with that selection held fixed, and
-that a second run gives the same bits. `check` draws cases with hypothesis, and shrinks the first that fails to a small
-one, which `CheckFailed.reproducer` runs again when it is pasted.
+`run(case)` checks one `Case`: the selection by value, attention and its gradients with that selection, or the lists
+that are given, held fixed, and that a second run gives the same bits. `check` draws cases with hypothesis, and shrinks
+the first that fails to a small one, which `CheckFailed.reproducer` runs again when it is pasted.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ import secrets
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import hypothesis
 import torch
@@ -64,7 +65,7 @@ class Outcome:
     failures: tuple[str, ...]
     """One sentence for everything that is wrong; empty when all is well."""
     margins: Mapping[str, float]
-    """For o, lse, dq, dk, dv the error as a fraction of what is allowed."""
+    """For o, lse, dq, dk, dv, with global tokens dk_global, dv_global: the error as a fraction of what is allowed."""
 
     @property
     def ok(self) -> bool:
@@ -87,15 +88,18 @@ class Report:
     device: str
     interpreted: bool
     margins: Mapping[str, float]
-    """For o, lse, dq, dk, dv the largest error met, as a fraction of what was allowed."""
+    """For o, lse, dq, dk, dv the largest error met, as a fraction of what was allowed; where global tokens were drawn,
+    for dk_global, dv_global too."""
 
 
 def run(case: Case, store: Store | None = None) -> Outcome:
     """Compile the case's spec, attend forward and backward, and compare.
 
-    Selection is compared by value, and by index where scores tie exactly; o, lse, dq, dk and dv with the float64
-    reference, selection held fixed; and, but in the interpreter, a second run bit by bit. The first run gets its memory
-    full of NaN. What the compiled operator raises comes through as it is. `store` as for `llsa_gen.compile`.
+    Selection is compared by value, and by index where scores tie exactly; o, lse, dq, dk, dv and the gradients of
+    global tokens with the float64 reference, the selection or the given lists held fixed; and, but in the interpreter,
+    a second run bit by bit. Where the given lists are those selected, a run without them has to give the same bits,
+    too. The first run gets its memory full of NaN. What the compiled operator raises comes through as it is. `store` as
+    for `llsa_gen.compile`.
     """
     attention = compile(case.spec, store=store)
     q, k, v, grad_o = case.tensors()
@@ -106,39 +110,56 @@ def run(case: Case, store: Store | None = None) -> Outcome:
         second = attend(attention, case, q, k, v, grad_o)
         changed = [name for name in first if not same_bits(first[name], second[name])]
         failures += [f"{name}: a second run gave other bits" for name in changed]
+    if case.kept == "own":
+        plain = attend(attention, replace(case, kept=None), q, k, v, grad_o)
+        changed = [name for name in first if not same_bits(first[name], plain[name])]
+        failures += [f"{name}: other bits than without the lists, which are those selected" for name in changed]
     kept = [first[f"kept_l{level}"] for level in range(1, case.spec.num_levels + 1)]
     try:
         reference.check_selection(case.spec, q, k, kept, query_offset=case.query_offset)
         oracle.check_exact_ties(case, q, k, kept)
     except AssertionError as error:  # the reference can not attend with ids that are out of range
         return Outcome(case, (*failures, str(error)), {})
-    compared, margins = compare(case, (q, k, v, grad_o), kept, first)
+    compared, margins = compare(case, (q, k, v, grad_o), case.lists(q, k, kept) or kept, first)
     return Outcome(case, (*failures, *compared), margins)
 
 
 def attend(attention: Attention, case: Case, q: Tensor, k: Tensor, v: Tensor, grad_o: Tensor) -> dict[str, Tensor]:
-    """o, lse, dq, dk, dv and kept_l1, kept_l2, ... of one run of the compiled operator, by name."""
-    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-    kept = attention.select(*leaves[:2], query_offset=case.query_offset)
-    o, lse = attention(*leaves, scale=case.scale, return_lse=True, query_offset=case.query_offset)
-    grad_lse = case.gradient_of_lse()
-    results, grads = ((o,), (grad_o,)) if grad_lse is None else ((o, lse), (grad_o, grad_lse))
-    dq, dk, dv = torch.autograd.grad(results, leaves, grads)
-    found = {"o": o.detach(), "lse": lse.detach(), "dq": dq, "dk": dk, "dv": dv}
-    return found | {f"kept_l{level}": ids for level, ids in enumerate(kept, start=1)}
+    """o, lse, dq, dk, dv and kept_l1, kept_l2, ... of one run of the compiled operator, by name.
+
+    With global tokens also dk_global and dv_global. The lists are what it selects, whatever attention is given.
+    """
+    leaves, mask = oracle.leaves_of(case, q, k, v)
+    selected = attention.select(leaves["q"], leaves["k"], query_offset=case.query_offset)
+    options: dict[str, Any] = {name: leaves[name] for name in leaves if name.endswith("_global")} | mask
+    lists = case.lists(q, k, selected)
+    if lists is not None:
+        options |= {"kept": lists, "check_kept": case.seed % 2 == 1}  # which is to make no difference
+    o, lse = attention(
+        leaves["q"], leaves["k"], leaves["v"],
+        scale=case.scale, return_lse=True, query_offset=case.query_offset, **options,
+    )  # fmt: skip
+    found = {"o": o.detach(), "lse": lse.detach(), **oracle.gradients(case, leaves, o, lse, grad_o)}
+    return found | {f"kept_l{level}": ids for level, ids in enumerate(selected, start=1)}
 
 
 def compare(
-    case: Case, inputs: tuple[Tensor, Tensor, Tensor, Tensor], kept: list[Tensor], found: Mapping[str, Tensor]
+    case: Case, inputs: tuple[Tensor, Tensor, Tensor, Tensor], kept: Sequence[Tensor], found: Mapping[str, Tensor]
 ) -> tuple[list[str], dict[str, float]]:
-    """Failures and margins of o, lse, dq, dk, dv found for q, k, v and the gradient of o, selection held fixed."""
+    """Failures and margins of all results found for q, k, v and the gradient of o, the lists `kept` held fixed."""
     true = oracle.truth(
-        case.spec, *inputs, kept, case.softmax_scale, grad_lse=case.gradient_of_lse(), query_offset=case.query_offset
+        case.spec,
+        *inputs,
+        kept,
+        case.softmax_scale,
+        grad_lse=case.gradient_of_lse(),
+        query_offset=case.query_offset,
+        **case.shared(),
     )
     torchs = oracle.yardstick(case, *inputs, kept) if max(case.n, case.queries) <= DENSE_TOKENS else None
-    failures: list[str] = []
+    failures = oracle.check_zeros(case, found, true)
     margins: dict[str, float] = {}
-    for name in oracle.RESULTS:
+    for name in oracle.results(case):
         wanted = torch.float32 if name == "lse" else case.torch_dtype
         if found[name].dtype != wanted or found[name].shape != true.values[name].shape:
             failures.append(
@@ -303,7 +324,7 @@ class _Search:
         except Exception as error:
             return f"{type(error).__name__}: {error}"
         for name, margin in outcome.margins.items():
-            self.margins[name] = max(self.margins[name], margin)
+            self.margins[name] = max(self.margins.get(name, 0.0), margin)
         return "; ".join(outcome.failures) or None
 
     def report(self, seed: int) -> Report:
@@ -322,5 +343,7 @@ def complexity(case: Case) -> tuple[float, ...]:
     """Orders cases by how much there is to look at: the shrunk case is the least of the failing ones."""
     spec = case.spec
     unusual = sum(layout != "contiguous" for layout in case.layouts) + (case.std != 1.0) + case.popular
+    unusual += (case.global_tokens > 0) + case.masked + case.loud + (case.kept is not None)
     work = case.batch * case.heads * case.n
-    return (spec.num_levels, work, unusual, spec.head_dim, sum(level.block + level.topk for level in spec.levels))
+    numbers = sum(level.block + level.topk for level in spec.levels)
+    return (spec.num_levels, work, unusual, case.global_tokens, spec.head_dim, numbers)

@@ -186,28 +186,31 @@ def test_extreme_specs_compile_and_fit(name: str) -> None:
     dtype=st.sampled_from(["float32", "bfloat16"]),
     batch=st.integers(1, 3),
     heads=st.integers(1, 5),
+    queries=st.one_of(st.none(), st.integers(1, 1 << 17)),
 )
-@example(name="llsa_l3", n_tokens=70_001, target="cuda:90", dtype="bfloat16", batch=2, heads=3)
-@example(name="llsa_l2", n_tokens=131_072, target="cuda:90", dtype="bfloat16", batch=2, heads=2)
+@example(name="llsa_l3", n_tokens=70_001, target="cuda:90", dtype="bfloat16", batch=2, heads=3, queries=None)
+@example(name="llsa_l2", n_tokens=131_072, target="cuda:90", dtype="bfloat16", batch=2, heads=2, queries=None)
+@example(name="llsa_l2", n_tokens=131_072, target="cuda:90", dtype="bfloat16", batch=2, heads=2, queries=4096)
 @settings(max_examples=30)
 def test_the_host_code_launches_what_the_plan_says(
-    name: str, n_tokens: int, target: str, dtype: str, batch: int, heads: int
+    name: str, n_tokens: int, target: str, dtype: str, batch: int, heads: int, queries: int | None
 ) -> None:
     n_tokens = min(n_tokens, shipped(name).module.MAX_TOKENS)
-    launches = aot.record(shipped(name), n_tokens, dtype, target, batch=batch, heads=heads)
+    launches = aot.record(shipped(name), n_tokens, dtype, target, batch=batch, heads=heads, m_tokens=queries)
+    m_tokens = n_tokens if queries is None else queries
     plan = lower(shipped(name).spec)
     planned = list(plan.kernels)
     for launch in [launch for launch in launches if launch.phase != "select" and launch.step]:
         step = planned.pop(0)
         assert step.name == launch.step
-        known: dict[str, Any] = {M.name: n_tokens, N.name: n_tokens}
+        known: dict[str, Any] = {M.name: m_tokens, N.name: n_tokens}
         known |= {HEADS.name: batch * heads, KV_HEADS.name: batch * heads}
         programs: Any = step.programs
         in_gluon = {"GROUP": 4, "BLOCK_N": 16}  # where they are no arguments
         values = {symbol: {**in_gluon, **launch.arguments, **known}[symbol.name] for symbol in programs.free_symbols}
         wanted = int(programs.subs(values))
         if launch.kernel in ("attend_hopper_kernel", "grad_q_hopper_kernel"):  # none beyond the last block
-            assert batch * heads * -(-n_tokens // 64) == launch.grid[0] <= wanted
+            assert batch * heads * -(-m_tokens // 64) == launch.grid[0] <= wanted
         else:
             assert launch.grid == (wanted,)
     assert not planned
@@ -314,6 +317,8 @@ def test_wrong_arguments_are_told_in_one_sentence() -> None:
         aot.record(attention, 64, torch.float64, "cuda:90")
     with pytest.raises(ValueError, match=rf"n_tokens: expected 1 to {attention.module.MAX_TOKENS}, got 0"):
         aot.compile_kernels(attention, "cuda:90", "float16", 0)
+    with pytest.raises(ValueError, match=rf"m_tokens: expected 1 to {attention.module.MAX_TOKENS}, got 0"):
+        aot.record(attention, 64, "float16", "cuda:90", m_tokens=0)
     with pytest.raises(ValueError, match="heads: expected at least 1"):
         aot.record(attention, 64, "float16", "cuda:90", heads=0)
     with pytest.raises(ValueError, match="topk_l1 launches no attend_kernle"):

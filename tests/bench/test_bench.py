@@ -129,6 +129,47 @@ def test_a_bench_from_end_to_end(place: Path, baselines: str) -> None:
     assert (place / "again.png").read_bytes() == (place / "p.png").read_bytes()
 
 
+def test_a_bench_of_other_lengths_of_queries(place: Path, baselines: str) -> None:
+    command = (
+        f"{CPU} -n 70 -n 33 -m 33 --dtype float32 --against {baselines}:Space.attend --json rows.json --plot p.png"
+    )
+    result = call(command)
+    assert (result.code, result.err) == (0, "")
+    rows = read([place / "rows.json"])
+    names = ["llsa_gen", "sdpa", "dense_attention:Space.attend"]
+    told = [(row.n_tokens, row.m_tokens, row.implementation) for row in rows]
+    assert told == [(n, m, name) for n, m in ((70, 33), (33, None)) for name in names], "as many as keys is as usual"
+    assert all(row.forward is not None and row.forward_backward is not None for row in rows)
+    assert all((row.error is None) == (row.kind == "other") for row in rows)
+    assert "B=1, H=2, D=8, M=33, float32, called from Python" in result.out
+    again = call("bench --from rows.json --plot again.png")
+    assert (again.code, again.out) == (0, result.out)
+    assert (place / "again.png").read_bytes() == (place / "p.png").read_bytes()
+
+
+@pytest.mark.parametrize(("n", "m", "dense"), [(40, 9, True), (9, 40, True), (41, 9, False), (20, 20, False)])
+def test_dense_attention_is_left_out_where_there_are_many_pairs(n: int, m: int, dense: bool) -> None:
+    request = bench.Request(
+        load(ROOT / "spec" / "llsa_l1.yaml"), (n,), ("float32",), batch=1, heads=1, queries=m, dense_up_to=19
+    )
+    rows = tuple(bench.bench(request))
+    assert len(rows) == request.cells == 1 + dense
+
+
+def test_what_is_sampled_is_of_the_queries(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = load(ROOT / "spec" / "llsa_l2.yaml")
+    for n, m in ((500, 3000), (3000, 5)):
+        case = Case(spec, n=n, m=m, heads=2)
+        queries = bench_check.sample(case)
+        assert {0, m - 1} <= set(queries.tolist()) and queries.max() < m
+        attention, inputs = compiler.compile(spec), case.tensors()
+        assert bench_check.check_ours(attention, case, inputs) < 1
+        (sdpa,) = bench_baselines.dense("cpu", "float32")
+        assert bench_check.check_dense(sdpa, case, inputs, sdpa.function(*inputs[:3])) < 1
+        with pytest.raises(LlsaGenError, match=f"sdpa at {n:,} keys, {m:,} queries, float32: expected o"):
+            bench_check.check_other(sdpa, case, inputs[1])
+
+
 def test_json_alone_is_on_stdout(place: Path) -> None:
     result = call(f"{CPU} -n 20 --dtype bfloat16 --dense-up-to 19 --json -")
     assert (result.code, result.err) == (0, "")
@@ -154,6 +195,9 @@ def test_progress_tells_every_cell(place: Path) -> None:
     rows = tuple(bench.bench(request, told.append))
     assert told == [*(f"{row.implementation}, {row.n_tokens} tokens, float32, eager" for row in rows), ""]
     assert len(rows) == request.cells == 4
+    told.clear()
+    tuple(bench.bench(bench.Request(request.spec, (9,), ("float32",), batch=1, heads=1, queries=4), told.append))
+    assert told == ["llsa_gen, 9 keys, 4 queries, float32, eager", "sdpa, 9 keys, 4 queries, float32, eager", ""]
 
 
 @pytest.mark.parametrize(

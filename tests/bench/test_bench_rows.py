@@ -164,6 +164,20 @@ def test_lines_of_several_dtypes_and_shapes_are_told_apart() -> None:
     assert {line.name for line in lines(rows, "forward")} == {
         "llsa_l2 bfloat16 B=2 H=4 D=64", "llsa_l2 float32 B=2 H=4 D=64", "llsa_l2 bfloat16 B=1 H=4 D=64",
     }  # fmt: skip
+    rows = (row(64, 1.0, 1.0), row(64, 2.0, 2.0, m_tokens=7))
+    assert {line.name for line in lines(rows, "forward")} == {"llsa_l2 B=2 H=4 D=64", "llsa_l2 B=2 H=4 D=64 M=7"}
+
+
+def test_dense_attention_of_as_many_queries_is_compared_with() -> None:
+    ours = row(64, 1.0, 1.0, m_tokens=7)
+    others = [row(64, ms, ms, kind="dense", m_tokens=m) for ms, m in ((3.0, None), (4.0, 8), (5.0, 7))]
+    assert fastest_dense([ours, *others], ours, "forward") == 5.0
+    assert fastest_dense([ours, *others], row(64, 1.0, 1.0), "forward") == 3.0
+
+
+def test_rows_without_a_number_of_queries_are_read(tmp_path: Path) -> None:
+    (tmp_path / "old.json").write_text(dumps(h100()).replace(' "m_tokens": null,\n', ""))
+    assert read([tmp_path / "old.json"]) == h100()
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=8).map(sorted))
@@ -227,6 +241,9 @@ def test_the_work_of_the_kernels_is_that_of_the_cost_model(levels: int) -> None:
     assert sum(one.flops for one in needed.values()) == evaluate(totals.flops, 65_536, 8)
     moved = totals.forward.moved + totals.backward.moved
     assert sum(one.moved_bytes for one in needed.values()) == evaluate(moved, 65_536, 8)
+    needed = work(cost, 65_536, 8, m_tokens=777)
+    assert sum(one.flops for one in needed.values()) == evaluate(totals.flops, 65_536, 8, 777)
+    assert sum(one.moved_bytes for one in needed.values()) == evaluate(moved, 65_536, 8, 777)
 
 
 def test_the_work_of_a_kernel_in_gluon_is_that_of_the_one_whose_place_it_takes() -> None:

@@ -20,11 +20,12 @@ from typer.main import get_command
 
 from llsa_gen import Spec, __version__, aot, compiler, fuzz, load
 from llsa_gen.cli import app
+from llsa_gen.cli import explain as explanation
 from llsa_gen.errors import CheckFailed, SharedMemoryError
 from llsa_gen.fuzz import search
 from llsa_gen.fuzz.case import Case
 from llsa_gen.plan import lower
-from llsa_gen.plan.cost import Cost, evaluate
+from llsa_gen.plan.cost import BYTES, Cost, dense, evaluate
 from llsa_gen.schedule import schedule, target
 from llsa_gen.spec import schema_text
 from llsa_gen.store import Store, tuned
@@ -214,6 +215,46 @@ def test_explain_as_json_is_the_cost_model(place: Path) -> None:
     assert "plan" not in data
 
 
+def test_explain_counts_queries_where_they_are_not_as_many_as_keys(place: Path) -> None:
+    data = call("explain tiny -n 1000 -m 77 --heads 3 --dtype float32 --json").json
+    plan = lower(load("spec/tiny.yaml"))
+    cost = Cost(plan, schedule(plan, target("cuda:90"), 4), "float32")
+    assert (data["n_tokens"], data["m_tokens"]) == (1000, 77)
+    assert data["cost"]["forward_flops"] == evaluate(cost.totals.forward.flops, 1000, 3, 77)
+    assert data["cost"]["backward_bytes_moved"] == evaluate(cost.totals.backward.moved, 1000, 3, 77)
+    assert data["cost"]["saved_bytes"] == evaluate(cost.totals.saved, 1000, 3, 77)
+    assert data["dense"]["backward_flops"] == 10 * 1000 * 77 * 8 * 3
+    assert data["dense"]["forward_bytes_moved"] == 3 * 4 * (2 * 77 * 8 + 2 * 1000 * 8 + 77)
+    assert data["dense"]["saved_bytes"] == 3 * 4 * 77
+    assert sum(level["flops"] for level in data["levels"]) == evaluate(cost.totals.flops, 1000, 3, 77)
+    same = call("explain tiny -n 1000 --heads 3 --dtype float32 --json").json
+    assert data["keys"] == same["keys"] and data["growth"] == same["growth"]
+    for flags in ("", "--plan"):
+        text = call(f"explain tiny -n 1000 --heads 3 --dtype float32 {flags}").out
+        assert call(f"explain tiny -n 1000 -m 1000 --heads 3 --dtype float32 {flags}").out == text
+        assert call(f"explain tiny -n 1000 -m 77 --heads 3 --dtype float32 {flags}").out != text
+
+
+@pytest.mark.parametrize(
+    ("lengths", "said"),
+    [("-n 1000 -m 77", "tiny at 1,000 keys and 77 queries, 8 heads"), ("-n 1 -m 1", "tiny at 1 token, 8 heads"),
+     ("-n 1 --queries 5000", "tiny at 1 key and 5,000 queries, 8 heads"),
+     ("-n 2 -m 1", "tiny at 2 keys and 1 query, 8 heads")],
+)  # fmt: skip
+def test_explain_says_which_lengths_it_is_for(lengths: str, said: str, place: Path) -> None:
+    assert said in call(f"explain tiny {lengths}").out
+
+
+@pytest.mark.parametrize("head_dim", [8, 72])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_dense_attention_of_as_many_queries_is_that_of_the_cost_model(head_dim: int, dtype: str) -> None:
+    here, there = explanation.dense(head_dim, BYTES[dtype]), dense(head_dim, BYTES[dtype])
+    for x, y in ((here.forward, there.forward), (here.backward, there.backward)):
+        for one in ("flops", "moved", "scratch"):
+            assert evaluate(getattr(x, one), 777, 3) == evaluate(getattr(y, one), 777, 3)
+    assert evaluate(here.saved, 777, 3) == evaluate(there.saved, 777, 3)
+
+
 def test_explain_prints_what_the_json_says(place: Path) -> None:
     shutil.copy(ROOT / "spec" / "llsa_l2.yaml", place / "spec")
     result = call("explain llsa_l2 -n 65536")
@@ -266,6 +307,11 @@ def test_a_length_that_the_operator_refuses_is_one_message(place: Path) -> None:
         result = call(f"{command} tiny -n {most + 1}")
         assert (result.code, result.err.count("\n")) == (1, 1)
         assert result.err.startswith(f"n: expected 1 to {most} tokens, the most that tiny takes, got {most + 1}")
+    assert call(f"explain tiny -n 5 -m {most}").code == 0
+    for command in ("explain tiny -n 5", "explain tiny -n 5 --plan", "bench tiny --device cpu -n 5"):
+        result = call(f"{command} -m {most + 1}")
+        assert (result.code, result.err.count("\n")) == (1, 1)
+        assert result.err.startswith(f"m: expected 1 to {most} queries, the most that tiny takes, got {most + 1}")
 
 
 # ---- build and export -------------------------------------------------------------------------------------------
@@ -399,6 +445,8 @@ def test_a_full_disk_is_one_message_and_what_was_there_stays(place: Path) -> Non
     [
         ("explain tiny -n 0", "expected an integer >= 1 and <= 1073741824, got 0"),
         ("explain tiny -n 5 --heads -2", "expected an integer >= 1, got -2"),
+        ("explain tiny -n 5 -m 0", "expected an integer >= 1 and <= 1073741824, got 0"),
+        ("bench tiny -n 5 -m 0", "expected an integer >= 1, got 0"),
         ("check tiny --seed -1", "expected an integer >= 0, got -1"),
         ("check tiny --examples 0", "expected an integer >= 1, got 0"),
     ],
@@ -669,6 +717,7 @@ def test_a_cache_that_cannot_be_listed_is_one_message(place: Path) -> None:
     [
         "", "bogus", "explain", "explain tiny", "explain tiny -n", "explain tiny -n 0", "explain tiny -n -5",
         "explain tiny -n many", "explain tiny -n 1.5", f"explain tiny -n {2**30 + 1}", "explain tiny -n 5 --heads 0",
+        "explain tiny -m 5", "explain tiny -n 5 -m", "explain tiny -n 5 -m many", "bench tiny -m -1",
         "explain tiny -n 5 --dtype float64", "explain tiny -n 5 --bogus", "explain tiny tiny -n 5", "new", "build",
         "check tiny --examples 0", "check tiny --seconds 0", "check tiny --seed -1", "export", "export tiny -o",
         "cache", "cache bogus", "cache why",

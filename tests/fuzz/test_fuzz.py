@@ -19,6 +19,7 @@ from torch import Tensor
 import llsa_gen
 from examples import BRANCHES, spec
 from llsa_gen import Level, Spec, fuzz, reference
+from llsa_gen.compiler import Attention
 from llsa_gen.errors import CheckFailed
 from llsa_gen.fuzz import Case, search
 from llsa_gen.fuzz import case as fuzz_cases
@@ -36,6 +37,12 @@ def test_a_case_is_what_its_text_says(case: Case) -> None:
     assert eval(repr(case), {"Case": Case, "Spec": Spec, "Level": Level}) == case
 
 
+def test_a_case_tells_what_is_new_of_it() -> None:
+    case = Case(SMALL, n=5, global_tokens=3, masked=True, loud=True, kept="thinned")
+    assert repr(case) == f"Case(spec={SMALL!r}, n=5, global_tokens=3, masked=True, loud=True, kept='thinned')"
+    assert eval(repr(case), {"Case": Case, "Spec": Spec, "Level": Level}) == case
+
+
 def test_a_case_tells_only_what_is_unusual() -> None:
     assert repr(Case(SMALL, n=5, std=8.0)) == f"Case(spec={SMALL!r}, n=5, std=8.0)"
 
@@ -50,8 +57,105 @@ def test_tensors_follow_from_the_case(case: Case) -> None:
         assert torch.equal(x, y) and x.shape == shape and x.dtype == case.torch_dtype
         assert x.isfinite().all()
         assert layout != "contiguous" or x.is_contiguous()
-    if case.values == "zero_queries" and not case.popular:
+    if case.values == "zero_queries" and not case.popular and not case.loud:
         assert not tensors[0].any()
+
+
+@settings(max_examples=30)
+@given(case=fuzz.cases(), global_tokens=st.sampled_from([1, 3, 17]))
+def test_global_tokens_follow_from_the_case(case: Case, global_tokens: int) -> None:
+    assert (case.shared() == {}) == (case.global_tokens == 0)
+    case = dataclasses.replace(case, global_tokens=case.global_tokens or global_tokens)
+    shared, again = case.shared(), case.shared()
+    assert [*shared] == ["k_global", "v_global", *["global_mask"] * case.masked]
+    assert all(fuzz.same_bits(shared[name], again[name]) for name in shared)
+    mask = shared.get("global_mask", torch.ones(case.batch, case.global_tokens, dtype=torch.bool))
+    assert mask.dtype == torch.bool and mask.shape == (case.batch, case.global_tokens)
+    for name, layout in zip(("k_global", "v_global"), case.layouts[1:3], strict=True):
+        x = shared[name]
+        assert x.shape == (case.batch, case.heads, case.global_tokens, case.spec.head_dim)
+        assert x.dtype == case.torch_dtype and x.stride() == fuzz_cases.lay_out(torch.empty_like(x), layout).stride()
+        takes_part = mask[:, None, :, None].expand(x.shape)
+        assert torch.equal(x.isfinite(), takes_part) and torch.equal(x.isnan(), ~takes_part)
+
+
+def test_masks_leave_some_tokens_out_and_sometimes_all() -> None:
+    masks = [
+        Case(SMALL, 5, batch=3, global_tokens=8, masked=True, seed=seed).shared()["global_mask"] for seed in range(20)
+    ]
+    assert all(mask.any() and not mask.all() for mask in masks)
+    assert 3 < sum(bool((~mask).all(dim=1).any()) for mask in masks) < 17
+
+
+@pytest.mark.parametrize("std", [0.1, 1.0])
+def test_loud_tokens_are_heard_above_all_others(std: float) -> None:
+    case = Case(spec("loud", 64, (3, 2)), n=200, global_tokens=2, loud=True, std=std)
+    q, k, _, _ = case.tensors()
+    loud, others = ((q @ keys.mT * case.softmax_scale).amax(-1) for keys in (case.shared()["k_global"], k))
+    assert 10 < (loud - others).mean() < 16 and (loud - others).min() > 5
+    assert not case.standard
+
+
+def lists_of(case: Case) -> tuple[list[Tensor], list[Tensor]]:
+    """The lists of the selection, and those that a case gives."""
+    q, k, _, _ = case.tensors()
+    selected = list(reference.select(case.spec, q, k, query_offset=case.query_offset))
+    return selected, case.lists(q, k, selected) or selected
+
+
+@settings(max_examples=60)
+@given(case=fuzz.cases(), kept=st.sampled_from(["own", "other", "thinned"]))
+def test_lists_that_are_given_are_of_what_their_parents_keep(case: Case, kept: fuzz.Kept) -> None:
+    case = dataclasses.replace(case, kept=kept)
+    selected, lists = lists_of(case)
+    assert kept != "own" or all(map(torch.equal, lists, selected))
+    allowed = reference.candidates(case.spec, lists, case.n, query_offset=case.query_offset)
+    for level, (ids, before, candidates) in enumerate(zip(lists, selected, allowed, strict=True), start=1):
+        tokens = reference.num_tokens(case.spec, level, case.n)
+        assert ids.dtype == torch.int32 and ids.shape[:3] == before.shape[:3]
+        if kept == "thinned" and case.layouts[0] != "contiguous" and min(ids.shape[2:]) > 1:
+            assert ids.stride(3) == ids.shape[2]
+        assert ids.shape[3] == before.shape[3] or 1 <= ids.shape[3] <= case.spec.topk(level)
+        assert ((ids >= -1) & (ids < tokens)).all()
+        named = torch.zeros(*ids.shape[:3], tokens + 1, dtype=torch.int32)
+        named.scatter_add_(3, torch.where(ids < 0, tokens, ids).long(), torch.ones_like(ids))
+        assert (named[..., :tokens] <= candidates).all(), "none twice, and none whose parent is not kept"
+
+
+def test_thinned_lists_have_gaps_empty_rows_and_other_widths() -> None:
+    gaps = empty = narrower = reordered = 0
+    for seed in range(30):
+        case = Case(spec("gaps", 8, (3, 4), (2, 3)), n=24, m=40, kept="thinned", seed=seed)
+        selected, lists = lists_of(case)
+        for ids, before in zip(lists, selected, strict=True):
+            missing = ids < 0
+            gaps += bool((missing[..., :-1] & ~missing[..., 1:]).any())
+            empty += bool(missing.all(-1).any())
+            narrower += ids.shape[3] < before.shape[3]
+            reordered += ids.shape == before.shape and not torch.equal(ids[~missing], before[~missing])
+    assert min(gaps, empty, narrower, reordered) > 5
+    short = Case(spec("wide", 8, (3, 40)), n=20, kept="thinned")
+    assert {lists_of(dataclasses.replace(short, seed=seed))[1][0].shape[3] > 7 for seed in range(30)} == {False, True}
+
+
+def test_every_kind_of_case_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Case] = []
+    monkeypatch.setattr(search, "run", lambda case, store: seen.append(case) or fuzz.Outcome(case, (), {}))
+    fuzz.check(examples=600, seed=5)
+    usual = [case for case in seen if not case.global_tokens and case.kept is None]
+    assert len(usual) > len(seen) / 4
+    assert {case.kept for case in seen} == {None, "own", "other", "thinned"}
+    for condition in (
+        lambda case: case.masked, lambda case: case.loud, lambda case: case.global_tokens > 64,
+        lambda case: case.n == 0, lambda case: case.queries == 0, lambda case: case.n == 0 and case.global_tokens,
+        lambda case: case.masked and case.loud, lambda case: case.masked and case.batch > 1,
+        lambda case: case.kept and case.global_tokens, lambda case: case.kept and case.query_offset,
+        lambda case: case.kept == "thinned" and case.masked, lambda case: case.kept and case.grad_lse,
+        lambda case: case.kept == "thinned" and case.spec.enrich == "none" and not case.global_tokens,
+        lambda case: case.kept and case.m, lambda case: case.global_tokens and case.layouts != fuzz_cases.CONTIGUOUS,
+    ):  # fmt: skip
+        assert any(map(condition, seen))
+    assert not any((case.masked or case.loud) and not case.global_tokens for case in seen)
 
 
 STRIDES: dict[fuzz_cases.Layout, Callable[[int, int, int], tuple[int, ...]]] = {
@@ -87,38 +191,60 @@ def test_popular_keys_are_kept_by_every_query() -> None:
 @given(case=fuzz.cases(), chunk=st.sampled_from([1, 1 << 12, 1 << 26]))
 def test_the_truth_is_that_of_autograd_through_the_reference(case: Case, chunk: int) -> None:
     q, k, v, grad_o = case.tensors()
-    kept = reference.select(case.spec, q, k)
+    _, kept = lists_of(case)
+    shared: dict[str, Any] = case.shared()
+    offset = case.query_offset
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fuzz_oracle, "CHUNK_ELEMENTS", chunk if case.n < 50 else 1 << 16)
         grad_lse = case.gradient_of_lse()
-        true = fuzz_oracle.truth(case.spec, q, k, v, grad_o, kept, case.softmax_scale, grad_lse=grad_lse)
-    leaves = [x.detach().double().requires_grad_() for x in (q, k, v)]
+        true = fuzz_oracle.truth(
+            case.spec, q, k, v, grad_o, kept, case.softmax_scale, grad_lse=grad_lse, query_offset=offset, **shared
+        )
+    mask = shared.pop("global_mask", None)
+    leaves = {
+        name: x.detach().double().requires_grad_() for name, x in {"q": q, "k": k, "v": v, **shared}.items()
+    }  # fmt: skip
     o, lse = reference.attention(
-        case.spec, *leaves, scale=case.scale, indices=kept, return_lse=True, round_to=case.torch_dtype
-    )
-    loss = (o * grad_o.double()).sum() + (0.0 if grad_lse is None else (lse * grad_lse.double()).sum())
-    dq, dk, dv = torch.autograd.grad(loss, leaves)
-    for name, expected in {"o": o, "lse": lse, "dq": dq, "dk": dk, "dv": dv}.items():
+        case.spec, **leaves, global_mask=mask, scale=case.scale, indices=kept, return_lse=True,
+        round_to=case.torch_dtype, query_offset=offset,
+    )  # fmt: skip
+    outputs, gradients = ((o,), (grad_o.double(),))
+    if grad_lse is not None:
+        outputs, gradients = (o, lse), (grad_o.double(), grad_lse.double())
+    found = torch.autograd.grad(outputs, tuple(leaves.values()), gradients)
+    wanted = {"o": o, "lse": lse} | {f"d{name}": grad for name, grad in zip(leaves, found, strict=True)}
+    assert [*wanted] == [*true.values] == [*true.sizes] == [*fuzz_oracle.results(case)]
+    for name, expected in wanted.items():
+        nothing = expected.isneginf()
+        assert torch.equal(true.values[name].isneginf(), nothing) and not (nothing.any() and name != "lse")
+        value, expected = (x.masked_fill(nothing, 0) for x in (true.values[name], expected))
         size = true.sizes[name].norm() + 1e-300
-        assert (true.values[name] - expected).norm() <= 1e-12 * size, name
-        assert (true.values[name].abs() <= true.sizes[name] * (1 + 1e-9) + 1e-300).all() or name == "lse"
+        assert (value - expected).norm() <= 1e-12 * size, name
+        assert (value.abs() <= true.sizes[name] * (1 + 1e-9) + 1e-300).all() or name == "lse"
+    if mask is not None:
+        for name in ("dk_global", "dv_global"):
+            assert not true.sizes[name].masked_fill(mask[:, None, :, None], 0).any()
 
 
-@settings(max_examples=40)
-@given(case=fuzz.cases(SMALL), name=st.sampled_from(["o", "lse", "dq", "dk", "dv"]))
+@settings(max_examples=60)
+@given(case=fuzz.cases(SMALL), name=st.sampled_from([*fuzz_oracle.RESULTS, *fuzz_oracle.GLOBAL_RESULTS]))
 def test_no_tolerance_hides_a_mistake(case: Case, name: str) -> None:
     # Results off by two percent are refused: in float32 for all inputs, in half precision for standard normal ones of
     # some length. (Of two tokens nearly all of dq cancels, and what is left is made of the rounding of o.)
     if case.dtype != "float32":
-        case = dataclasses.replace(case, n=64 + case.n, m=None, values="normal", std=1.0, popular=False, scale=None)
-    case = dataclasses.replace(case, query_offset=0)
+        case = dataclasses.replace(
+            case, n=64 + case.n, m=None, values="normal", std=1.0, popular=False, scale=None, loud=False
+        )
+    if name.endswith("_global"):
+        case = dataclasses.replace(case, global_tokens=case.global_tokens or 3)
     q, k, v, grad_o = case.tensors()
-    kept = list(reference.select(case.spec, q, k))
-    grad_lse = case.gradient_of_lse()
-    true = fuzz_oracle.truth(case.spec, q, k, v, grad_o, kept, case.softmax_scale, grad_lse=grad_lse)
+    _, kept = lists_of(case)
+    options: dict[str, Any] = {"grad_lse": case.gradient_of_lse(), "query_offset": case.query_offset, **case.shared()}
+    true = fuzz_oracle.truth(case.spec, q, k, v, grad_o, kept, case.softmax_scale, **options)
     found = {key: x.to(torch.float32 if key == "lse" else case.torch_dtype) for key, x in true.values.items()}
     assert fuzz.compare(case, (q, k, v, grad_o), kept, found)[0] == []
     if name == "lse":
+        assume(true.values["lse"].isfinite().any())
         found[name] += 0.1
     else:
         assume(true.values[name].norm() > 0.005 * true.sizes[name].norm())  # else there is nothing to multiply
@@ -204,6 +330,172 @@ def test_wrong_results_are_noticed(change: Any, message: str, monkeypatch: pytes
         outcome.raise_if_failed()
 
 
+SHARED = Case(SMALL, n=22, batch=2, heads=2, global_tokens=4, masked=True, seed=1)
+GIVEN = Case(SMALL, n=22, heads=2, kept="thinned")
+# queries without blocks and without candidates
+NOTHING = Case(spec("alone", 8, (3, 2), (2, 2), enrich="none"), n=40, heads=2, kept="thinned")
+
+Call = Callable[..., Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Broken:
+    """A compiled operator with a fault in it: `fault` calls it in another way, or changes what it returns."""
+
+    attention: Attention
+    fault: Call
+
+    def select(self, *tensors: Tensor, **options: Any) -> tuple[Tensor, ...]:
+        return self.attention.select(*tensors, **options)
+
+    def __call__(self, *tensors: Tensor, **options: Any) -> Any:
+        return self.fault(self.attention, *tensors, **options)
+
+
+def mask_ignored(attention: Call, *tensors: Tensor, global_mask: Tensor, **options: Any) -> Any:
+    options |= {name: options[name].nan_to_num() for name in ("k_global", "v_global")}
+    return attention(*tensors, **options)
+
+
+def mask_of_another_entry(attention: Call, *tensors: Tensor, global_mask: Tensor, **options: Any) -> Any:
+    options |= {name: options[name].nan_to_num() for name in ("k_global", "v_global")}
+    return attention(*tensors, global_mask=global_mask.flip(0), **options)
+
+
+def masked_tokens_looked_at(attention: Call, *tensors: Tensor, **options: Any) -> Any:
+    o, lse = attention(*tensors, **options)
+    return o + 0 * options["v_global"].sum(dim=2, keepdim=True).to(o.dtype), lse
+
+
+def a_gradient_left_out(attention: Call, *tensors: Tensor, k_global: Tensor, **options: Any) -> Any:
+    cut = torch.cat([k_global[:, :, :-1], k_global[:, :, -1:].detach()], dim=2)
+    return attention(*tensors, k_global=cut, **options)
+
+
+def a_value_left_out(attention: Call, *tensors: Tensor, v_global: Tensor, **options: Any) -> Any:
+    cut = torch.cat([v_global[:, :, :-1], v_global[:, :, -1:].detach()], dim=2)
+    return attention(*tensors, v_global=cut, **options)
+
+
+def values_of_keys(attention: Call, *tensors: Tensor, v_global: Tensor, **options: Any) -> Any:
+    return attention(*tensors, v_global=options["k_global"] + 0 * v_global.nan_to_num(), **options)
+
+
+def global_tokens_left_out(
+    attention: Call, *tensors: Tensor, k_global: Tensor, v_global: Tensor, **options: Any
+) -> Any:  # fmt: skip
+    options.pop("global_mask", None)
+    o, lse = attention(*tensors, **options)
+    return o + 0 * (k_global + v_global).nan_to_num().sum(), lse
+
+
+def counted_twice(attention: Call, *tensors: Tensor, **options: Any) -> Any:
+    twice = {name: torch.cat([options[name]] * 2, dim=2) for name in ("k_global", "v_global")}
+    return attention(*tensors, **(options | twice))
+
+
+def stale_lists(attention: Call, *tensors: Tensor, kept: list[Tensor], check_kept: bool, **options: Any) -> Any:
+    return attention(*tensors, **options)
+
+
+def stale_at_the_top(attention: Any, *tensors: Tensor, kept: list[Tensor], **options: Any) -> Any:
+    *_, top = attention.select(*tensors[:2])
+    return attention(*tensors, kept=[*kept[:-1], top], **(options | {"check_kept": False}))
+
+
+def missing_ids_name_the_first_token(attention: Call, *tensors: Tensor, kept: list[Tensor], **options: Any) -> Any:
+    lists = [torch.where((ids < 0).all(-1, keepdim=True) & (torch.arange(ids.shape[-1]) == 0), 0, ids) for ids in kept]
+    return attention(*tensors, kept=lists, **(options | {"check_kept": False}))
+
+
+def nothing_is_nan(attention: Call, *tensors: Tensor, **options: Any) -> Any:
+    o, lse = attention(*tensors, **options)
+    return o.masked_fill(lse.isneginf()[..., None], torch.nan), lse
+
+
+def nothing_is_little(attention: Call, *tensors: Tensor, **options: Any) -> Any:
+    o, lse = attention(*tensors, **options)
+    return o + 1e-30 * lse.isneginf()[..., None], lse
+
+
+def nothing_has_a_sum(attention: Call, *tensors: Tensor, **options: Any) -> Any:
+    o, lse = attention(*tensors, **options)
+    return o, lse.clamp(min=-1e30)
+
+
+def nothing_has_a_gradient(attention: Call, *tensors: Tensor, **options: Any) -> Any:
+    o, lse = attention(*tensors, **options)
+    nothing = lse.isneginf()[..., None]
+    leak = 1e-20 * tensors[0] * nothing
+    return o + leak - leak.detach(), lse
+
+
+@pytest.mark.parametrize(
+    ("fault", "case", "message"),
+    [
+        (mask_ignored, SHARED, "o: error"),
+        (mask_of_another_entry, SHARED, "o: error"),
+        (masked_tokens_looked_at, SHARED, "o: error nan"),
+        (a_gradient_left_out, dataclasses.replace(SHARED, masked=False), "dk_global: error"),
+        (a_value_left_out, dataclasses.replace(SHARED, masked=False), "dv_global: error"),
+        (values_of_keys, SHARED, "o: error"),
+        (global_tokens_left_out, SHARED, "o: error"),
+        (global_tokens_left_out, dataclasses.replace(SHARED, loud=True, dtype="float16"), "o: error"),
+        (counted_twice, dataclasses.replace(SHARED, masked=False), "lse: error"),
+        (stale_lists, GIVEN, "o: error"),
+        (stale_lists, dataclasses.replace(GIVEN, kept="other"), "o: error"),
+        (stale_at_the_top, dataclasses.replace(GIVEN, kept="other"), "o: error"),
+        (missing_ids_name_the_first_token, GIVEN, "o: error"),
+        (nothing_is_nan, NOTHING, "o: expected zeros for queries with nothing to attend to, got other numbers"),
+        (nothing_is_little, NOTHING, "o: expected zeros for queries with nothing to attend to, got other numbers"),
+        (nothing_has_a_sum, NOTHING, "lse: error inf"),
+        (
+            nothing_has_a_gradient,
+            NOTHING,
+            "dq: expected zeros for queries with nothing to attend to, got other numbers",
+        ),
+    ],
+)
+def test_faults_of_what_is_given_are_noticed(
+    fault: Call, case: Case, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    genuine = search.compile
+    fuzz.run(case).raise_if_failed()
+    monkeypatch.setattr(search, "compile", lambda *given, **options: Broken(genuine(*given, **options), fault))
+    with pytest.raises(CheckFailed, match=message):
+        fuzz.run(case).raise_if_failed()
+
+
+def masked_gradient(found: dict[str, Tensor]) -> None:
+    found["dv_global"][~SHARED.shared()["global_mask"][:, None].expand(-1, SHARED.heads, -1)] = 1e-30
+
+
+def masked_gradient_not_written(found: dict[str, Tensor]) -> None:
+    found["dk_global"][~SHARED.shared()["global_mask"][:, None].expand(-1, SHARED.heads, -1)] = torch.nan
+
+
+@pytest.mark.parametrize(
+    ("change", "name"), [(masked_gradient, "dv_global"), (masked_gradient_not_written, "dk_global")]
+)
+def test_gradients_of_masked_tokens_are_zeros(change: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    alter(monkeypatch, change)
+    first, *_ = fuzz.run(SHARED).failures
+    assert first == f"{name}: expected zeros for global tokens that take no part, got other numbers"
+
+
+def test_other_bits_with_the_lists_that_are_selected_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def attend(attention: Any, case: Case, *tensors: Tensor) -> dict[str, Tensor]:
+        found = genuine(attention, case, *tensors)
+        if case.kept is not None:
+            found["dk_global"] = torch.nextafter(found["dk_global"], torch.tensor(1e9))
+        return found
+
+    case = dataclasses.replace(SHARED, kept="own", masked=False)
+    fuzz.run(case).raise_if_failed()
+    monkeypatch.setattr(search, "attend", attend)
+    assert fuzz.run(case).failures == ("dk_global: other bits than without the lists, which are those selected",)
+
+
 def test_other_bits_in_a_second_run_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     runs = iter((1.0, -1.0))
 
@@ -247,12 +539,25 @@ def test_specs_that_are_drawn_do_not_fill_the_users_cache(tmp_path: Path, monkey
 
 def test_a_check_reports_what_it_did() -> None:
     steps: list[tuple[int, float]] = []
-    report = fuzz.check(SMALL, examples=12, seed=0, progress=lambda *step: steps.append(step))
-    assert [done for done, _ in steps] == list(range(1, 13))
+    report = fuzz.check(SMALL, examples=30, seed=5, progress=lambda *step: steps.append(step))
+    assert [done for done, _ in steps] == list(range(1, 31))
     assert steps == sorted(steps) and steps[-1][1] <= report.seconds
-    assert (report.examples, report.specs, report.seed, report.device) == (12, 1, 0, "cpu")
+    assert (report.examples, report.specs, report.seed, report.device) == (30, 1, 5, "cpu")
     assert not report.interpreted
-    assert all(0.0 < margin <= 1.0 for margin in report.margins.values()) and len(report.margins) == 5
+    assert all(0.0 < margin <= 1.0 for margin in report.margins.values())
+    assert [*report.margins] == [*fuzz_oracle.RESULTS, *fuzz_oracle.GLOBAL_RESULTS]
+
+
+def test_a_check_reports_on_global_tokens_only_where_it_drew_some(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Case] = []
+
+    def run(case: Case, store: Store | None) -> fuzz.Outcome:
+        seen.append(case)
+        return fuzz.Outcome(case, (), dict.fromkeys(fuzz_oracle.results(case), 0.5))
+
+    monkeypatch.setattr(search, "run", run)
+    assert [*fuzz.check(SMALL, examples=1, seed=0).margins] == [*fuzz_oracle.results(seen[0])]
+    assert not seen[0].global_tokens
 
 
 def test_a_check_ends_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
