@@ -41,7 +41,7 @@ SPEC = {
     "name": "topk_b128",
     "reweight": True,
 }
-OPERATOR = "topk_b128_dc6caa1e193c2d14"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
+OPERATOR = "topk_b128_63d0fda6af9eff68"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -2663,11 +2663,11 @@ def without_keys(q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.
 
 def seen_by_all(
     k_global: torch.Tensor | None, v_global: torch.Tensor | None, global_mask: torch.Tensor | None
-) -> tuple[Any, ...] | None:
-    """Global keys, values and their mask, or None for it, contiguous; None where there are no global tokens."""
+) -> GlobalTokens | None:
+    """Global keys, values and their mask or None, as kernels take them; None where there are no global tokens."""
     if k_global is None or v_global is None or k_global.shape[2] == 0:
         return None
-    return k_global.contiguous(), v_global.contiguous(), None if global_mask is None else global_mask.contiguous()
+    return in_one_piece(k_global), in_one_piece(v_global), None if global_mask is None else in_one_piece(global_mask)
 
 
 def rows_checked(kept: Sequence[torch.Tensor] | None, q: torch.Tensor, k: torch.Tensor) -> list[torch.Tensor] | None:
@@ -2679,7 +2679,7 @@ def rows_checked(kept: Sequence[torch.Tensor] | None, q: torch.Tensor, k: torch.
         rows, _ = shapes[f"kept_l{level}"]
         if lists.shape[2] != rows:
             raise ValueError(f"kept, level {level}: expected {rows} rows for M = {q.shape[2]}, got {lists.shape[2]}")
-    return [lists.contiguous() for lists in kept]
+    return [in_one_piece(lists) for lists in kept]
 
 
 def forward(
@@ -2688,7 +2688,8 @@ def forward(
     kept: Sequence[torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """o, lse and what the backward pass needs, memory of the layout `saved`."""
-    shared, more = None, ()
+    shared: GlobalTokens | None = None
+    more: tuple[Any, ...] = ()
     if k_global is not None or kept is not None:
         shared = seen_by_all(k_global, v_global, global_mask)
         more = shared, rows_checked(kept, q, k)
@@ -2705,7 +2706,10 @@ def forward(
 
 
 def in_one_piece(x: torch.Tensor) -> torch.Tensor:
-    """What was saved, copied only if it lies apart or begins at no multiple of 16 bytes: hooks may keep it anywhere."""
+    """`x`, copied only if it lies apart or begins at no multiple of 16 bytes: what was saved, hooks may keep anywhere.
+
+    Kernels that have been compiled for the one kind are not told of the other.
+    """
     if x.is_contiguous() and x.data_ptr() % 16 == 0:
         return x
     return x.clone(memory_format=torch.contiguous_format)
@@ -2721,7 +2725,9 @@ def backward(
 
     With global tokens also the gradients of their keys and values, [B, H, G, D].
     """
-    shared, of_none, more = None, (), ()
+    shared: GlobalTokens | None = None
+    of_none: tuple[torch.Tensor, ...] = ()
+    more: tuple[Any, ...] = ()
     if k_global is not None or kept is not None:
         shared = seen_by_all(k_global, v_global, global_mask)
         more = shared, kept is not None
@@ -2737,9 +2743,11 @@ def backward(
     saved = in_one_piece(saved)
     if not runs_kernels(q):
         with without_autocast():
-            return (*grad_torch(grad_o, grad_lse, q, k, v, saved, scale, shared, kept), *of_none)
-    with on_device_of(q):
-        return (*grad_kernels(grad_o, grad_lse, q, k, v, in_one_piece(o), saved, scale, *more), *of_none)
+            grads = grad_torch(grad_o, grad_lse, q, k, v, saved, scale, shared, kept)
+    else:
+        with on_device_of(q):
+            grads = grad_kernels(grad_o, grad_lse, q, k, v, in_one_piece(o), saved, scale, *more)
+    return (*grads, *of_none) if of_none else grads
 
 
 def in_five(q: torch.Tensor, grads: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
@@ -2770,19 +2778,18 @@ def operator(suffix: str, function: Callable[..., Any], *tensors: torch.Tensor) 
 
 def save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     """Keep what `differentiate` reads."""
-    q, k, v, ctx.scale, *more = inputs
+    q, k, v, ctx.scale = inputs[:4]
     o, _, saved = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(saved)
     ctx.more = None
-    if more and any(
-        x is not None for x in more
-    ):  # global keys and values, their mask, and the lists, each of which may be None
-        *shared, kept = more
-        ctx.more = [x is not None for x in shared], kept is not None
-        ctx.save_for_backward(q, k, v, o, saved, *present(*more))
-    else:
+    if len(inputs) == 4:
         ctx.save_for_backward(q, k, v, o, saved)
+        return
+    more = present(*inputs[4:])  # global keys and values, their mask, and the lists, each of which may be None
+    if more:
+        ctx.more = [x is not None for x in inputs[4:]]
+    ctx.save_for_backward(q, k, v, o, saved, *more)
 
 
 def present(*inputs: torch.Tensor | Sequence[torch.Tensor] | None) -> list[torch.Tensor]:
@@ -2794,36 +2801,34 @@ def present(*inputs: torch.Tensor | Sequence[torch.Tensor] | None) -> list[torch
     return found
 
 
-def as_saved(ctx: Any, tensors: Sequence[torch.Tensor]) -> tuple[Any, ...]:
+def as_saved(given: Sequence[bool], tensors: Sequence[torch.Tensor]) -> tuple[Any, ...]:
     """What `save_for_backward` has kept beside the usual: global keys and values, their mask, the lists, or None."""
-    if ctx.more is None:
-        return ()
-    (of_shared, of_kept), left = ctx.more, iter(tensors)
-    shared = [next(left) if there else None for there in of_shared]
-    return *shared, list(left) if of_kept else None
+    left = iter(tensors)
+    shared = [next(left) if there else None for there in given[:3]]
+    return *shared, list(left) if given[3] else None
 
 
 def differentiate(ctx: Any, grad_o: torch.Tensor | None, grad_lse: torch.Tensor | None, *_: object) -> tuple[Any, ...]:
     """Gradients of the operator's inputs from those of o and lse; the selection is held fixed."""
-    needed = ctx.needs_input_grad  # of a list, a list
-    of_kept = [None] * len(needed[7]) if len(needed) > 7 and isinstance(needed[7], list) else None
-    if grad_o is None and grad_lse is None:
-        return (None, None, None, None, None, None, None, of_kept)[: len(needed)]
-    q, k, v, o, saved, *tensors = ctx.saved_tensors
-    if grad_o is None:
-        grad_o = torch.zeros_like(o)
-    more = as_saved(ctx, tensors)
-    inputs = grad_o, grad_lse, q, k, v, o, saved, ctx.scale, *more
-    if torch.is_grad_enabled() or is_transformed():
-        run = Differentiate.apply
-    elif any(x is not None and is_legacy_batchedtensor(x) for x in (grad_o, grad_lse)):  # by is_grads_batched
-        run = getattr(torch.ops.llsa, OPERATOR + "_backward")
-    else:
-        run = operator("_backward", backward, grad_o, q)
-    dq, dk, dv, *of_globals = run(*inputs)
-    if not more or more[0] is None:
-        of_globals = None, None
-    return (dq, dk, dv, None, *of_globals, None, of_kept)[: len(needed)]
+    grads: Sequence[torch.Tensor | None] = (None,) * 5
+    if grad_o is not None or grad_lse is not None:
+        q, k, v, o, saved, *tensors = ctx.saved_tensors
+        if grad_o is None:
+            grad_o = torch.zeros_like(o)
+        inputs = grad_o, grad_lse, q, k, v, o, saved, ctx.scale
+        if torch.is_grad_enabled() or is_transformed():
+            run = Differentiate.apply
+        elif any(x is not None and is_legacy_batchedtensor(x) for x in (grad_o, grad_lse)):  # by is_grads_batched
+            run = getattr(torch.ops.llsa, OPERATOR + "_backward")
+        else:
+            run = operator("_backward", backward, grad_o, q)
+        grads = run(*inputs) if ctx.more is None else run(*inputs, *as_saved(ctx.more, tensors))
+    if ctx.more is None:
+        return *grads[:3], None
+    of_globals = grads[3:5] if ctx.more[0] else (None, None)
+    needed = ctx.needs_input_grad  # torch's operator wants a list for a list, and nothing for what was left out
+    of_kept = [None] * len(needed[7]) if len(needed) == 8 and isinstance(needed[7], list) else None
+    return (*grads[:3], None, *of_globals, None, of_kept)[: len(needed)]
 
 
 class Attend(torch.autograd.Function):
@@ -3282,12 +3287,12 @@ def may_be_dual() -> bool:
     return getattr(torch.autograd.forward_ad, "_current_level", 0) >= 0
 
 
-def check(tensors: dict[str, torch.Tensor], tokens: str = "N") -> None:
+def check(tensors: dict[str, torch.Tensor], second: str = "k", tokens: str = "N") -> None:
     """One clear error for tensors that the operator does not take: queries first, then keys, and values like them.
 
-    Of the keys and values there are `tokens`.
+    The keys are `second`; of keys and values there are `tokens`.
     """
-    (first, second, *_), q = tensors, next(iter(tensors.values()))
+    first, q = next(iter(tensors.items()))
     dual = may_be_dual() and not torch.compiler.is_compiling()
     like: Any = None
     for name, x in tensors.items():
@@ -3336,7 +3341,7 @@ def check_globals(q: torch.Tensor, k_global: Any, v_global: Any, global_mask: An
         given = {"k_global": k_global, "v_global": v_global, "global_mask": global_mask}
         came = " and ".join(name for name, x in given.items() if x is not None)
         raise ValueError(f"k_global, v_global: expected both or neither, got {came} alone")
-    check({"q": q, "k_global": k_global, "v_global": v_global}, "G")
+    check({"q": q, "k_global": k_global, "v_global": v_global}, "k_global", "G")
     if global_mask is None:
         return
     expected = "expected a bool tensor [B, G], True where a token takes part"
@@ -3446,9 +3451,9 @@ def attention(
     if k_global is not None or kept is not None:
         more = k_global, v_global, global_mask, kept
     if is_plain(q, k, v, *present(*more)) if more else is_plain(q, k, v):
-        needs_grad = torch.is_grad_enabled() and (
-            q.requires_grad or k.requires_grad or v.requires_grad or any(x.requires_grad for x in present(*more[:2]))
-        )
+        needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+        if more and torch.is_grad_enabled():
+            needs_grad = needs_grad or any(x.requires_grad for x in present(*more[:2]))
         run = attend_eagerly if needs_grad else forward
     else:
         run = AttendTransformed.apply if is_transformed() else getattr(torch.ops.llsa, OPERATOR)

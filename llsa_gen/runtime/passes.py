@@ -8,7 +8,7 @@ import torch
 
 if TYPE_CHECKING:
     from llsa_gen.runtime.cpu_stages import attend_torch, grad_torch, select_torch
-    from llsa_gen.runtime.kernels import attend_kernels, grad_kernels, select_kernels
+    from llsa_gen.runtime.kernels import GlobalTokens, attend_kernels, grad_kernels, select_kernels
     from llsa_gen.runtime.launch_plan import empty_like, empty_outputs, empty_selection
     from llsa_gen.runtime.module import INTERPRETED, OPERATOR, Differentiate, saved_shapes
 
@@ -80,11 +80,11 @@ def without_keys(q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.
 
 def seen_by_all(
     k_global: torch.Tensor | None, v_global: torch.Tensor | None, global_mask: torch.Tensor | None
-) -> tuple[Any, ...] | None:
-    """Global keys, values and their mask, or None for it, contiguous; None where there are no global tokens."""
+) -> GlobalTokens | None:
+    """Global keys, values and their mask or None, as kernels take them; None where there are no global tokens."""
     if k_global is None or v_global is None or k_global.shape[2] == 0:
         return None
-    return k_global.contiguous(), v_global.contiguous(), None if global_mask is None else global_mask.contiguous()
+    return in_one_piece(k_global), in_one_piece(v_global), None if global_mask is None else in_one_piece(global_mask)
 
 
 def rows_checked(kept: Sequence[torch.Tensor] | None, q: torch.Tensor, k: torch.Tensor) -> list[torch.Tensor] | None:
@@ -96,7 +96,7 @@ def rows_checked(kept: Sequence[torch.Tensor] | None, q: torch.Tensor, k: torch.
         rows, _ = shapes[f"kept_l{level}"]
         if lists.shape[2] != rows:
             raise ValueError(f"kept, level {level}: expected {rows} rows for M = {q.shape[2]}, got {lists.shape[2]}")
-    return [lists.contiguous() for lists in kept]
+    return [in_one_piece(lists) for lists in kept]
 
 
 def forward(
@@ -105,7 +105,8 @@ def forward(
     kept: Sequence[torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """o, lse and what the backward pass needs, memory of the layout `saved`."""
-    shared, more = None, ()
+    shared: GlobalTokens | None = None
+    more: tuple[Any, ...] = ()
     if k_global is not None or kept is not None:
         shared = seen_by_all(k_global, v_global, global_mask)
         more = shared, rows_checked(kept, q, k)
@@ -122,7 +123,10 @@ def forward(
 
 
 def in_one_piece(x: torch.Tensor) -> torch.Tensor:
-    """What was saved, copied only if it lies apart or begins at no multiple of 16 bytes: hooks may keep it anywhere."""
+    """`x`, copied only if it lies apart or begins at no multiple of 16 bytes: what was saved, hooks may keep anywhere.
+
+    Kernels that have been compiled for the one kind are not told of the other.
+    """
     if x.is_contiguous() and x.data_ptr() % 16 == 0:
         return x
     return x.clone(memory_format=torch.contiguous_format)
@@ -138,7 +142,9 @@ def backward(
 
     With global tokens also the gradients of their keys and values, [B, H, G, D].
     """
-    shared, of_none, more = None, (), ()
+    shared: GlobalTokens | None = None
+    of_none: tuple[torch.Tensor, ...] = ()
+    more: tuple[Any, ...] = ()
     if k_global is not None or kept is not None:
         shared = seen_by_all(k_global, v_global, global_mask)
         more = shared, kept is not None

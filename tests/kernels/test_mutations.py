@@ -56,6 +56,15 @@ WIDE = fuzz.Case(spec("wide", 16, (2, 65)), n=139)
 WHOLE_NONE = fuzz.Case(spec("whole_none", 16, (64, 2), enrich="none"), n=192, dtype="float16")
 # the same; logits of several hundred
 NEGATIVE = fuzz.Case(spec("negative", 16, (64, 2), enrich="none"), n=192, std=8.0, scale=-3.0)
+# tokens that everybody sees, two tiles of them, some masked; of wide blocks without coarse keys, too
+GLOBALS = fuzz.Case(TAILS.spec, n=27, heads=2, batch=2, global_tokens=40, masked=True, seed=3)
+LOUD = fuzz.Case(WHOLE_NONE.spec, n=100, dtype="float16", global_tokens=19, loud=True)
+# enough queries for several splits
+SPLIT_GLOBALS = fuzz.Case(PARTIALS.spec, n=48, global_tokens=3)
+# lists that are given: three levels, gaps anywhere, rows without any
+GIVEN = fuzz.Case(THREE_LEVELS.spec, n=33, m=40, kept="thinned", seed=5)
+GIVEN_NONE = fuzz.Case(WHOLE_NONE.spec, n=192, kept="thinned", seed=1)
+OWN_LISTS = fuzz.Case(WHOLE_NONE.spec, n=192, dtype="float16", kept="own")
 # lse in the loss
 LSE = fuzz.Case(TAILS.spec, n=27, heads=2, grad_lse=True)
 STRIDES = fuzz.Case(TAILS.spec, n=13, heads=2, layouts=("contiguous", "transposed", "contiguous", "contiguous"))
@@ -274,6 +283,83 @@ KERNELS = (
         "in range(first_overflow, last_overflow)",
         "in range(first_overflow, first_overflow)",
         POPULAR,
+    ),
+    # global tokens
+    mutation("all global tokens take part", "tiles.py", "other=0) != 0", "other=0) >= 0", GLOBALS),
+    mutation(
+        "the mask of the first batch entry", "tiles.py", "of_head(mask_ptr, batch,", "of_head(mask_ptr, 0,", GLOBALS
+    ),
+    mutation(
+        "the last tile of globals left out",
+        "walk",
+        "range(0, g_tokens, {{ block",
+        "range(0, g_tokens - 8, {{ block",
+        GLOBALS,
+    ),
+    mutation("globals beyond the last", "tiles.py", "exists = token < g_tokens", "exists = token < g_tokens + 1", LOUD),
+    mutation(
+        "dk of globals by one split",
+        "grad_kv.py",
+        "    for split in range(0, splits):",
+        "    for split in range(0, 1):",
+        SPLIT_GLOBALS,
+    ),
+    mutation(
+        "a global left out of dk",
+        "grad_kv.py",
+        "key, HEAD_DIM, key < g_tokens, grad_k)",
+        "key, HEAD_DIM, key < g_tokens, grad_k * (key > 0).to(tl.float32)[:, None])",
+        SPLIT_GLOBALS,
+    ),
+    mutation(
+        "last query of globals",
+        "grad_kv.py",
+        "tl.minimum(begin + rows_global, m_tokens)",
+        "tl.minimum(begin + rows_global, m_tokens - 1)",
+        GLOBALS,
+    ),
+    mutation("globals not in dq", "grad_q.py", "    if k_global_ptr is not None:", "    if False:", GLOBALS),
+    # given lists
+    mutation(
+        "a given entry not counted", "keep.py", "token, 1, mask=counted", "token, 1, mask=counted & (token > 0)", GIVEN
+    ),
+    mutation(
+        "gaps stay where they are", "keep.py", "to = tl.cumsum(exists, 1) - exists", "to = slot + 0 * exists", GIVEN
+    ),
+    mutation(
+        "lists of another level",
+        "keep.py",
+        'base("given_l%d" % level) }}, given_width',
+        'base("given_l%d" % plan.top) }}, given_width',
+        GIVEN,
+    ),
+    mutation(
+        "a row of nothing is no number",
+        "attend.py",
+        "total = tl.where(nothing, 1.0, total)",
+        "total = tl.where(nothing, 0.0, total)",
+        GIVEN_NONE,
+    ),
+    mutation(
+        "nothing weighs something",
+        "attend.py",
+        'peak = tl.where(nothing, float("inf"), peak)',
+        "peak = peak + 0.0",
+        GIVEN_NONE,
+    ),
+    mutation(
+        "other bits where lists are given",
+        "attend.py",
+        "if not FULL:\n                p =",
+        "if not FULL:\n                p = 1.0001 *",
+        OWN_LISTS,
+    ),
+    mutation(
+        "the selection in place of given lists",
+        "kernels.py",
+        "forward_launches if kept is None else keeping_launches",
+        "forward_launches",
+        GIVEN,
     ),
     mutation("strides of another tensor", "launches.py", "k_steps, v_steps =", "v_steps, k_steps =", STRIDES),
 )
