@@ -7,6 +7,7 @@ import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -175,6 +176,67 @@ def test_lengths_for_kernels_in_gluon(name: str, dtype: fuzz.DType) -> None:
     layouts: Layouts = ("transposed", "sliced", "expanded", "every_second")
     case = fuzz.Case(spec, n=lengths[0], heads=3, batch=2, layouts=layouts, dtype=dtype, device=DEVICE)
     fuzz.run(case).raise_if_failed()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", SPECS)
+def test_global_tokens(name: str, dtype: fuzz.DType) -> None:
+    spec = shipped(name)
+    for n, tokens, masked in ((1, 1, False), (1021, 64, False), (2048, 77, True), (4096, 512, False)):
+        case = fuzz.Case(spec, n=n, heads=2, dtype=dtype, global_tokens=tokens, masked=masked, grad_lse=masked, seed=n)
+        fuzz.run(replace(case, batch=2 if masked else 1, device=DEVICE)).raise_if_failed()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", SPECS)
+def test_given_lists(name: str, dtype: fuzz.DType) -> None:
+    spec = shipped(name)
+    for n, kept in ((1021, "own"), (4096, "own"), (3000, "thinned"), (2048, "other")):
+        fuzz.run(fuzz.Case(spec, n=n, heads=2, dtype=dtype, kept=kept, seed=n, device=DEVICE)).raise_if_failed()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("name", sorted(GLUON))
+def test_global_tokens_and_given_lists_for_kernels_in_gluon(name: str, dtype: fuzz.DType) -> None:
+    spec, (first, *_) = GLUON[name]
+    for n, m, tokens in ((first, None, 100), (first // 2 + 3, first + 5, 128)):
+        case = fuzz.Case(spec, n=n, m=m, dtype=dtype, global_tokens=tokens, device=DEVICE)
+        fuzz.run(replace(case, heads=2, batch=2, masked=True)).raise_if_failed()
+        fuzz.run(replace(case, kept="own")).raise_if_failed()
+        fuzz.run(replace(case, kept="thinned", loud=True)).raise_if_failed()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["topk_b128", "llsa_l2", "uneven"])
+def test_a_global_token_that_outweighs_all_others(name: str, dtype: fuzz.DType) -> None:
+    for scale in (None, -0.3, 0.0):
+        case = fuzz.Case(shipped(name), n=1024, dtype=dtype, global_tokens=70, loud=True, scale=scale, device=DEVICE)
+        fuzz.run(case).raise_if_failed()
+
+
+@pytest.mark.parametrize("spec", BRANCHES, ids=lambda spec: spec.name)
+def test_global_tokens_and_given_lists_in_every_branch(spec: Spec) -> None:
+    case = fuzz.Case(spec, n=701, m=333, heads=2, dtype="bfloat16", global_tokens=45, masked=True, device=DEVICE)
+    fuzz.run(replace(case, kept="thinned")).raise_if_failed()
+    fuzz.run(replace(case, kept="own", dtype="float16")).raise_if_failed()
+
+
+def test_inputs_that_begin_anywhere_beside_those_that_do_not() -> None:
+    # one launch plan for both: what kernels were compiled for has to hold for each
+    attention = llsa_gen.compile(shipped("llsa_l2"))
+    q, k, v, _ = draw(1024, 64, 2, torch.bfloat16)
+    wide, masks = torch.randn(2, 1, 2, 40 * 64 + 1, device=DEVICE).bfloat16(), torch.ones(1, 41, device=DEVICE).bool()
+    lists = [torch.cat([x.flatten(), x.flatten()[:1]]) for x in attention.select(q, k)]
+    shapes = [x.shape for x in attention.select(q, k)]
+    for start in (0, 1):
+        k_global, v_global = (x.flatten()[start : start + 2 * 40 * 64].view(1, 2, 40, 64) for x in wide)
+        mask = masks.flatten()[start : start + 40].view(1, 40)
+        for flat, shape in zip(lists, shapes, strict=True):
+            flat[start : start + shape.numel()] = flat[: shape.numel()].clone()
+        kept = [flat[start : start + shape.numel()].view(shape) for flat, shape in zip(lists, shapes, strict=True)]
+        shared = {"k_global": k_global, "v_global": v_global, "global_mask": mask}
+        found = attention(q, k, v, **shared, kept=kept)
+        assert torch.equal(found, attention(q, k, v, **shared))
 
 
 @pytest.mark.parametrize("name", ["llsa_l1", "llsa_l2", "topk_b128", "uneven"])

@@ -233,6 +233,29 @@ def test_a_checkpoint_may_be_watched_in_one_pass_alone() -> None:
         assert all(map(torch.equal, grads, wanted))
 
 
+SHARING = (
+    "l1_wide", "l1_whole_none", "l2", "l2_fine", "l2_none", "l2_keepers", "l2_large", "l3_middle", "l4_some",
+)  # fmt: skip
+"""Branches of the walk, each of which attends to global tokens in its own place."""
+
+
+@pytest.mark.parametrize(
+    "chosen", [marked(chosen) for chosen in BRANCHES if chosen.name in SHARING], ids=lambda chosen: chosen.name
+)
+def test_global_tokens_and_given_lists(chosen: Spec) -> None:
+    n = min(2 * chosen.span(min(2, chosen.num_levels)) + 1, 150)
+    shared = {"global_tokens": 35, "masked": True, "batch": 2, "grad_lse": True}
+    fuzz.run(fuzz.Case(chosen, n=n, m=29, kept="thinned", **shared)).raise_if_failed()
+    fuzz.run(fuzz.Case(chosen, n=n, dtype="float16", global_tokens=3, kept="own")).raise_if_failed()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("name", ["l1_whole_none", "l2"])
+def test_a_global_token_that_outweighs_all_others(name: str, dtype: fuzz.DType) -> None:
+    chosen = next(chosen for chosen in BRANCHES if chosen.name == name)
+    fuzz.run(fuzz.Case(chosen, n=66, dtype=dtype, global_tokens=20, loud=True)).raise_if_failed()
+
+
 @pytest.mark.parametrize("n", [1, 2, 13])
 def test_lengths_around_one_token_of_the_top(n: int) -> None:
     fuzz.run(fuzz.Case(spec("l2", 16, (4, 2), (3, 2)), n=n, batch=2)).raise_if_failed()

@@ -63,7 +63,7 @@ LOUD = fuzz.Case(WHOLE_NONE.spec, n=100, dtype="float16", global_tokens=19, loud
 SPLIT_GLOBALS = fuzz.Case(PARTIALS.spec, n=48, global_tokens=3)
 # lists that are given: three levels, gaps anywhere, rows without any
 GIVEN = fuzz.Case(THREE_LEVELS.spec, n=33, m=40, kept="thinned", seed=5)
-GIVEN_NONE = fuzz.Case(WHOLE_NONE.spec, n=192, kept="thinned", seed=1)
+GIVEN_NONE = fuzz.Case(WHOLE_NONE.spec, n=192, dtype="float16", kept="thinned", seed=6)
 OWN_LISTS = fuzz.Case(WHOLE_NONE.spec, n=192, dtype="float16", kept="own")
 # lse in the loss
 LSE = fuzz.Case(TAILS.spec, n=27, heads=2, grad_lse=True)
@@ -324,7 +324,11 @@ KERNELS = (
         "a given entry not counted", "keep.py", "token, 1, mask=counted", "token, 1, mask=counted & (token > 0)", GIVEN
     ),
     mutation(
-        "gaps stay where they are", "keep.py", "to = tl.cumsum(exists, 1) - exists", "to = slot + 0 * exists", GIVEN
+        "the last of a given list left out",
+        "keep.py",
+        "(exists > 0) & (to < width)",
+        "(exists > 0) & (to < width - 1)",
+        GIVEN,
     ),
     mutation(
         "lists of another level",
