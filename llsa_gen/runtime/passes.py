@@ -78,13 +78,20 @@ def without_keys(q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.
     return o.zero_(), lse.fill_(float("-inf")), saved.zero_()
 
 
+def in_one_piece(x: torch.Tensor) -> torch.Tensor:
+    """A tensor, copied only if it lies apart or begins at no multiple of 16 bytes: hooks may keep what is saved so."""
+    if x.is_contiguous() and x.data_ptr() % 16 == 0:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
 def seen_by_all(
     k_global: torch.Tensor | None, v_global: torch.Tensor | None, global_mask: torch.Tensor | None
 ) -> tuple[Any, ...] | None:
-    """Global keys, values and their mask, or None for it, contiguous; None where there are no global tokens."""
+    """Global keys, values and their mask, or None for it, each in one piece; None where there are no global tokens."""
     if k_global is None or v_global is None or k_global.shape[2] == 0:
         return None
-    return k_global.contiguous(), v_global.contiguous(), None if global_mask is None else global_mask.contiguous()
+    return in_one_piece(k_global), in_one_piece(v_global), None if global_mask is None else in_one_piece(global_mask)
 
 
 def rows_checked(kept: Sequence[torch.Tensor] | None, q: torch.Tensor, k: torch.Tensor) -> list[torch.Tensor] | None:
@@ -96,7 +103,7 @@ def rows_checked(kept: Sequence[torch.Tensor] | None, q: torch.Tensor, k: torch.
         rows, _ = shapes[f"kept_l{level}"]
         if lists.shape[2] != rows:
             raise ValueError(f"kept, level {level}: expected {rows} rows for M = {q.shape[2]}, got {lists.shape[2]}")
-    return [lists.contiguous() for lists in kept]
+    return [in_one_piece(lists) for lists in kept]
 
 
 def forward(
@@ -119,13 +126,6 @@ def forward(
             return attend_torch(q, k, v, scale, *more)
     with on_device_of(q):
         return attend_kernels(q, k, v, scale, *more)
-
-
-def in_one_piece(x: torch.Tensor) -> torch.Tensor:
-    """What was saved, copied only if it lies apart or begins at no multiple of 16 bytes: hooks may keep it anywhere."""
-    if x.is_contiguous() and x.data_ptr() % 16 == 0:
-        return x
-    return x.clone(memory_format=torch.contiguous_format)
 
 
 def backward(
