@@ -45,7 +45,7 @@ SPEC = {
     "name": "llsa_l2",
     "reweight": True,
 }
-OPERATOR = "llsa_l2_67430444ac343187"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
+OPERATOR = "llsa_l2_fbd8d6abf99bee06"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -4305,6 +4305,16 @@ def without_keys(q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.
     return o.zero_(), lse.fill_(float("-inf")), saved.zero_()
 
 
+def in_one_piece(x: torch.Tensor) -> torch.Tensor:
+    """`x`, copied only if it lies apart or begins at no multiple of 16 bytes: what was saved, hooks may keep anywhere.
+
+    Kernels that have been compiled for the one kind are not told of the other.
+    """
+    if x.is_contiguous() and x.data_ptr() % 16 == 0:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
 def seen_by_all(
     k_global: torch.Tensor | None, v_global: torch.Tensor | None, global_mask: torch.Tensor | None
 ) -> GlobalTokens | None:
@@ -4347,16 +4357,6 @@ def forward(
             return attend_torch(q, k, v, scale, *more)
     with on_device_of(q):
         return attend_kernels(q, k, v, scale, *more)
-
-
-def in_one_piece(x: torch.Tensor) -> torch.Tensor:
-    """`x`, copied only if it lies apart or begins at no multiple of 16 bytes: what was saved, hooks may keep anywhere.
-
-    Kernels that have been compiled for the one kind are not told of the other.
-    """
-    if x.is_contiguous() and x.data_ptr() % 16 == 0:
-        return x
-    return x.clone(memory_format=torch.contiguous_format)
 
 
 def backward(

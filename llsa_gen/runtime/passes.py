@@ -78,6 +78,16 @@ def without_keys(q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.
     return o.zero_(), lse.fill_(float("-inf")), saved.zero_()
 
 
+def in_one_piece(x: torch.Tensor) -> torch.Tensor:
+    """`x`, copied only if it lies apart or begins at no multiple of 16 bytes: what was saved, hooks may keep anywhere.
+
+    Kernels that have been compiled for the one kind are not told of the other.
+    """
+    if x.is_contiguous() and x.data_ptr() % 16 == 0:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
 def seen_by_all(
     k_global: torch.Tensor | None, v_global: torch.Tensor | None, global_mask: torch.Tensor | None
 ) -> GlobalTokens | None:
@@ -120,16 +130,6 @@ def forward(
             return attend_torch(q, k, v, scale, *more)
     with on_device_of(q):
         return attend_kernels(q, k, v, scale, *more)
-
-
-def in_one_piece(x: torch.Tensor) -> torch.Tensor:
-    """`x`, copied only if it lies apart or begins at no multiple of 16 bytes: what was saved, hooks may keep anywhere.
-
-    Kernels that have been compiled for the one kind are not told of the other.
-    """
-    if x.is_contiguous() and x.data_ptr() % 16 == 0:
-        return x
-    return x.clone(memory_format=torch.contiguous_format)
 
 
 def backward(

@@ -21,7 +21,7 @@ import llsa_gen
 from examples import BRANCHES, GLUON
 from examples import spec as make_spec
 from llsa_gen import Spec, fuzz, reference
-from llsa_gen.fuzz.case import Layouts
+from llsa_gen.fuzz.case import Kept, Layouts
 
 pytestmark = pytest.mark.gpu
 
@@ -191,7 +191,8 @@ def test_global_tokens(name: str, dtype: fuzz.DType) -> None:
 @pytest.mark.parametrize("name", SPECS)
 def test_given_lists(name: str, dtype: fuzz.DType) -> None:
     spec = shipped(name)
-    for n, kept in ((1021, "own"), (4096, "own"), (3000, "thinned"), (2048, "other")):
+    lists: tuple[tuple[int, Kept], ...] = ((1021, "own"), (4096, "own"), (3000, "thinned"), (2048, "other"))
+    for n, kept in lists:
         fuzz.run(fuzz.Case(spec, n=n, heads=2, dtype=dtype, kept=kept, seed=n, device=DEVICE)).raise_if_failed()
 
 
@@ -234,9 +235,8 @@ def test_inputs_that_begin_anywhere_beside_those_that_do_not() -> None:
         for flat, shape in zip(lists, shapes, strict=True):
             flat[start : start + shape.numel()] = flat[: shape.numel()].clone()
         kept = [flat[start : start + shape.numel()].view(shape) for flat, shape in zip(lists, shapes, strict=True)]
-        shared = {"k_global": k_global, "v_global": v_global, "global_mask": mask}
-        found = attention(q, k, v, **shared, kept=kept)
-        assert torch.equal(found, attention(q, k, v, **shared))
+        attend = functools.partial(attention, q, k, v, k_global=k_global, v_global=v_global, global_mask=mask)
+        assert all(map(torch.equal, attend(kept=kept, return_lse=True), attend(return_lse=True)))
 
 
 @pytest.mark.parametrize("name", ["llsa_l1", "llsa_l2", "topk_b128", "uneven"])

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,15 @@ def test_every_module_has_every_file_word_for_word_and_after_the_line(spec: Spec
     for name in runtime.FILES:
         assert runtime.text(name) in rest, name
         assert (at := rest.index(runtime.text(name), at)) >= 0, f"{name} is not where FILES has it"
+
+
+@pytest.mark.parametrize("spec", SOME, ids=lambda spec: spec.name)
+def test_nothing_in_a_module_takes_the_name_of_something_else(spec: Spec) -> None:
+    """A function of the host with the name of a kernel's helper would take its place, and be compiled by Triton."""
+    body = ast.parse(render(spec)).body
+    names = [one.name for one in body if isinstance(one, ast.FunctionDef | ast.ClassDef)]
+    names += [x.id for one in body if isinstance(one, ast.Assign) for x in one.targets if isinstance(x, ast.Name)]
+    assert len(names) > 100 and not [name for name, times in Counter(names).items() if times > 1]
 
 
 def test_after_the_line_modules_are_the_same() -> None:
