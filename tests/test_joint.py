@@ -184,6 +184,8 @@ def test_one_split_and_one_cat_a_tensor_and_no_mask_without_one(monkeypatch: pyt
     assert type(o.grad_fn).__name__ == "CatBackward0"
     joint_attention(compile(TWO), q, k, v, globals_first=5, global_mask=torch.ones(2, 5).bool())
     assert masks[1].shape == (2, 1, 1, 40)
+    joint_attention(compile(TWO), q, k, v, globals_first=40, global_mask=torch.zeros(2, 40).bool())
+    assert bool(masks[2].any(-1).all()), "a row without any key is NaN to some of torch's kernels"
 
 
 @pytest.fixture

@@ -150,6 +150,13 @@ def test_a_mask_is_as_good_as_leaving_out() -> None:
     assert all(map(close, found, wanted))
 
 
+def test_what_takes_no_part_has_zero_gradients_whatever_comes_in() -> None:
+    inputs, mask = draw(37, 50, 7), torch.arange(14).view(2, 7) % 3 > 0
+    o = attend(compile(TWO), *inputs, mask)
+    for x in torch.autograd.grad(o, inputs[3:], torch.full_like(o, float("inf"))):
+        assert not x.isfinite().all() and not x.masked_fill(mask[:, None, :, None], 0.0).any()
+
+
 def test_strides_do_not_matter() -> None:
     inputs = draw(37, 50, 8)
     wanted = gradients(compile(TWO), inputs, torch.arange(8).expand(2, 8) % 3 > 0)
