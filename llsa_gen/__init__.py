@@ -12,12 +12,23 @@ if TYPE_CHECKING:
     from llsa_gen import fuzz, reference
     from llsa_gen.compiler import compile
     from llsa_gen.errors import LlsaGenError
-    from llsa_gen.joint import merge
+    from llsa_gen.joint import joint_attention, merge
     from llsa_gen.spec import Level, Spec, load
 
     __version__: str
 
-__all__ = ["Level", "LlsaGenError", "Spec", "__version__", "compile", "fuzz", "load", "merge", "reference"]
+__all__ = [
+    "Level",
+    "LlsaGenError",
+    "Spec",
+    "__version__",
+    "compile",
+    "fuzz",
+    "joint_attention",
+    "load",
+    "merge",
+    "reference",
+]
 
 # Name -> (module, attribute of it; None for the module itself).
 _HOMES = {
@@ -26,6 +37,7 @@ _HOMES = {
     "Spec": ("llsa_gen.spec", "Spec"),
     "compile": ("llsa_gen.compiler", "compile"),
     "fuzz": ("llsa_gen.fuzz", None),
+    "joint_attention": ("llsa_gen.joint", "joint_attention"),
     "load": ("llsa_gen.spec", "load"),
     "merge": ("llsa_gen.joint", "merge"),
     "reference": ("llsa_gen.reference", None),

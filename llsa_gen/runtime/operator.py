@@ -125,12 +125,12 @@ def may_be_dual() -> bool:
     return getattr(torch.autograd.forward_ad, "_current_level", 0) >= 0
 
 
-def check(tensors: dict[str, torch.Tensor], tokens: str = "N") -> None:
+def check(tensors: dict[str, torch.Tensor], second: str = "k", tokens: str = "N") -> None:
     """One clear error for tensors that the operator does not take: queries first, then keys, and values like them.
 
-    Of the keys and values there are `tokens`.
+    The keys are `second`; of keys and values there are `tokens`.
     """
-    (first, second, *_), q = tensors, next(iter(tensors.values()))
+    first, q = next(iter(tensors.items()))
     dual = may_be_dual() and not torch.compiler.is_compiling()
     like: Any = None
     for name, x in tensors.items():
@@ -179,7 +179,7 @@ def check_globals(q: torch.Tensor, k_global: Any, v_global: Any, global_mask: An
         given = {"k_global": k_global, "v_global": v_global, "global_mask": global_mask}
         came = " and ".join(name for name, x in given.items() if x is not None)
         raise ValueError(f"k_global, v_global: expected both or neither, got {came} alone")
-    check({"q": q, "k_global": k_global, "v_global": v_global}, "G")
+    check({"q": q, "k_global": k_global, "v_global": v_global}, "k_global", "G")
     if global_mask is None:
         return
     expected = "expected a bool tensor [B, G], True where a token takes part"
@@ -289,9 +289,9 @@ def attention(
     if k_global is not None or kept is not None:
         more = k_global, v_global, global_mask, kept
     if is_plain(q, k, v, *present(*more)) if more else is_plain(q, k, v):
-        needs_grad = torch.is_grad_enabled() and (
-            q.requires_grad or k.requires_grad or v.requires_grad or any(x.requires_grad for x in present(*more[:2]))
-        )
+        needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+        if more and torch.is_grad_enabled():
+            needs_grad = needs_grad or any(x.requires_grad for x in present(*more[:2]))
         run = attend_eagerly if needs_grad else forward
     else:
         run = AttendTransformed.apply if is_transformed() else getattr(torch.ops.llsa, OPERATOR)

@@ -78,13 +78,20 @@ def without_keys(q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.
     return o.zero_(), lse.fill_(float("-inf")), saved.zero_()
 
 
+def in_one_piece(x: torch.Tensor) -> torch.Tensor:
+    """A tensor, copied only if it lies apart or begins at no multiple of 16 bytes: hooks may keep what is saved so."""
+    if x.is_contiguous() and x.data_ptr() % 16 == 0:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
 def seen_by_all(
     k_global: torch.Tensor | None, v_global: torch.Tensor | None, global_mask: torch.Tensor | None
 ) -> tuple[Any, ...] | None:
-    """Global keys, values and their mask, or None for it, contiguous; None where there are no global tokens."""
+    """Global keys, values and their mask, or None for it, each in one piece; None where there are no global tokens."""
     if k_global is None or v_global is None or k_global.shape[2] == 0:
         return None
-    return k_global.contiguous(), v_global.contiguous(), None if global_mask is None else global_mask.contiguous()
+    return in_one_piece(k_global), in_one_piece(v_global), None if global_mask is None else in_one_piece(global_mask)
 
 
 def rows_checked(kept: Sequence[torch.Tensor] | None, q: torch.Tensor, k: torch.Tensor) -> list[torch.Tensor] | None:
@@ -96,7 +103,7 @@ def rows_checked(kept: Sequence[torch.Tensor] | None, q: torch.Tensor, k: torch.
         rows, _ = shapes[f"kept_l{level}"]
         if lists.shape[2] != rows:
             raise ValueError(f"kept, level {level}: expected {rows} rows for M = {q.shape[2]}, got {lists.shape[2]}")
-    return [lists.contiguous() for lists in kept]
+    return [in_one_piece(lists) for lists in kept]
 
 
 def forward(
@@ -119,13 +126,6 @@ def forward(
             return attend_torch(q, k, v, scale, *more)
     with on_device_of(q):
         return attend_kernels(q, k, v, scale, *more)
-
-
-def in_one_piece(x: torch.Tensor) -> torch.Tensor:
-    """What was saved, copied only if it lies apart or begins at no multiple of 16 bytes: hooks may keep it anywhere."""
-    if x.is_contiguous() and x.data_ptr() % 16 == 0:
-        return x
-    return x.clone(memory_format=torch.contiguous_format)
 
 
 def backward(
@@ -154,9 +154,11 @@ def backward(
     saved = in_one_piece(saved)
     if not runs_kernels(q):
         with without_autocast():
-            return (*grad_torch(grad_o, grad_lse, q, k, v, saved, scale, shared, kept), *of_none)
-    with on_device_of(q):
-        return (*grad_kernels(grad_o, grad_lse, q, k, v, in_one_piece(o), saved, scale, *more), *of_none)
+            grads = grad_torch(grad_o, grad_lse, q, k, v, saved, scale, shared, kept)
+    else:
+        with on_device_of(q):
+            grads = grad_kernels(grad_o, grad_lse, q, k, v, in_one_piece(o), saved, scale, *more)
+    return (*grads, *of_none) if of_none else grads
 
 
 def in_five(q: torch.Tensor, grads: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
@@ -187,19 +189,18 @@ def operator(suffix: str, function: Callable[..., Any], *tensors: torch.Tensor) 
 
 def save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     """Keep what `differentiate` reads."""
-    q, k, v, ctx.scale, *more = inputs
+    q, k, v, ctx.scale = inputs[:4]
     o, _, saved = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(saved)
     ctx.more = None
-    if more and any(
-        x is not None for x in more
-    ):  # global keys and values, their mask, and the lists, each of which may be None
-        *shared, kept = more
-        ctx.more = [x is not None for x in shared], kept is not None
-        ctx.save_for_backward(q, k, v, o, saved, *present(*more))
-    else:
+    if len(inputs) == 4:
         ctx.save_for_backward(q, k, v, o, saved)
+        return
+    more = present(*inputs[4:])  # global keys and values, their mask, and the lists, each of which may be None
+    if more:
+        ctx.more = [x is not None for x in inputs[4:]]
+    ctx.save_for_backward(q, k, v, o, saved, *more)
 
 
 def present(*inputs: torch.Tensor | Sequence[torch.Tensor] | None) -> list[torch.Tensor]:
@@ -211,36 +212,34 @@ def present(*inputs: torch.Tensor | Sequence[torch.Tensor] | None) -> list[torch
     return found
 
 
-def as_saved(ctx: Any, tensors: Sequence[torch.Tensor]) -> tuple[Any, ...]:
+def as_saved(given: Sequence[bool], tensors: Sequence[torch.Tensor]) -> tuple[Any, ...]:
     """What `save_for_backward` has kept beside the usual: global keys and values, their mask, the lists, or None."""
-    if ctx.more is None:
-        return ()
-    (of_shared, of_kept), left = ctx.more, iter(tensors)
-    shared = [next(left) if there else None for there in of_shared]
-    return *shared, list(left) if of_kept else None
+    left = iter(tensors)
+    shared = [next(left) if there else None for there in given[:3]]
+    return *shared, list(left) if given[3] else None
 
 
 def differentiate(ctx: Any, grad_o: torch.Tensor | None, grad_lse: torch.Tensor | None, *_: object) -> tuple[Any, ...]:
     """Gradients of the operator's inputs from those of o and lse; the selection is held fixed."""
-    needed = ctx.needs_input_grad  # of a list, a list
-    of_kept = [None] * len(needed[7]) if len(needed) > 7 and isinstance(needed[7], list) else None
-    if grad_o is None and grad_lse is None:
-        return (None, None, None, None, None, None, None, of_kept)[: len(needed)]
-    q, k, v, o, saved, *tensors = ctx.saved_tensors
-    if grad_o is None:
-        grad_o = torch.zeros_like(o)
-    more = as_saved(ctx, tensors)
-    inputs = grad_o, grad_lse, q, k, v, o, saved, ctx.scale, *more
-    if torch.is_grad_enabled() or is_transformed():
-        run = Differentiate.apply
-    elif any(x is not None and is_legacy_batchedtensor(x) for x in (grad_o, grad_lse)):  # by is_grads_batched
-        run = getattr(torch.ops.llsa, OPERATOR + "_backward")
-    else:
-        run = operator("_backward", backward, grad_o, q)
-    dq, dk, dv, *of_globals = run(*inputs)
-    if not more or more[0] is None:
-        of_globals = None, None
-    return (dq, dk, dv, None, *of_globals, None, of_kept)[: len(needed)]
+    grads: Sequence[torch.Tensor | None] = (None,) * 5
+    if grad_o is not None or grad_lse is not None:
+        q, k, v, o, saved, *tensors = ctx.saved_tensors
+        if grad_o is None:
+            grad_o = torch.zeros_like(o)
+        inputs = grad_o, grad_lse, q, k, v, o, saved, ctx.scale
+        if torch.is_grad_enabled() or is_transformed():
+            run = Differentiate.apply
+        elif any(x is not None and is_legacy_batchedtensor(x) for x in (grad_o, grad_lse)):  # by is_grads_batched
+            run = getattr(torch.ops.llsa, OPERATOR + "_backward")
+        else:
+            run = operator("_backward", backward, grad_o, q)
+        grads = run(*inputs) if ctx.more is None else run(*inputs, *as_saved(ctx.more, tensors))
+    if ctx.more is None:
+        return *grads[:3], None
+    of_globals = grads[3:5] if ctx.more[0] else (None, None)
+    needed = ctx.needs_input_grad  # torch's operator wants a list for a list, and nothing for what was left out
+    of_kept = [None] * len(needed[7]) if len(needed) == 8 and isinstance(needed[7], list) else None
+    return (*grads[:3], None, *of_globals, None, of_kept)[: len(needed)]
 
 
 class Attend(torch.autograd.Function):
