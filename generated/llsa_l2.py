@@ -45,7 +45,7 @@ SPEC = {
     "name": "llsa_l2",
     "reweight": True,
 }
-OPERATOR = "llsa_l2_fbd8d6abf99bee06"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
+OPERATOR = "llsa_l2_277a99edb9c300e2"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -204,7 +204,10 @@ def store_rows(ptr, row, stride, inside, tile):
 
 @triton.jit
 def take_part(token, mask_ptr, batch, g_tokens):
-    """Which of the global tokens `token` of a batch entry take part, by the mask [B, G]: all there are, if there is none."""
+    """Which of the global tokens `token` of a batch entry take part, by the mask [B, G]: all there are, if there is none.
+
+    The host has filled the others with zeros, whatever the caller left there.
+    """
     exists = token < g_tokens
     if mask_ptr is not None:
         exists &= tl.load(of_head(mask_ptr, batch, g_tokens, 1) + token, mask=exists, other=0) != 0
@@ -775,8 +778,8 @@ def attend_globals(
         key = start + tl.arange(0, BLOCK)
         exists = take_part(key, global_mask_ptr, head // heads_per_batch, g_tokens)
         bias = tl.where(exists, 0.0, float("-inf"))
-        k = load_rows(k_base, key, HEAD_DIM, exists)
-        v = load_rows(v_base, key, HEAD_DIM, exists)
+        k = load_rows(k_base, key, HEAD_DIM, key < g_tokens)
+        v = load_rows(v_base, key, HEAD_DIM, key < g_tokens)
         logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale + bias[None, :]
         peak, total, acc = softmax_step(logits, v, peak, total, acc)
     return peak, total, acc
@@ -1090,8 +1093,8 @@ def grad_q_kernel(
             key = start + tl.arange(0, BLOCK_C)
             exists = take_part(key, global_mask_ptr, head // heads_per_batch, g_tokens)
             bias = tl.where(exists, 0.0, float("-inf"))
-            k = load_rows(k_base, key, HEAD_DIM, exists)
-            v = load_rows(v_base, key, HEAD_DIM, exists)
+            k = load_rows(k_base, key, HEAD_DIM, key < g_tokens)
+            v = load_rows(v_base, key, HEAD_DIM, key < g_tokens)
             logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2e + (bias[None, :] - peak[:, None])
             dp = tl.dot(grad_o, tl.trans(v), input_precision="ieee")
             grad_logits = tl.exp2(logits) * (dp - delta[:, None])
@@ -1258,8 +1261,8 @@ def grad_kv_global_kernel(
     key = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     exists = take_part(key, global_mask_ptr, head // heads_per_batch, g_tokens)
     bias = tl.where(exists, 0.0, float("-inf"))
-    k = load_rows(of_head(k_global_ptr, kv_head, g_tokens, HEAD_DIM), key, HEAD_DIM, exists)
-    v = load_rows(of_head(v_global_ptr, kv_head, g_tokens, HEAD_DIM), key, HEAD_DIM, exists)
+    k = load_rows(of_head(k_global_ptr, kv_head, g_tokens, HEAD_DIM), key, HEAD_DIM, key < g_tokens)
+    v = load_rows(of_head(v_global_ptr, kv_head, g_tokens, HEAD_DIM), key, HEAD_DIM, key < g_tokens)
     begin = split * rows_global
     grad_k, grad_v = grad_run(
         head_base(q_ptr, head, stride_qb, stride_qh, heads_per_batch), stride_qn,
@@ -1710,13 +1713,12 @@ class Keys(NamedTuple):
 
 
 @gluon.jit
-def copy_global(k_ptr, v_ptr, mask_ptr, batch, g_tokens, tile, k_to, v_to):
-    """Begin to copy a tile of 64 global keys and values, if there is one; zeros where they take no part."""
+def copy_global(k_ptr, v_ptr, g_tokens, tile, k_to, v_to):
+    """Begin to copy a tile of 64 global keys and values, if there is one; those that take no part are zeros already."""
     if (tile >= 0) & (tile * 64 < g_tokens):
         token = tile * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, COPIED))
-        exists = take_part(token, mask_ptr, batch, g_tokens)
-        copy_rows(k_to, k_ptr, token, HEAD_DIM, exists)
-        copy_rows(v_to, v_ptr, token, HEAD_DIM, exists)
+        copy_rows(k_to, k_ptr, token, HEAD_DIM, token < g_tokens)
+        copy_rows(v_to, v_ptr, token, HEAD_DIM, token < g_tokens)
 
 
 @gluon.jit
@@ -1941,7 +1943,7 @@ def attend_tiles(
         to = before(stage)
         copy_tile(keys, tile + 2, parent, k_tiles.index(to), v_tiles.index(to), FULL)
         if k_global_ptr is not None:
-            copy_global(k_global_ptr, v_global_ptr, global_mask_ptr, batch, g_tokens, tile + 2 - keys.end, k_tiles.index(to), v_tiles.index(to))
+            copy_global(k_global_ptr, v_global_ptr, g_tokens, tile + 2 - keys.end, k_tiles.index(to), v_tiles.index(to))
         hopper.async_copy.commit_group()
         parent = parents_of_tile(keys, tile + 3, FULL)
         products = hopper.warpgroup_mma(q, k_tiles.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
@@ -1998,7 +2000,7 @@ def attend_tiles(
         to = before(stage)
         copy_fine(keys, tile + 2, parent, k_tiles.index(to), v_tiles.index(to), FULL)
         if k_global_ptr is not None:
-            copy_global(k_global_ptr, v_global_ptr, global_mask_ptr, batch, g_tokens, tile + 2 - keys.end, k_tiles.index(to), v_tiles.index(to))
+            copy_global(k_global_ptr, v_global_ptr, g_tokens, tile + 2 - keys.end, k_tiles.index(to), v_tiles.index(to))
         hopper.async_copy.commit_group()
         parent = parents_of_fine(keys, tile + 3)
         k = as_batch(k_tiles.index(stage)).permute((0, 2, 1)).load(RIGHT_BATCH)
@@ -2039,25 +2041,17 @@ def attend_tiles(
             hopper.async_copy.wait_group(1)
             hopper.fence_async_shared()
             to = before(stage)
-            copy_global(k_global_ptr, v_global_ptr, global_mask_ptr, batch, g_tokens, tile + 2, k_tiles.index(to), v_tiles.index(to))
+            copy_global(k_global_ptr, v_global_ptr, g_tokens, tile + 2, k_tiles.index(to), v_tiles.index(to))
             hopper.async_copy.commit_group()
             products = hopper.warpgroup_mma(q, k_tiles.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
             products = hopper.warpgroup_mma_wait(0, deps=[products])
-            seen = products
+            logits = products * scale
             if global_mask_ptr is not None:
-                seen = gl.where(exists, seen, gl.where(scale < 0.0, -LOWEST, LOWEST))
+                logits = gl.where(exists, logits, float("-inf"))
             elif tile * 64 + 64 > g_tokens:
-                seen = gl.where(tile * 64 + column < g_tokens, seen, gl.where(scale < 0.0, -LOWEST, LOWEST))
-            if scale < 0.0:
-                high = gl.min(seen, 1)
-            else:
-                high = gl.max(seen, 1)
-            new_peak = gl.maximum(peak, high * scale)
-            p = gl.exp2(products * scale - new_peak[:, None])
-            if global_mask_ptr is not None:
-                p = gl.where(exists, p, 0.0)
-            elif tile * 64 + 64 > g_tokens:
-                p = gl.where(tile * 64 + column < g_tokens, p, 0.0)
+                logits = gl.where(tile * 64 + column < g_tokens, logits, float("-inf"))
+            new_peak = gl.maximum(peak, gl.max(logits, 1))
+            p = gl.exp2(logits - new_peak[:, None])
             shrink = gl.exp2(peak - new_peak)
             total = total * shrink + gl.sum(p, 1)
             peak = new_peak
@@ -2289,7 +2283,7 @@ def grad_q_hopper_kernel(
         to = before(stage)
         copy_tile(keys, tile + 2, parent, k_tiles.index(to), v_tiles.index(to), FULL)
         if k_global_ptr is not None:
-            copy_global(k_global_ptr, v_global_ptr, global_mask_ptr, batch, g_tokens, tile + 2 - keys.end, k_tiles.index(to), v_tiles.index(to))
+            copy_global(k_global_ptr, v_global_ptr, g_tokens, tile + 2 - keys.end, k_tiles.index(to), v_tiles.index(to))
         hopper.async_copy.commit_group()
         parent = parents_of_tile(keys, tile + 3, FULL)
         weight = gl.where(tile < keys.end_l2, WEIGHT_2, WEIGHT_1)
@@ -2324,7 +2318,7 @@ def grad_q_hopper_kernel(
         to = before(stage)
         copy_fine(keys, tile + 2, parent, k_tiles.index(to), v_tiles.index(to), FULL)
         if k_global_ptr is not None:
-            copy_global(k_global_ptr, v_global_ptr, global_mask_ptr, batch, g_tokens, tile + 2 - keys.end, k_tiles.index(to), v_tiles.index(to))
+            copy_global(k_global_ptr, v_global_ptr, g_tokens, tile + 2 - keys.end, k_tiles.index(to), v_tiles.index(to))
         hopper.async_copy.commit_group()
         parent = parents_of_fine(keys, tile + 3)
         k, v = as_batch(k_tiles.index(stage)), as_batch(v_tiles.index(stage))
@@ -2350,7 +2344,7 @@ def grad_q_hopper_kernel(
             hopper.async_copy.wait_group(1)
             hopper.fence_async_shared()
             to = before(stage)
-            copy_global(k_global_ptr, v_global_ptr, global_mask_ptr, batch, g_tokens, tile + 2, k_tiles.index(to), v_tiles.index(to))
+            copy_global(k_global_ptr, v_global_ptr, g_tokens, tile + 2, k_tiles.index(to), v_tiles.index(to))
             hopper.async_copy.commit_group()
             k, v = k_tiles.index(stage), v_tiles.index(stage)
             products = hopper.warpgroup_mma(q, k.permute((1, 0)), zeros, use_acc=False, is_async=True)
@@ -2448,8 +2442,9 @@ def grad_kv_global_hopper_kernel(
     exists = take_part(key, global_mask_ptr, head // heads_per_batch, g_tokens)
     k_at, column = row_tile(of_head(k_global_ptr, kv_head, g_tokens, HEAD_DIM), key, HEAD_DIM, COPIED)
     v_at, _ = row_tile(of_head(v_global_ptr, kv_head, g_tokens, HEAD_DIM), key, HEAD_DIM, COPIED)
-    k = gl.load(k_at, mask=exists[:, None] & column, other=0.0)
-    v = gl.load(v_at, mask=exists[:, None] & column, other=0.0)
+    inside = (key < g_tokens)[:, None] & column
+    k = gl.load(k_at, mask=inside, other=0.0)
+    v = gl.load(v_at, mask=inside, other=0.0)
     bias = gl.where(exists, 0.0, float("-inf"))
     begin = split * rows_global
     grad_k, grad_v = grad_run_hopper(
@@ -3914,8 +3909,7 @@ class Pyramid:
             parts.append((k_levels[-1], v_levels[-1], weights.expand(self.heads, -1)))
         if of_all:
             keys, values, weights = of_all
-            absent = (weights == float("-inf"))[..., None]
-            parts.append((keys.float().masked_fill(absent, 0.0), values.float().masked_fill(absent, 0.0), weights))
+            parts.append((keys.float(), values.float(), weights))
         together = [torch.cat(x, 1) for x in zip(*parts, strict=True)] if len(parts) > 1 else [*parts, None][0]
         self.shared: Tensors | None = together
 
@@ -4318,10 +4312,16 @@ def in_one_piece(x: torch.Tensor) -> torch.Tensor:
 def seen_by_all(
     k_global: torch.Tensor | None, v_global: torch.Tensor | None, global_mask: torch.Tensor | None
 ) -> GlobalTokens | None:
-    """Global keys, values and their mask or None, as kernels take them; None where there are no global tokens."""
+    """Global keys, values and their mask or None, as kernels take them; None where there are no global tokens.
+
+    Those that take no part are zeros: they weigh nothing, but nothing times infinity is no number.
+    """
     if k_global is None or v_global is None or k_global.shape[2] == 0:
         return None
-    return in_one_piece(k_global), in_one_piece(v_global), None if global_mask is None else in_one_piece(global_mask)
+    if global_mask is None:
+        return in_one_piece(k_global), in_one_piece(v_global), None
+    k_global, v_global = (torch.where(global_mask[:, None, :, None], x, 0.0) for x in (k_global, v_global))
+    return in_one_piece(k_global), in_one_piece(v_global), in_one_piece(global_mask)
 
 
 def rows_checked(kept: Sequence[torch.Tensor] | None, q: torch.Tensor, k: torch.Tensor) -> list[torch.Tensor] | None:

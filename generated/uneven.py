@@ -42,7 +42,7 @@ SPEC = {
     "name": "uneven",
     "reweight": True,
 }
-OPERATOR = "uneven_f6e6531bd85962e0"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
+OPERATOR = "uneven_cb06470a9d925033"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -187,7 +187,10 @@ def store_rows(ptr, row, stride, inside, tile):
 
 @triton.jit
 def take_part(token, mask_ptr, batch, g_tokens):
-    """Which of the global tokens `token` of a batch entry take part, by the mask [B, G]: all there are, if there is none."""
+    """Which of the global tokens `token` of a batch entry take part, by the mask [B, G]: all there are, if there is none.
+
+    The host has filled the others with zeros, whatever the caller left there.
+    """
     exists = token < g_tokens
     if mask_ptr is not None:
         exists &= tl.load(of_head(mask_ptr, batch, g_tokens, 1) + token, mask=exists, other=0) != 0
@@ -814,8 +817,8 @@ def attend_globals(
         key = start + tl.arange(0, BLOCK)
         exists = take_part(key, global_mask_ptr, head // heads_per_batch, g_tokens)
         bias = tl.where(exists, 0.0, float("-inf"))
-        k = load_rows(k_base, key, HEAD_DIM, exists)
-        v = load_rows(v_base, key, HEAD_DIM, exists)
+        k = load_rows(k_base, key, HEAD_DIM, key < g_tokens)
+        v = load_rows(v_base, key, HEAD_DIM, key < g_tokens)
         logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale + bias[None, :]
         peak, total, acc = softmax_step(logits, v, peak, total, acc)
     return peak, total, acc
@@ -1132,8 +1135,8 @@ def grad_q_kernel(
             key = start + tl.arange(0, BLOCK_C)
             exists = take_part(key, global_mask_ptr, head // heads_per_batch, g_tokens)
             bias = tl.where(exists, 0.0, float("-inf"))
-            k = load_rows(k_base, key, HEAD_DIM, exists)
-            v = load_rows(v_base, key, HEAD_DIM, exists)
+            k = load_rows(k_base, key, HEAD_DIM, key < g_tokens)
+            v = load_rows(v_base, key, HEAD_DIM, key < g_tokens)
             logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2e + (bias[None, :] - peak[:, None])
             dp = tl.dot(grad_o, tl.trans(v), input_precision="ieee")
             grad_logits = tl.exp2(logits) * (dp - delta[:, None])
@@ -1300,8 +1303,8 @@ def grad_kv_global_kernel(
     key = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     exists = take_part(key, global_mask_ptr, head // heads_per_batch, g_tokens)
     bias = tl.where(exists, 0.0, float("-inf"))
-    k = load_rows(of_head(k_global_ptr, kv_head, g_tokens, HEAD_DIM), key, HEAD_DIM, exists)
-    v = load_rows(of_head(v_global_ptr, kv_head, g_tokens, HEAD_DIM), key, HEAD_DIM, exists)
+    k = load_rows(of_head(k_global_ptr, kv_head, g_tokens, HEAD_DIM), key, HEAD_DIM, key < g_tokens)
+    v = load_rows(of_head(v_global_ptr, kv_head, g_tokens, HEAD_DIM), key, HEAD_DIM, key < g_tokens)
     begin = split * rows_global
     grad_k, grad_v = grad_run(
         head_base(q_ptr, head, stride_qb, stride_qh, heads_per_batch), stride_qn,
@@ -2894,8 +2897,7 @@ class Pyramid:
             parts.append((k_levels[-1], v_levels[-1], weights.expand(self.heads, -1)))
         if of_all:
             keys, values, weights = of_all
-            absent = (weights == float("-inf"))[..., None]
-            parts.append((keys.float().masked_fill(absent, 0.0), values.float().masked_fill(absent, 0.0), weights))
+            parts.append((keys.float(), values.float(), weights))
         together = [torch.cat(x, 1) for x in zip(*parts, strict=True)] if len(parts) > 1 else [*parts, None][0]
         self.shared: Tensors | None = together
 
@@ -3298,10 +3300,16 @@ def in_one_piece(x: torch.Tensor) -> torch.Tensor:
 def seen_by_all(
     k_global: torch.Tensor | None, v_global: torch.Tensor | None, global_mask: torch.Tensor | None
 ) -> GlobalTokens | None:
-    """Global keys, values and their mask or None, as kernels take them; None where there are no global tokens."""
+    """Global keys, values and their mask or None, as kernels take them; None where there are no global tokens.
+
+    Those that take no part are zeros: they weigh nothing, but nothing times infinity is no number.
+    """
     if k_global is None or v_global is None or k_global.shape[2] == 0:
         return None
-    return in_one_piece(k_global), in_one_piece(v_global), None if global_mask is None else in_one_piece(global_mask)
+    if global_mask is None:
+        return in_one_piece(k_global), in_one_piece(v_global), None
+    k_global, v_global = (torch.where(global_mask[:, None, :, None], x, 0.0) for x in (k_global, v_global))
+    return in_one_piece(k_global), in_one_piece(v_global), in_one_piece(global_mask)
 
 
 def rows_checked(kept: Sequence[torch.Tensor] | None, q: torch.Tensor, k: torch.Tensor) -> list[torch.Tensor] | None:

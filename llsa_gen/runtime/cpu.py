@@ -149,8 +149,7 @@ class Pyramid:
             parts.append((k_levels[-1], v_levels[-1], weights.expand(self.heads, -1)))
         if of_all:
             keys, values, weights = of_all
-            absent = (weights == float("-inf"))[..., None]
-            parts.append((keys.float().masked_fill(absent, 0.0), values.float().masked_fill(absent, 0.0), weights))
+            parts.append((keys.float(), values.float(), weights))
         together = [torch.cat(x, 1) for x in zip(*parts, strict=True)] if len(parts) > 1 else [*parts, None][0]
         self.shared: Tensors | None = together
 

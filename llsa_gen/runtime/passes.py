@@ -91,10 +91,16 @@ def in_one_piece(x: torch.Tensor) -> torch.Tensor:
 def seen_by_all(
     k_global: torch.Tensor | None, v_global: torch.Tensor | None, global_mask: torch.Tensor | None
 ) -> GlobalTokens | None:
-    """Global keys, values and their mask or None, as kernels take them; None where there are no global tokens."""
+    """Global keys, values and their mask or None, as kernels take them; None where there are no global tokens.
+
+    Those that take no part are zeros: they weigh nothing, but nothing times infinity is no number.
+    """
     if k_global is None or v_global is None or k_global.shape[2] == 0:
         return None
-    return in_one_piece(k_global), in_one_piece(v_global), None if global_mask is None else in_one_piece(global_mask)
+    if global_mask is None:
+        return in_one_piece(k_global), in_one_piece(v_global), None
+    k_global, v_global = (torch.where(global_mask[:, None, :, None], x, 0.0) for x in (k_global, v_global))
+    return in_one_piece(k_global), in_one_piece(v_global), in_one_piece(global_mask)
 
 
 def rows_checked(kept: Sequence[torch.Tensor] | None, q: torch.Tensor, k: torch.Tensor) -> list[torch.Tensor] | None:
