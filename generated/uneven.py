@@ -42,7 +42,7 @@ SPEC = {
     "name": "uneven",
     "reweight": True,
 }
-OPERATOR = "uneven_cb06470a9d925033"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
+OPERATOR = "uneven_3811713b5a3e6dfb"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -76,7 +76,7 @@ TILES_1 = {
     "pool": {"CHILDREN": 8, "ROWS": 8, "num_warps": 2, "maxnreg": 96},
     "select_l1": {"BLOCK_M": 16, "BLOCK_N": 32, "KEEP": 8, "num_warps": 1, "num_stages": 2, "DOUBLES": 0},
     "select_l2": {"BLOCK_M": 16, "BLOCK_N": 64, "KEEP": 4, "num_warps": 4, "num_stages": 2, "DOUBLES": 0, "SPLIT": 4},
-    "keep": {"BLOCK_M": 64, "num_warps": 4},
+    "keep": {"BLOCK_M": 16, "num_warps": 4},
     "attend": {"GROUP": 4, "BLOCK_M": 16, "BLOCK_C": 64, "BLOCK_N": 16, "num_warps": 4, "num_stages": 3, "PIPELINED_QK": 0},
     "scan": {"BLOCK": 1024, "num_warps": 4},
     "invert_l1": {"BLOCK_M": 128, "KEYS": 8, "num_warps": 4},
@@ -92,7 +92,7 @@ TILES_2 = {
     "pool": {"CHILDREN": 8, "ROWS": 8, "num_warps": 2},
     "select_l1": {"BLOCK_M": 16, "BLOCK_N": 32, "KEEP": 8, "num_warps": 1, "num_stages": 2, "DOUBLES": 0},
     "select_l2": {"BLOCK_M": 16, "BLOCK_N": 32, "KEEP": 4, "num_warps": 1, "num_stages": 2, "DOUBLES": 0, "SPLIT": 1},
-    "keep": {"BLOCK_M": 64, "num_warps": 4},
+    "keep": {"BLOCK_M": 16, "num_warps": 4},
     "attend": {"GROUP": 2, "BLOCK_M": 16, "BLOCK_C": 16, "BLOCK_N": 16, "num_warps": 8, "num_stages": 2, "PIPELINED_QK": 0},
     "scan": {"BLOCK": 1024, "num_warps": 4},
     "invert_l1": {"BLOCK_M": 128, "KEYS": 8, "num_warps": 4},
@@ -2175,7 +2175,7 @@ def parameter_sizes(function: int) -> list[int]:
 
 def in_triton(tile: dict[str, Any]) -> dict[str, Any]:
     """Tile shapes for the kernel in Triton: in an entry of another backend, its register cap is `triton_maxnreg`."""
-    own = {name: value for name, value in tile.items() if name != "backend"}
+    own = {name: value for name, value in tile.items() if name not in ("backend", "GAPS")}
     if tile.get("backend", "triton") != "triton":
         own.pop("maxnreg", None)
         if "triton_maxnreg" in own:
@@ -2191,11 +2191,12 @@ def is_in_gluon(tile: dict[str, Any]) -> bool:
 def variant(kernel: Any, tile: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Which kernel a launch is, and what it takes of its tile shapes.
 
-    A pair is a kernel in Triton and one in Gluon. The latter may not know partial tiles: those stay in Triton.
+    A pair is a kernel in Triton and one in Gluon. The latter may be slow with partial tiles: those stay in Triton, but
+    where the tiles are partial for the GAPS of given lists alone.
     """
     if not isinstance(kernel, tuple):
         return kernel, in_triton(tile)
-    if not is_in_gluon(tile) or not (PARTIAL_IN_GLUON or tile.get("FULL", True)):
+    if not is_in_gluon(tile) or not (PARTIAL_IN_GLUON or tile.get("FULL", True) or tile["GAPS"]):
         return kernel[0], in_triton(tile)
     taken = ("num_warps", "maxnreg", *kernel[1].arg_names)
     return kernel[1], {name: value for name, value in tile.items() if name in taken}
@@ -2384,7 +2385,8 @@ class Capture:
             self.unknown = True
             return
         with self.noting():
-            warm_others(kernel, tile, programs, values)
+            if not self.at.given:
+                warm_others(kernel, tile, programs, values)
         with self.noting():
             self.at.ready[name] = compiled, [taken[parameter] for parameter in chosen.arg_names[len(values) :]]
         with self.noting():
@@ -2741,6 +2743,15 @@ def attend_kernels(
     return o, lse, saved
 
 
+def where_attended(
+    saved: torch.Tensor, q: torch.Tensor, k: torch.Tensor, grad_o: torch.Tensor, grad_lse: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The gradients of o and lse, 0 for queries that had nothing to attend to, whatever came in there: NaN, say."""
+    nothing = named_views(None, (q, k), saved=saved)["peak"] == float("inf")
+    grad_o = grad_o.masked_fill(nothing[..., None], 0.0)
+    return grad_o, None if grad_lse is None else grad_lse.masked_fill(nothing, 0.0)
+
+
 def grad_kernels(
     grad_o: torch.Tensor, grad_lse: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
     o: torch.Tensor, saved: torch.Tensor, scale: float, shared: GlobalTokens | None = None, given: bool = False,
@@ -2749,6 +2760,8 @@ def grad_kernels(
 
     `given`: whether lists were.
     """
+    if given and LEVELS not in ENRICHED and (shared is None or shared[2] is not None):
+        grad_o, grad_lse = where_attended(saved, q, k, grad_o, grad_lse)
     extras: tuple[Any, ...] = () if grad_lse is None else (grad_lse,)
     names: tuple[str, ...] = () if grad_lse is None else ("grad_lse",)
     of_shared: tuple[torch.Tensor, ...] = ()
@@ -3991,7 +4004,7 @@ def check_globals(q: torch.Tensor, k_global: Any, v_global: Any, global_mask: An
 def lists_of(kept: Any, q: torch.Tensor, k: torch.Tensor, ahead: Any, look: bool) -> list[torch.Tensor]:
     """Given lists for queries with `ahead` rows before them: one clear error, of their entries too if it has to look.
 
-    The query tokens of those rows alone keep nothing.
+    The query tokens of those rows alone keep what zeros select, so that sums have the order of the plain call.
     """
     if not isinstance(kept, list | tuple):
         raise TypeError(f"kept: expected {LEVELS} tensors, one a level, finest first, got {type(kept).__name__}")
@@ -4018,10 +4031,17 @@ def lists_of(kept: Any, q: torch.Tensor, k: torch.Tensor, ahead: Any, look: bool
             rows = "T_l(M)" if compiling else -(-queries // SPANS[level]) - before
             raise ValueError(f"{name}: expected [{batch}, {heads}, {rows}, 1 to {most}], got {list(shape)}")
         pads = ahead is not None if compiling else before > 0
-        whole.append(torch.nn.functional.pad(lists, (0, 0, before, 0), value=-1) if pads else lists)
+        whole.append(torch.cat([first_tokens(lists, before, level, k), lists], 2) if pads else lists)
     if look:
         check_entries(kept, k.shape[2], ahead or 0)
     return whole
+
+
+def first_tokens(lists: torch.Tensor, rows: Any, level: int, k: torch.Tensor) -> torch.Tensor:
+    """What query tokens select whose scores are all equal, as `rows` more of the lists: the first tokens of a level."""
+    token = torch.arange(lists.shape[3], device=lists.device, dtype=lists.dtype)
+    token = token.masked_fill(token * SPANS[level] >= k.shape[2], -1)
+    return token.expand(lists.shape[0], lists.shape[1], rows, lists.shape[3])
 
 
 def autocast(*tensors: torch.Tensor) -> Sequence[torch.Tensor]:

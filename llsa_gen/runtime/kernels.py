@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from llsa_gen.runtime.launch_plan import GIVEN, empty_like, plan_launches, views_of
-    from llsa_gen.runtime.module import LEVELS, forward_launches, grad_launches
+    from llsa_gen.runtime.launch_plan import GIVEN, empty_like, named_views, plan_launches, views_of
+    from llsa_gen.runtime.module import ENRICHED, LEVELS, forward_launches, grad_launches
 
 # ---- spliced into every module from here on
 
@@ -68,6 +68,15 @@ def attend_kernels(
     return o, lse, saved
 
 
+def where_attended(
+    saved: torch.Tensor, q: torch.Tensor, k: torch.Tensor, grad_o: torch.Tensor, grad_lse: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The gradients of o and lse, 0 for queries that had nothing to attend to, whatever came in there: NaN, say."""
+    nothing = named_views(None, (q, k), saved=saved)["peak"] == float("inf")
+    grad_o = grad_o.masked_fill(nothing[..., None], 0.0)
+    return grad_o, None if grad_lse is None else grad_lse.masked_fill(nothing, 0.0)
+
+
 def grad_kernels(
     grad_o: torch.Tensor, grad_lse: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
     o: torch.Tensor, saved: torch.Tensor, scale: float, shared: GlobalTokens | None = None, given: bool = False,
@@ -76,6 +85,8 @@ def grad_kernels(
 
     `given`: whether lists were.
     """
+    if given and LEVELS not in ENRICHED and (shared is None or shared[2] is not None):
+        grad_o, grad_lse = where_attended(saved, q, k, grad_o, grad_lse)
     extras: tuple[Any, ...] = () if grad_lse is None else (grad_lse,)
     names: tuple[str, ...] = () if grad_lse is None else ("grad_lse",)
     of_shared: tuple[torch.Tensor, ...] = ()

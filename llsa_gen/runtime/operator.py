@@ -197,7 +197,7 @@ def check_globals(q: torch.Tensor, k_global: Any, v_global: Any, global_mask: An
 def lists_of(kept: Any, q: torch.Tensor, k: torch.Tensor, ahead: Any, look: bool) -> list[torch.Tensor]:
     """Given lists for queries with `ahead` rows before them: one clear error, of their entries too if it has to look.
 
-    The query tokens of those rows alone keep nothing.
+    The query tokens of those rows alone keep what zeros select, so that sums have the order of the plain call.
     """
     if not isinstance(kept, list | tuple):
         raise TypeError(f"kept: expected {LEVELS} tensors, one a level, finest first, got {type(kept).__name__}")
@@ -224,10 +224,17 @@ def lists_of(kept: Any, q: torch.Tensor, k: torch.Tensor, ahead: Any, look: bool
             rows = "T_l(M)" if compiling else -(-queries // SPANS[level]) - before
             raise ValueError(f"{name}: expected [{batch}, {heads}, {rows}, 1 to {most}], got {list(shape)}")
         pads = ahead is not None if compiling else before > 0
-        whole.append(torch.nn.functional.pad(lists, (0, 0, before, 0), value=-1) if pads else lists)
+        whole.append(torch.cat([first_tokens(lists, before, level, k), lists], 2) if pads else lists)
     if look:
         check_entries(kept, k.shape[2], ahead or 0)
     return whole
+
+
+def first_tokens(lists: torch.Tensor, rows: Any, level: int, k: torch.Tensor) -> torch.Tensor:
+    """What query tokens select whose scores are all equal, as `rows` more of the lists: the first tokens of a level."""
+    token = torch.arange(lists.shape[3], device=lists.device, dtype=lists.dtype)
+    token = token.masked_fill(token * SPANS[level] >= k.shape[2], -1)
+    return token.expand(lists.shape[0], lists.shape[1], rows, lists.shape[3])
 
 
 def autocast(*tensors: torch.Tensor) -> Sequence[torch.Tensor]:

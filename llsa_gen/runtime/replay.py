@@ -207,7 +207,8 @@ class Capture:
             self.unknown = True
             return
         with self.noting():
-            warm_others(kernel, tile, programs, values)
+            if not self.at.given:
+                warm_others(kernel, tile, programs, values)
         with self.noting():
             self.at.ready[name] = compiled, [taken[parameter] for parameter in chosen.arg_names[len(values) :]]
         with self.noting():

@@ -97,7 +97,7 @@ def _rules(plan: Plan, goal: Target, element: int) -> dict[str, Entry]:
         result["pool_sums"] = _pool_sums(plan)
     for level in plan.levels:
         result[f"select_l{level}"] = _select(plan, goal, element, level)
-    result["keep"] = {"BLOCK_M": max(1, 1024 // pad(max(map(plan.most_kept, plan.levels)))), "num_warps": 4}
+    result["keep"] = {"BLOCK_M": max(1, 256 // pad(max(map(plan.most_kept, plan.levels)))), "num_warps": 4}
     result["attend"] = _walk(plan, goal, element, "attend")
     result["scan"] = {"BLOCK": 1024, "num_warps": 4}
     for level in plan.levels:
