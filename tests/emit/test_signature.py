@@ -43,7 +43,8 @@ def as_parameters(argument: str) -> list[str]:
         letter = next(x for x, name in STRIDES.items() if argument == f"*{name}_steps")
         return [f"stride_{letter}{axis}" for axis in "bhn"]
     argument = argument.removeprefix("handed_")
-    return [argument.removeprefix("at.")] if argument.startswith("at.") or argument == "scale" else [f"{argument}_ptr"]
+    number = {"pooled_tokens": "m_tokens"}.get(argument.removeprefix("at."), argument.removeprefix("at."))
+    return [number] if argument.startswith("at.") or argument == "scale" else [f"{argument}_ptr"]
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)

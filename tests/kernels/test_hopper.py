@@ -86,7 +86,9 @@ def test_tensors_that_begin_anywhere_are_left_to_triton() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "target_of", lambda device: "cuda:90")
         found = [
-            module.launch_plan.__wrapped__(torch.device("cuda"), torch.bfloat16, shape, shape, strides, starts, False)
+            module.launch_plan.__wrapped__(
+                torch.device("cuda"), torch.bfloat16, shape, shape, strides, starts, (), 0, ()
+            )
             for starts in ((0, 0, 0), (0, 2, 0))
         ]
     names = ("backend", "maxnreg", "triton_maxnreg")
