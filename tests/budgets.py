@@ -47,30 +47,35 @@ class Cell:
     target: str
     dtype: str
     spec: str
+    shared: bool = False  # with global tokens and given lists
 
     def __str__(self) -> str:
-        return f"{self.target}/{self.dtype}/{self.spec}"
+        return f"{self.target}/{self.dtype}/{self.spec}{'+shared' * self.shared}"
 
 
 # bfloat16 is what people train in: everywhere, whole. float32 takes the same code through other tiles and other
 # instructions: two specs that differ in blocks and head dim. float16 differs from bfloat16 in its instructions alone.
 CELLS = [Cell(target, "bfloat16", spec) for target in TARGETS for spec in SPECS]
 CELLS += [Cell("cuda:90", "float32", spec) for spec in SPECS[:2]] + [Cell("cuda:90", "float16", SPECS[0])]
+CELLS += [Cell("cuda:90", "bfloat16", spec, shared=True) for spec in SPECS[:4]]
+CELLS += [Cell(target, "bfloat16", spec, shared=True) for target in ("cuda:80", "hip:gfx942") for spec in SPECS[:2]]
+CELLS += [Cell("cuda:90", "float32", SPECS[1], shared=True)]
 
 
 def measure(cell: Cell) -> list[aot.Report]:
     """What the kernels that are this cell's own take: remembered, or compiled where they have changed."""
-    return compiled.compile_kernels(*_arguments(cell), kernels=own) if (own := own_kernels(cell)) else []
+    own = own_kernels(cell)
+    return compiled.compile_kernels(*_arguments(cell), kernels=own, shared=cell.shared) if own else []
 
 
 def measured(cell: Cell, kernels: set[str]) -> list[tuple[str, aot.Report]]:
     """The same of `kernels`, compiled now, by the keys of tests/compiled.json."""
-    return compiled.measured(*_arguments(cell), kernels) if kernels else []
+    return compiled.measured(*_arguments(cell), kernels, cell.shared) if kernels else []
 
 
 def _arguments(cell: Cell) -> tuple[Attention, str, str, int | None]:
     # variants for other lengths differ by their masks and not by target: they are compiled for one
-    n_tokens = None if cell.target == "cuda:90" else aot.USUAL_TOKENS
+    n_tokens = None if cell.target == "cuda:90" and not cell.shared else aot.USUAL_TOKENS
     return compile(ROOT / "spec" / f"{cell.spec}.yaml"), cell.target, cell.dtype, n_tokens
 
 
@@ -109,7 +114,7 @@ def own_kernels(cell: Cell) -> set[str]:
 def _launched(cell: Cell) -> dict[str, str]:
     """What a cell launches: everything that Triton would compile, as text, and the name of the kernel."""
     attention = compile(ROOT / "spec" / f"{cell.spec}.yaml")
-    made = aot.distinct(attention, cell.target, cell.dtype, aot.USUAL_TOKENS)
+    made = aot.distinct(attention, cell.target, cell.dtype, aot.USUAL_TOKENS, shared=cell.shared)
     return {compiled.identity(one): one.launch.kernel for one in made}
 
 

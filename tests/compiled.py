@@ -37,10 +37,11 @@ def compile_kernels(
     n_tokens: int | None = None,
     *,
     kernels: Collection[str] | None = None,
+    shared: bool = False,
 ) -> list[aot.Report]:
     """As `aot.compile_kernels`; what is remembered took no seconds, and has no raw figures."""
     found = []
-    for one in aot.distinct(attention, target, dtype, n_tokens, kernels=kernels):
+    for one in aot.distinct(attention, target, dtype, n_tokens, kernels=kernels, shared=shared):
         before = stored().get(key(one, target))
         if before is not None and not has_its_turn(key(one, target)):
             found.append(_remembered(one, target, dtype, before))
@@ -105,11 +106,17 @@ def stored() -> dict[str, list[int]]:
 
 
 def measured(
-    attention: Attention | ModuleType, target: str, dtype: str, n_tokens: int | None, kernels: Collection[str] | None
+    attention: Attention | ModuleType,
+    target: str,
+    dtype: str,
+    n_tokens: int | None,
+    kernels: Collection[str] | None,
+    shared: bool = False,
 ) -> list[tuple[str, aot.Report]]:
     """The same, all compiled now: their keys and reports, for `remember`."""
-    keys = [key(one, target) for one in aot.distinct(attention, target, dtype, n_tokens, kernels=kernels)]
-    return list(zip(keys, aot.compile_kernels(attention, target, dtype, n_tokens, kernels=kernels), strict=True))
+    options: dict[str, Any] = {"kernels": kernels, "shared": shared}
+    keys = [key(one, target) for one in aot.distinct(attention, target, dtype, n_tokens, **options)]
+    return list(zip(keys, aot.compile_kernels(attention, target, dtype, n_tokens, **options), strict=True))
 
 
 @cache

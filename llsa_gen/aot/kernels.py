@@ -42,6 +42,9 @@ USUAL_TOKENS = 65_536
 SHORT_TOKENS = 8_192
 """A length whose inputs the cache holds, and whose coarsest level has few candidates."""
 
+SHARED: tuple[dict[str, Any], ...] = ({"g_tokens": 512}, {"g_tokens": 512, "masked": True, "given": True})
+"""What else calls may have: global tokens; and a mask of them, and lists that are given."""
+
 MANIFEST = "manifest.json"
 
 
@@ -94,15 +97,17 @@ def compile_kernels(
     batch: int = 2,
     heads: int = 4,
     kernels: Collection[str] | None = None,
+    shared: bool = False,
 ) -> list[Report]:
     """Compile every distinct kernel of a module for `target`, or those named in `kernels`, and report on each.
 
     A kernel is distinct when its constexprs, options or argument types are. The launches are those for q, k, v
     [batch, heads, n_tokens, D]; without `n_tokens` those of 65,536 tokens and, for variants that only other sequences
-    need, those of one token less, of the longest or of a short one. Needs no GPU. Raises
-    KernelCompileError where Triton fails, and what `record` raises.
+    need, those of one token less, of the longest or of a short one. With `shared` they are of calls with global tokens
+    and given lists. Needs no GPU. Raises KernelCompileError where Triton fails, and what `record` raises.
     """
-    return [compiled.report for compiled in _compile(attention, target, dtype, n_tokens, batch, heads, kernels)]
+    done = _compile(attention, target, dtype, n_tokens, batch, heads, kernels, shared)
+    return [compiled.report for compiled in done]
 
 
 @dataclass(frozen=True)
@@ -123,11 +128,15 @@ def distinct(
     batch: int = 2,
     heads: int = 4,
     kernels: Collection[str] | None = None,
+    shared: bool = False,
 ) -> list[Specialised]:
     """What `compile_kernels` compiles, with the same arguments: one launch of every distinct kernel."""
     module = module_of(attention)
-    launches = record(module, USUAL_TOKENS if n_tokens is None else n_tokens, dtype, target, batch=batch, heads=heads)
-    if n_tokens is None:
+    launches: list[Launch] = []
+    for more in SHARED if shared else ({},):
+        tokens = USUAL_TOKENS if n_tokens is None else n_tokens
+        launches += record(module, tokens, dtype, target, batch=batch, heads=heads, **more)
+    if n_tokens is None and not shared:
         seen = set(map(_variant, launches))
         for other in (USUAL_TOKENS - 1, module.MAX_TOKENS, SHORT_TOKENS):
             more = record(module, other, dtype, target, batch=batch, heads=heads)
@@ -154,10 +163,12 @@ def _compile(
     batch: int,
     heads: int,
     kernels: Collection[str] | None,
+    shared: bool = False,
 ) -> list[_Compiled]:
     module, gpu = module_of(attention), gpu_target(target)
     done: list[_Compiled] = []
-    for one in distinct(module, target, dtype, n_tokens, batch=batch, heads=heads, kernels=kernels):
+    chosen = distinct(module, target, dtype, n_tokens, batch=batch, heads=heads, kernels=kernels, shared=shared)
+    for one in chosen:
         begin = time.perf_counter()
         try:
             result = triton.compile(one.source, target=gpu, options=dict(one.options))
