@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -64,6 +65,55 @@ def test_the_python_runs_in_its_order(tmp_path: Path, monkeypatch: pytest.Monkey
     assert len(scripts) >= 3
     for script in scripts:
         exec(compile(script, "README.md", "exec"), {})
+
+
+def program(heading: str) -> str:
+    """The one program of a section."""
+    (section,) = re.findall(rf"^## {heading}\n(.*?)^## ", README, re.DOTALL | re.MULTILINE)
+    (text,) = re.findall(r"```python\n(.*?)```\n", section, re.DOTALL)
+    return text
+
+
+def run_program(heading: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What the names of a section's program are in the end."""
+    monkeypatch.chdir(folder)
+    Path("pixels.yaml").write_text(next(text for language, text in BLOCKS if language == "yaml"))
+    names: dict[str, Any] = {}
+    exec(compile(program(heading), "README.md", "exec"), names)
+    return names
+
+
+def test_text_and_image_are_one_sequence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert program("Text and image in one sequence").count("\n") <= 25
+    names = run_program("Text and image in one sequence", tmp_path, monkeypatch)
+    layer, text, image = (names[name] for name in ("layer", "text", "image"))
+    assert names["of_text"].shape == text.shape and names["of_image"].shape == image.shape
+    assert all(x.grad is not None and x.grad.isfinite().all() for x in layer.parameters())
+    mask = torch.arange(20) < torch.tensor([[20], [7]])
+    before = layer(text, image, mask)
+    padding = text.masked_fill(~mask[..., None], float("nan"))  # may hold anything
+    assert all(map(torch.equal, before, layer(padding, image, mask)))
+    assert torch.equal(before[0][1, 7:], layer.out.bias.expand(13, -1)), "its own row of o is 0"
+    text[1, 3] += 1.0
+    assert all((x != y).any(-1)[1, :7].all() for x, y in zip(before, layer(text, image, mask), strict=True))
+
+
+def test_class_tokens_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert program("Class tokens").count("\n") <= 25
+    names = run_program("Class tokens", tmp_path, monkeypatch)
+    layer = names["layer"]
+    assert names["x"].shape == (2, 5 + 1024, 128)
+    assert all(x.grad is not None and x.grad.any() for x in layer.parameters())
+    patches = torch.randn(1, 1024, 128)
+    before = layer(patches)
+    patches[0, 700] += 1.0
+    assert (layer(patches) != before).any(-1)[0, :5].all(), "every one of them sees every patch"
+
+
+def test_a_selection_is_used_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = run_program("A selection used again", tmp_path, monkeypatch)
+    assert torch.equal(names["o"], names["attention"](names["q"], names["k"], names["v"]))
+    assert not torch.equal(names["o"], names["later"])
 
 
 def test_the_links_lead_somewhere() -> None:

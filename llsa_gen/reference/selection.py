@@ -266,13 +266,21 @@ def select(spec: SpecSource, q: Tensor, k: Tensor, *, query_offset: int = 0) -> 
     return tuple(kept)
 
 
-def _pooled_and_slack(spec: Spec, level: int, x: Tensor, offset: int = 0) -> tuple[Tensor, Tensor]:
-    """Pooled tokens, and how far from them those of a correct implementation may be, element by element.
+def _pooled_and_slack(spec: Spec, level: int, x: Tensor, offset: int = 0) -> tuple[Tensor, Tensor, float]:
+    """Pooled tokens, how far from them those of a correct implementation may be, and by how much it may shrink one.
 
     Float32 sums of ``x`` in any order, of the tokens at once or level by level, are off by at most the number of
     operations on the longest path times the unit roundoff times the mean of ``|x|``. One rounding to the dtype follows.
     It is monotone, so its result lies between the roundings of the two ends of that interval; most often those are
     the same number, and the slack is 0.
+
+    Not so for the first token where the offset cuts its block. An implementation may divide by the tokens of the block,
+    those before the first one included as zeros: it rounds ``r = mean c / (c + ahead)``, and selects by that multiple
+    of the mean, the same for all keys. In units of the mean, ``r (c + ahead) / c``, it may then be another number than
+    the rounded mean; but each rounding of a number is off by at most the dtype's roundoff u times its size, or u times
+    the smallest normal number if that is more. So the pooled token is the mean that nothing rounds, and the slack of
+    an element ``u |mean|``, of which the rounded mean is no further away either. What is lost to small numbers is lost
+    in ``r``, and ``(c + ahead) / c`` times as much in the mean: the number returned.
     """
     span = spec.span(level)
     mean = pool(x, span, offset=offset, round_to=torch.float64)
@@ -284,7 +292,16 @@ def _pooled_and_slack(spec: Spec, level: int, x: Tensor, offset: int = 0) -> tup
     pooled = round_to_dtype(mean, x.dtype)
     above = round_to_dtype(mean + radius, x.dtype) - pooled
     below = pooled - round_to_dtype(mean - radius, x.dtype)
-    return pooled, torch.maximum(above, below)
+    slack, ahead = torch.maximum(above, below), offset % span
+    if ahead == 0 or x.shape[2] == 0:
+        return pooled, slack, 1.0
+    there = min(x.shape[2], span - ahead)
+    shrunk = (there + ahead) / there
+    first, numbers = mean[:, :, 0], torch.finfo(x.dtype)
+    largest = first.abs() + radius[:, :, 0] + operations * TINY * (shrunk - 1)
+    rounding = numbers.eps / 2 * largest.clamp(min=shrunk * numbers.smallest_normal)
+    pooled[:, :, 0], slack[:, :, 0] = first, largest - first.abs() + rounding
+    return pooled, slack, shrunk
 
 
 def _check_ids(spec: Spec, level: int, ids: Tensor, expected: tuple[int, ...], tokens: int) -> None:
@@ -344,7 +361,9 @@ def check_selection(
 
     with ``dq`` and ``dk`` what one rounding to the dtype after float32 sums in another order can change in the pooled
     query and key (mostly nothing in half precision), and ``D 2^-22`` for a dot product summed in float32, in any order,
-    truncating. TF32 products exceed it. Inputs are taken to be such that no score overflows float32.
+    truncating. TF32 products exceed it. Inputs are taken to be such that no score overflows float32. For a query token
+    whose block the offset cuts, and for no other, q is the mean that nothing rounds and dq the dtype's roundoff of each
+    of its elements: it may have been rounded as a multiple of the mean.
 
     Args:
         q: ``[B, H, M, D]``, ``M >= 0``.
@@ -369,11 +388,14 @@ def check_selection(
         if not tokens:
             continue  # no keys: rows of width 0, which are right
         coarser = indices[level] if level < spec.num_levels else None
-        (queries, dq), (keys, dk) = _pooled_and_slack(spec, level, q, query_offset), _pooled_and_slack(spec, level, k)
+        keys, dk, _ = _pooled_and_slack(spec, level, k)
+        queries, dq, shrunk = _pooled_and_slack(spec, level, q, query_offset)
+        lost = queries.new_full((rows_of_level, 1), spec.head_dim * TINY)  # to subnormal products, in all of a score
+        lost[:1] *= shrunk
         largest_keys = (keys.abs() + dk).mT
         for rows in _row_chunks(rows_of_level, math.prod(q.shape[:2]) * tokens, q.device):
             query, largest_query = queries[:, :, rows], (queries.abs() + dq)[:, :, rows]
-            largest = largest_query @ largest_keys * (1 + spec.head_dim * DOT_ROUNDOFF) + spec.head_dim * TINY
+            largest = largest_query @ largest_keys * (1 + spec.head_dim * DOT_ROUNDOFF) + lost[rows]
             slack = largest - query.abs() @ keys.abs().mT
             allowed = candidate_rows(spec, level, coarser, rows, n, q, query_offset)
             kept = kept_mask(ids[:, :, rows], tokens)

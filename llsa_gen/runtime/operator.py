@@ -322,8 +322,8 @@ def select(q: torch.Tensor, k: torch.Tensor, *, query_offset: int = 0) -> tuple[
 def with_rows_ahead(q: torch.Tensor, query_offset: Any) -> tuple[torch.Tensor, Any]:
     """The queries with rows of zeros before them, which cut them into blocks as if the first were token `query_offset`.
 
-    And how many rows, or None. A block's mean is then a smaller multiple of the mean over what there is of it, which
-    selects the same (in float16 as long as it does not become too small a number).
+    And how many rows, or None. The first block's mean is then a fraction of the mean over what there is of it: the same
+    scores but for that factor, and for what rounding the fraction in place of the mean makes of them.
     """
     if type(query_offset) is int and query_offset == 0:
         return q, None

@@ -5,6 +5,7 @@ Each runs on the CPU path, on the Triton kernels in the interpreter, and on a GP
 
 import math
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -166,3 +167,41 @@ def test_12_a_key_that_all_queries_keep_is_shared_out(device: str, monkeypatch: 
             times.append(time.perf_counter() - start)
         seconds[popular] = min(times)
     assert math.isfinite(seconds[True]) and seconds[True] < 6 * seconds[False], seconds
+
+
+# ---- faults that this implementation had
+
+CUT = spec("cut", 16, (4, 2))
+CUT_FOUR = spec("l4", 16, (2, 3), (3, 2), (2, 2), (2, 2))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        fuzz.Case(spec=CUT, n=160, dtype="bfloat16", heads=3, batch=3, seed=294, query_offset=1),
+        fuzz.Case(spec=CUT_FOUR, n=160, heads=2, dtype="bfloat16", seed=1, query_offset=1),
+        fuzz.Case(spec=CUT_FOUR, n=160, m=50, heads=3, dtype="float16", std=1e-4, seed=2, query_offset=23),
+    ],
+    ids=["one level", "four levels", "small numbers"],
+)
+def test_a_cut_first_block_is_judged_by_the_rounding_of_its_mean(case: fuzz.Case, device: str) -> None:
+    # The operator rounds 3/4 of the mean, not the mean; the check allowed for no such rounding.
+    dtype = half(device) if case.dtype == "bfloat16" else case.dtype
+    fuzz.run(replace(case, device=device, dtype=dtype)).raise_if_failed()
+
+
+@pytest.mark.parametrize("query_token", [0, 1])
+def test_a_wrong_choice_in_a_cut_first_block_is_found(query_token: int, device: str) -> None:
+    # The worst key in place of the worst of those kept, and the one that comes next: the cut block has no free choice.
+    case = fuzz.Case(spec=CUT, n=160, dtype=half(device), seed=294, query_offset=1, device=device)
+    q, k, _, _ = case.tensors()
+    (kept,) = compile(CUT).select(q, k, query_offset=1)
+    reference.check_selection(CUT, q, k, [kept], query_offset=1)
+    scores = reference.pool(q, 4, offset=1)[0, 0, query_token] @ reference.pool(k, 4)[0, 0].mT
+    order = scores.argsort(descending=True)
+    assert scores[order[1]] - scores[order[2]] > 0.05, "far more than bfloat16 rounds away"
+    for wrong in (order[2], order[-1]):
+        other = kept.clone()
+        other[0, 0, query_token] = torch.stack([order[0], wrong])
+        with pytest.raises(AssertionError, match=f"query token {query_token}: kept key token {wrong} .* further apart"):
+            reference.check_selection(CUT, q, k, [other], query_offset=1)

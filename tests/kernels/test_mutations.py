@@ -381,24 +381,24 @@ TORCH = (
     mutation("lists of another level", "cpu.py", "SPANS[1] // SPANS[level + 1]", "SPANS[1] // SPANS[-1]"),
     mutation(
         "last of the best dropped",
-        "cpu.py",
+        "cpu_stages.py",
         "torch.where(best == EMPTY.value, -1,",
         "torch.where((best == EMPTY.value) | (torch.arange(width) == width - 1), -1,",
     ),
-    mutation("too few filled with a token", "cpu.py", "(best == EMPTY.value, -1,", "(best == EMPTY.value, 0,"),
+    mutation("too few filled with a token", "cpu_stages.py", "(best == EMPTY.value, -1,", "(best == EMPTY.value, 0,"),
     mutation("keys that do not exist", "cpu.py", "(child >= 0) & (child < n_tokens)", "child >= 0"),
-    mutation("gradient of lse missing", "cpu.py", " - grad_lse\n", " - 0.0 * grad_lse\n"),
+    mutation("gradient of lse missing", "cpu.py", "else grad_lse)\n", "else 0.0 * grad_lse)\n"),
     mutation("scale missing", "cpu.py", ".mul_(scale).add_(weight[:, :, None])", ".add_(weight[:, :, None])"),
     mutation("shared keys counted once", "cpu.py", ".index_add_(0,", ".index_copy_(0,"),
     Mutation(
         "ties to the higher index",
-        "cpu.py",
+        "cpu_stages.py",
         (
             ("0x7FFFFFFF - token[:, :, None]", "token[:, :, None]"),
             ("0x7FFFFFFF - (best & 0x7FFFFFFF)", "best & 0x7FFFFFFF"),
         ),
     ),
-    mutation("order of negative scores", "cpu.py", "(bits >> 31) & 0x7FFFFFFF", "0"),
+    mutation("order of negative scores", "cpu_stages.py", "(bits >> 31) & 0x7FFFFFFF", "0"),
 )
 
 

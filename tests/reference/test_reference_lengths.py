@@ -240,3 +240,22 @@ def test_lists_may_be_short_empty_and_have_minus_one_anywhere(enrich: Any) -> No
     some = [x[:, :, ~nothing] for x in reference.attention(spec, *leaves, indices=(fine, coarse), return_lse=True)]
     expected = torch.autograd.grad(some, leaves, [d_out[:, :, ~nothing], d_lse[:, :, ~nothing]])
     torch.testing.assert_close(gradients, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_only_a_cut_first_block_has_the_slack_of_its_rounding(dtype: torch.dtype) -> None:
+    """A roundoff u of either score: keys that are 2u apart may be taken for one another, those 4u apart may not."""
+    spec, step = make_spec((4, 1)), float(torch.finfo(dtype).eps)
+    for apart, cut_may in ((1, True), (2, False)):
+        k = torch.full((1, 1, 8, 8), 1.0)
+        k[:, :, 4:] += apart * step
+        q, k = torch.ones(1, 1, 7, 8, dtype=dtype), k.to(dtype)
+        for row, may in ((0, cut_may), (1, False)):
+            kept = torch.ones(1, 1, 2, 1, dtype=torch.int32)
+            reference.check_selection(spec, q, k, [kept], query_offset=1)
+            kept[0, 0, row] = 0
+            if may:
+                reference.check_selection(spec, q, k, [kept], query_offset=1)
+                continue
+            with pytest.raises(AssertionError, match=f"query token {row}: .* further apart than rounding explains"):
+                reference.check_selection(spec, q, k, [kept], query_offset=1)

@@ -138,6 +138,63 @@ def test_no_global_tokens_are_none_given() -> None:
     assert not o.any() and bool((lse == NOTHING).all()) and not any(x.any() for x in grads)
 
 
+PRODUCTS = {torch.ops.aten.mm, torch.ops.aten.bmm, torch.ops.aten.addmm, torch.ops.aten.baddbmm}
+
+
+class Products(TorchDispatchMode):
+    """Notes the dtypes of all that torch multiplies."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket in PRODUCTS:
+            self.dtypes |= {x.dtype for x in args if isinstance(x, Tensor)}
+        return func(*args, **(kwargs or {}))
+
+
+def test_torch_multiplies_float64_on_a_gpu() -> None:
+    """Where nothing is attended to but globals: float32 could be TF32 there, by a switch that is the user's."""
+    decide = compile(TWO).module.product_dtype
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            assert decide(torch.empty(2, 3, dtype=dtype, device="cuda")) == torch.float64
+            assert decide(torch.empty(2, 3, dtype=dtype)) == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_keys_as_on_a_gpu(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All products are then of float64, and nothing else changes."""
+    module, (q, k, v, *shared) = compile(TWO).module, [x.detach().to(dtype) for x in draw(29, 0, 5)]
+    mask = torch.tensor([[1, 0, 1, 1, 0], [1, 1, 1, 0, 1]]).bool()
+
+    def both_passes() -> tuple[Tensor, ...]:
+        o, lse, saved = module.forward(q, k, v, 0.25, *shared, mask)
+        return o, lse, *module.backward(q.sin(), lse.sin(), q, k, v, o, saved, 0.25, *shared, mask)
+
+    with Products() as products:
+        wanted = both_passes()
+    assert products.dtypes == {torch.float32}
+    monkeypatch.setattr(module, "product_dtype", lambda x: torch.float64)
+    with Products() as products:
+        found = both_passes()
+    assert products.dtypes == {torch.float64}
+    for x, y in zip(found, wanted, strict=True):
+        assert x.dtype == y.dtype and x.shape == y.shape
+        torch.testing.assert_close(x, y, rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-5)
+
+
+@pytest.mark.gpu
+def test_without_keys_never_in_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
+    inputs = [x.detach().to("cuda").requires_grad_() for x in draw(129, 0, 70)]
+    truth = [x.detach().double().requires_grad_() for x in inputs]
+    found = gradients(compile(TWO), inputs)
+    wanted = gradients(dense(TWO), truth, indices=[x.long() for x in compile(TWO).select(*inputs[:2])])
+    assert all(map(close, found, wanted))
+
+
 def test_without_queries_gradients_are_zero() -> None:
     o, lse, *grads = gradients(compile(TWO), draw(0, 9, 4))
     assert o.shape == (2, 2, 0, D) and lse.shape == (2, 2, 0)
