@@ -161,12 +161,7 @@ class Pyramid:
             parts.append((k_levels[-1], v_levels[-1], weights.expand(self.heads, -1)))
         if of_all:
             keys, values, weights = of_all
-<<<<<<< HEAD
-            parts.append((keys.float(), values.float(), weights))
-=======
-            absent = (weights == float("-inf"))[..., None]
-            parts.append((*(x.to(self.wide).masked_fill(absent, 0.0) for x in (keys, values)), weights))
->>>>>>> 4993175faedfb81ed8dea6be24d7602128eae387
+            parts.append((keys.to(self.wide), values.to(self.wide), weights))
         together = [torch.cat(x, 1) for x in zip(*parts, strict=True)] if len(parts) > 1 else [*parts, None][0]
         self.shared: Tensors | None = together
 
