@@ -1,6 +1,7 @@
 """Orders that token orders are measured against, and the table of docs/orders.md: python tests/curves.py prints it."""
 
 import math
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ SHAPES = (
 BLOCKS = ((16, 16), (16, 8, 8), (64,), (128,))
 
 
+@cache
 def raster(shape: tuple[int, ...]) -> order.Order:
     """Row by row."""
     return order.from_codes(torch.arange(math.prod(shape)))
@@ -37,6 +39,7 @@ def bit_rows(shape: tuple[int, ...]) -> list[Tensor]:
     ]
 
 
+@cache
 def morton(shape: tuple[int, ...]) -> order.Order:
     """By interleaved bits."""
     code = torch.zeros(math.prod(shape), dtype=torch.int64)
@@ -45,6 +48,7 @@ def morton(shape: tuple[int, ...]) -> order.Order:
     return order.from_codes(code)
 
 
+@cache
 def hilbert(shape: tuple[int, ...]) -> order.Order:
     """Along Hilbert's curve, in any number of dimensions.
 

@@ -112,7 +112,7 @@ def of_permutation(permutation: Tensor) -> Order:
 
 
 def _taken(x: Any, index: Tensor, dim: int, name: str = "x") -> Tensor:
-    """x in another order along a dimension, by index_select: its gradient writes every element once, so nothing races."""
+    """x in another order along a dimension, by index_select, whose gradient writes every element once."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {short(repr(type(x).__name__))}")
     if not -x.ndim <= dim < x.ndim:

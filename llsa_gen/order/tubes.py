@@ -75,7 +75,7 @@ def ideal(extent: tuple[int, ...], span: int) -> float:
 
 @lru_cache(maxsize=1024)
 def _tiles(extent: tuple[int, ...], span: int) -> tuple[tuple[int, ...], ...]:
-    """Boxes of about `span` cells that fit into another: exact ones, the roundest first, and those nearest to a cube."""
+    """Boxes of about `span` cells inside another: exact ones, the roundest first, then those nearest to a cube."""
     exact, near = set(_factorings(extent, span)), set()
     side: dict[int, float] = {}
     left = float(span)
