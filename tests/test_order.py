@@ -20,6 +20,7 @@ import llsa_gen
 from llsa_gen import Level, Spec, order
 from llsa_gen.order import grids
 from llsa_gen.order.cut import compact
+from llsa_gen.order.tubes import tubes
 
 ROOT = Path(__file__).resolve().parents[1]
 SPEC = Spec(name="small", head_dim=8, levels=(Level(block=4, topk=2), Level(block=4, topk=2)))
@@ -46,10 +47,9 @@ def test_an_order_is_a_permutation_and_no_worse_than_raster_order(shape: tuple[i
     both = [(x.fill + x.reach, y.fill + y.reach) for x, y in zip(ours, rows, strict=True)]
     assert sum(x for x, _ in both) <= sum(y for _, y in both) + 1e-9  # what docs/orders.md promises
     for x, y in zip(ours, rows, strict=True):
-        assert 1 - 1e-9 <= x.fill <= max(1.5 * y.fill, 1.5)
-        assert x.fill <= 2
+        assert 1 - 1e-9 <= x.fill <= min(1.6 * y.fill, 2.25)
         assert 1 - 1e-9 <= x.reach <= 1.35 * y.reach
-        assert x.fill + x.reach <= 1.15 * (y.fill + y.reach)
+        assert x.fill + x.reach <= 1.25 * (y.fill + y.reach)
 
 
 @given(st.integers(1, 6).map(lambda bits: (1 << bits,) * 2) | st.integers(1, 4).map(lambda bits: (1 << bits,) * 3),
@@ -126,6 +126,17 @@ def test_a_million_tokens(shape: tuple[int, ...]) -> None:
     assert (np.bincount(found) == 1).all()
     for x in order.compactness(order.from_codes(np.argsort(found)), shape, (16, 8, 8)):
         assert x.fill < 1.2 and x.reach < 1.2
+
+
+def test_where_raster_order_is_better_it_is_taken() -> None:
+    """2 rows of 6: blocks of 9 and 3 that are walked through come to a little more, at both levels together."""
+    assert order.grid((2, 6), (3, 3)).permutation.equal(torch.arange(12))
+
+
+def test_long_sides_are_no_burden() -> None:
+    """Ways to cut are told by widths and numbers of bands, so a long side takes no more of them than a short one."""
+    ways = tubes((1 << 30, 2), (16, 1 << 20))
+    assert len(ways) < 50 and all(len(bands) <= 2 for way in ways for bands in way.bands)
 
 
 @pytest.mark.parametrize("shape", [(1,), (0,), (0, 5), (1, 1), (1, 7), (7, 1), (1, 1, 1), (2, 2), (1, 2, 1, 3), (3, 5)])

@@ -24,25 +24,27 @@ MOST_TILES = 12
 
 
 class Tubes(NamedTuple):
-    """The axis that tubes run along, and the widths of the bands of every axis; one band of all for that axis."""
+    """The axis that tubes run along, and the bands of every axis: (width, how many of it), one after the other."""
 
     along: int
-    bands: tuple[tuple[int, ...], ...]
+    bands: tuple[tuple[tuple[int, int], ...], ...]
+    """One band of everything for the axis that tubes run along."""
 
 
 def walk(cells: Array, way: Tubes) -> Array:
     """The places of cells [d, C, n], counted from each region's corner, in the order of the walk: int64 [C, n]."""
     at = np.zeros(cells.shape[1:], np.int64)
     inner = np.zeros_like(at)
-    for axis, widths in enumerate(way.bands):
+    for axis, bands in enumerate(way.bands):
         if axis == way.along:
             continue
+        widths = np.repeat(*np.array(bands).T)
         band = np.repeat(np.arange(len(widths)), widths)[cells[axis]]
         at = at * len(widths) + _to_and_fro(band, at, len(widths))
-        inner = inner * max(widths) + cells[axis] - (np.cumsum(widths) - widths)[band]
-    (length,) = way.bands[way.along]
+        inner = inner * widths.max() + cells[axis] - (np.cumsum(widths) - widths)[band]
+    ((length, _),) = way.bands[way.along]
     at = at * length + _to_and_fro(cells[way.along].astype(np.int64), at, length)
-    slices = math.prod(max(widths) for axis, widths in enumerate(way.bands) if axis != way.along)
+    slices = math.prod(max(width for width, _ in bands) for axis, bands in enumerate(way.bands) if axis != way.along)
     return np.argsort(at * slices + inner, axis=1)
 
 
@@ -59,7 +61,7 @@ def tubes(extent: tuple[int, ...], spans: tuple[int, ...]) -> tuple[Tubes, ...]:
         nests = 0.0 if _nests(tile, spans[:-1]) else 0.15
         for along in range(len(extent)):
             cuts = [_cuts(size, width) for size, width in zip(extent, tile, strict=True)]
-            cuts[along] = [(extent[along],)]
+            cuts[along] = [((extent[along], 1),)]
             for bands in product(*cuts):
                 way = Tubes(along, bands)
                 rated[way] = min(_expected(way, spans[-1]) + nests, rated.get(way, math.inf))
@@ -93,10 +95,11 @@ def _factorings(extent: tuple[int, ...], span: int) -> list[tuple[int, ...]]:
     """All boxes of exactly `span` cells that fit."""
     if len(extent) == 1:
         return [(span,)] if span <= extent[0] else []
+    small = [side for side in range(1, math.isqrt(span) + 1) if span % side == 0]
     return [
         (side, *others)
-        for side in range(1, min(extent[0], span) + 1)
-        if span % side == 0
+        for side in sorted({*small, *(span // side for side in small)})
+        if side <= extent[0]
         for others in _factorings(extent[1:], span // side)
     ]
 
@@ -111,18 +114,19 @@ def _nests(box: tuple[int, ...], spans: tuple[int, ...]) -> bool:
     )
 
 
-def _cuts(size: int, width: int) -> list[tuple[int, ...]]:
+def _cuts(size: int, width: int) -> list[tuple[tuple[int, int], ...]]:
     """Ways to cut a side into bands of about a width: what is left over by itself, with the last, or spread."""
     full, left = divmod(size, width)
     if not left:
-        return [(width,) * full]
-    few = (size // full,) * (full - size % full) + (size // full + 1,) * (size % full) if full else (size,)
-    many = divmod(size, full + 1)
-    spread = (many[0],) * (full + 1 - many[1]) + (many[0] + 1,) * many[1]
-    kinds = {(*(width,) * full, left), spread, few}
+        return [((width, full),)]
+
+    def spread(count: int) -> list[tuple[int, int]]:
+        return [(size // count, count - size % count), (size // count + 1, size % count)]
+
+    kinds = [[(width, full), (left, 1)], spread(full + 1)]
     if full:
-        kinds.add((*(width,) * (full - 1), width + left))
-    return sorted(kinds)
+        kinds += [spread(full), [(width, full - 1), (width + left, 1)]]
+    return sorted({tuple(pair for pair in kind if pair[1]) for kind in kinds})
 
 
 def _expected(way: Tubes, span: int) -> float:
@@ -131,16 +135,15 @@ def _expected(way: Tubes, span: int) -> float:
     A run of `span` cells through slices of A cells touches (span + A - gcd(span, A)) / A of them in the mean.
     """
     total = weight = 0.0
-    (length,) = way.bands[way.along]
-    widths = [sorted(set(bands)) for axis, bands in enumerate(way.bands) if axis != way.along]
-    counts = [{w: bands.count(w) for w in set(bands)} for axis, bands in enumerate(way.bands) if axis != way.along]
-    for section in product(*widths):
+    ((length, _),) = way.bands[way.along]
+    for bands in product(*(bands for axis, bands in enumerate(way.bands) if axis != way.along)):
+        section = [width for width, _ in bands]
         area = math.prod(section)
         run = min(float(length), (span + area - math.gcd(span, area)) / area)
         turning = 0.0 if (area * length) % span == 0 else min(1.0, span / (area * length))
         sides = np.array([*section, run])
         fill, reach = of_boxes(sides, np.array(span))
-        share = area * math.prod(count[w] for count, w in zip(counts, section, strict=True))
+        share = math.prod(width * count for width, count in bands)
         total += share * (max(1.0, float(fill)) + float(reach) + 0.6 * turning)
         weight += share
     return total / weight
