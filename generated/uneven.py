@@ -42,7 +42,7 @@ SPEC = {
     "name": "uneven",
     "reweight": True,
 }
-OPERATOR = "uneven_3811713b5a3e6dfb"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
+OPERATOR = "uneven_58bdf2cce6e1986a"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -2884,8 +2884,19 @@ def log_weights(level: int, token: torch.Tensor, exists: torch.Tensor, n_tokens:
     return torch.where(exists, weights, float("-inf"))
 
 
+def product_dtype(x: torch.Tensor) -> torch.dtype:
+    """What products of `x` are worked out in: float32 or, on a GPU, float64, for torch may take TF32 for float32 there.
+
+    Whether it does is a switch of the user's, of all threads: nothing here turns it. A GPU comes here where there are
+    no keys but global ones, which is rare.
+    """
+    return torch.float64 if x.is_cuda else torch.float32
+
+
 class Pyramid:
-    """Keys and values of some heads as queries see them: every level in float32 and in blocks, and the kept tokens.
+    """Keys and values of some heads as queries see them: every level in blocks, and the kept tokens.
+
+    Keys and values are in the dtype of products, float32 but on a GPU.
 
     k_levels and v_levels: [H, T_l(N), D] of the levels, finest first; kept: [H, T_l(M), width] of every coarse level,
     of m_tokens queries. shared: what all queries see, keys and values [H, S, D] and log weights [H, S], or None. It is
@@ -2898,8 +2909,9 @@ class Pyramid:
         self.kept, self.m_tokens, self.q_block = kept, m_tokens, block_sizes(m_tokens)[0]
         self.heads, self.n_tokens, _ = k_levels[0].shape
         self.blocks, self.listed = block_sizes(self.n_tokens), LISTED if self.n_tokens else ()
+        self.wide = product_dtype(k_levels[0])
         self.k_blocks, self.v_blocks = (
-            [blocks_of(levels[level], self.blocks[level]).float().contiguous() for level in self.listed]
+            [blocks_of(levels[level], self.blocks[level]).to(self.wide).contiguous() for level in self.listed]
             for levels in (k_levels, v_levels)
         )
         self.n_top, self.g_tokens, parts = 0, of_all[0].shape[1] if of_all else 0, []
@@ -2910,7 +2922,7 @@ class Pyramid:
             parts.append((k_levels[-1], v_levels[-1], weights.expand(self.heads, -1)))
         if of_all:
             keys, values, weights = of_all
-            parts.append((keys.float(), values.float(), weights))
+            parts.append((keys.to(self.wide), values.to(self.wide), weights))
         together = [torch.cat(x, 1) for x in zip(*parts, strict=True)] if len(parts) > 1 else [*parts, None][0]
         self.shared: Tensors | None = together
 
@@ -3002,7 +3014,7 @@ def attend_heads(
     """Fill in o [H, M, D] and lse [H, M] of some heads, along the kept tokens of every level, finest first."""
     pyramid = Pyramid(k_levels, v_levels, kept, q.shape[1], of_all)
     for run in pyramid.runs():
-        queries = blocks_of(q, pyramid.q_block, run).float().contiguous()
+        queries = blocks_of(q, pyramid.q_block, run).to(pyramid.wide).contiguous()
         part_o, part_lse = attend_blocks(queries, *pyramid.gather(pyramid.lists(run)), pyramid.shared, scale)
         put_blocks(o, run, part_o)
         put_blocks(lse, run, part_lse)
@@ -3012,7 +3024,7 @@ def grad_levels(
     dq: torch.Tensor, kept: Tensors, grad_o: torch.Tensor, grad_lse: torch.Tensor | None, q: torch.Tensor,
     k_levels: Tensors, v_levels: Tensors, scale: float, of_all: Tensors = (),
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:  # fmt: skip
-    """Fill in dq of some heads; the gradients of keys and of values of every attended level, float32.
+    """Fill in dq of some heads; the gradients of keys and of values of every attended level, in the dtype of products.
 
     Last those of the globals, if there are any.
     """
@@ -3022,7 +3034,7 @@ def grad_levels(
     of_shared = [] if pyramid.shared is None else [torch.zeros_like(x) for x in pyramid.shared[:2]]
     for run in pyramid.runs():
         lists = pyramid.lists(run)
-        queries, grads = (blocks_of(x, pyramid.q_block, run).float().contiguous() for x in (q, grad_o))
+        queries, grads = (blocks_of(x, pyramid.q_block, run).to(pyramid.wide).contiguous() for x in (q, grad_o))
         of_lse = None if grad_lse is None else blocks_of(grad_lse, pyramid.q_block, run)
         gathered = pyramid.gather(lists)
         part_q, parts_k, parts_v = grad_attend_blocks(grads, of_lse, queries, *gathered, pyramid.shared, scale)
@@ -4129,8 +4141,8 @@ def select(q: torch.Tensor, k: torch.Tensor, *, query_offset: int = 0) -> tuple[
 def with_rows_ahead(q: torch.Tensor, query_offset: Any) -> tuple[torch.Tensor, Any]:
     """The queries with rows of zeros before them, which cut them into blocks as if the first were token `query_offset`.
 
-    And how many rows, or None. A block's mean is then a smaller multiple of the mean over what there is of it, which
-    selects the same (in float16 as long as it does not become too small a number).
+    And how many rows, or None. The first block's mean is then a fraction of the mean over what there is of it: the same
+    scores but for that factor, and for what rounding the fraction in place of the mean makes of them.
     """
     if type(query_offset) is int and query_offset == 0:
         return q, None

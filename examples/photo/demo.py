@@ -150,11 +150,7 @@ def main(
     """
     try:
         loaded = load(spec)
-        try:
-            layout = pixels.layout(loaded, size)
-        except ValueError as error:
-            raise typer.BadParameter(str(error), param_hint="--size") from None
-        good = demo(loaded, layout, out)
+        good = demo(loaded, pixels.layout(loaded, size), out)
     except (LlsaGenError, OSError) as error:
         typer.secho(str(error), fg="red", err=True)
         raise typer.Exit(1) from None

@@ -1,7 +1,8 @@
 """The demo's picture: the photograph as single query pixels see it, and what attention makes of it.
 
-Every token of every level that a query attends to is drawn as what it is, the mean over its tile; where levels overlap
-the finest is on top. The figure is a dark card with round corners, so that it stands on white and on dark pages.
+Every token of every level that a query attends to is drawn as what it is, the mean over its patch; where levels overlap
+the finest is on top. A frame is the box around a patch. The figure is a dark card with round corners, so that it stands
+on white and on dark pages.
 """
 
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Rectangle
-from pixels import Layout
+from pixels import Box, Layout
 from torch import Tensor
 
 from llsa_gen.spec import Spec
@@ -72,7 +73,7 @@ def view(spec: Spec, kept: Sequence[Tensor], layout: Layout, head: int, token: i
     mine = [ids[ids >= 0] for ids in mine]
     seen = []
     for level in range(spec.num_levels + 1):
-        tokens = torch.arange(layout.n_tokens // spec.span(level))
+        tokens = torch.arange(-(-layout.n_tokens // spec.span(level)))
         candidates = torch.ones_like(tokens, dtype=torch.bool)
         if level < spec.num_levels:
             candidates = torch.isin(tokens // spec.block(level + 1), mine[level])
@@ -80,11 +81,12 @@ def view(spec: Spec, kept: Sequence[Tensor], layout: Layout, head: int, token: i
     return View(tuple(seen), tuple(mine))
 
 
-def mosaic(spec: Spec, picture: Tensor, layout: Layout, level: int) -> Tensor:
-    """The picture [3, height, width] with every tile of a level in its mean colour."""
-    span = spec.span(level)
-    means = layout.tokens(picture).unflatten(0, (-1, span)).mean(1)
-    return layout.picture(means.repeat_interleave(span, dim=0))
+def mosaic(picture: Tensor, layout: Layout, level: int) -> Tensor:
+    """The picture [3, height, width] with the patch of every token of a level in its mean colour."""
+    tokens, above = layout.tokens(picture), layout.above(level)
+    covered = above.bincount()[:, None]
+    means = tokens.new_zeros(len(covered), tokens.shape[1]).index_add(0, above, tokens) / covered
+    return layout.picture(means[above])
 
 
 def seen_picture(spec: Spec, picture: Tensor, layout: Layout, view: View) -> Tensor:
@@ -93,9 +95,9 @@ def seen_picture(spec: Spec, picture: Tensor, layout: Layout, view: View) -> Ten
     result = UNSEEN * picture
     for level in range(top, -1, -1):
         bright = DIMMEST + (1 - DIMMEST) * (top - level) / top
-        tiles = bright * torch.lerp(mosaic(spec, picture, layout, level), picture, GHOST)
-        seen = layout.picture(view.seen[level].repeat_interleave(spec.span(level))[:, None])
-        result = torch.where(seen, tiles, result)
+        patches = bright * torch.lerp(mosaic(picture, layout, level), picture, GHOST)
+        seen = layout.picture(view.seen[level][layout.above(level)][:, None])
+        result = torch.where(seen, patches, result)
     return result
 
 
@@ -153,11 +155,13 @@ def _legend(card: "_Card", spec: Spec, photo: Tensor, query: Query, view: View) 
     for item, level in enumerate(range(top, -1, -1), start=1):
         _swatch(card, spec, photo, query, level, MARGIN + item * step, y)
         where = "the whole picture" if level == top else f"inside those {len(view.kept[level])}"
-        count, tile = int(view.seen[level].sum()), layout.tiles[level]
+        count, own = int(view.seen[level].sum()), layout.box(level, query.token(layout) // spec.span(level))
         if level == 0:
             entry(item, f"{count:,} pixels", f"level 0: {where}")
         else:
-            what = f"{'token' if count == 1 else 'tokens'} of {tile.width}\N{MULTIPLICATION SIGN}{tile.height} pixels"
+            whole = own.width * own.height == spec.span(level)
+            size = f"{own.width}\N{MULTIPLICATION SIGN}{own.height}" if whole else f"{spec.span(level):,}"
+            what = f"{'token' if count == 1 else 'tokens'} of {size} pixels"
             where = where if count else "only scored"  # a level that is not enriched
             entry(item, f"{count:,} {what}", f"level {level}: {where}; {len(view.kept[level - 1])} kept")
 
@@ -165,18 +169,17 @@ def _legend(card: "_Card", spec: Spec, photo: Tensor, query: Query, view: View) 
 def _swatch(card: "_Card", spec: Spec, photo: Tensor, query: Query, level: int, x: float, y: float) -> None:
     """The query's token of the level above, or the whole picture, as this level sees it; the query's own outlined."""
     layout, pixel = card.layout, query.token(card.layout)
-    (row, column), tile = (0, 0), (layout.height, layout.width)
+    whole = Box(0, 0, layout.height, layout.width)
     if level < spec.num_levels:
-        row, column = layout.corner(level + 1, pixel // spec.span(level + 1))
-        tile = layout.tiles[level + 1]
-    zoom = SWATCH / max(tile)
-    part = mosaic(spec, photo, layout, level)[:, row : row + tile[0], column : column + tile[1]]
-    card.image(part, x, y, tile[1] * zoom, tile[0] * zoom)
+        whole = layout.box(level + 1, pixel // spec.span(level + 1))
+    zoom = SWATCH / max(whole.height, whole.width)
+    rows, columns = slice(whole.row, whole.row + whole.height), slice(whole.column, whole.column + whole.width)
+    width, height = whole.width * zoom, whole.height * zoom
+    card.image(mosaic(photo, layout, level)[:, rows, columns], x, y, width, height)
     if level < spec.num_levels:
-        card.frame(x, y, tile[1] * zoom, tile[0] * zoom, _color(level + 1))
-    own_row, own_column = layout.corner(level, pixel // spec.span(level))
-    own = layout.tiles[level]
-    left, up = x + (own_column - column) * zoom, y + (own_row - row) * zoom
+        card.frame(x, y, width, height, _color(level + 1))
+    own = layout.box(level, pixel // spec.span(level))
+    left, up = x + (own.column - whole.column) * zoom, y + (own.row - whole.row) * zoom
     card.frame(left, up, own.width * zoom, own.height * zoom, _color(level))
 
 
@@ -231,10 +234,10 @@ class _Card:
         self.image(picture, self.left(panel), HEAD, self.side, self.bottom - HEAD)
 
     def outline(self, panel: int, level: int, token: int) -> None:
-        """The frame of a token's tile."""
-        tile, (row, column) = self.layout.tiles[level], self.layout.corner(level, token)
-        x, y = self.left(panel) + column * self.zoom, HEAD + row * self.zoom
-        self.frame(x, y, tile.width * self.zoom, tile.height * self.zoom, _color(level))
+        """The frame of a token's patch."""
+        box = self.layout.box(level, token)
+        x, y = self.left(panel) + box.column * self.zoom, HEAD + box.row * self.zoom
+        self.frame(x, y, box.width * self.zoom, box.height * self.zoom, _color(level))
 
     def frame(self, x: float, y: float, width: float, height: float, color: str) -> None:
         """An empty rectangle."""

@@ -1,4 +1,4 @@
-"""A photograph as attention: its pixels as tokens in an order that makes blocks tiles, and q, k, v that denoise it.
+"""A photograph as attention: its pixels as tokens, and q, k, v that denoise it.
 
 Attention is non-local means. A pixel's feature x is the noisy colours around it and its position, each divided by a
 bandwidth; with q = (x, 1) and k = (x, -|x|^2 / 2) the logit is q.k = -|x_i - x_j|^2 / 2 up to a term that the softmax
@@ -8,7 +8,6 @@ over j cancels: a Gaussian in colour and position. v carries the pixel's noisy c
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -16,6 +15,7 @@ from matplotlib import cbook, image
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d, mse_loss, pad, unfold
 
+from llsa_gen import order
 from llsa_gen.spec import Spec
 
 PHOTOGRAPH = "grace_hopper.jpg"
@@ -25,9 +25,11 @@ HEADROOM = 20
 """Rows of the photograph above the hat, which a square crop leaves out."""
 
 
-class Tile(NamedTuple):
-    """The pixels that one token covers, a rectangle."""
+class Box(NamedTuple):
+    """A rectangle of pixels."""
 
+    row: int
+    column: int
     height: int
     width: int
 
@@ -45,14 +47,13 @@ HEADS = (Bandwidth(0.15, 0.02), Bandwidth(0.15, 0.03), Bandwidth(0.12, 0.05), Ba
 
 @dataclass(frozen=True)
 class Layout:
-    """The order of a picture's pixels as tokens: nested tiles, so that a block of tokens is a tile of the picture."""
+    """The pixels of a picture as tokens, in an order that makes a block of tokens a patch of the picture."""
 
     height: int
     width: int
-    tiles: tuple[Tile, ...]
-    """Of a token of level 0, 1, ..., L; of level 0 it is one pixel."""
-    order: Tensor
-    """int64 [N]: the pixel, counted row by row, that each token is."""
+    spans: tuple[int, ...]
+    """How many pixels a token of level 0, 1, ..., L covers; the last token of a level may cover fewer."""
+    order: order.Order
 
     @property
     def n_tokens(self) -> int:
@@ -61,57 +62,34 @@ class Layout:
 
     def tokens(self, picture: Tensor) -> Tensor:
         """[C, height, width] to [N, C]."""
-        return picture.flatten(1).mT[self.order]
+        return self.order.apply(picture.flatten(1).mT)
 
     def picture(self, tokens: Tensor) -> Tensor:
         """[N, C] back to [C, height, width]."""
-        pixels = torch.empty_like(tokens)
-        pixels[self.order] = tokens
-        return pixels.mT.unflatten(1, (self.height, self.width))
+        return self.order.restore(tokens).mT.unflatten(1, (self.height, self.width))
 
-    def corner(self, level: int, token: int) -> tuple[int, int]:
-        """Row and column of the first pixel of a token's tile."""
-        tile = self.tiles[level]
-        return divmod(int(self.order[token * tile.height * tile.width]), self.width)
+    def above(self, level: int) -> Tensor:
+        """int64 [N]: the token of a level under which each token lies."""
+        return torch.arange(self.n_tokens) // self.spans[level]
+
+    def box(self, level: int, token: int) -> Box:
+        """The box around the pixels of a token, as its patch need not be one where blocks do not divide the picture."""
+        covered = self.order.permutation[token * self.spans[level] : (token + 1) * self.spans[level]]
+        (top, bottom), (left, right) = ([int(x.min()), int(x.max())] for x in self._places(covered))
+        return Box(top, left, bottom - top + 1, right - left + 1)
 
     def token_at(self, row: int, column: int) -> int:
         """The token that is the pixel at a row and a column."""
-        return int((self.order == row * self.width + column).nonzero())
+        return int(self.order.inverse[row * self.width + column])
 
-
-def tiles(spec: Spec) -> tuple[Tile, ...]:
-    """Of a token of every level, level 0 first: b_l tiles of the level below, as near to a square as can be."""
-    result = [Tile(1, 1)]
-    for level in range(1, spec.num_levels + 1):
-        block, below = spec.block(level), result[-1]
-        shapes = [
-            Tile(below.height * rows, below.width * (block // rows))
-            for rows in range(1, block + 1)
-            if block % rows == 0
-        ]
-        result.append(min(shapes, key=lambda tile: abs(math.log(tile.width / tile.height))))
-    return tuple(result)
+    def _places(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        return pixels // self.width, pixels % self.width
 
 
 def layout(spec: Spec, size: int) -> Layout:
-    """The order of the tokens of a picture of at most `size` x `size` pixels: as many whole tiles as fit into it.
-
-    A tile of the coarsest level after the other, row by row; inside each of them the tiles of the level below, and so
-    on down to the pixels. With blocks of 16 that is 4 x 4 pixels, then 16 x 16. Raises ValueError if not one tile fits.
-    """
-    shapes = tiles(spec)
-    top = shapes[-1]
-    rows, columns = size // top.height, size // top.width
-    if not rows or not columns:
-        least = max(top)
-        raise ValueError(f"expected at least {least}, one tile of {spec.name}'s coarsest level, got {size}")
-    height, width = rows * top.height, columns * top.width
-    # A pixel's row as digits, coarsest first: which tile in the picture, which in that tile, ...; its column likewise.
-    row_digits = [rows, *(above.height // below.height for above, below in pairwise(reversed(shapes)))]
-    column_digits = [columns, *(above.width // below.width for above, below in pairwise(reversed(shapes)))]
-    digits = torch.arange(height * width).view(*row_digits, *column_digits)
-    pairs = [axis for digit in range(len(shapes)) for axis in (digit, digit + len(shapes))]
-    return Layout(height, width, shapes, digits.permute(pairs).flatten())
+    """The tokens of a picture of `size` x `size` pixels. With blocks of 16 they cover 4 x 4 pixels, then 16 x 16."""
+    spans = tuple(spec.span(level) for level in range(spec.num_levels + 1))
+    return Layout(size, size, spans, order.grid((size, size), spec))
 
 
 def photograph(height: int, width: int) -> Tensor:
