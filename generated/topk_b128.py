@@ -41,7 +41,7 @@ SPEC = {
     "name": "topk_b128",
     "reweight": True,
 }
-OPERATOR = "topk_b128_055f53e8f638555e"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
+OPERATOR = "topk_b128_02108cb73815ea19"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -1318,6 +1318,8 @@ def flops(heads, kv_heads, m_tokens, n_tokens, g_tokens=0):
 
 
 LEVELS = 1
+GIVEN_NAMES = ("given_l1", )  # lists of the caller's own
+GIVEN = (0,) * LEVELS  # their widths where they do not matter: the backward pass, which has copies, reads no others
 BLOCKS = (128,)  # b_1, b_2, ...
 SPANS = (1, 128)  # P_0, P_1, ...
 WIDTHS = (4, )  # tokens of levels 1, 2, ... that a query keeps at most
@@ -1844,7 +1846,6 @@ def is_full(queries: Sequence[int], keys: Sequence[int], tile: dict[str, int]) -
 
 Extras = tuple[str, ...]
 Widths = tuple[int, ...]
-GIVEN = (0,) * LEVELS  # of lists whose widths do not matter: the backward pass, which has copies, reads no others
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -2084,7 +2085,6 @@ def keeping_launches(at: Any, launch: Callable[..., None], scale: Any, *tensors:
 
 GlobalTokens = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 SHARED_NAMES = "k_global", "v_global", "global_mask"
-GIVEN_NAMES = tuple(f"given_l{level}" for level in range(1, LEVELS + 1))
 
 
 def shared_tensors(shared: GlobalTokens) -> tuple[torch.Tensor, ...]:
@@ -2700,7 +2700,7 @@ def in_one_piece(x: torch.Tensor) -> torch.Tensor:
 
 def seen_by_all(
     k_global: torch.Tensor | None, v_global: torch.Tensor | None, global_mask: torch.Tensor | None
-) -> GlobalTokens | None:
+) -> "GlobalTokens | None":
     """Global keys, values and their mask or None, as kernels take them; None where there are no global tokens.
 
     Those that take no part are zeros: they weigh nothing, but nothing times infinity is no number.

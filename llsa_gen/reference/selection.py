@@ -276,11 +276,9 @@ def _pooled_and_slack(spec: Spec, level: int, x: Tensor, offset: int = 0) -> tup
 
     Not so for the first token where the offset cuts its block. An implementation may divide by the tokens of the block,
     those before the first one included as zeros: it rounds ``r = mean c / (c + ahead)``, and selects by that multiple
-    of the mean, the same for all keys. In units of the mean, ``r (c + ahead) / c``, it may then be another number than
-    the rounded mean; but each rounding of a number is off by at most the dtype's roundoff u times its size, or u times
-    the smallest normal number if that is more. So the pooled token is the mean that nothing rounds, and the slack of
-    an element ``u |mean|``, of which the rounded mean is no further away either. What is lost to small numbers is lost
-    in ``r``, and ``(c + ahead) / c`` times as much in the mean: the number returned.
+    of the mean, the same for all keys. A rounding is off by at most the dtype's roundoff u times the number, or times
+    the smallest normal number. So the pooled token is the mean that nothing rounds, and the slack of an element
+    ``u |mean|``. What small numbers lose in ``r`` is ``(c + ahead) / c`` times as much in the mean: what is returned.
     """
     span = spec.span(level)
     mean = pool(x, span, offset=offset, round_to=torch.float64)

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from llsa_gen.runtime.launch_plan import GIVEN, empty_like, named_views, plan_launches, views_of
-    from llsa_gen.runtime.module import ENRICHED, LEVELS, forward_launches, grad_launches
+    from llsa_gen.runtime.launch_plan import empty_like, named_views, plan_launches, views_of
+    from llsa_gen.runtime.module import ENRICHED, GIVEN, GIVEN_NAMES, LEVELS, forward_launches, grad_launches
 
 # ---- spliced into every module from here on
 
@@ -33,7 +33,6 @@ def keeping_launches(at: Any, launch: Callable[..., None], scale: Any, *tensors:
 
 GlobalTokens = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 SHARED_NAMES = "k_global", "v_global", "global_mask"
-GIVEN_NAMES = tuple(f"given_l{level}" for level in range(1, LEVELS + 1))
 
 
 def shared_tensors(shared: GlobalTokens) -> tuple[torch.Tensor, ...]:

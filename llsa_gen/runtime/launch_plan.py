@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 Extras = tuple[str, ...]
 Widths = tuple[int, ...]
-GIVEN = (0,) * LEVELS  # of lists whose widths do not matter: the backward pass, which has copies, reads no others
 
 
 def ceil_div(a: int, b: int) -> int:

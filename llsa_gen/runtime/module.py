@@ -17,6 +17,8 @@ HEAD_DIM: tl.constexpr
 EMPTY: tl.constexpr
 
 LEVELS: int
+GIVEN_NAMES: tuple[str, ...]
+GIVEN: tuple[int, ...]
 BLOCKS: tuple[int, ...]
 SPANS: tuple[int, ...]
 LISTED: tuple[int, ...]

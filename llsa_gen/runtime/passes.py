@@ -90,7 +90,7 @@ def in_one_piece(x: torch.Tensor) -> torch.Tensor:
 
 def seen_by_all(
     k_global: torch.Tensor | None, v_global: torch.Tensor | None, global_mask: torch.Tensor | None
-) -> GlobalTokens | None:
+) -> "GlobalTokens | None":
     """Global keys, values and their mask or None, as kernels take them; None where there are no global tokens.
 
     Those that take no part are zeros: they weigh nothing, but nothing times infinity is no number.

@@ -12,10 +12,11 @@ import torch
 if TYPE_CHECKING:
     from llsa_gen.runtime.cpu import covered_tokens, token_means
     from llsa_gen.runtime.cpu_stages import attend_along, grad_along, select_means_torch
-    from llsa_gen.runtime.launch_plan import GIVEN, empty_like, empty_outputs, named_views, plan_launches
+    from llsa_gen.runtime.launch_plan import empty_like, empty_outputs, named_views, plan_launches
     from llsa_gen.runtime.module import (
         BLOCKS,
         ENRICHED,
+        GIVEN,
         LEVELS,
         OPERATOR,
         SPANS,
