@@ -12,7 +12,7 @@ import sympy
 
 from llsa_gen.plan.cost import FORWARD_PRODUCTS, GRAD_KV_PRODUCTS, GRAD_Q_PRODUCTS, Cost, evaluate
 from llsa_gen.plan.plan import Plan
-from llsa_gen.plan.sizes import HEADS, KV_HEADS, M, N
+from llsa_gen.plan.sizes import HEADS, KV_HEADS, POOLED_M, G, M, N
 from llsa_gen.spec import MAX_LEVELS, Spec
 
 __all__ = ["Growth", "growth", "order", "order_with_levels", "smooth", "top_share", "with_another_level"]
@@ -44,7 +44,7 @@ class Growth:
 
 def smooth(expr: sympy.Expr) -> sympy.Expr:
     """An expression as N grows, M with it: `ceiling(x)` and `floor(x)` become `x`, a minimum what stays small."""
-    expr = cast(sympy.Expr, expr.subs([(M, N), (KV_HEADS, HEADS)]))
+    expr = cast(sympy.Expr, expr.subs([(M, N), (POOLED_M, N), (KV_HEADS, HEADS), (G, 0)]))
     rules = {
         sympy.ceiling: lambda x: x,
         sympy.floor: lambda x: x,

@@ -274,11 +274,12 @@ def _pooled_and_slack(spec: Spec, level: int, x: Tensor, offset: int = 0) -> tup
     It is monotone, so its result lies between the roundings of the two ends of that interval; most often those are
     the same number, and the slack is 0.
 
-    Not so for the first token where the offset cuts its block. An implementation may divide by the tokens of the block,
-    those before the first one included as zeros: it rounds ``r = mean c / (c + ahead)``, and selects by that multiple
-    of the mean, the same for all keys. A rounding is off by at most the dtype's roundoff u times the number, or times
-    the smallest normal number. So the pooled token is the mean that nothing rounds, and the slack of an element
-    ``u |mean|``. What small numbers lose in ``r`` is ``(c + ahead) / c`` times as much in the mean: what is returned.
+    Not so for the first token where the offset cuts its block. An implementation may count the ``ahead`` tokens before
+    the first one as zeros, and round ``mean c / (c + ahead)``: it selects by that multiple, the same for all keys. As a
+    mean, it may be another number than the rounded mean. But either rounding is off by at most the dtype's roundoff u
+    times the number, or times the smallest normal number if that is more. So the pooled token is the mean that nothing
+    rounds, with a slack of ``u |mean|`` an element. What small numbers lose is lost in the multiple, so
+    ``(c + ahead) / c`` times as much in the mean: the number returned, 1 for no such block.
     """
     span = spec.span(level)
     mean = pool(x, span, offset=offset, round_to=torch.float64)
@@ -293,8 +294,7 @@ def _pooled_and_slack(spec: Spec, level: int, x: Tensor, offset: int = 0) -> tup
     slack, ahead = torch.maximum(above, below), offset % span
     if ahead == 0 or x.shape[2] == 0:
         return pooled, slack, 1.0
-    there = min(x.shape[2], span - ahead)
-    shrunk = (there + ahead) / there
+    shrunk = 1 + ahead / min(x.shape[2], span - ahead)
     first, numbers = mean[:, :, 0], torch.finfo(x.dtype)
     largest = first.abs() + radius[:, :, 0] + operations * TINY * (shrunk - 1)
     rounding = numbers.eps / 2 * largest.clamp(min=shrunk * numbers.smallest_normal)
