@@ -241,6 +241,7 @@ def plan_tables(
     return Group(
         Text("Kernels, in launch order (tile shapes in capitals)", style="bold"),
         *_kernels("forward", plan.forward),
+        *_kernels("in place of the selection, where lists are given", (plan.keep,)),
         *_kernels("backward", plan.backward),
         Text(f"\nTile shapes on {goal.name}, {dtype}", style="bold"),
         *_tiles(stages),

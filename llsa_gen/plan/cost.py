@@ -43,7 +43,7 @@ from llsa_gen.plan.sizes import (
 
 __all__ = ["BYTES", "Cost", "Pass", "Share", "Totals", "dense", "evaluate"]
 
-BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "int32": 4}
+BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "int32": 4, "uint8": 1}
 """Bytes of an element."""
 
 FORWARD_PRODUCTS, GRAD_Q_PRODUCTS, GRAD_KV_PRODUCTS, DENSE_BACKWARD_PRODUCTS = 2, 3, 4, 5
@@ -219,7 +219,8 @@ class Cost:
         also = (name for name in kernel.optional if self.plan.buffers[name].dtype == "input")  # global tokens
         names = (*kernel.reads, *also, *kernel.writes)
         counted = (self.plan.buffers[name] for name in names if not self._is_overflow(name))
-        return sympy.Add(*map(self.buffer_bytes, counted))
+        moved = sympy.Add(*map(self.buffer_bytes, counted))
+        return moved * sympy.Min(G, 1) if kernel.of_globals else moved  # launched only where there are any
 
     def _bytes_of(self, role: Role, names: Iterable[str]) -> sympy.Expr:
         chosen = (self.plan.buffers[name] for name in dict.fromkeys(names))

@@ -131,7 +131,7 @@ def test_the_shares_name_stages_of_the_plan_and_leave_out_none(name: str) -> Non
     kinds = {stage: kind for stage, (kind, _) in cost.plan.stages.items()}
     counted = {share.stage for share in cost.shares}
     assert counted <= kinds.keys()
-    assert {kinds[stage] for stage in kinds.keys() - counted} <= {"scan", "invert", "grad_sum", "grad_gather"}
+    assert {kinds[stage] for stage in kinds.keys() - counted} <= {"keep", "scan", "invert", "grad_sum", "grad_gather"}
     by_level = sum(evaluate(cost.level_flops(level), 5000, 3) for level in (0, *cost.plan.levels))
     assert by_level == evaluate(cost.totals.flops, 5000, 3)
 
@@ -218,6 +218,24 @@ def test_bytes_and_scratch_are_those_of_the_tensors_that_kernels_are_given(name:
     assert evaluate(totals.forward.scratch, n, heads) == size_of(forward) - 4 * token_rows - lse - saved
     scratch = size_of(backward) - 8 * token_rows - saved
     assert evaluate(totals.backward.scratch, n, heads) == scratch
+
+
+@pytest.mark.parametrize("n", [300, 20_000])
+@pytest.mark.parametrize("name", SHIPPED)
+def test_bytes_of_global_tokens_are_those_of_the_tensors_that_kernels_are_given(name: str, n: int) -> None:
+    attention, tokens = compile(ROOT / "spec" / f"{name}.yaml"), 77
+    cost = cost_of(attention.spec)
+    recorded = record(attention, n, torch.bfloat16, "cuda:90", batch=2, heads=3, g_tokens=tokens)
+    steps = steps_of(cost, [launch for launch in recorded if launch.phase != "select"])
+    taking = [(step, launch) for step, launch in steps if step.of_globals or "k_global" in step.takes]
+    assert [step.name for step, _ in taking] == [
+        "attend_kernel", "grad_q_kernel", "grad_kv_global_kernel", "grad_kv_global_sum_kernel",
+    ]  # fmt: skip
+    for step, launch in taking:
+        assert evaluate(cost.kernel_bytes(step), n, 6, g_tokens=tokens) == size_of([launch]), step.name
+    flops = cost.totals.flops
+    of_globals = evaluate(flops, n, 6, g_tokens=tokens) - evaluate(flops, n, 6)
+    assert of_globals == 9 * 2 * 6 * n * tokens * attention.spec.head_dim
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

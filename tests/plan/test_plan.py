@@ -16,7 +16,7 @@ from llsa_gen import Level, Spec, compile
 from llsa_gen.aot.launches import record
 from llsa_gen.fuzz.case import lengths, specs
 from llsa_gen.plan import Role, lower
-from llsa_gen.plan.sizes import HEADS, KV_HEADS, MAX_TOKENS, M, N, ceil_div, tile
+from llsa_gen.plan.sizes import HEADS, KV_HEADS, MAX_TOKENS, G, M, N, ceil_div, tile
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = sorted(path.stem for path in (ROOT / "spec").glob("*.yaml"))
@@ -109,15 +109,19 @@ def test_tensors_have_the_sizes_of_the_plan(name: str, n: int) -> None:
 @given(specs(max_levels=6))
 def test_kernels_read_only_what_is_there(spec: Spec) -> None:
     plan = lower(spec)
+    pooling = tuple(kernel for kernel in plan.forward if kernel.kind.startswith("pool"))
     for given_roles, kernels in (
         ({Role.INPUT}, plan.forward),
+        ({Role.INPUT, Role.OPTIONAL}, (*pooling, plan.keep, plan.forward[-1])),
         ({Role.INPUT, Role.SAVED}, plan.backward),
     ):
         there = {name for name, buffer in plan.buffers.items() if buffer.role in given_roles} | {"o"}
-        if kernels is plan.forward:
+        if kernels is not plan.backward:
             there -= {"o", "grad_o"}
         for kernel in kernels:
-            assert there.issuperset(kernel.reads), f"{kernel.name} reads what nobody has written"
+            of_globals = {"k_global", "v_global"} if kernel.of_globals else set()
+            missing = set(kernel.reads) - there - of_globals
+            assert not missing, f"{kernel.name} reads {missing}, which nobody has written"
             assert not set(kernel.reads) & set(kernel.writes), f"{kernel.name} reads what it writes"
             assert not {plan.buffers[name].role for name in kernel.writes} & {Role.INPUT}
             there.update(kernel.writes)
@@ -127,10 +131,11 @@ def test_kernels_read_only_what_is_there(spec: Spec) -> None:
 @given(specs(max_levels=6))
 def test_every_buffer_is_made_once_and_used(spec: Spec) -> None:
     plan = lower(spec)
-    written = Counter(name for kernel in plan.kernels for name in kernel.writes)
+    written = Counter(name for kernel in (*plan.forward, *plan.backward) for name in kernel.writes)
     read = {name for kernel in plan.kernels for name in kernel.reads}
     inputs = {name for name, buffer in plan.buffers.items() if buffer.role in (Role.INPUT, Role.OPTIONAL)}
-    assert inputs == {"q", "k", "v", "grad_o", "grad_lse"}
+    given_lists = {f"given_l{level}" for level in plan.levels}
+    assert inputs == {"q", "k", "v", "grad_o", "grad_lse", "k_global", "v_global", "global_mask"} | given_lists
     read |= {name for kernel in plan.kernels for name in kernel.optional}
     zeroed = [f"counts_l{level}" for level in plan.levels]  # by the pooling; the selection adds to them
     assert written == Counter([*(plan.buffers.keys() - inputs), *zeroed])
@@ -173,19 +178,21 @@ def test_the_host_code_hands_each_kernel_what_the_plan_says(name: str, n: int) -
 @given(specs(max_levels=4))
 def test_axes_of_a_signature_are_the_shape(spec: Spec) -> None:
     plan = lower(spec)
-    names = {"M": M, "N": N, "B": HEADS, "H": 1, "H_kv": 1, "D": spec.head_dim}
+    names = {"M": M, "N": N, "G": G, "B": HEADS, "H": 1, "H_kv": 1, "D": spec.head_dim}
     for level in plan.levels:
         names |= {
             f"T_{level}M": plan.query_tokens(level),
             f"T_{level}N": plan.key_tokens(level),
             f"b_{level}": plan.block(level),
             f"width_l{level}": plan.width(level),
+            f"given_width_l{level}": plan.width(level),
         }
     for buffer in plan.buffers.values():
         for axis, size in zip(buffer.axes, buffer.shape, strict=True):
             decided = {str(symbol): symbol for symbol in size.free_symbols}
             text = axis.replace("(M)", "M").replace("(N)", "N")
-            assert value(parse_expr(text, names | decided) - size, 1000, 6) == 0, (buffer.name, axis)
+            more = {"g_tokens": 7, "batch": 6}  # of which each entry has one head
+            assert value(parse_expr(text, names | decided) - size, 1000, 6, **more) == 0, (buffer.name, axis)
 
 
 # ---- printing ---------------------------------------------------------------------------------------------------
@@ -197,7 +204,9 @@ def test_a_plan_survives_json(spec: Spec, n: int) -> None:
     plan = lower(spec)
     data = json.loads(json.dumps(plan.to_dict()))
     assert Spec(**data["spec"]) == spec
-    assert [step["name"] for step in data["forward"] + data["backward"]] == [step.name for step in plan.kernels]
+    assert [step["name"] for step in data["forward"]] == [step.name for step in plan.forward]
+    assert [step["name"] for step in data["backward"]] == [step.name for step in plan.backward]
+    assert data["keep"]["name"] == "keep_kernel"
     for level in plan.levels:
         text = data["levels"][str(level)]["key_tokens"]
         assert parse_expr(text, {"n_tokens": N}).subs(N, n) == value(plan.key_tokens(level), n)
