@@ -59,7 +59,7 @@ def work(
     there too, by their own names.
     """
     found: dict[str, Work] = {}
-    for kernel in cost.plan.kernels:
+    for kernel in cost.plan.usual:
         before = found.get(kernel.name, Work(0, 0))
         flops = evaluate(cost.kernel_flops(kernel), n_tokens, heads, m_tokens)
         moved = evaluate(cost.kernel_bytes(kernel), n_tokens, heads, m_tokens)

@@ -161,6 +161,11 @@ class Plan(Buffers):
         """Every launch in order, but `recompute`; the selection is either `keep` or the kernels before it."""
         return (*self.forward[:-1], self.keep, self.forward[-1], *self.backward)
 
+    @property
+    def usual(self) -> tuple[Kernel, ...]:
+        """The launches of a call without global tokens and given lists."""
+        return tuple(kernel for kernel in (*self.forward, *self.backward) if not kernel.of_globals)
+
     @cached_property
     def stages(self) -> dict[str, tuple[str, int | None]]:
         """Kind and level of every stage."""

@@ -34,7 +34,7 @@ from llsa_gen.emit import TEMPLATES
 from llsa_gen.emit.origin import origin
 from llsa_gen.errors import KernelCompileError, LlsaGenError, SharedMemoryError, UnknownTargetError
 from llsa_gen.plan import lower
-from llsa_gen.plan.sizes import HEADS, KV_HEADS, M, N
+from llsa_gen.plan.sizes import HEADS, KV_HEADS, POOLED_M, M, N
 from llsa_gen.schedule import targets
 from llsa_gen.store.loading import load_text
 
@@ -199,11 +199,11 @@ def test_the_host_code_launches_what_the_plan_says(
     launches = aot.record(shipped(name), n_tokens, dtype, target, batch=batch, heads=heads, m_tokens=queries)
     m_tokens = n_tokens if queries is None else queries
     plan = lower(shipped(name).spec)
-    planned = list(plan.kernels)
+    planned = list(plan.usual)
     for launch in [launch for launch in launches if launch.phase != "select" and launch.step]:
         step = planned.pop(0)
         assert step.name == launch.step
-        known: dict[str, Any] = {M.name: m_tokens, N.name: n_tokens}
+        known: dict[str, Any] = {M.name: m_tokens, POOLED_M.name: m_tokens, N.name: n_tokens}
         known |= {HEADS.name: batch * heads, KV_HEADS.name: batch * heads}
         programs: Any = step.programs
         in_gluon = {"GROUP": 4, "BLOCK_N": 16}  # where they are no arguments
@@ -533,7 +533,7 @@ def test_export_writes_what_the_manifest_says(target: str, tmp_path: Path) -> No
     assert manifest["versions"]["triton"] == triton.__version__
     names = [row["kernel"] for row in manifest["kernels"]]
     steps = {one.launch.kernel: one.launch.step for one in aot.distinct(attention, target, "bfloat16")}
-    assert {steps[name] for name in names} == {step.name for step in lower(attention.spec).kernels}
+    assert {steps[name] for name in names} == {step.name for step in lower(attention.spec).usual}
     assert any("hopper" in name for name in names) == (target == "cuda:90")
     files = {"manifest.json"}
     for row in manifest["kernels"]:

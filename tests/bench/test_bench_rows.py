@@ -237,7 +237,7 @@ def test_the_work_of_the_kernels_is_that_of_the_cost_model(levels: int) -> None:
     plan = lower(SPECS[levels])
     cost = Cost(plan, schedule(plan, target("cuda:90"), 2))
     needed, totals = work(cost, 65_536, 8), cost.totals
-    assert set(needed) == {kernel.name for kernel in plan.kernels}
+    assert set(needed) == {kernel.name for kernel in plan.usual}
     assert sum(one.flops for one in needed.values()) == evaluate(totals.flops, 65_536, 8)
     moved = totals.forward.moved + totals.backward.moved
     assert sum(one.moved_bytes for one in needed.values()) == evaluate(moved, 65_536, 8)

@@ -173,7 +173,7 @@ def test_what_does_not_fit_falls_back_and_says_why(
 
 CAPS = {
     "attend": (128, 128), "grad_q": (168, 128), "grad_kv_l2": (255, None), "grad_kv_l1": (128, 128),
-    "grad_kv_l0": (168, 168),
+    "grad_kv_l0": (168, 168), "grad_kv_global": (255, None),
 }  # fmt: skip
 """Of stages that the rules hand to Gluon: registers of a thread there, and of what stays in Triton."""
 
