@@ -229,6 +229,11 @@ def test_a_dense_layer_that_does_more_is_refused(options: dict[str, Any], messag
         LLSAttention.from_dense(nn.Linear(2, 2), SPEC)  # type: ignore[arg-type]
 
 
+def test_a_dense_layer_with_other_heads_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"embed_dim: expected .* head_dim 16 of spec layer, got 32, a head_dim of 8"):
+        LLSAttention.from_dense(nn.MultiheadAttention(WIDTH, 4, batch_first=True), SPEC)
+
+
 # ---- what torch does with modules ----------------------------------------------------------------------------------
 
 
