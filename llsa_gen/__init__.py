@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from llsa_gen import forks
 
 if TYPE_CHECKING:
-    from llsa_gen import fuzz, order, reference
+    from llsa_gen import fuzz, nn, order, reference
     from llsa_gen.compiler import compile
     from llsa_gen.errors import LlsaGenError
     from llsa_gen.joint import joint_attention, merge
@@ -27,6 +27,7 @@ __all__ = [
     "joint_attention",
     "load",
     "merge",
+    "nn",
     "order",
     "reference",
 ]
@@ -41,6 +42,7 @@ _HOMES = {
     "joint_attention": ("llsa_gen.joint", "joint_attention"),
     "load": ("llsa_gen.spec", "load"),
     "merge": ("llsa_gen.joint", "merge"),
+    "nn": ("llsa_gen.nn", None),
     "order": ("llsa_gen.order", None),
     "reference": ("llsa_gen.reference", None),
 }
