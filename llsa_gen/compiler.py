@@ -45,6 +45,7 @@ class Attention:
         self, q: "Tensor", k: "Tensor", v: "Tensor", *, scale: float | None = None, return_lse: bool = False,
         query_offset: int = 0, k_global: "Tensor | None" = None, v_global: "Tensor | None" = None,
         global_mask: "Tensor | None" = None, kept: "Sequence[Tensor] | None" = None, check_kept: bool = False,
+        layout: str | None = None,
     ) -> "Tensor | tuple[Tensor, Tensor]":  # fmt: skip
         """Attend: q [B, H, M, D] over k, v [B, H, N, D] to o [B, H, M, D], differentiable.
 
@@ -58,12 +59,14 @@ class Attention:
         With `kept` nothing is selected: attention follows these lists, the finest level first, int32
         [B, H, T_l(M), W_l], W_l at most K_l, -1 for nothing, as `select` gives them. Their entries are trusted, unless
         check_kept is True, which looks at each of them and waits for the GPU. A query that has nothing to attend to has
-        o = 0 and lse = -inf. Raises TypeError or ValueError naming the argument, what came and what was expected.
+        o = 0 and lse = -inf. What looks like [B, N, H, D], far more heads than tokens, is warned of once in a process;
+        layout="BHND", the only layout, says that it is meant. Raises TypeError or ValueError naming the argument, what
+        came and what was expected.
         """
         try:
             return self.module.attention(
                 q, k, v, scale=scale, return_lse=return_lse, query_offset=query_offset, k_global=k_global,
-                v_global=v_global, global_mask=global_mask, kept=kept, check_kept=check_kept,
+                v_global=v_global, global_mask=global_mask, kept=kept, check_kept=check_kept, layout=layout,
             )  # fmt: skip
         except Exception as error:
             raise self._explained(error) from error.__cause__
