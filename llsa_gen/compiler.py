@@ -19,6 +19,8 @@ from llsa_gen.store.loading import load_text
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from llsa_gen.module import AttentionModule
+
 GENERATORS = (
     "plan/sizes.py", "plan/levels.py", "plan/buffers.py", "plan/plan.py", "plan/cost.py",
     "schedule/table.py", "schedule/memory.py", "schedule/fit.py", "schedule/rules.py",
@@ -78,6 +80,22 @@ class Attention:
         except Exception as error:
             raise self._explained(error) from error.__cause__
 
+    def as_module(self) -> "AttentionModule":
+        """A new torch module that calls this operator: a model that has it shows it, and may hook it.
+
+        The operator is no module itself, for whoever compiles the same spec gets the same one, hooks included.
+        """
+        from llsa_gen.module import AttentionModule  # not before torch is needed
+
+        return AttentionModule(self)
+
+    def __copy__(self) -> "Attention":
+        return self
+
+    def __deepcopy__(self, memo: object) -> "Attention":
+        """Itself: there is nothing in it to change, and the module that runs is one a process."""
+        return self
+
     def _explained(self, error: Exception) -> Exception:
         """A failed Triton compile, told in terms of the templates; any other error as it is."""
         from triton.compiler.errors import CompilationError  # not before it is there anyway
@@ -93,7 +111,7 @@ class Attention:
         ).with_traceback(error.__traceback__)
 
     def __reduce__(self) -> "tuple[object, tuple[Spec]]":
-        """Copies and pickles, as part of a model for example, are the operator compiled from the same spec."""
+        """Pickles, as part of a model for example, are the operator compiled from the same spec."""
         return compile, (self.spec,)
 
     def __repr__(self) -> str:
