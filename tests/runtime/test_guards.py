@@ -70,6 +70,8 @@ def test_slices_of_one_projection_are_warned_of_and_their_transposes_are_not(att
     q, k, v = draw(1, 200, 3, 2).unbind(2)  # [B, N, H, D]
     assert not warned(attention, *(x.transpose(1, 2) for x in (q, k, v)))
     assert not warned(attention, *(x.transpose(1, 2).contiguous() for x in (q, k, v)))
+    many = draw(1, 3, 200).transpose(1, 2)  # [B, H, N, D] of 200 heads: somebody has transposed it
+    assert not warned(attention, many, many, many)
     assert len(warned(attention, q, k, v)) == 1
 
 
