@@ -42,7 +42,7 @@ SPEC = {
     "name": "uneven",
     "reweight": True,
 }
-OPERATOR = "uneven_6e16bab0bd204787"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
+OPERATOR = "uneven_7f912ac065342b87"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -3248,6 +3248,69 @@ def grad_along(
 
 # ---- the operator ----------------------------------------------------------------------------------------------------
 
+MANY_HEADS = 128
+"""More heads than models have; more than that may be tokens."""
+
+LAYOUT_WARNINGS: list[str] = []
+"""What was said of layouts in this process: one warning is enough."""
+
+DENSE_ATTENTION = torch._C._nn.scaled_dot_product_attention  # type: ignore[attr-defined]
+"""What torch's context_parallel replaces in torch.nn.functional for as long as it lasts."""
+
+
+def check_layout(layout: Any) -> None:
+    """One clear error for a layout that is not [B, H, N, D]."""
+    if layout != "BHND":
+        raise ValueError(
+            f"layout: expected 'BHND' or None, got {layout!r}; of [B, N, H, D] pass x.transpose(1, 2), a view"
+        )
+
+
+def look_at_layout(q: torch.Tensor, k: torch.Tensor) -> None:
+    """One warning for keys that look like [B, N, H, D]: far more heads than tokens, whose rows lie together.
+
+    What is [B, H, N, D] because it was transposed has the rows of a token together. Of other lengths than those of the
+    keys, queries [B, M, H, D] are an error anyway.
+    """
+    _, heads, tokens, _ = shape = k.shape
+    if LAYOUT_WARNINGS or heads <= 4 * tokens or q.shape != shape or k.stride(1) < k.stride(2):
+        return
+    d = HEAD_DIM.value
+    text = (
+        f"{OPERATOR}: k of shape {list(shape)} is read as [B, H, N, {d}], {heads} heads of {tokens} tokens. If it is "
+        f"[B, N, H, {d}], {tokens} heads of {heads} tokens, pass x.transpose(1, 2) of q, k and v, which is a view; "
+        "if it is right, layout='BHND' says so"
+    )
+    warnings.warn(text, UserWarning, stacklevel=3)
+    LAYOUT_WARNINGS.append(text)
+
+
+def refuse_sharded(tensors: dict[str, Any]) -> None:
+    """One clear error for DTensors, for whose placements the operator has no rules."""
+    for name, x in tensors.items():
+        if hasattr(x, "to_local") and hasattr(x, "placements"):
+            raise NotImplementedError(
+                f"{name}: expected a plain tensor, got a {type(x).__name__} with placements {tuple(x.placements)}. "
+                "Shard q, k and v alike by batch or heads (dim 0 or 1), never by tokens (dim 2), and pass x.to_local() "
+                "of each, or wrap the call in torch.distributed.tensor.experimental.local_map"
+            )
+
+
+def refuse_context_parallel(q: torch.Tensor, k: torch.Tensor) -> None:
+    """One clear error inside torch's context_parallel, where every process has a part of the tokens.
+
+    It replaces torch's own attention alone. Others may replace that too, which is nobody's business here. Queries that
+    are fewer than keys, or padded for a query_offset, are those of a caller who takes care of it.
+    """
+    inside = "context_parallel" in getattr(torch.nn.functional.scaled_dot_product_attention, "__module__", "")
+    if inside and q.shape[2] == k.shape[2]:
+        raise NotImplementedError(
+            f"{OPERATOR}: called inside torch's context_parallel, which shards the tokens and makes up for it in "
+            f"scaled_dot_product_attention alone: queries would attend to the {k.shape[2]} keys of this process alone. "
+            "Shard by batch or heads, outside that context, or gather k and v and say by query_offset where q begins"
+        )
+
+
 try:
     from torch._C import _len_torch_dispatch_stack, _len_torch_function_stack
     from torch._C._functorch import is_functorch_wrapped_tensor, is_legacy_batchedtensor, peek_interpreter_stack
@@ -3355,6 +3418,8 @@ def forward(
     kept: Sequence[torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """o, lse and what the backward pass needs, memory of the layout `saved`."""
+    if torch.nn.functional.scaled_dot_product_attention is not DENSE_ATTENTION:  # here compiled programs come, too
+        refuse_context_parallel(q, k)
     shared: GlobalTokens | None = None
     more: tuple[Any, ...] = ()
     if k_global is not None or kept is not None:
@@ -3419,6 +3484,8 @@ def five_gradients(*inputs: Any) -> tuple[torch.Tensor, ...]:
 
 def select_forward(q: torch.Tensor, k: torch.Tensor) -> list[torch.Tensor]:
     """The kept key tokens of each level, finest first, [B, H, T_l(M), width] each."""
+    if torch.nn.functional.scaled_dot_product_attention is not DENSE_ATTENTION:
+        refuse_context_parallel(q, k)
     if q.numel() == 0 or k.numel() == 0:
         return empty_selection(q, k)
     if not runs_kernels(q):
@@ -4084,6 +4151,7 @@ def attention(
     global_mask: torch.Tensor | None = None,
     kept: Sequence[torch.Tensor] | None = None,
     check_kept: bool = False,
+    layout: str | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Log-linear sparse attention of q [B, H, M, D] over k, v [B, H, N, D]: o [B, H, M, D], differentiable.
 
@@ -4095,7 +4163,10 @@ def attention(
     Every query also attends to k_global, v_global [B, H, G, D], differentiable too, where global_mask [B, G] is True.
     With `kept`, lists as `select` gives them, int32 [B, H, T_l(M), 1 to K_l], finest first, -1 for none, nothing is
     selected. Their entries are trusted, unless check_kept has them looked at, which waits for the GPU.
+    What looks like [B, N, H, D] is warned of once; layout="BHND" says that it is not, and is the only layout.
     """
+    if layout is not None:
+        check_layout(layout)
     q, k, v = autocast(q, k, v)
     check({"q": q, "k": k, "v": v})
     if scale is None:
@@ -4119,7 +4190,11 @@ def attention(
         if more and torch.is_grad_enabled():
             needs_grad = needs_grad or any(x.requires_grad for x in present(*more[:2]))
         run = attend_eagerly if needs_grad else forward
+        if k.shape[1] > MANY_HEADS and layout is None:
+            look_at_layout(q, k)
     else:
+        if not torch.compiler.is_compiling():
+            refuse_sharded({"q": q, "k": k, "v": v, "k_global": k_global, "v_global": v_global})
         run = AttendTransformed.apply if is_transformed() else getattr(torch.ops.llsa, OPERATOR)
     o, lse, _ = run(q, k, v, float(scale), *more)  # type: ignore[arg-type]
     if ahead is not None:
@@ -4132,6 +4207,8 @@ def select(q: torch.Tensor, k: torch.Tensor, *, query_offset: int = 0) -> tuple[
     q, k = autocast(q, k)
     check({"q": q, "k": k})
     q, ahead = with_rows_ahead(q, query_offset)
+    if not torch.compiler.is_compiling() and not type(q) is type(k) is torch.Tensor:
+        refuse_sharded({"q": q, "k": k})
     kept = operator("_select", select_forward, q, k)(q, k)
     if ahead is None:
         return tuple(kept)

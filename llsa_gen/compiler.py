@@ -19,6 +19,8 @@ from llsa_gen.store.loading import load_text
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from llsa_gen.module import AttentionModule
+
 GENERATORS = (
     "plan/sizes.py", "plan/levels.py", "plan/buffers.py", "plan/plan.py", "plan/cost.py",
     "schedule/table.py", "schedule/memory.py", "schedule/fit.py", "schedule/rules.py",
@@ -45,6 +47,7 @@ class Attention:
         self, q: "Tensor", k: "Tensor", v: "Tensor", *, scale: float | None = None, return_lse: bool = False,
         query_offset: int = 0, k_global: "Tensor | None" = None, v_global: "Tensor | None" = None,
         global_mask: "Tensor | None" = None, kept: "Sequence[Tensor] | None" = None, check_kept: bool = False,
+        layout: str | None = None,
     ) -> "Tensor | tuple[Tensor, Tensor]":  # fmt: skip
         """Attend: q [B, H, M, D] over k, v [B, H, N, D] to o [B, H, M, D], differentiable.
 
@@ -58,12 +61,14 @@ class Attention:
         With `kept` nothing is selected: attention follows these lists, the finest level first, int32
         [B, H, T_l(M), W_l], W_l at most K_l, -1 for nothing, as `select` gives them. Their entries are trusted, unless
         check_kept is True, which looks at each of them and waits for the GPU. A query that has nothing to attend to has
-        o = 0 and lse = -inf. Raises TypeError or ValueError naming the argument, what came and what was expected.
+        o = 0 and lse = -inf. What looks like [B, N, H, D], far more heads than tokens, is warned of once in a process;
+        layout="BHND", the only layout, says that it is meant. Raises TypeError or ValueError naming the argument, what
+        came and what was expected.
         """
         try:
             return self.module.attention(
                 q, k, v, scale=scale, return_lse=return_lse, query_offset=query_offset, k_global=k_global,
-                v_global=v_global, global_mask=global_mask, kept=kept, check_kept=check_kept,
+                v_global=v_global, global_mask=global_mask, kept=kept, check_kept=check_kept, layout=layout,
             )  # fmt: skip
         except Exception as error:
             raise self._explained(error) from error.__cause__
@@ -74,6 +79,22 @@ class Attention:
             return self.module.select(q, k, query_offset=query_offset)
         except Exception as error:
             raise self._explained(error) from error.__cause__
+
+    def as_module(self) -> "AttentionModule":
+        """A new torch module that calls this operator: a model that has it shows it, and may hook it.
+
+        The operator is no module itself, for whoever compiles the same spec gets the same one, hooks included.
+        """
+        from llsa_gen.module import AttentionModule  # not before torch is needed
+
+        return AttentionModule(self)
+
+    def __copy__(self) -> "Attention":
+        return self
+
+    def __deepcopy__(self, memo: object) -> "Attention":
+        """Itself: there is nothing in it to change, and the module that runs is one a process."""
+        return self
 
     def _explained(self, error: Exception) -> Exception:
         """A failed Triton compile, told in terms of the templates; any other error as it is."""
@@ -90,7 +111,7 @@ class Attention:
         ).with_traceback(error.__traceback__)
 
     def __reduce__(self) -> "tuple[object, tuple[Spec]]":
-        """Copies and pickles, as part of a model for example, are the operator compiled from the same spec."""
+        """Pickles, as part of a model for example, are the operator compiled from the same spec."""
         return compile, (self.spec,)
 
     def __repr__(self) -> str:

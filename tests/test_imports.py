@@ -43,7 +43,8 @@ ROOMS = {
     "schedule": room("plan"),
     "emit": room("spec plan schedule", "jinja2 sympy triton"),
     "store": room("schedule", "filelock platformdirs"),
-    "compiler": room("spec plan schedule emit store", "torch triton"),
+    "module": room("", "torch"),
+    "compiler": room("spec plan schedule emit store module", "torch triton"),
     # beside the line
     "reference": room("spec", "torch"),
     "order": room("spec", "torch numpy"),

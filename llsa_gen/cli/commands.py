@@ -15,9 +15,10 @@ import typer
 from llsa_gen.cli import cache
 from llsa_gen.cli.bench import bench
 from llsa_gen.cli.check import check
+from llsa_gen.cli.new import new
 from llsa_gen.cli.terminal import Commands, DType, Json, SpecArgument, between, console, load_spec, print_json, warn
 from llsa_gen.cli.tune import tune
-from llsa_gen.errors import LlsaGenError, SpecError
+from llsa_gen.errors import LlsaGenError
 from llsa_gen.store.files import must_take, write_whole
 
 if TYPE_CHECKING:
@@ -67,25 +68,7 @@ def _common(
     pass
 
 
-@app.command(epilog="Example: llsa-gen new pixel_256")
-def new(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="Its name: a Python identifier.")],
-    force: Annotated[bool, typer.Option("--force", help="Replace NAME.yaml if it exists.")] = False,
-) -> None:
-    """Write a commented starter spec, NAME.yaml, and the schema.json by which editors complete it."""
-    from llsa_gen.spec import schema_text, starter
-
-    path, schema = Path(f"{name}.yaml"), Path("schema.json")
-    try:
-        text = starter(name)
-    except SpecError as error:
-        raise LlsaGenError(f"NAME: {error.mistakes[0].message}") from None
-    if path.exists() and not force:
-        raise LlsaGenError(f"{path}: exists already; --force replaces it")
-    write_whole(path, text)
-    if not schema.exists():
-        write_whole(schema, schema_text())
-    typer.echo(f"{path}: edit it, then: llsa-gen explain {path} -n 65536")
+app.command(epilog="Example: llsa-gen new pixel_256 --tokens 65536 --head-dim 64")(new)
 
 
 @app.command(epilog="Example: llsa-gen build llsa_l2 -n 65536")

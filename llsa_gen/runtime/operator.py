@@ -13,6 +13,7 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 if TYPE_CHECKING:
+    from llsa_gen.runtime.guards import MANY_HEADS, check_layout, look_at_layout, refuse_sharded
     from llsa_gen.runtime.launch_plan import empty_like, empty_outputs, empty_selection
     from llsa_gen.runtime.module import (
         BLOCKS,
@@ -265,6 +266,7 @@ def attention(
     global_mask: torch.Tensor | None = None,
     kept: Sequence[torch.Tensor] | None = None,
     check_kept: bool = False,
+    layout: str | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Log-linear sparse attention of q [B, H, M, D] over k, v [B, H, N, D]: o [B, H, M, D], differentiable.
 
@@ -276,7 +278,10 @@ def attention(
     Every query also attends to k_global, v_global [B, H, G, D], differentiable too, where global_mask [B, G] is True.
     With `kept`, lists as `select` gives them, int32 [B, H, T_l(M), 1 to K_l], finest first, -1 for none, nothing is
     selected. Their entries are trusted, unless check_kept has them looked at, which waits for the GPU.
+    What looks like [B, N, H, D] is warned of once; layout="BHND" says that it is not, and is the only layout.
     """
+    if layout is not None:
+        check_layout(layout)
     q, k, v = autocast(q, k, v)
     check({"q": q, "k": k, "v": v})
     if scale is None:
@@ -300,7 +305,11 @@ def attention(
         if more and torch.is_grad_enabled():
             needs_grad = needs_grad or any(x.requires_grad for x in present(*more[:2]))
         run = attend_eagerly if needs_grad else forward
+        if k.shape[1] > MANY_HEADS and layout is None:
+            look_at_layout(q, k)
     else:
+        if not torch.compiler.is_compiling():
+            refuse_sharded({"q": q, "k": k, "v": v, "k_global": k_global, "v_global": v_global})
         run = AttendTransformed.apply if is_transformed() else getattr(torch.ops.llsa, OPERATOR)
     o, lse, _ = run(q, k, v, float(scale), *more)  # type: ignore[arg-type]
     if ahead is not None:
@@ -313,6 +322,8 @@ def select(q: torch.Tensor, k: torch.Tensor, *, query_offset: int = 0) -> tuple[
     q, k = autocast(q, k)
     check({"q": q, "k": k})
     q, ahead = with_rows_ahead(q, query_offset)
+    if not torch.compiler.is_compiling() and not type(q) is type(k) is torch.Tensor:
+        refuse_sharded({"q": q, "k": k})
     kept = operator("_select", select_forward, q, k)(q, k)
     if ahead is None:
         return tuple(kept)

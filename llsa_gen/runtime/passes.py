@@ -8,6 +8,7 @@ import torch
 
 if TYPE_CHECKING:
     from llsa_gen.runtime.cpu_stages import attend_torch, grad_torch, select_torch
+    from llsa_gen.runtime.guards import DENSE_ATTENTION, refuse_context_parallel
     from llsa_gen.runtime.kernels import GlobalTokens, attend_kernels, grad_kernels, select_kernels
     from llsa_gen.runtime.launch_plan import empty_like, empty_outputs, empty_selection
     from llsa_gen.runtime.module import INTERPRETED, OPERATOR, Differentiate, saved_shapes
@@ -121,6 +122,8 @@ def forward(
     kept: Sequence[torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """o, lse and what the backward pass needs, memory of the layout `saved`."""
+    if torch.nn.functional.scaled_dot_product_attention is not DENSE_ATTENTION:  # here compiled programs come, too
+        refuse_context_parallel(q, k)
     shared: GlobalTokens | None = None
     more: tuple[Any, ...] = ()
     if k_global is not None or kept is not None:
@@ -185,6 +188,8 @@ def five_gradients(*inputs: Any) -> tuple[torch.Tensor, ...]:
 
 def select_forward(q: torch.Tensor, k: torch.Tensor) -> list[torch.Tensor]:
     """The kept key tokens of each level, finest first, [B, H, T_l(M), width] each."""
+    if torch.nn.functional.scaled_dot_product_attention is not DENSE_ATTENTION:
+        refuse_context_parallel(q, k)
     if q.numel() == 0 or k.numel() == 0:
         return empty_selection(q, k)
     if not runs_kernels(q):

@@ -35,7 +35,7 @@ from llsa_gen.errors import Mistake, SpecError
 from llsa_gen.spec.mistakes import Document, Expected, Keys, describe, explain, from_python
 from llsa_gen.spec.yaml import plain_yaml, read
 
-__all__ = ["Level", "Spec", "json_schema", "load", "schema_text", "starter"]
+__all__ = ["Level", "Spec", "json_schema", "load", "schema_text"]
 
 MIN_HEAD_DIM, MAX_HEAD_DIM = 8, 256
 MIN_BLOCK, MAX_BLOCK = 2, 256
@@ -44,7 +44,7 @@ MAX_LEVELS = 6
 MAX_NAME = 64
 MAX_DESCRIPTION = 500
 
-_SCHEMA_LINE = "# yaml-language-server: $schema=schema.json"
+SCHEMA_LINE = "# yaml-language-server: $schema=schema.json"
 _NAME_PATTERN = rf"[A-Za-z][A-Za-z0-9_]{{0,{MAX_NAME - 1}}}"
 
 _UNSEEN = ("Cc", "Cs", "Zl", "Zp")  # Unicode categories: controls, surrogates, line and paragraph separators
@@ -269,7 +269,7 @@ class Spec(_Model, frozen=True, extra="forbid"):
 
     def to_yaml(self) -> str:
         """The text of a spec file that loads as an equal spec."""
-        return f"{_SCHEMA_LINE}\n# The finest level comes first.\n{plain_yaml(self.model_dump(mode='json'))}"
+        return f"{SCHEMA_LINE}\n# The finest level comes first.\n{plain_yaml(self.model_dump(mode='json'))}"
 
 
 def load(source: str | os.PathLike[str] | Mapping[str, Any] | Spec) -> Spec:
@@ -339,42 +339,3 @@ def json_schema() -> dict[str, Any]:
 def schema_text() -> str:
     """What stands in `spec/schema.json`."""
     return json.dumps(json_schema(), indent=2) + "\n"
-
-
-def starter(name: str) -> str:
-    """The text of a spec file called `name` in which a comment explains every field; `SpecError` for a bad name."""
-    spec = Spec(name=name, head_dim=64, levels=(Level(block=16, topk=8), Level(block=16, topk=8)))
-    return f"""\
-{_SCHEMA_LINE}
-#
-# A log-linear sparse attention. Tokens are pooled, level by level, into a pyramid; each query picks the coarse tokens
-# that score highest, looks inside those, and attends to few tokens instead of all.
-
-# Names the generated module and its operator: a Python identifier of at most {MAX_NAME} ASCII characters that starts
-# with a letter.
-{plain_yaml({"name": spec.name}).strip()}
-
-# What the spec is for, in your own words. Optional, at most {MAX_DESCRIPTION} characters.
-description: ""
-
-# The size of one head's vectors: q, k and v have the shape [batch, heads, tokens, head_dim].
-# Any integer from {MIN_HEAD_DIM} to {MAX_HEAD_DIM}.
-head_dim: {spec.head_dim}
-
-# 1 to {MAX_LEVELS} levels, the finest first. A token of the first level stands for `block` tokens, one of the second
-# for `block` tokens of the first level, and so on; of each level a query keeps the `topk` best. More levels make longer
-# inputs cheaper: the last level is searched in full, so it should have few tokens (here: one for every 16 * 16 = 256).
-levels:
-  - block: 16 # any integer from {MIN_BLOCK} to {MAX_BLOCK}
-    topk: 8 # any integer from {MIN_TOPK} to {MAX_TOPK}; where there are fewer tokens, all are kept
-  - block: 16
-    topk: 8
-
-# The levels whose coarse tokens a query also attends to, beside the fine tokens it found: all | none | a list such as
-# [1, 2]. Without them (none), what was not picked is not seen at all. Optional, default all.
-enrich: all
-
-# Whether a coarse token weighs in the softmax as much as the tokens it stands for (true), or as one token (false).
-# Optional, default true.
-reweight: true
-"""
