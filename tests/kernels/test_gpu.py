@@ -376,6 +376,40 @@ def test_cuda_graphs_from_the_second_call_on(name: str) -> None:
         assert fuzz.same_bits(x, y)
 
 
+@pytest.mark.parametrize("name", ["llsa_l2", "topk_b128"])
+def test_cuda_graphs_of_global_tokens_and_given_lists(name: str) -> None:
+    attention = llsa_gen.compile(SPECS[name])
+    inputs, (k_global, v_global, *_) = draw(5000, 64, 2, torch.bfloat16), draw(70, 64, 2, torch.bfloat16, seed=2)
+    mask = torch.arange(70, device=DEVICE)[None] % 3 > 0
+    with torch.no_grad():
+        kept = attention.select(*inputs[:2])
+    shared = {"k_global": k_global, "v_global": v_global, "global_mask": mask, "kept": kept}
+
+    def attend() -> tuple[Tensor, ...]:
+        *leaves, grad_o = inputs
+        o = attention(*leaves, **shared)  # type: ignore[arg-type]
+        return o, *torch.autograd.grad(o, (*leaves, k_global, v_global), grad_o)  # type: ignore[arg-type]
+
+    attend()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        attend()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = attend()
+    with torch.no_grad():
+        for x, new in zip(inputs, draw(5000, 64, 2, torch.bfloat16, seed=1), strict=True):
+            x.copy_(new)
+        v_global.mul_(2)
+    graph.replay()
+    torch.cuda.synchronize()
+    for x, y in zip(captured, attend(), strict=True):
+        assert fuzz.same_bits(x, y)
+
+
 @pytest.fixture
 def through_triton() -> Iterator[Callable[[], None]]:
     """From when it is called on, Triton launches every kernel itself, for somebody wants to be told of that."""
