@@ -387,7 +387,7 @@ def test_cuda_graphs_of_global_tokens_and_given_lists(name: str) -> None:
 
     def attend() -> tuple[Tensor, ...]:
         *leaves, grad_o = inputs
-        o = attention(*leaves, **shared)  # type: ignore[arg-type]
+        o = attention(*leaves, **shared)
         return o, *torch.autograd.grad(o, (*leaves, k_global, v_global), grad_o)  # type: ignore[arg-type]
 
     attend()
