@@ -234,7 +234,7 @@ def test_a_checkpoint_may_be_watched_in_one_pass_alone() -> None:
 
 
 SHARING = (
-    "l1_wide", "l1_whole_none", "l2", "l2_fine", "l2_none", "l2_keepers", "l2_large", "l3_middle", "l4_some",
+    "l1_wide", "l1_whole_none", "l2", "l2_fine", "l2_none", "l2_keepers", "l3_middle", "l4_some",
 )  # fmt: skip
 """Branches of the walk, each of which attends to global tokens in its own place."""
 

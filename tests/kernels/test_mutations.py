@@ -56,9 +56,8 @@ WIDE = fuzz.Case(spec("wide", 16, (2, 65)), n=139)
 WHOLE_NONE = fuzz.Case(spec("whole_none", 16, (64, 2), enrich="none"), n=192, dtype="float16")
 # the same; logits of several hundred
 NEGATIVE = fuzz.Case(spec("negative", 16, (64, 2), enrich="none"), n=192, std=8.0, scale=-3.0)
-# tokens that everybody sees, two tiles of them, some masked; of wide blocks without coarse keys, too
+# tokens that everybody sees, two tiles of them, some masked; two batch entries
 GLOBALS = fuzz.Case(TAILS.spec, n=27, heads=2, batch=2, global_tokens=40, masked=True, seed=3)
-LOUD = fuzz.Case(WHOLE_NONE.spec, n=100, dtype="float16", global_tokens=19, loud=True)
 # enough queries for several splits
 SPLIT_GLOBALS = fuzz.Case(PARTIALS.spec, n=48, global_tokens=3)
 # lists that are given: three levels, gaps anywhere, rows without any
@@ -193,10 +192,10 @@ KERNELS = (
     mutation("the last sum dropped", "pool.py", "tl.static_range(1, SUMS)", "tl.static_range(1, SUMS - 1)"),
     mutation("rows of the next token", "pool.py", " & (below < BLOCK)[None, :]", "", FIVES),
     mutation(
-        "sums of another tensor",
+        "sums handed on twice",
         "pool.py",
-        'base("%s_sums_l%d" % (x, high))',
-        'base("q_sums_l%d" % high)',
+        "token, HEAD_DIM, token >= 0, whole[None, :])",
+        "token, HEAD_DIM, token >= 0, 2.0 * whole[None, :])",
         THREE_LEVELS,
     ),
     # selection
@@ -296,7 +295,13 @@ KERNELS = (
         "range(0, g_tokens - 8, {{ block",
         GLOBALS,
     ),
-    mutation("globals beyond the last", "tiles.py", "exists = token < g_tokens", "exists = token < g_tokens + 1", LOUD),
+    mutation(
+        "globals beyond the last",
+        "tiles.py",
+        "exists = token < g_tokens",
+        "exists = token < g_tokens + 1",
+        SPLIT_GLOBALS,
+    ),
     mutation(
         "dk of globals by one split",
         "grad_kv.py",
