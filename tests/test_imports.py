@@ -48,13 +48,14 @@ ROOMS = {
     # beside the line
     "reference": room("spec", "torch"),
     "order": room("spec", "torch numpy"),
+    "look": room("spec order", "torch matplotlib"),
     "nn": room("spec order compiler", "torch"),
     "fuzz": room("spec reference store compiler", "torch triton hypothesis"),
     "aot": room("spec schedule emit store compiler", "torch triton"),
     "bench": room("spec plan schedule emit store compiler reference fuzz aot", "torch pydantic rich matplotlib"),
     "tune": room("spec plan schedule store compiler reference fuzz aot", "torch triton"),
     # what people call
-    "cli": room("spec plan schedule store compiler fuzz aot bench tune", "typer rich sympy torch"),
+    "cli": room("spec plan schedule store compiler look fuzz aot bench tune", "typer rich sympy torch"),
 }
 
 GENERATED_MAY_IMPORT = {"torch", "triton"}
@@ -181,7 +182,7 @@ def test_no_module_imports_itself_in_a_circle() -> None:
 
 def draws(name: str) -> bool:
     """Whether a module may need matplotlib, which is an extra: nothing else may import it but when it is asked to."""
-    return name == "bench.plot"
+    return name in {"bench.plot", "look.drawing", "look.picture"}
 
 
 def test_what_is_imported_is_declared() -> None:

@@ -19,12 +19,14 @@ from torch.nn.functional import scaled_dot_product_attention
 import llsa_gen
 from llsa_gen import reference, schedule
 from llsa_gen.errors import LlsaGenError
+from llsa_gen.look import pixels, views
 from llsa_gen.plan import cost, lower
 from llsa_gen.spec import Spec, load
 
 try:
-    import drawing
-    import pixels
+    import photograph
+
+    from llsa_gen.look import drawing
 except ModuleNotFoundError as missing:
     raise SystemExit(f"the demo needs {missing.name}: pip install 'llsa-gen[demo]'") from None
 
@@ -35,9 +37,9 @@ SAMPLE = 128
 """How many queries are compared with the reference: its rows are as long as the input, and in float64."""
 
 QUERIES = (
-    drawing.Query("from a star of the flag", 0.106, 0.129),
-    drawing.Query("from the cheek", 0.47, 0.44),
-    drawing.Query("from the ribbons", 0.94, 0.74),
+    views.Query("from a star of the flag", 0.106, 0.129),
+    views.Query("from the cheek", 0.47, 0.44),
+    views.Query("from the ribbons", 0.94, 0.74),
 )
 
 Result = TypeVar("Result")
@@ -101,8 +103,8 @@ def say_cost(spec: Spec, n_tokens: int, heads: int) -> None:
 
 def demo(spec: Spec, layout: pixels.Layout, out: Path) -> bool:
     """Runs the demo, prints its report and writes its picture; whether selection and attention are right."""
-    photo = pixels.photograph(layout.height, layout.width)
-    noisy = pixels.with_noise(photo, NOISE)
+    photo = photograph.photograph(layout.height, layout.width)
+    noisy = photograph.with_noise(photo, NOISE)
     tokens = pixels.tokens(spec, noisy, layout)
     q, k, v = tokens.q, tokens.k, tokens.v
     heads = q.shape[1]
@@ -126,11 +128,11 @@ def demo(spec: Spec, layout: pixels.Layout, out: Path) -> bool:
     good = check(spec, tokens, o, kept)
 
     denoised = tokens.picture(o)
-    was, now, best = (pixels.psnr(picture, photo) for picture in (noisy, denoised, tokens.picture(full)))
+    was, now, best = (photograph.psnr(picture, photo) for picture in (noisy, denoised, tokens.picture(full)))
     line("denoised", f"{now:.1f} dB", f"from {was:.1f} dB; dense attention gets to {best:.1f} dB")
-    views = [drawing.view(spec, kept, layout, heads - 1, query.token(layout)) for query in QUERIES]
+    seen = [views.view(spec, kept, layout, heads - 1, query.token(layout)) for query in QUERIES]
     before, after = (f"noisy, {was:.1f} dB", noisy), (f"after attention, {now:.1f} dB", denoised)
-    drawing.draw(out, spec, layout, photo, QUERIES, views, before, after)
+    drawing.draw(out, spec, layout, photo, QUERIES, seen, (before, after))
     console.print(f"\n  picture  {out}\n  module   {attention.path or 'in memory'}")
     return good
 
@@ -150,7 +152,7 @@ def main(
     """
     try:
         loaded = load(spec)
-        good = demo(loaded, pixels.layout(loaded, size), out)
+        good = demo(loaded, pixels.layout(loaded, size, size), out)
     except (LlsaGenError, OSError) as error:
         typer.secho(str(error), fg="red", err=True)
         raise typer.Exit(1) from None

@@ -15,6 +15,7 @@ import typer
 from llsa_gen.cli import cache
 from llsa_gen.cli.bench import bench
 from llsa_gen.cli.check import check
+from llsa_gen.cli.look import look
 from llsa_gen.cli.new import new
 from llsa_gen.cli.terminal import Commands, DType, Json, SpecArgument, between, console, load_spec, print_json, warn
 from llsa_gen.cli.tune import tune
@@ -140,6 +141,9 @@ def explain(
     console().print(tables(data))
     if plan:
         console().print("\n", plan_tables(source, n, heads, dtype, goal, m), sep="")
+
+
+app.command(epilog="Example: llsa-gen look llsa_l2 --image photo.jpg --query 120,80 -o seen.png")(look)
 
 
 @app.command(epilog="Example: llsa-gen export llsa_l2 -o build --target cuda:90 --target hip:gfx942")

@@ -42,7 +42,8 @@ levels:
 
 
 COMMANDS = (
-    "new", "build", "bench", "check", "tune", "explain", "export", "cache", "cache ls", "cache clear", "cache why",
+    "new", "build", "bench", "check", "tune", "explain", "look", "export", "cache", "cache ls", "cache clear",
+    "cache why",
 )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The demo's picture: the photograph as single query pixels see it, and what attention makes of it.
+"""The card: a picture as single query pixels see it, and what attention makes of it.
 
 Every token of every level that a query attends to is drawn as what it is, the mean over its patch; where levels overlap
 the finest is on top. A frame is the box around a patch. The figure is a dark card with round corners, so that it stands
@@ -6,128 +6,73 @@ on white and on dark pages.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO
 
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Rectangle
-from pixels import Box, Layout
 from torch import Tensor
 
+from llsa_gen.look.pixels import Box, Layout
+from llsa_gen.look.views import Query, View, mosaic, seen_picture
 from llsa_gen.spec import Spec
+
+__all__ = ["FOOT", "HEAD", "MARGIN", "MAX_QUERIES", "WIDTH", "draw"]
 
 CARD, INK, MUTED = "#12161d", "#e8ecf1", "#9aa5b3"
 QUERY = "#ff4fa3"
 KEPT = ("#5dfdc1", "#ffffff")
 """Outlines of kept tokens of level 1, and of the levels above it."""
 
-DIMMEST = 0.6
-"""Brightness of what is seen at the coarsest level only; the pixels themselves have 1."""
-UNSEEN = 0.1
-"""Brightness of what is scored but not attended to: levels that are not enriched."""
-GHOST = 0.25
-"""How much of the photograph shines through its coarse tokens, or nobody would know what they cover."""
-
 DPI = 100
 WIDTH, MARGIN, GAP, HEAD, FOOT = 1600, 20, 8, 92, 104  # pixels; 4 panels of 384, 3 times the photograph's 128
 SWATCH = 56
+TALLEST = 1600
+"""Pixels of the height of a panel: a picture that is much taller than wide gets a narrower one."""
 
-
-class Query(NamedTuple):
-    """A query pixel: what it shows, and where it is as fractions of the picture's height and width."""
-
-    name: str
-    down: float
-    right: float
-
-    def pixel(self, layout: Layout) -> tuple[int, int]:
-        """Row and column."""
-        return int(self.down * layout.height), int(self.right * layout.width)
-
-    def token(self, layout: Layout) -> int:
-        """The token of level 0."""
-        return layout.token_at(*self.pixel(layout))
-
-
-@dataclass(frozen=True)
-class View:
-    """What one query attends to in one head, and what it keeps."""
-
-    seen: tuple[Tensor, ...]
-    """L + 1 bool tensors [T_l], the pixels (level 0) first."""
-    kept: tuple[Tensor, ...]
-    """L int64 tensors, the kept tokens of level 1 first."""
-
-    @property
-    def keys(self) -> int:
-        """How many keys it attends to."""
-        return sum(int(seen.sum()) for seen in self.seen)
-
-
-def view(spec: Spec, kept: Sequence[Tensor], layout: Layout, head: int, token: int) -> View:
-    """What the query `token` sees in `head`, from the kept indices that `attention.select` returns."""
-    mine = [ids[0, head, token // spec.span(level)].long() for level, ids in enumerate(kept, start=1)]
-    mine = [ids[ids >= 0] for ids in mine]
-    seen = []
-    for level in range(spec.num_levels + 1):
-        tokens = torch.arange(-(-layout.n_tokens // spec.span(level)))
-        candidates = torch.ones_like(tokens, dtype=torch.bool)
-        if level < spec.num_levels:
-            candidates = torch.isin(tokens // spec.block(level + 1), mine[level])
-        seen.append(candidates & (level in (0, *spec.enriched_levels)))
-    return View(tuple(seen), tuple(mine))
-
-
-def mosaic(picture: Tensor, layout: Layout, level: int) -> Tensor:
-    """The picture [3, height, width] with the patch of every token of a level in its mean colour."""
-    tokens, above = layout.tokens(picture), layout.above(level)
-    covered = above.bincount()[:, None]
-    means = tokens.new_zeros(len(covered), tokens.shape[1]).index_add(0, above, tokens) / covered
-    return layout.picture(means[above])
-
-
-def seen_picture(spec: Spec, picture: Tensor, layout: Layout, view: View) -> Tensor:
-    """The picture [3, height, width] as a query sees it: every pixel from the finest token that it attends to."""
-    top = spec.num_levels
-    result = UNSEEN * picture
-    for level in range(top, -1, -1):
-        bright = DIMMEST + (1 - DIMMEST) * (top - level) / top
-        patches = bright * torch.lerp(mosaic(picture, layout, level), picture, GHOST)
-        seen = layout.picture(view.seen[level][layout.above(level)][:, None])
-        result = torch.where(seen, patches, result)
-    return result
+MAX_QUERIES = 8
+"""Beyond, panels are too small to see anything in them."""
 
 
 def draw(
-    path: Path,
+    file: Path | BinaryIO,
     spec: Spec,
     layout: Layout,
-    photo: Tensor,
+    picture: Tensor,
     queries: Sequence[Query],
     views: Sequence[View],
-    before: tuple[str, Tensor],
-    after: tuple[str, Tensor],
+    before_after: tuple[tuple[str, Tensor], tuple[str, Tensor]] | None = None,
 ) -> None:
-    """Write a PNG: a panel for what each query sees, and one that is half `before` and half `after` attention.
+    """Write a PNG: a panel for what each query sees, and one that is half before and half after attention.
 
-    Pictures are [3, height, width] in 0 to 1; `before` and `after` come with a caption.
+    Pictures are [3, height, width] in 0 to 1; those before and after attention come with a caption. Without them the
+    last panel is the picture as it is, with all queries.
     """
     card = _Card(layout, panels=len(queries) + 1)
     card.text(MARGIN, 44, "What one pixel attends to", 24, weight="bold")
     card.text(WIDTH - MARGIN, 44, f"{spec.name}: {layout.n_tokens:,} pixels as tokens", 18, MUTED, ha="right")
     for panel, (query, seen) in enumerate(zip(queries, views, strict=True)):
-        card.panel(panel, seen_picture(spec, photo, layout, seen))
+        card.panel(panel, seen_picture(spec, picture, layout, seen))
         card.text(card.left(panel), HEAD - 12, query.name, 16)
         for level in range(spec.num_levels, 0, -1):
             for token in seen.kept[level - 1].tolist():
                 card.outline(panel, level, token)
         card.mark(*card.point(panel, query.pixel(layout)))
-    _halves(card, len(queries), before, after)
-    _legend(card, spec, photo, queries[0], views[0])
-    card.figure.savefig(path, dpi=DPI, transparent=True)
+    if before_after is None:
+        _whole(card, len(queries), picture, queries)
+    else:
+        _halves(card, len(queries), *before_after)
+    _legend(card, spec, picture, queries[0], views[0])
+    card.figure.savefig(file, dpi=DPI, transparent=True, format="png")
+
+
+def _whole(card: "_Card", panel: int, picture: Tensor, queries: Sequence[Query]) -> None:
+    card.panel(panel, picture)
+    card.text(card.left(panel), HEAD - 12, "the picture", 16)
+    for query in queries:
+        card.mark(*card.point(panel, query.pixel(card.layout)))
 
 
 def _halves(card: "_Card", panel: int, before: tuple[str, Tensor], after: tuple[str, Tensor]) -> None:
@@ -139,7 +84,7 @@ def _halves(card: "_Card", panel: int, before: tuple[str, Tensor], after: tuple[
     card.text(x + 6, HEAD - 12, after[0], 16)
 
 
-def _legend(card: "_Card", spec: Spec, photo: Tensor, query: Query, view: View) -> None:
+def _legend(card: "_Card", spec: Spec, picture: Tensor, query: Query, view: View) -> None:
     """An entry for the query and for each level, coarsest first: the swatches go, step by step, down to the query."""
     layout, top = card.layout, spec.num_levels
     step = (WIDTH - 2 * MARGIN + GAP) / (top + 2)
@@ -153,7 +98,7 @@ def _legend(card: "_Card", spec: Spec, photo: Tensor, query: Query, view: View) 
     card.mark(MARGIN + SWATCH / 2, y + SWATCH / 2)
     entry(0, "the query pixel", f"one softmax over {view.keys:,} keys")
     for item, level in enumerate(range(top, -1, -1), start=1):
-        _swatch(card, spec, photo, query, level, MARGIN + item * step, y)
+        _swatch(card, spec, picture, query, level, MARGIN + item * step, y)
         where = "the whole picture" if level == top else f"inside those {len(view.kept[level])}"
         count, own = int(view.seen[level].sum()), layout.box(level, query.token(layout) // spec.span(level))
         if level == 0:
@@ -166,7 +111,7 @@ def _legend(card: "_Card", spec: Spec, photo: Tensor, query: Query, view: View) 
             entry(item, f"{count:,} {what}", f"level {level}: {where}; {len(view.kept[level - 1])} kept")
 
 
-def _swatch(card: "_Card", spec: Spec, photo: Tensor, query: Query, level: int, x: float, y: float) -> None:
+def _swatch(card: "_Card", spec: Spec, picture: Tensor, query: Query, level: int, x: float, y: float) -> None:
     """The query's token of the level above, or the whole picture, as this level sees it; the query's own outlined."""
     layout, pixel = card.layout, query.token(card.layout)
     whole = Box(0, 0, layout.height, layout.width)
@@ -175,7 +120,7 @@ def _swatch(card: "_Card", spec: Spec, photo: Tensor, query: Query, level: int, 
     zoom = SWATCH / max(whole.height, whole.width)
     rows, columns = slice(whole.row, whole.row + whole.height), slice(whole.column, whole.column + whole.width)
     width, height = whole.width * zoom, whole.height * zoom
-    card.image(mosaic(photo, layout, level)[:, rows, columns], x, y, width, height)
+    card.image(mosaic(picture, layout, level)[:, rows, columns], x, y, width, height)
     if level < spec.num_levels:
         card.frame(x, y, width, height, _color(level + 1))
     own = layout.box(level, pixel // spec.span(level))
@@ -193,7 +138,7 @@ class _Card:
     def __init__(self, layout: Layout, panels: int) -> None:
         self.layout = layout
         self.side = (WIDTH - 2 * MARGIN - (panels - 1) * GAP) / panels
-        self.zoom = self.side / layout.width
+        self.zoom = min(self.side / layout.width, TALLEST / layout.height)
         self.bottom = HEAD + layout.height * self.zoom
         self.height = round(self.bottom + FOOT)
         self.figure = Figure(figsize=(WIDTH / DPI, self.height / DPI))
@@ -215,7 +160,7 @@ class _Card:
         return MARGIN + panel * (self.side + GAP)
 
     def point(self, panel: int, pixel: tuple[int, int]) -> tuple[float, float]:
-        """Where the middle of the photograph's pixel (row, column) is."""
+        """Where the middle of the picture's pixel (row, column) is."""
         return self.left(panel) + (pixel[1] + 0.5) * self.zoom, HEAD + (pixel[0] + 0.5) * self.zoom
 
     def text(self, x: float, y: float, text: str, size: float, color: str = INK, **style: Any) -> None:
@@ -231,7 +176,7 @@ class _Card:
 
     def panel(self, panel: int, picture: Tensor) -> None:
         """A picture as large as a panel."""
-        self.image(picture, self.left(panel), HEAD, self.side, self.bottom - HEAD)
+        self.image(picture, self.left(panel), HEAD, self.layout.width * self.zoom, self.bottom - HEAD)
 
     def outline(self, panel: int, level: int, token: int) -> None:
         """The frame of a token's patch."""

@@ -1,8 +1,13 @@
-"""A photograph as attention: its pixels as tokens, and q, k, v that denoise it.
+"""A picture as attention: its pixels as tokens, and q, k, v that denoise it.
 
-Attention is non-local means. A pixel's feature x is the noisy colours around it and its position, each divided by a
+Attention is non-local means. A pixel's feature x is the colours around it and its position, each divided by a
 bandwidth; with q = (x, 1) and k = (x, -|x|^2 / 2) the logit is q.k = -|x_i - x_j|^2 / 2 up to a term that the softmax
-over j cancels: a Gaussian in colour and position. v carries the pixel's noisy colour, so o is a picture, less noisy.
+over j cancels: a Gaussian in colour and position. v carries the pixel's colour, so o is a picture, less noisy.
+
+Every head dim from 8 to 256 will do. The colours are those of the widest square of odd side that fits: 3 channels a
+pixel, 2 for the position and 1 for |x|^2. That is the pixel alone from 8 on, a square of 3 from 30, of 5 from 78, of 7
+from 150, of 9 from 246. Channels that are left are zero. Then one random rotation turns every vector, which leaves all
+products as they are, so that every channel carries something.
 """
 
 import math
@@ -11,18 +16,13 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from matplotlib import cbook, image
 from torch import Tensor
-from torch.nn.functional import adaptive_avg_pool2d, mse_loss, pad, unfold
+from torch.nn.functional import pad, unfold
 
 from llsa_gen import order
 from llsa_gen.spec import Spec
 
-PHOTOGRAPH = "grace_hopper.jpg"
-"""In matplotlib's sample data: 512 x 600 pixels, in the public domain."""
-
-HEADROOM = 20
-"""Rows of the photograph above the hat, which a square crop leaves out."""
+__all__ = ["HEADS", "Bandwidth", "Box", "Layout", "Tokens", "layout", "tokens"]
 
 
 class Box(NamedTuple):
@@ -35,7 +35,7 @@ class Box(NamedTuple):
 
 
 class Bandwidth(NamedTuple):
-    """How alike what a head attends to must be: standard deviations of colour (0 to 1) and position (1: the width)."""
+    """How alike what a head attends to must be: standard deviations of colour (0 to 1) and position (1: long side)."""
 
     colour: float
     position: float
@@ -86,32 +86,10 @@ class Layout:
         return pixels // self.width, pixels % self.width
 
 
-def layout(spec: Spec, size: int) -> Layout:
-    """The tokens of a picture of `size` x `size` pixels. With blocks of 16 they cover 4 x 4 pixels, then 16 x 16."""
+def layout(spec: Spec, height: int, width: int) -> Layout:
+    """The tokens of a picture of `height` x `width` pixels. With blocks of 16 they cover 4 x 4 pixels, then 16 x 16."""
     spans = tuple(spec.span(level) for level in range(spec.num_levels + 1))
-    return Layout(size, size, spans, order.grid((size, size), spec))
-
-
-def photograph(height: int, width: int) -> Tensor:
-    """The photograph from the hat down, cropped to these proportions and averaged to this size: [3, height, width] in
-    0 to 1."""
-    path = cbook.get_sample_data(PHOTOGRAPH, asfileobj=False)
-    pixels = torch.tensor(image.imread(path)).permute(2, 0, 1)[:, HEADROOM:].float() / 255
-    zoom = min(pixels.shape[1] / height, pixels.shape[2] / width)
-    rows, columns = round(height * zoom), round(width * zoom)
-    left = (pixels.shape[2] - columns) // 2
-    return adaptive_avg_pool2d(pixels[:, :rows, left : left + columns], (height, width))
-
-
-def with_noise(picture: Tensor, deviation: float, seed: int = 0) -> Tensor:
-    """The picture with Gaussian noise; not clipped, or dark and bright parts would be given away."""
-    noise = torch.randn(picture.shape, generator=torch.Generator().manual_seed(seed))
-    return picture + deviation * noise
-
-
-def psnr(picture: Tensor, truth: Tensor) -> float:
-    """Peak signal-to-noise ratio in decibels: higher is better."""
-    return -10 * math.log10(float(mse_loss(picture, truth)))
+    return Layout(height, width, spans, order.grid((height, width), spec))
 
 
 @dataclass(frozen=True)
@@ -131,11 +109,7 @@ class Tokens:
 
 
 def tokens(spec: Spec, picture: Tensor, layout: Layout, heads: Sequence[Bandwidth] = HEADS, seed: int = 0) -> Tokens:
-    """q, k, v of a picture [3, height, width], one head for each bandwidth; see the head of this file.
-
-    The features take fewer than `head_dim` channels: the rest are zero, and then one random rotation, which leaves all
-    products as they are, turns every vector so that every channel carries something.
-    """
+    """q, k, v of a picture [3, height, width], one head for each bandwidth; see the head of this file."""
     dim = spec.head_dim
     # the widest odd patch of colours that leaves room for a position and for |x|^2
     patch = max(side for side in range(1, dim, 2) if 3 * side**2 + 3 <= dim)
@@ -143,7 +117,7 @@ def tokens(spec: Spec, picture: Tensor, layout: Layout, heads: Sequence[Bandwidt
     colours = unfold(pad(picture[None], (half,) * 4, mode="replicate"), patch)[0]
     colours = colours.unflatten(1, picture.shape[1:]) / patch  # |.|^2: the mean over the patch, summed over r, g, b
     rows, columns = torch.arange(layout.height), torch.arange(layout.width)
-    positions = torch.stack(torch.meshgrid(rows, columns, indexing="ij")) / layout.width
+    positions = torch.stack(torch.meshgrid(rows, columns, indexing="ij")) / max(layout.height, layout.width)
 
     turn, _ = torch.linalg.qr(torch.randn(dim, dim, generator=torch.Generator().manual_seed(seed)))
     v = _turned([layout.tokens(picture)], turn)
