@@ -1,6 +1,7 @@
 """The command `llsa-gen look`: what chosen pixels of a picture keep at every level, drawn over the picture."""
 
 import io
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -57,8 +58,8 @@ def look(
     if len(points) > drawing.MAX_QUERIES:
         raise LlsaGenError(f"--query: expected at most {drawing.MAX_QUERIES} pixels, got {len(points)}")
     if out.suffix.lower() != ".png":
-        raise LlsaGenError(f"-o {out}: expected a file that ends with .png")
-    if out.resolve() == image.resolve():
+        raise LlsaGenError(f"-o {short(str(out), 300)}: expected a file that ends with .png")
+    if os.path.realpath(out) == os.path.realpath(image):
         raise LlsaGenError(f"-o {out}: expected another file than that of --image, got the same")
     whole = picture.read(image)
     height, width = whole.shape[1:]

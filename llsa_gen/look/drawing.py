@@ -19,7 +19,7 @@ from llsa_gen.look.pixels import Box, Layout
 from llsa_gen.look.views import Query, View, mosaic, seen_picture
 from llsa_gen.spec import Spec
 
-__all__ = ["FOOT", "HEAD", "MARGIN", "MAX_QUERIES", "WIDTH", "draw"]
+__all__ = ["FOOT", "HEAD", "MARGIN", "MAX_QUERIES", "TALLEST", "WIDTH", "draw"]
 
 CARD, INK, MUTED = "#12161d", "#e8ecf1", "#9aa5b3"
 QUERY = "#ff4fa3"

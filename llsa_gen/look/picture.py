@@ -16,14 +16,20 @@ __all__ = ["averaged", "read"]
 def read(path: Path) -> Tensor:
     """The picture in a file of any format that Pillow reads: [3, height, width] in 0 to 1, on white.
 
-    Raises LlsaGenError where it is no picture, OSError where there is no such file.
+    Raises LlsaGenError where there is no such file, or no picture in it.
     """
-    with path.open("rb") as file:  # an error of its own where it cannot be read
+    name = short(str(path), 300)
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        raise LlsaGenError(f"{name}: {error.strerror}") from None
+    with file:
         try:
             pixels: Any = image.imread(file, format="any")  # by its content, not by its name
         except Exception as error:  # Pillow's readers raise anything for bytes that are no picture
-            reason = str(error).replace(repr(file), "the file")
-            raise LlsaGenError(f"{path}: expected a picture, such as a PNG or a JPEG: {short(reason, 200)}") from None
+            # Pillow names the file by its repr where it knows of no format that begins so
+            reason = "other content" if repr(file) in str(error) else short(str(error), 200)
+            raise LlsaGenError(f"{name}: expected a picture, such as a PNG or a JPEG, got: {reason}") from None
     most = 1 if pixels.dtype.kind == "f" else 2 ** (8 * pixels.dtype.itemsize) - 1
     return _on_white(torch.tensor(pixels.astype("float32")) / most)
 

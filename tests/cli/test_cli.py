@@ -721,7 +721,8 @@ def test_a_cache_that_cannot_be_listed_is_one_message(place: Path) -> None:
         "explain tiny -m 5", "explain tiny -n 5 -m", "explain tiny -n 5 -m many", "bench tiny -m -1",
         "explain tiny -n 5 --dtype float64", "explain tiny -n 5 --bogus", "explain tiny tiny -n 5", "new", "build",
         "check tiny --examples 0", "check tiny --seconds 0", "check tiny --seed -1", "export", "export tiny -o",
-        "cache", "cache bogus", "cache why",
+        "cache", "cache bogus", "cache why", "look", "look tiny --image a.png --size 0",
+        "look tiny --image a.png --query",
     ],
 )  # fmt: skip
 def test_wrong_usage_exits_with_2(command: str, place: Path) -> None:
@@ -737,7 +738,8 @@ def test_wrong_usage_exits_with_2(command: str, place: Path) -> None:
         ["{}"], ["explain", "{}"], ["explain", "tiny", "-n", "{}"], ["explain", "tiny", "-n", "5", "--{}"],
         ["explain", "tiny", "-n", "5", "--dtype", "{}"], ["explain", "tiny", "-n", "-{}"], ["new", "{}"],
         ["explain", "tiny", "-n", "5", "--target", "{}", "--plan"], ["check", "tiny", "--device", "{}"],
-        ["cache", "clear", "{}"], ["explain", *["{}"] * 100],
+        ["cache", "clear", "{}"], ["look", "tiny", "--image", "{}"], ["look", "tiny", "--image", "a", "--query", "{}"],
+        ["look", "tiny", "--image", "a", "-o", "{}"], ["explain", *["{}"] * 100],
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("typed", ["9" * 4000, "9" * 5000, "x" * 10**5])

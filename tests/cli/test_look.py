@@ -132,9 +132,9 @@ def test_a_picture_is_averaged_but_never_enlarged() -> None:
     [
         ("--image none.png", r"none\.png: No such file or directory"),
         ("--image .", r"\.: Is a directory"),
-        ("--image spec/tiny.yaml", r"spec/tiny\.yaml: expected a picture, such as a PNG or a JPEG: .*"),
-        ("--image short.png", r"short\.png: expected a picture, such as a PNG or a JPEG: .*"),
-        ("--image empty.png", r"empty\.png: expected a picture, such as a PNG or a JPEG: .*"),
+        ("--image spec/tiny.yaml", r"spec/tiny\.yaml: expected a picture, such as a PNG or a JPEG, got: other content"),
+        ("--image short.png", r"short\.png: expected a picture, such as a PNG or a JPEG, got: .*truncated.*"),
+        ("--image empty.png", r"empty\.png: expected a picture, such as a PNG or a JPEG, got: other content"),
         ("--image photo.png --query 20,3", r"--query 20,3: .* from 0,0 to 19,11, .* of 20×12 pixels"),
         ("--image photo.png --query 3,12", r"--query 3,12: .* from 0,0 to 19,11, .* of 20×12 pixels"),
         ("--image photo.png --query -1,3", r"--query -1,3: .* from 0,0 to 19,11, .* of 20×12 pixels"),
