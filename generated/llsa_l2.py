@@ -45,7 +45,7 @@ SPEC = {
     "name": "llsa_l2",
     "reweight": True,
 }
-OPERATOR = "llsa_l2_47926a3541872544"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
+OPERATOR = "llsa_l2_9a04e17454b16055"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -1713,12 +1713,12 @@ class Keys(NamedTuple):
 
 
 @gluon.jit
-def copy_global(k_ptr, v_ptr, g_tokens, tile, k_to, v_to):
+def copy_global(k_global_ptr, v_global_ptr, kv_head, g_tokens, tile, k_to, v_to):
     """Begin to copy a tile of 64 global keys and values, if there is one; those that take no part are zeros already."""
     if (tile >= 0) & (tile * 64 < g_tokens):
         token = tile * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, COPIED))
-        copy_rows(k_to, k_ptr, token, HEAD_DIM, token < g_tokens)
-        copy_rows(v_to, v_ptr, token, HEAD_DIM, token < g_tokens)
+        copy_rows(k_to, of_head(k_global_ptr, kv_head, g_tokens, HEAD_DIM), token, HEAD_DIM, token < g_tokens)
+        copy_rows(v_to, of_head(v_global_ptr, kv_head, g_tokens, HEAD_DIM), token, HEAD_DIM, token < g_tokens)
 
 
 @gluon.jit
@@ -1905,7 +1905,7 @@ def sum_of_own_batch(p):
 
 @gluon.jit
 def attend_tiles(
-    keys, k_global_ptr, v_global_ptr, global_mask_ptr, batch, g_tokens, q_base, stride_qn, scale, FIXED_MAX: gl.constexpr, FULL: gl.constexpr
+    keys, k_global_ptr, v_global_ptr, global_mask_ptr, kv_head, batch, g_tokens, q_base, stride_qn, scale, FIXED_MAX: gl.constexpr, FULL: gl.constexpr
 ):
     """peak, total [4, 16] and acc [4, 16, D] of four query blocks over all their keys, as `softmax_step` has them.
 
@@ -1943,7 +1943,7 @@ def attend_tiles(
         to = before(stage)
         copy_tile(keys, tile + 2, parent, k_tiles.index(to), v_tiles.index(to), FULL)
         if k_global_ptr is not None:
-            copy_global(k_global_ptr, v_global_ptr, g_tokens, tile + 2 - keys.end, k_tiles.index(to), v_tiles.index(to))
+            copy_global(k_global_ptr, v_global_ptr, kv_head, g_tokens, tile + 2 - keys.end, k_tiles.index(to), v_tiles.index(to))
         hopper.async_copy.commit_group()
         parent = parents_of_tile(keys, tile + 3, FULL)
         products = hopper.warpgroup_mma(q, k_tiles.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
@@ -2000,7 +2000,7 @@ def attend_tiles(
         to = before(stage)
         copy_fine(keys, tile + 2, parent, k_tiles.index(to), v_tiles.index(to), FULL)
         if k_global_ptr is not None:
-            copy_global(k_global_ptr, v_global_ptr, g_tokens, tile + 2 - keys.end, k_tiles.index(to), v_tiles.index(to))
+            copy_global(k_global_ptr, v_global_ptr, kv_head, g_tokens, tile + 2 - keys.end, k_tiles.index(to), v_tiles.index(to))
         hopper.async_copy.commit_group()
         parent = parents_of_fine(keys, tile + 3)
         k = as_batch(k_tiles.index(stage)).permute((0, 2, 1)).load(RIGHT_BATCH)
@@ -2041,7 +2041,7 @@ def attend_tiles(
             hopper.async_copy.wait_group(1)
             hopper.fence_async_shared()
             to = before(stage)
-            copy_global(k_global_ptr, v_global_ptr, g_tokens, tile + 2, k_tiles.index(to), v_tiles.index(to))
+            copy_global(k_global_ptr, v_global_ptr, kv_head, g_tokens, tile + 2, k_tiles.index(to), v_tiles.index(to))
             hopper.async_copy.commit_group()
             products = hopper.warpgroup_mma(q, k_tiles.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
             products = hopper.warpgroup_mma_wait(0, deps=[products])
@@ -2131,12 +2131,9 @@ def attend_hopper_kernel(
         m_tokens, n_tokens, first,
     )
     q_base = head_base(q_ptr, head, stride_qb, stride_qh, heads_per_batch)
-    if k_global_ptr is not None:
-        k_global_ptr = of_head(k_global_ptr, kv_head, g_tokens, HEAD_DIM)
-        v_global_ptr = of_head(v_global_ptr, kv_head, g_tokens, HEAD_DIM)
     batch = head // heads_per_batch
 
-    peak, total, acc, fits = attend_tiles(keys, k_global_ptr, v_global_ptr, global_mask_ptr, batch, g_tokens, q_base, stride_qn, scale * LOG2E, FIXED_MAX=True, FULL=FULL)
+    peak, total, acc, fits = attend_tiles(keys, k_global_ptr, v_global_ptr, global_mask_ptr, kv_head, batch, g_tokens, q_base, stride_qn, scale * LOG2E, FIXED_MAX=True, FULL=FULL)
     write_attended(keys, o_ptr, lse_ptr, peak_ptr, total_ptr, head, m_tokens, saved_step, peak, total, acc, fits)
 
 
@@ -2185,12 +2182,9 @@ def attend_hopper_recompute_kernel(
                     m_tokens, n_tokens, first,
                 )
                 q_base = head_base(q_ptr, head, stride_qb, stride_qh, heads_per_batch)
-                if k_global_ptr is not None:
-                    k_global_ptr = of_head(k_global_ptr, kv_head, g_tokens, HEAD_DIM)
-                    v_global_ptr = of_head(v_global_ptr, kv_head, g_tokens, HEAD_DIM)
                 batch = head // heads_per_batch
                 peak, total, acc, fits = attend_tiles(
-                    keys, k_global_ptr, v_global_ptr, global_mask_ptr, batch, g_tokens, q_base, stride_qn, scale * LOG2E, FIXED_MAX=False, FULL=False
+                    keys, k_global_ptr, v_global_ptr, global_mask_ptr, kv_head, batch, g_tokens, q_base, stride_qn, scale * LOG2E, FIXED_MAX=False, FULL=False
                 )
                 write_attended(keys, o_ptr, lse_ptr, peak_ptr, total_ptr, head, m_tokens, saved_step, peak, total, acc, fits)
 
@@ -2234,9 +2228,6 @@ def grad_q_hopper_kernel(
         m_tokens, n_tokens, first,
     )
     q_base = head_base(q_ptr, head, stride_qb, stride_qh, heads_per_batch)
-    if k_global_ptr is not None:
-        k_global_ptr = of_head(k_global_ptr, kv_head, g_tokens, HEAD_DIM)
-        v_global_ptr = of_head(v_global_ptr, kv_head, g_tokens, HEAD_DIM)
     batch = head // heads_per_batch
 
     ROWS: gl.constexpr = gl.SliceLayout(1, PRODUCT)
@@ -2283,7 +2274,7 @@ def grad_q_hopper_kernel(
         to = before(stage)
         copy_tile(keys, tile + 2, parent, k_tiles.index(to), v_tiles.index(to), FULL)
         if k_global_ptr is not None:
-            copy_global(k_global_ptr, v_global_ptr, g_tokens, tile + 2 - keys.end, k_tiles.index(to), v_tiles.index(to))
+            copy_global(k_global_ptr, v_global_ptr, kv_head, g_tokens, tile + 2 - keys.end, k_tiles.index(to), v_tiles.index(to))
         hopper.async_copy.commit_group()
         parent = parents_of_tile(keys, tile + 3, FULL)
         weight = gl.where(tile < keys.end_l2, WEIGHT_2, WEIGHT_1)
@@ -2318,7 +2309,7 @@ def grad_q_hopper_kernel(
         to = before(stage)
         copy_fine(keys, tile + 2, parent, k_tiles.index(to), v_tiles.index(to), FULL)
         if k_global_ptr is not None:
-            copy_global(k_global_ptr, v_global_ptr, g_tokens, tile + 2 - keys.end, k_tiles.index(to), v_tiles.index(to))
+            copy_global(k_global_ptr, v_global_ptr, kv_head, g_tokens, tile + 2 - keys.end, k_tiles.index(to), v_tiles.index(to))
         hopper.async_copy.commit_group()
         parent = parents_of_fine(keys, tile + 3)
         k, v = as_batch(k_tiles.index(stage)), as_batch(v_tiles.index(stage))
@@ -2344,7 +2335,7 @@ def grad_q_hopper_kernel(
             hopper.async_copy.wait_group(1)
             hopper.fence_async_shared()
             to = before(stage)
-            copy_global(k_global_ptr, v_global_ptr, g_tokens, tile + 2, k_tiles.index(to), v_tiles.index(to))
+            copy_global(k_global_ptr, v_global_ptr, kv_head, g_tokens, tile + 2, k_tiles.index(to), v_tiles.index(to))
             hopper.async_copy.commit_group()
             k, v = k_tiles.index(stage), v_tiles.index(stage)
             products = hopper.warpgroup_mma(q, k.permute((1, 0)), zeros, use_acc=False, is_async=True)

@@ -84,3 +84,16 @@ def test_what_a_buffer_holds_is_said_where_it_is_made() -> None:
     assert f"lse_ptr,  # [B*H, M] float32, out: {says}" in signature.parameters(plan, plan.kernel["attend_kernel"])
     made, read = (signature.parameters(plan, plan.kernel[f"{name}_kernel"]) for name in ("scan", "invert_l2"))
     assert plan.buffers["offsets_l2"].says in made and plan.buffers["offsets_l2"].says not in read
+
+
+def moved_in_loops(function: ast.FunctionDef) -> set[str]:
+    """The pointers among a function's parameters that a loop assigns to: it would move them again and again."""
+    given = {argument.arg for argument in function.args.args if argument.arg.endswith("_ptr")}
+    loops = [node for node in ast.walk(function) if isinstance(node, ast.For | ast.While)]
+    names = [node for loop in loops for node in ast.walk(loop) if isinstance(node, ast.Name)]
+    return given & {node.id for node in names if isinstance(node.ctx, ast.Store)}
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+def test_no_loop_moves_a_pointer_that_its_function_is_given(spec: Spec) -> None:
+    assert not {name: moved for name, one in functions(spec).items() if (moved := moved_in_loops(one))}

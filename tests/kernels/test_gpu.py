@@ -215,6 +215,14 @@ def test_a_global_token_that_outweighs_all_others(name: str, dtype: fuzz.DType) 
         fuzz.run(case).raise_if_failed()
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_global_tokens_where_many_sums_are_recomputed(dtype: fuzz.DType) -> None:
+    # one program of the recompute kernel takes several groups of queries, of heads beyond the first too
+    case = fuzz.Case(shipped("llsa_l2"), n=4096, heads=3, dtype=dtype, std=8.0, global_tokens=70, device=DEVICE)
+    fuzz.run(case).raise_if_failed()
+    fuzz.run(replace(case, masked=True, n=4000)).raise_if_failed()
+
+
 @pytest.mark.parametrize("spec", BRANCHES, ids=lambda spec: spec.name)
 def test_global_tokens_and_given_lists_in_every_branch(spec: Spec) -> None:
     case = fuzz.Case(spec, n=701, m=333, heads=2, dtype="bfloat16", global_tokens=45, masked=True, device=DEVICE)
