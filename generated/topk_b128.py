@@ -41,7 +41,7 @@ SPEC = {
     "name": "topk_b128",
     "reweight": True,
 }
-OPERATOR = "topk_b128_78653647423ae0d3"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
+OPERATOR = "topk_b128_645086d460fb394b"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -1975,9 +1975,9 @@ def launch_plan(
 class LaunchPlan:
     """What depends on shapes, strides, dtype and device alone, worked out at the first call with them.
 
-    steps: between batches, heads and rows of each tensor. shapes: of every buffer. places, sizes: of buffers in the
-    memory of each layout and of that memory, see `lay_out`. grids: programs and tile shapes of every launch.
-    extras: names of the tensors that a pass takes beside those that it always takes, in their order.
+    rows: [B, H, M]. steps: between batches, heads and rows of each tensor. shapes: of every buffer. places, sizes: of
+    buffers in the memory of each layout and of that memory, see `lay_out`. grids: programs and tile shapes of every
+    launch. extras: names of the tensors that a pass takes beside those that it always takes, in their order.
     ready: what Triton made of each launch, so that it need not look for it again. replays: the launches of each pass,
     from its first call on, or None where that cannot be replayed. What else there is, `work_out` says.
     """
@@ -1991,7 +1991,7 @@ class LaunchPlan:
         extras: Extras = (), g_tokens: int = 0, given: Widths = (),
     ) -> None:  # fmt: skip
         self.device, self.dtype, self.extras, self.g_tokens, self.given = device, dtype, extras, g_tokens, given
-        batch, self.heads_per_batch, self.m_tokens, _ = q_shape
+        batch, self.heads_per_batch, self.m_tokens = self.rows = q_shape[:3]
         self.heads, self.kv_heads, self.n_tokens = batch * self.heads_per_batch, batch * k_shape[1], k_shape[2]
         self.steps = [stride[:3] for stride in strides]
         # the kernels in Gluon copy 16 bytes at a time, and multiply a stride in 32 bits
@@ -2113,7 +2113,9 @@ def attend_kernels(
             extras, names = (*extras, *kept), (*names, *GIVEN_NAMES)
         widths = () if kept is None else tuple([lists.shape[3] for lists in kept])
         at, q, k, v = plan_launches((q, k, v), names, 0 if shared is None else shared[0].shape[2], widths)
-    o, lse, saved = empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32), at.memory("saved")
+    # of sizes one by one, as in `memory`: half the time
+    lse = torch.empty(*at.rows, dtype=torch.float32, device=at.device)
+    o, saved = empty_like(q), at.memory("saved")
     launches = forward_launches if kept is None else keeping_launches
     at.run(launches, (q, k, v, o, lse, saved, at.memory("selection"), *extras), scale)
     return o, lse, saved
@@ -2918,7 +2920,8 @@ def differentiate(ctx: Any, grad_o: torch.Tensor | None, grad_lse: torch.Tensor 
         inputs = grad_o, grad_lse, q, k, v, o, saved, ctx.scale
         if torch.is_grad_enabled() or is_transformed():
             run = Differentiate.apply
-        elif any(x is not None and is_legacy_batchedtensor(x) for x in (grad_o, grad_lse)):  # by is_grads_batched
+        elif is_legacy_batchedtensor(grad_o) or (grad_lse is not None and is_legacy_batchedtensor(grad_lse)):
+            # by is_grads_batched
             run = getattr(torch.ops.llsa, OPERATOR + "_backward")
         else:
             run = operator("_backward", backward, grad_o, q)
@@ -3555,7 +3558,9 @@ def attention(
     if k_global is not None or v_global is not None or global_mask is not None:
         k_global, v_global = autocast(k_global, v_global)  # type: ignore[arg-type]
         check_globals(q, k_global, v_global, global_mask)
-    q, ahead = with_rows_ahead(q, query_offset)
+    ahead = None
+    if type(query_offset) is not int or query_offset != 0:
+        q, ahead = with_rows_ahead(q, query_offset)
     if kept is not None:
         kept = lists_of(kept, q, k, ahead, check_kept)
     more: tuple[Any, ...] = ()

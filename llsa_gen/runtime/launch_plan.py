@@ -148,9 +148,9 @@ def launch_plan(
 class LaunchPlan:
     """What depends on shapes, strides, dtype and device alone, worked out at the first call with them.
 
-    steps: between batches, heads and rows of each tensor. shapes: of every buffer. places, sizes: of buffers in the
-    memory of each layout and of that memory, see `lay_out`. grids: programs and tile shapes of every launch.
-    extras: names of the tensors that a pass takes beside those that it always takes, in their order.
+    rows: [B, H, M]. steps: between batches, heads and rows of each tensor. shapes: of every buffer. places, sizes: of
+    buffers in the memory of each layout and of that memory, see `lay_out`. grids: programs and tile shapes of every
+    launch. extras: names of the tensors that a pass takes beside those that it always takes, in their order.
     ready: what Triton made of each launch, so that it need not look for it again. replays: the launches of each pass,
     from its first call on, or None where that cannot be replayed. What else there is, `work_out` says.
     """
@@ -164,7 +164,7 @@ class LaunchPlan:
         extras: Extras = (), g_tokens: int = 0, given: Widths = (),
     ) -> None:  # fmt: skip
         self.device, self.dtype, self.extras, self.g_tokens, self.given = device, dtype, extras, g_tokens, given
-        batch, self.heads_per_batch, self.m_tokens, _ = q_shape
+        batch, self.heads_per_batch, self.m_tokens = self.rows = q_shape[:3]
         self.heads, self.kv_heads, self.n_tokens = batch * self.heads_per_batch, batch * k_shape[1], k_shape[2]
         self.steps = [stride[:3] for stride in strides]
         # the kernels in Gluon copy 16 bytes at a time, and multiply a stride in 32 bits

@@ -294,7 +294,9 @@ def attention(
     if k_global is not None or v_global is not None or global_mask is not None:
         k_global, v_global = autocast(k_global, v_global)  # type: ignore[arg-type]
         check_globals(q, k_global, v_global, global_mask)
-    q, ahead = with_rows_ahead(q, query_offset)
+    ahead = None
+    if type(query_offset) is not int or query_offset != 0:
+        q, ahead = with_rows_ahead(q, query_offset)
     if kept is not None:
         kept = lists_of(kept, q, k, ahead, check_kept)
     more: tuple[Any, ...] = ()

@@ -246,7 +246,8 @@ def differentiate(ctx: Any, grad_o: torch.Tensor | None, grad_lse: torch.Tensor 
         inputs = grad_o, grad_lse, q, k, v, o, saved, ctx.scale
         if torch.is_grad_enabled() or is_transformed():
             run = Differentiate.apply
-        elif any(x is not None and is_legacy_batchedtensor(x) for x in (grad_o, grad_lse)):  # by is_grads_batched
+        elif is_legacy_batchedtensor(grad_o) or (grad_lse is not None and is_legacy_batchedtensor(grad_lse)):
+            # by is_grads_batched
             run = getattr(torch.ops.llsa, OPERATOR + "_backward")
         else:
             run = operator("_backward", backward, grad_o, q)
