@@ -45,7 +45,7 @@ SPEC = {
     "name": "llsa_l2",
     "reweight": True,
 }
-OPERATOR = "llsa_l2_a1068266bc3ee2f8"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
+OPERATOR = "llsa_l2_5e1c7f7126058a00"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -79,7 +79,7 @@ TILES_1 = {
     "pool": {"CHILDREN": 16, "ROWS": 8, "num_warps": 2, "maxnreg": 96},
     "select_l1": {"BLOCK_M": 16, "BLOCK_N": 32, "KEEP": 8, "num_warps": 1, "num_stages": 2, "DOUBLES": 0},
     "select_l2": {"BLOCK_M": 16, "BLOCK_N": 64, "KEEP": 8, "num_warps": 4, "num_stages": 2, "DOUBLES": 0, "SPLIT": 4},
-    "keep": {"BLOCK_M": 4, "num_warps": 1},
+    "keep": {"BLOCK_M": 8, "num_warps": 1},
     "attend": {"GROUP": 4, "BLOCK_M": 16, "BLOCK_C": 64, "BLOCK_N": 16, "num_warps": 2, "num_stages": 2, "PIPELINED_QK": 0},
     "scan": {"BLOCK": 1024, "num_warps": 4},
     "invert_l1": {"BLOCK_M": 128, "KEYS": 16, "num_warps": 4},
@@ -96,7 +96,7 @@ TILES_2 = {
     "pool": {"CHILDREN": 16, "ROWS": 8, "num_warps": 2},
     "select_l1": {"BLOCK_M": 16, "BLOCK_N": 32, "KEEP": 8, "num_warps": 1, "num_stages": 2, "DOUBLES": 0},
     "select_l2": {"BLOCK_M": 16, "BLOCK_N": 32, "KEEP": 8, "num_warps": 1, "num_stages": 2, "DOUBLES": 0, "SPLIT": 1},
-    "keep": {"BLOCK_M": 4, "num_warps": 1},
+    "keep": {"BLOCK_M": 8, "num_warps": 1},
     "attend": {"GROUP": 2, "BLOCK_M": 16, "BLOCK_C": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2, "PIPELINED_QK": 1},
     "scan": {"BLOCK": 1024, "num_warps": 4},
     "invert_l1": {"BLOCK_M": 128, "KEYS": 16, "num_warps": 4},
@@ -113,7 +113,7 @@ TILES_3 = {
     "pool": {"CHILDREN": 16, "ROWS": 8, "num_warps": 2, "maxnreg": 96},
     "select_l1": {"BLOCK_M": 16, "BLOCK_N": 32, "KEEP": 8, "num_warps": 1, "num_stages": 2, "DOUBLES": 1},
     "select_l2": {"BLOCK_M": 16, "BLOCK_N": 64, "KEEP": 8, "num_warps": 4, "num_stages": 2, "DOUBLES": 1, "SPLIT": 4},
-    "keep": {"BLOCK_M": 4, "num_warps": 1},
+    "keep": {"BLOCK_M": 8, "num_warps": 1},
     "attend": {"GROUP": 4, "BLOCK_M": 16, "BLOCK_C": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2, "PIPELINED_QK": 1, "backend": "gluon_sm90", "maxnreg": 128, "triton_maxnreg": 128},
     "scan": {"BLOCK": 1024, "num_warps": 4},
     "invert_l1": {"BLOCK_M": 128, "KEYS": 16, "num_warps": 4},

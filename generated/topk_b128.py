@@ -41,7 +41,7 @@ SPEC = {
     "name": "topk_b128",
     "reweight": True,
 }
-OPERATOR = "topk_b128_7e30c1bdf55dcefe"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
+OPERATOR = "topk_b128_6f97e07886ba72c7"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -71,7 +71,7 @@ OPTIONS = {"enable_fp_fusion": True}
 TILES_1 = {
     "pool": {"CHILDREN": 1, "ROWS": 64, "num_warps": 4},
     "select_l1": {"BLOCK_M": 16, "BLOCK_N": 64, "KEEP": 4, "num_warps": 4, "num_stages": 2, "DOUBLES": 0, "SPLIT": 4},
-    "keep": {"BLOCK_M": 4, "num_warps": 1},
+    "keep": {"BLOCK_M": 16, "num_warps": 1},
     "attend": {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3, "maxnreg": 128},
     "scan": {"BLOCK": 1024, "num_warps": 4},
     "invert_l1": {"BLOCK_M": 128, "KEYS": 32, "num_warps": 4},
@@ -83,7 +83,7 @@ TILES_1 = {
 TILES_2 = {
     "pool": {"CHILDREN": 1, "ROWS": 64, "num_warps": 4},
     "select_l1": {"BLOCK_M": 16, "BLOCK_N": 32, "KEEP": 4, "num_warps": 1, "num_stages": 2, "DOUBLES": 0, "SPLIT": 1},
-    "keep": {"BLOCK_M": 4, "num_warps": 1},
+    "keep": {"BLOCK_M": 16, "num_warps": 1},
     "attend": {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2},
     "scan": {"BLOCK": 1024, "num_warps": 4},
     "invert_l1": {"BLOCK_M": 128, "KEYS": 32, "num_warps": 4},

@@ -42,7 +42,7 @@ SPEC = {
     "name": "uneven",
     "reweight": True,
 }
-OPERATOR = "uneven_cc4b58141bbb5f55"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
+OPERATOR = "uneven_9f62445a304a53da"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -76,7 +76,7 @@ TILES_1 = {
     "pool": {"CHILDREN": 8, "ROWS": 8, "num_warps": 2, "maxnreg": 96},
     "select_l1": {"BLOCK_M": 16, "BLOCK_N": 32, "KEEP": 8, "num_warps": 1, "num_stages": 2, "DOUBLES": 0},
     "select_l2": {"BLOCK_M": 16, "BLOCK_N": 64, "KEEP": 4, "num_warps": 4, "num_stages": 2, "DOUBLES": 0, "SPLIT": 4},
-    "keep": {"BLOCK_M": 4, "num_warps": 1},
+    "keep": {"BLOCK_M": 8, "num_warps": 1},
     "attend": {"GROUP": 4, "BLOCK_M": 16, "BLOCK_C": 64, "BLOCK_N": 16, "num_warps": 4, "num_stages": 3, "PIPELINED_QK": 0},
     "scan": {"BLOCK": 1024, "num_warps": 4},
     "invert_l1": {"BLOCK_M": 128, "KEYS": 8, "num_warps": 4},
@@ -92,7 +92,7 @@ TILES_2 = {
     "pool": {"CHILDREN": 8, "ROWS": 8, "num_warps": 2},
     "select_l1": {"BLOCK_M": 16, "BLOCK_N": 32, "KEEP": 8, "num_warps": 1, "num_stages": 2, "DOUBLES": 0},
     "select_l2": {"BLOCK_M": 16, "BLOCK_N": 32, "KEEP": 4, "num_warps": 1, "num_stages": 2, "DOUBLES": 0, "SPLIT": 1},
-    "keep": {"BLOCK_M": 4, "num_warps": 1},
+    "keep": {"BLOCK_M": 8, "num_warps": 1},
     "attend": {"GROUP": 2, "BLOCK_M": 16, "BLOCK_C": 16, "BLOCK_N": 16, "num_warps": 8, "num_stages": 2, "PIPELINED_QK": 0},
     "scan": {"BLOCK": 1024, "num_warps": 4},
     "invert_l1": {"BLOCK_M": 128, "KEYS": 8, "num_warps": 4},

@@ -97,8 +97,8 @@ def _rules(plan: Plan, goal: Target, element: int) -> dict[str, Entry]:
         result["pool_sums"] = _pool_sums(plan)
     for level in plan.levels:
         result[f"select_l{level}"] = _select(plan, goal, element, level)
-    # more programs hide more of the way from a list to its counters: 8 lists of 8 take 6.6 us, 32 take 8
-    result["keep"] = {"BLOCK_M": max(1, 64 // pad(max(map(plan.most_kept, plan.levels)))), "num_warps": 1}
+    # more programs hide more of the way from a list to its counters: 8 lists of 8 take 6.6 us, 16 take 7.5
+    result["keep"] = {"BLOCK_M": max(1, 64 // pad(max(map(plan.most_kept, plan.levels)), 1)), "num_warps": 1}
     result["attend"] = _walk(plan, goal, element, "attend")
     result["scan"] = {"BLOCK": 1024, "num_warps": 4}
     for level in plan.levels:
