@@ -1,0 +1,171 @@
+"""A diffusion transformer whose tokens are pixels: no patches, no autoencoder.
+
+The blocks of DiT (Peebles and Xie, 2023): adaLN-zero, attention, a perceptron of four times the width. Queries and keys
+are normed and rotated by the row and the column of their pixel, so that a model serves any resolution.
+
+What makes it fast is one idea: the order of tokens that attention wants is laid around all blocks, not around each. The
+picture is permuted when it becomes tokens, the angles of rotation with it, and nothing inside knows of the order.
+"""
+
+import math
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812  (as everybody calls it)
+from torch.utils.checkpoint import checkpoint
+
+import llsa_gen
+from attention import Attention, build, spec_of
+
+COLOURS, PADDED = 3, 8
+"""Numbers of a pixel; what they are padded to, for matrix units want rows of 16 bytes."""
+
+TIME_CHANNELS = 256
+
+
+class Block(nn.Module):
+    """Attention and a perceptron, each behind a norm, both modulated by the time: tokens [B, N, channels] to the same.
+
+    The modulation [B, 6, 1, channels] is shift, scale and gate of attention, then of the perceptron.
+    """
+
+    def __init__(self, channels: int, heads: int, attention: Attention, layout: str) -> None:
+        super().__init__()
+        self.heads, self.layout = heads, layout
+        head_dim = channels // heads
+        self.norm_attention = nn.LayerNorm(channels, elementwise_affine=False, eps=1e-6)
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.norm_qk = nn.Parameter(torch.ones(2, 1, head_dim))
+        self.attend = build(attention, head_dim)
+        self.out = nn.Linear(channels, channels)
+        self.norm_perceptron = nn.LayerNorm(channels, elementwise_affine=False, eps=1e-6)
+        self.up = nn.Linear(channels, 4 * channels)
+        self.down = nn.Linear(4 * channels, channels)
+
+    def forward(self, x: Tensor, modulation: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        shift_a, scale_a, gate_a, shift_p, scale_p, gate_p = modulation.unbind(1)
+        y = self.norm_attention(x) * (1 + scale_a) + shift_a
+        x = x + (gate_a * self.out(self.attention(y, cos, sin))).to(x.dtype)
+        y = self.norm_perceptron(x) * (1 + scale_p) + shift_p
+        return x + (gate_p * self.down(F.gelu(self.up(y), approximate="tanh"))).to(x.dtype)
+
+    def attention(self, y: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        qkv = self.qkv(y).unflatten(-1, (3, self.heads, -1))  # [B, N, 3, H, D]
+        qk, v = qkv[:, :, :2].float(), qkv[:, :, 2]
+        qk = qk * torch.rsqrt(qk.square().mean(-1, keepdim=True) + 1e-6) * self.norm_qk
+        first, second = qk.chunk(2, -1)
+        qk = (qk * cos + torch.cat([-second, first], -1) * sin).to(v.dtype)  # one kernel norms and rotates both
+        if self.layout == "heads":  # a copy of v, and then heads lie apart, as attention likes it best
+            q, k, v = torch.cat([qk, v[:, :, None]], 2).permute(2, 0, 3, 1, 4).contiguous().unbind()
+        else:  # views: tokens lie apart, each with all heads
+            q, k, v = (x.transpose(1, 2) for x in (*qk.unbind(2), v))
+        return self.attend(q, k, v).transpose(1, 2).flatten(2)
+
+
+class PixelDiT(nn.Module):
+    """What a noisy picture's flow is: (pictures [B, 3, height, width], t [B]) to a velocity [B, 3, height, width].
+
+    Args:
+        size: (height, width) of the pictures. Parameters do not depend on it: `at_size` gives the model at another one.
+        attention: "dense", "dense-flash", "none", the path of a spec, or what stands in one.
+        order: "2d", in which a block of tokens is a patch, or "raster", in which it is a strip of a row.
+        channels, depth, heads: of the blocks.
+        checkpointing: whether a block's activations are computed again in the backward pass instead of kept.
+        layout: "tokens", in which q, k and v are views, or "heads", in which they are copied apart.
+    """
+
+    permutation: Tensor
+    inverse: Tensor
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(
+        self,
+        size: tuple[int, int],
+        attention: Attention,
+        order: str = "2d",
+        channels: int = 384,
+        depth: int = 12,
+        heads: int = 6,
+        checkpointing: bool = False,
+        layout: str = "tokens",
+    ) -> None:
+        super().__init__()
+        if channels % heads or channels // heads % 4:
+            raise ValueError(f"heads: expected channels {channels} in heads of a multiple of 4 each, got {heads} heads")
+        self.attention, self.order, self.head_dim, self.checkpointing = attention, order, channels // heads, checkpointing
+        self.embed = nn.Linear(PADDED, channels)
+        self.time = nn.Sequential(nn.Linear(TIME_CHANNELS, channels), nn.SiLU(), nn.Linear(channels, channels), nn.SiLU())
+        self.modulation = nn.Linear(channels, (6 * depth + 2) * channels)  # of all blocks, and of what follows them
+        self.blocks = nn.ModuleList(Block(channels, heads, attention, layout) for _ in range(depth))
+        self.norm = nn.LayerNorm(channels, elementwise_affine=False, eps=1e-6)
+        self.head = nn.Linear(channels, PADDED)
+        self._initialise()
+        self.at_size(*size)
+
+    def at_size(self, height: int, width: int) -> None:
+        """From now on pictures have this size: order and angles are made for it."""
+        device = self.embed.weight.device
+        spec = spec_of(self.attention)
+        order = llsa_gen.order.grid((height, width), spec, device=device) if spec and self.order == "2d" else None
+        turns = angles(height, width, self.head_dim).to(device)
+        raster = torch.arange(height * width, device=device)
+        self.register_buffer("permutation", order.permutation if order else raster, persistent=False)
+        self.register_buffer("inverse", order.inverse if order else raster, persistent=False)
+        turns = turns.index_select(0, self.permutation)[:, None, None]  # [N, 1, 1, D], beside [B, N, 2, H, D]
+        self.register_buffer("cos", turns.cos(), persistent=False)
+        self.register_buffer("sin", turns.sin(), persistent=False)
+        self.size = height, width
+
+    def to_tokens(self, pictures: Tensor) -> Tensor:
+        """[B, 3, height, width] to [B, N, 3], in the order of the tokens."""
+        return pictures.flatten(2).mT.index_select(1, self.permutation)
+
+    def to_pictures(self, tokens: Tensor) -> Tensor:
+        """And back."""
+        return tokens.index_select(1, self.inverse).mT.unflatten(2, self.size)
+
+    def forward(self, tokens: Tensor, t: Tensor) -> Tensor:
+        """Tokens [B, N, 3] of x_t, and t [B], to tokens of the velocity, [B, N, 3] float32."""
+        time = self.time(waves(t))
+        modulation = self.modulation(time).float().unflatten(1, (-1, 1, self.embed.out_features))
+        *of_blocks, of_head = modulation.split([*[6] * len(self.blocks), 2], 1)
+        x = self.embed(F.pad(tokens, (0, PADDED - COLOURS)))
+        for block, one in zip(self.blocks, of_blocks, strict=True):
+            run = partial(checkpoint, block, use_reentrant=False) if self.checkpointing else block
+            x = run(x, one, self.cos, self.sin)
+        shift, scale = of_head.unbind(1)
+        return self.head(self.norm(x) * (1 + scale) + shift)[..., :COLOURS].float()
+
+    def velocity(self, pictures: Tensor, t: Tensor) -> Tensor:
+        """The flow of pictures [B, 3, height, width], for sampling."""
+        return self.to_pictures(self(self.to_tokens(pictures), t))
+
+    def _initialise(self) -> None:
+        """As DiT: every block begins as the identity, and the model says 0."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        for module in (self.modulation, self.head):
+            nn.init.zeros_(module.weight)
+
+
+def angles(height: int, width: int, head_dim: int) -> Tensor:
+    """By how much each pixel's queries and keys are turned, row by row: [height * width, head_dim].
+
+    Half of a head's pairs turn by the row, half by the column, a radian a pixel at most and 100 times slower at least.
+    The two halves of a head are the two parts of its pairs.
+    """
+    speeds = 100.0 ** -torch.linspace(0, 1, head_dim // 4)
+    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    turns = torch.cat([y.flatten()[:, None] * speeds, x.flatten()[:, None] * speeds], 1)
+    return torch.cat([turns, turns], 1)
+
+
+def waves(t: Tensor) -> Tensor:
+    """t [B] as sines and cosines, [B, TIME_CHANNELS], from 1,000 radians down to a tenth."""
+    speeds = 1000 * 10_000.0 ** -torch.linspace(0, 1, TIME_CHANNELS // 2, device=t.device)
+    turns = t[:, None] * speeds
+    return torch.cat([turns.cos(), turns.sin()], 1)
