@@ -1,0 +1,104 @@
+"""Where the time of a compiled step goes: kernels by kind, and what attention adds beside its own kernels.
+
+    python examples/pixel_dit/profile_step.py --size 256 --batch 1 --attention llsa_l2 --out profile.json
+
+The same step is profiled with attention and without ("none": queries and keys are made, normed and rotated all the
+same, and added up). What the two differ by is what attention adds; its own kernels are those of the compiled spec.
+"""
+
+import argparse
+import collections
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+import attention
+import rows
+import settings
+from settings import Settings
+from throughput import measure, prepared
+
+KINDS = {
+    "attention": re.compile(
+        r"^_?(pool|select|keep|attend|scan|invert|grad_q|grad_kv|best|walk)\w*kernel|flash|fmha|cudnn.*(sdpa|attn)"
+    ),
+    "products": re.compile(r"gemm|nvjet|cutlass|xmma|cublas|splitK|ampere_|sm90_|triton_tem", re.IGNORECASE),
+    "fused by inductor": re.compile(r"^triton_"),
+    "optimiser": re.compile(r"multi_tensor|adam|foreach|lpnorm", re.IGNORECASE),
+    "copies": re.compile(r"mem(cpy|set)|copy", re.IGNORECASE),
+}
+STEPS = 3
+
+
+def kind_of(kernel: str) -> str:
+    """The first kind that a kernel's name fits, or "other"."""
+    return next((kind for kind, pattern in KINDS.items() if pattern.search(kernel)), "other")
+
+
+def kernels(wanted: Settings) -> dict[str, tuple[float, float]]:
+    """(ms, launches) of every kernel in one step, by name."""
+    torch.compiler.reset()
+    learner, step = prepared(wanted)
+    for _ in range(4):
+        step()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        for _ in range(STEPS):
+            step()
+        torch.cuda.synchronize()
+    del learner, step
+    return {
+        event.key: (event.self_device_time_total / 1e3 / STEPS, event.count / STEPS)
+        for event in profiled.key_averages()
+        if event.device_type == DeviceType.CUDA and not event.is_user_annotation
+    }
+
+
+def by_kind(found: dict[str, tuple[float, float]]) -> dict[str, float]:
+    """Milliseconds of each kind, and of all."""
+    sums = collections.Counter[str]()
+    for name, (ms, _) in found.items():
+        sums[kind_of(name)] += ms
+        sums["all kernels"] += ms
+    return dict(sums)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Profile one compiled step with attention and without.")
+    parser.add_argument("--top", type=int, default=25, help="kernels to print")
+    parser.add_argument("--out", type=Path, default=Path("profile.json"))
+    settings.add_flags(parser)
+    options = parser.parse_args()
+    wanted = settings.from_flags(options)
+    kept: dict[str, dict[str, tuple[float, float]]] = {}
+    steps: dict[str, float] = {}
+    for one in (wanted.attention, "none"):
+        chosen = wanted.model_copy(update={"attention": one})
+        name = attention.name_of(one)
+        kept[name] = kernels(chosen)
+        steps[name] = measure(chosen)["step_ms"]
+        lines = sorted(kept[name].items(), key=lambda item: -item[1][0])[: options.top]
+        print(f"\n{name}: {steps[name]:.2f} ms a step")
+        print(rows.table(["kernel", "kind", "ms", "launches"], [
+            [kernel[:90], kind_of(kernel), f"{ms:.3f}", f"{launches:.0f}"] for kernel, (ms, launches) in lines
+        ]))  # fmt: skip
+    (name, found), (_, without) = kept.items()
+    a, b = by_kind(found), by_kind(without)
+    kinds = [*KINDS, "other", "all kernels"]
+    lines = [[kind, *(f"{x:.2f}" for x in (a.get(kind, 0), b.get(kind, 0), a.get(kind, 0) - b.get(kind, 0)))] for kind in kinds]
+    lines.append(["a step", *(f"{x:.2f}" for x in (steps[name], steps["none"], steps[name] - steps["none"]))])
+    print("\n" + rows.table(["ms a step", name, "none", "difference"], lines))
+    own = a.get("attention", 0.0)
+    if own:
+        print(f"\nattention adds {steps[name] - steps['none']:.2f} ms to a step of {steps[name]:.2f} ms, "
+              f"{(steps[name] - steps['none']) / own:.2f} times its own kernels, {own:.2f} ms")  # fmt: skip
+    row: dict[str, Any] = {**rows.stamp("cuda"), "settings": wanted.model_dump(mode="json"), "step_ms": steps}
+    rows.add(options.out, [row | {"kernels": kept, "kinds": {name: a, "none": b}}])
+
+
+if __name__ == "__main__":
+    main()
