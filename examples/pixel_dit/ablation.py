@@ -17,12 +17,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-import yaml
-
 import attention
 import rows
 import settings
+import torch
+import yaml
 from data import DataError, Windows
 from settings import Settings
 from train import Run, process_of
@@ -32,7 +31,9 @@ def experiments(path: Path, options: argparse.Namespace) -> dict[str, Settings]:
     """The settings of each experiment of a file, by its name: the base, flags, then what it changes."""
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
     flags = {name: getattr(options, name) for name in Settings.model_fields if getattr(options, name) is not None}
-    chosen = {name: one for name, one in content["experiments"].items() if name in (options.only or content["experiments"])}
+    chosen = {
+        name: one for name, one in content["experiments"].items() if name in (options.only or content["experiments"])
+    }
     if options.only and (unknown := set(options.only) - set(chosen)):
         sys.exit(f"--only: expected names of {', '.join(content['experiments'])}, got {', '.join(sorted(unknown))}")
     return {name: settings.checked(content["base"] | flags | one) for name, one in chosen.items()}
@@ -120,7 +121,10 @@ def main() -> None:
                 sys.exit(f"ablation.py: {error}")
             rows.add(stored, [{"experiment": name, "attention": attention.name_of(one.attention), **row}])
             rate = f"{row['tokens_per_s'] / 1e3:,.0f}k tokens/s, " if row["tokens_per_s"] else ""
-            print(f"{name}, seed {seed}: validation {row['validation']:.4f}, {rate}{row['wall_seconds']:.0f} s", flush=True)
+            print(
+                f"{name}, seed {seed}: validation {row['validation']:.4f}, {rate}{row['wall_seconds']:.0f} s",
+                flush=True,
+            )
     print(shown(json.loads(stored.read_text(encoding="utf-8"))))
 
 

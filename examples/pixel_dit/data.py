@@ -173,7 +173,8 @@ def pack(path: Path, out: Path, max_mib: float, shrink: int = 1) -> int:
     total = sum(map(len, made.values()))
     if total > max_mib * 2**20:
         raise DataError(
-            f"--max-mib: expected pictures of at most {max_mib:g} MiB, got {total / 2**20:.1f}; try --shrink {shrink + 1}"
+            f"--max-mib: expected pictures of at most {max_mib:g} MiB, got {total / 2**20:.1f}; "
+            f"try --shrink {shrink + 1}"
         )
     with zipfile.ZipFile(out, "w") as archive:
         for name, data in made.items():

@@ -11,6 +11,7 @@ numbers about 1 at any resolution. A network that says 0 has a loss of about 1.
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -80,7 +81,7 @@ def sample(network: Network, eps: Tensor, scale: float, steps: int, heun: bool =
         return network(x / input_size(times, scale), times).float() * velocity_size(scale)
 
     x, times = scale * eps, torch.linspace(1, 0, steps + 1).tolist()
-    for here, there in zip(times, times[1:], strict=False):
+    for here, there in pairwise(times):
         slope = velocity(x, here)
         if heun and there > 0:
             slope = (slope + velocity(x + (there - here) * slope, there)) / 2

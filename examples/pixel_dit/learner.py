@@ -8,17 +8,16 @@ again at a step goes on as if it had never ended.
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
+import flow
 import numpy as np
 import torch
+from model import PixelDiT
+from settings import Settings
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-
-import flow
-from model import PixelDiT
-from settings import Settings
 
 
 class Source(Protocol):
@@ -61,7 +60,7 @@ class Learner:
         torch.manual_seed(settings.seed)
         self.model = PixelDiT(
             settings.size, settings.attention, settings.order, settings.channels, settings.depth, settings.heads,
-            settings.checkpointing, settings.layout,
+            settings.checkpointing, settings.layout, settings.modulate,
         ).to(process.device)  # fmt: skip
         self.averaged = None
         if settings.ema:
@@ -84,7 +83,7 @@ class Learner:
     @property
     def best(self) -> PixelDiT:
         """The model that is validated and sampled from: that of averaged weights, if there are any."""
-        return self.model if self.averaged is None else self.averaged.module
+        return self.model if self.averaged is None else cast(PixelDiT, self.averaged.module)
 
     def batches(self, source: Source, step: int) -> Iterator[Batch]:
         """This process's share of batch number `step`, part by part."""
@@ -178,7 +177,9 @@ class Learner:
 
     def _sent(self, x: Tensor) -> Tensor:
         """On the device, without waiting for it."""
-        return x.pin_memory().to(self.process.device, non_blocking=True) if self.process.device.type == "cuda" else x
+        if x.device == self.process.device or self.process.device.type != "cuda":
+            return x.to(self.process.device)
+        return x.pin_memory().to(self.process.device, non_blocking=True)
 
 
 def _groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

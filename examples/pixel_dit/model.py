@@ -7,16 +7,15 @@ What makes it fast is one idea: the order of tokens that attention wants is laid
 picture is permuted when it becomes tokens, the angles of rotation with it, and nothing inside knows of the order.
 """
 
-import math
 from functools import partial
 
 import torch
+from attention import Attention, build, spec_of
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812  (as everybody calls it)
 from torch.utils.checkpoint import checkpoint
 
 import llsa_gen
-from attention import Attention, build, spec_of
 
 COLOURS, PADDED = 3, 8
 """Numbers of a pixel; what they are padded to, for matrix units want rows of 16 bytes."""
@@ -27,31 +26,31 @@ TIME_CHANNELS = 256
 class Block(nn.Module):
     """Attention and a perceptron, each behind a norm, both modulated by the time: tokens [B, N, channels] to the same.
 
-    The modulation [B, 6, 1, channels] is shift, scale and gate of attention, then of the perceptron.
+    The modulation [B, 6, channels] is shift, scale and gate of attention, then of the perceptron. There are no biases:
+    shifts do what they would do, and the gradient of each would be one more pass over all tokens.
     """
 
-    def __init__(self, channels: int, heads: int, attention: Attention, layout: str) -> None:
+    def __init__(self, channels: int, heads: int, attention: Attention, layout: str, modulate: str) -> None:
         super().__init__()
         self.heads, self.layout = heads, layout
-        head_dim = channels // heads
-        self.norm_attention = nn.LayerNorm(channels, elementwise_affine=False, eps=1e-6)
-        self.qkv = nn.Linear(channels, 3 * channels)
-        self.norm_qk = nn.Parameter(torch.ones(2, 1, head_dim))
-        self.attend = build(attention, head_dim)
-        self.out = nn.Linear(channels, channels)
-        self.norm_perceptron = nn.LayerNorm(channels, elementwise_affine=False, eps=1e-6)
-        self.up = nn.Linear(channels, 4 * channels)
-        self.down = nn.Linear(4 * channels, channels)
+        self.linear = {"weights": by_weights, "tokens": by_tokens}[modulate]
+        self.norm = nn.LayerNorm(channels, elementwise_affine=False, eps=1e-6)
+        self.qkv = nn.Linear(channels, 3 * channels, bias=False)
+        self.norm_qk = nn.Parameter(torch.ones(2, 1, channels // heads))
+        self.attend = build(attention, channels // heads)
+        self.out = nn.Linear(channels, channels, bias=False)
+        self.up = nn.Linear(channels, 4 * channels, bias=False)
+        self.down = nn.Linear(4 * channels, channels, bias=False)
 
     def forward(self, x: Tensor, modulation: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         shift_a, scale_a, gate_a, shift_p, scale_p, gate_p = modulation.unbind(1)
-        y = self.norm_attention(x) * (1 + scale_a) + shift_a
-        x = x + (gate_a * self.out(self.attention(y, cos, sin))).to(x.dtype)
-        y = self.norm_perceptron(x) * (1 + scale_p) + shift_p
-        return x + (gate_p * self.down(F.gelu(self.up(y), approximate="tanh"))).to(x.dtype)
+        qkv = self.linear(self.norm(x) + shift_a[:, None], self.qkv.weight, into=1 + scale_a)
+        x = x + self.linear(self.attention(qkv, cos, sin), self.out.weight, out_of=gate_a).to(x.dtype)
+        h = self.linear(self.norm(x) + shift_p[:, None], self.up.weight, into=1 + scale_p)
+        return x + self.linear(F.gelu(h, approximate="tanh"), self.down.weight, out_of=gate_p).to(x.dtype)
 
-    def attention(self, y: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        qkv = self.qkv(y).unflatten(-1, (3, self.heads, -1))  # [B, N, 3, H, D]
+    def attention(self, qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        qkv = qkv.unflatten(-1, (3, self.heads, -1))  # [B, N, 3, H, D]
         qk, v = qkv[:, :, :2].float(), qkv[:, :, 2]
         qk = qk * torch.rsqrt(qk.square().mean(-1, keepdim=True) + 1e-6) * self.norm_qk
         first, second = qk.chunk(2, -1)
@@ -61,6 +60,28 @@ class Block(nn.Module):
         else:  # views: tokens lie apart, each with all heads
             q, k, v = (x.transpose(1, 2) for x in (*qk.unbind(2), v))
         return self.attend(q, k, v).transpose(1, 2).flatten(2)
+
+
+def by_weights(x: Tensor, weight: Tensor, into: Tensor | None = None, out_of: Tensor | None = None) -> Tensor:
+    """x [B, N, channels] times weight [out, channels] transposed, channels weighed by into [B, channels] before it, and
+    by out_of [B, out] after it: the weights of each picture are modulated, not its tokens.
+
+    A picture has far more tokens than channels. Forward that saves little, for it would be fused anyway. Backward it
+    saves passes over all tokens: the gradients of `into` and `out_of` are sums over weights, not over tokens.
+    """
+    if into is not None:
+        weight = weight * into[:, None]
+    if out_of is not None:
+        weight = weight * out_of[:, :, None]
+    if len(x) == 1:
+        return F.linear(x, weight[0])
+    return torch.bmm(x, weight.mT)
+
+
+def by_tokens(x: Tensor, weight: Tensor, into: Tensor | None = None, out_of: Tensor | None = None) -> Tensor:
+    """The same by modulating tokens, as it is usually done."""
+    y = F.linear(x if into is None else x * into[:, None], weight)
+    return y if out_of is None else y * out_of[:, None]
 
 
 class PixelDiT(nn.Module):
@@ -73,6 +94,7 @@ class PixelDiT(nn.Module):
         channels, depth, heads: of the blocks.
         checkpointing: whether a block's activations are computed again in the backward pass instead of kept.
         layout: "tokens", in which q, k and v are views, or "heads", in which they are copied apart.
+        modulate: "weights" or "tokens"; the same, to rounding, and not equally fast.
     """
 
     permutation: Tensor
@@ -90,15 +112,23 @@ class PixelDiT(nn.Module):
         heads: int = 6,
         checkpointing: bool = False,
         layout: str = "tokens",
+        modulate: str = "weights",
     ) -> None:
         super().__init__()
         if channels % heads or channels // heads % 4:
             raise ValueError(f"heads: expected channels {channels} in heads of a multiple of 4 each, got {heads} heads")
-        self.attention, self.order, self.head_dim, self.checkpointing = attention, order, channels // heads, checkpointing
+        self.attention, self.order, self.head_dim, self.checkpointing = (
+            attention,
+            order,
+            channels // heads,
+            checkpointing,
+        )
         self.embed = nn.Linear(PADDED, channels)
-        self.time = nn.Sequential(nn.Linear(TIME_CHANNELS, channels), nn.SiLU(), nn.Linear(channels, channels), nn.SiLU())
+        self.time = nn.Sequential(
+            nn.Linear(TIME_CHANNELS, channels), nn.SiLU(), nn.Linear(channels, channels), nn.SiLU()
+        )
         self.modulation = nn.Linear(channels, (6 * depth + 2) * channels)  # of all blocks, and of what follows them
-        self.blocks = nn.ModuleList(Block(channels, heads, attention, layout) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(channels, heads, attention, layout, modulate) for _ in range(depth))
         self.norm = nn.LayerNorm(channels, elementwise_affine=False, eps=1e-6)
         self.head = nn.Linear(channels, PADDED)
         self._initialise()
@@ -129,13 +159,13 @@ class PixelDiT(nn.Module):
     def forward(self, tokens: Tensor, t: Tensor) -> Tensor:
         """Tokens [B, N, 3] of x_t, and t [B], to tokens of the velocity, [B, N, 3] float32."""
         time = self.time(waves(t))
-        modulation = self.modulation(time).float().unflatten(1, (-1, 1, self.embed.out_features))
+        modulation = self.modulation(time).float().unflatten(1, (-1, self.embed.out_features))
         *of_blocks, of_head = modulation.split([*[6] * len(self.blocks), 2], 1)
         x = self.embed(F.pad(tokens, (0, PADDED - COLOURS)))
         for block, one in zip(self.blocks, of_blocks, strict=True):
             run = partial(checkpoint, block, use_reentrant=False) if self.checkpointing else block
             x = run(x, one, self.cos, self.sin)
-        shift, scale = of_head.unbind(1)
+        shift, scale = of_head[:, :, None].unbind(1)
         return self.head(self.norm(x) * (1 + scale) + shift)[..., :COLOURS].float()
 
     def velocity(self, pictures: Tensor, t: Tensor) -> Tensor:
@@ -147,7 +177,8 @@ class PixelDiT(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
         for module in (self.modulation, self.head):
             nn.init.zeros_(module.weight)
 

@@ -49,7 +49,9 @@ def fetch(folder: Path, sources: Path = SOURCES) -> list[dict[str, object]]:
             for inside, name in names.items():
                 path = f"{source['folder']}/{inside}"
                 if path not in members:
-                    raise FetchError(f"{source['package']} {source['version']}: expected {path} in it, got no such file")
+                    raise FetchError(
+                        f"{source['package']} {source['version']}: expected {path} in it, got no such file"
+                    )
                 _write(folder / name, members[path])
         for one in source["pictures"]:
             data = (folder / names[one["file"]]).read_bytes()
@@ -71,9 +73,7 @@ def _members(source: Mapping[str, Any]) -> Mapping[str, bytes]:
         archive = get(source, Path(scratch))
     found = hashlib.sha256(archive).hexdigest()
     if found != source["sha256"]:
-        raise FetchError(
-            f"{source['package']} {source['version']}: expected sha256 {source['sha256']}, got {found}"
-        )
+        raise FetchError(f"{source['package']} {source['version']}: expected sha256 {source['sha256']}, got {found}")
     if source["kind"] == "wheel":
         with zipfile.ZipFile(io.BytesIO(archive)) as wheel:
             return {name: wheel.read(name) for name in wheel.namelist() if name.startswith(source["folder"])}

@@ -7,20 +7,17 @@ same, and added up). What the two differ by is what attention adds; its own kern
 """
 
 import argparse
-import collections
 import re
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile
-
 import attention
 import rows
 import settings
+import torch
 from settings import Settings
 from throughput import measure, prepared
+from torch.profiler import ProfilerActivity, profile
 
 KINDS = {
     "attention": re.compile(
@@ -54,17 +51,16 @@ def kernels(wanted: Settings) -> dict[str, tuple[float, float]]:
     return {
         event.key: (event.self_device_time_total / 1e3 / STEPS, event.count / STEPS)
         for event in profiled.key_averages()
-        if event.device_type == DeviceType.CUDA and not event.is_user_annotation
+        if event.device_type.name == "CUDA" and not event.is_user_annotation
     }
 
 
 def by_kind(found: dict[str, tuple[float, float]]) -> dict[str, float]:
     """Milliseconds of each kind, and of all."""
-    sums = collections.Counter[str]()
+    sums = dict.fromkeys((*KINDS, "other"), 0.0)
     for name, (ms, _) in found.items():
         sums[kind_of(name)] += ms
-        sums["all kernels"] += ms
-    return dict(sums)
+    return {**sums, "all kernels": sum(sums.values())}
 
 
 def main() -> None:
@@ -88,8 +84,7 @@ def main() -> None:
         ]))  # fmt: skip
     (name, found), (_, without) = kept.items()
     a, b = by_kind(found), by_kind(without)
-    kinds = [*KINDS, "other", "all kernels"]
-    lines = [[kind, *(f"{x:.2f}" for x in (a.get(kind, 0), b.get(kind, 0), a.get(kind, 0) - b.get(kind, 0)))] for kind in kinds]
+    lines = [[kind, f"{a[kind]:.2f}", f"{b[kind]:.2f}", f"{a[kind] - b[kind]:.2f}"] for kind in a]
     lines.append(["a step", *(f"{x:.2f}" for x in (steps[name], steps["none"], steps[name] - steps["none"]))])
     print("\n" + rows.table(["ms a step", name, "none", "difference"], lines))
     own = a.get("attention", 0.0)

@@ -31,8 +31,15 @@ def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     widths = [max(len(line[place]) for line in (head, *lines)) for place in range(len(head))]
 
     def row(cells: Sequence[str]) -> str:
-        placed = [cell.rjust(width) if place else cell.ljust(width) for place, (cell, width) in enumerate(zip(cells, widths, strict=True))]
+        placed = [
+            cell.rjust(width) if place else cell.ljust(width)
+            for place, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        ]
         return f"| {' | '.join(placed)} |"
 
-    rule = "| " + " | ".join(("-" * (width - 1) + ":") if place else "-" * width for place, width in enumerate(widths)) + " |"
+    rule = (
+        "| "
+        + " | ".join(("-" * (width - 1) + ":") if place else "-" * width for place, width in enumerate(widths))
+        + " |"
+    )
     return "\n".join([row(head), rule, *map(row, lines)])

@@ -1,21 +1,20 @@
 """Draw pictures from a checkpoint: of the size that it was trained at, or of another one.
 
-    python examples/pixel_dit/sample.py runs/first samples.png --count 16 --steps 50 --size 192x256
+python examples/pixel_dit/sample.py runs/first samples.png --count 16 --steps 50 --size 192x256
 """
 
 import argparse
 import sys
 from pathlib import Path
 
-import numpy as np
-import torch
-from PIL import Image
-from torch import Tensor
-
 import checkpoints
+import numpy as np
 import settings
+import torch
 from learner import Learner, Process
+from PIL import Image
 from settings import Settings
+from torch import Tensor
 
 GAP = 2
 """White pixels between two pictures of a grid."""
@@ -36,7 +35,7 @@ def write_grid(pictures: Tensor, path: Path, columns: int = 0) -> None:
 
 
 def learner_of(folder: Path, device: torch.device, size: tuple[int, int] | None = None) -> Learner:
-    """What the last checkpoint of a run has learnt, at its size or another one. Raises ValueError where there is none."""
+    """What the last checkpoint of a run has learnt, at its size or another one. Raises ValueError without one."""
     found = checkpoints.there(folder / "checkpoints")
     if not found:
         raise ValueError(f"{folder}: expected the folder of a run with a checkpoint, got none")

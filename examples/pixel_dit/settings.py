@@ -48,6 +48,7 @@ class Settings(BaseModel):
     depth: Whole = 12
     heads: Whole = 6
     layout: Literal["tokens", "heads"] = Field("tokens", description="how q, k and v lie in memory")
+    modulate: Literal["weights", "tokens"] = Field("weights", description="what scales and gates multiply")
     # how it learns
     batch: Whole = Field(32, description="windows that a step learns from, on all processes together")
     accumulate: Whole = Field(1, description="parts in which a process takes its share of the batch")
@@ -78,14 +79,17 @@ class Settings(BaseModel):
 
 
 FREE = frozenset(
-    "steps seconds device log_every validate_every validation checkpoint_every samples sample_steps data".split()
+    {"data", "steps", "seconds", "device", "log_every", "validate_every", "validation", "checkpoint_every"}
+    | {"samples", "sample_steps"}
 )
 """What a run that is resumed may change: none of it changes a step. The pictures are compared by their hashes."""
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """--config and a flag for every setting."""
-    parser.add_argument("--config", type=Path, action="append", default=[], help="a YAML file of settings; more than one, too")
+    parser.add_argument(
+        "--config", type=Path, action="append", default=[], help="a YAML file of settings; more than one, too"
+    )
     for name, field in Settings.model_fields.items():
         description = f"{field.description}; " if field.description else ""
         shown = field.default if name != "size" else 64
@@ -116,4 +120,8 @@ def checked(given: dict[str, Any]) -> Settings:
 def changed(old: Settings, new: Settings, free: Sequence[str] | frozenset[str] = FREE) -> list[str]:
     """What differs and may not, as "name: expected old, got new"."""
     before, now = old.model_dump(), new.model_dump()
-    return [f"{name}: expected {before[name]}, got {now[name]}" for name in before if name not in free and before[name] != now[name]]
+    return [
+        f"{name}: expected {before[name]}, got {now[name]}"
+        for name in before
+        if name not in free and before[name] != now[name]
+    ]

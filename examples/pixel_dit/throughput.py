@@ -9,6 +9,7 @@ bytes, already on the GPU. Time is that between two events around some steps in 
 
 import argparse
 import gc
+import itertools
 import json
 import statistics
 import time
@@ -16,14 +17,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import attention
 import rows
 import settings
+import torch
 from learner import Batch, Learner
 from settings import Settings
 from train import process_of
+
+DEFAULTS = {name: field.default for name, field in Settings.model_fields.items()}
 
 BUDGET_SECONDS = 4.0
 """What the timed steps of one row take together, at least two of them and at most a hundred."""
@@ -47,10 +49,12 @@ def measure(wanted: Settings) -> dict[str, Any]:
         torch.cuda.reset_peak_memory_stats()
     try:
         learner, step = prepared(wanted)
-        for _ in range(3):  # compiles, records, and is warm
-            began = time.perf_counter()
-            step()
-            _wait(on_gpu)
+        step()  # compiles
+        step()  # records
+        _wait(on_gpu)
+        began = time.perf_counter()
+        step()
+        _wait(on_gpu)
         repeats = min(100, max(2, int(BUDGET_SECONDS / 3 / (time.perf_counter() - began))))
         times = []
         for _ in range(3):
@@ -96,7 +100,7 @@ def shown(found: list[dict[str, Any]]) -> str:
             if one["attention"] == "dense" and "tokens_per_s" in one
             and key == tuple(one["settings"][name] for name in ("size", "batch", "compile", "checkpointing"))
         ]  # fmt: skip
-        name = row["attention"] + ("" if of["layout"] == "tokens" else f", {of['layout']}")
+        name = ", ".join([row["attention"], *(of[x] for x in ("layout", "modulate") if of[x] != DEFAULTS[x])])
         head = [f"{of['size'][0]}×{of['size'][1]}", str(of["batch"]), "compiled" if of["compile"] else "eager", name]
         if "missing" in row:
             lines.append([*head, "-", "-", "-", row["missing"][:40]])
@@ -118,7 +122,10 @@ def main() -> None:
     parser.add_argument("--attentions", nargs="+", default=["dense", "llsa_l2", "none"], metavar="A")
     parser.add_argument("--modes", nargs="+", choices=("compiled", "eager"), default=["compiled"])
     parser.add_argument("--layouts", nargs="+", choices=("tokens", "heads"), default=["tokens"])
-    parser.add_argument("--tokens", type=int, default=0, help="batch such that a step has at least so many; B=1 unless given")
+    parser.add_argument("--modulates", nargs="+", choices=("weights", "tokens"), default=["weights"])
+    parser.add_argument(
+        "--tokens", type=int, default=0, help="batch such that a step has at least so many; B=1 unless given"
+    )
     parser.add_argument("--out", type=Path, default=Path("throughput.json"))
     parser.add_argument("--table", type=Path, help="measure nothing: print the rows of a file")
     settings.add_flags(parser)
@@ -128,18 +135,15 @@ def main() -> None:
         return
     base = settings.from_flags(options).model_dump() | {"accumulate": 1}
     made = []
-    for size in options.sizes:
-        for mode in options.modes:
-            for one in options.attentions:
-                for layout in options.layouts if one not in attention.PLAIN else ["tokens"]:
-                    pixels = settings.checked({"size": size}).size
-                    batch = max(1, options.tokens // (pixels[0] * pixels[1])) if options.tokens else int(options.batch or 1)
-                    row = measure(settings.checked(base | {
-                        "size": pixels, "compile": mode == "compiled", "attention": one, "layout": layout, "batch": batch,
-                    }))  # fmt: skip
-                    rows.add(options.out, [row])  # each at once: what is killed later has not lost them
-                    made.append(row)
-                    print(f"{size} {mode} {one} {layout}: {row.get('step_ms') or row['missing']}", flush=True)
+    variants = itertools.product(options.sizes, options.modes, options.layouts, options.modulates, options.attentions)
+    for size, mode, layout, modulate, one in variants:
+        height, width = pixels = settings.checked({"size": size}).size
+        batch = max(1, options.tokens // (height * width)) if options.tokens else int(options.batch or 1)
+        varied = {"size": pixels, "compile": mode == "compiled", "layout": layout, "modulate": modulate}
+        row = measure(settings.checked(base | varied | {"attention": one, "batch": batch}))
+        rows.add(options.out, [row])  # each at once: a program that is killed later has not lost it
+        made.append(row)
+        print(f"{size} {mode} {one} {layout} {modulate}: {row.get('step_ms') or row['missing']}", flush=True)
     print(shown(made))
 
 

@@ -17,18 +17,18 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
-
-import torch
-import torch.distributed as dist
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from typing import Any, cast
 
 import attention
 import checkpoints
 import flow
 import settings
+import torch
+import torch.distributed as dist
 from data import DataError, Windows
 from learner import Learner, Process
+from model import Block
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from sample import write_grid
 from settings import Settings
 
@@ -96,11 +96,12 @@ class Run:
         return last
 
     def _late(self) -> bool:
-        """Whether the time is up; the first process says so to all."""
-        if not self.settings.seconds:
+        """Whether the time is up; the first process says so to all. Its clock is read where lines are written."""
+        if not self.settings.seconds or self.step % self.settings.log_every:
             return False
-        late = torch.tensor(self.seconds >= self.settings.seconds, device=self.process.device)
+        late = torch.tensor(self.seconds >= self.settings.seconds)
         if self.process.ranks > 1:
+            late = late.to(self.process.device)
             dist.broadcast(late, 0)
         return bool(late)
 
@@ -132,7 +133,7 @@ class Run:
     def _attention_share(self, step_seconds: float) -> float:
         """How much of a step its attention takes: timed alone, once, at the shape that it has in a step."""
         model, height_width = self.learner.model, self.settings.size
-        module = model.blocks[0].attend
+        module = cast(Block, model.blocks[0]).attend
         if isinstance(module, attention.Nothing):
             return 0.0
         half = self.settings.precision == "bfloat16"
