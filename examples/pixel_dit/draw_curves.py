@@ -75,9 +75,8 @@ def main() -> None:
     draw(runs, options.out)
     for name, lines in runs.items():
         last = {key: value for line in lines for key, value in line.items()}
-        print(
-            f"{name}: step {last['step']:,}, {last['seconds']:.0f} s, validation {last.get('validation', float('nan')):.4f}"
-        )
+        reached = f"step {last['step']:,}, {last['seconds']:.0f} s"
+        print(f"{name}: {reached}, validation {last.get('validation', float('nan')):.4f}")
     print(options.out)
 
 

@@ -66,8 +66,11 @@ class Learner:
         if settings.ema:
             self.averaged = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(settings.ema))
         run: nn.Module = self.model
-        if settings.compile:
-            run = torch.compile(run)  # type: ignore[assignment]
+        if settings.compile == "model":
+            run = cast(nn.Module, torch.compile(run))
+        elif settings.compile == "blocks":
+            for block in self.model.blocks:
+                block.compile()
         if process.ranks > 1:
             run = DistributedDataParallel(run, broadcast_buffers=False)
         self.run = run

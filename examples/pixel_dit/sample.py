@@ -40,7 +40,7 @@ def learner_of(folder: Path, device: torch.device, size: tuple[int, int] | None 
     if not found:
         raise ValueError(f"{folder}: expected the folder of a run with a checkpoint, got none")
     content = checkpoints.load(found[-1], device)
-    trained = content["settings"] | {"compile": False} | ({"size": list(size)} if size else {})
+    trained = content["settings"] | {"compile": "none"} | ({"size": list(size)} if size else {})
     learner = Learner(Settings.model_validate(trained), Process(device))
     learner.load(content)
     return learner

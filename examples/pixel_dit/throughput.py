@@ -25,6 +25,9 @@ from learner import Batch, Learner
 from settings import Settings
 from train import process_of
 
+MODES = {"model": "compiled", "blocks": "blocks compiled", "none": "eager"}
+"""What tables call the settings of `compile`."""
+
 DEFAULTS = {name: field.default for name, field in Settings.model_fields.items()}
 
 BUDGET_SECONDS = 4.0
@@ -101,7 +104,7 @@ def shown(found: list[dict[str, Any]]) -> str:
             and key == tuple(one["settings"][name] for name in ("size", "batch", "compile", "checkpointing"))
         ]  # fmt: skip
         name = ", ".join([row["attention"], *(of[x] for x in ("layout", "modulate") if of[x] != DEFAULTS[x])])
-        head = [f"{of['size'][0]}×{of['size'][1]}", str(of["batch"]), "compiled" if of["compile"] else "eager", name]
+        head = [f"{of['size'][0]}×{of['size'][1]}", str(of["batch"]), MODES[of["compile"]], name]
         if "missing" in row:
             lines.append([*head, "-", "-", "-", row["missing"][:40]])
             continue
@@ -120,7 +123,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Time whole training steps.")
     parser.add_argument("--sizes", nargs="+", default=["64", "128", "256"], metavar="N", help="64, or 24x40")
     parser.add_argument("--attentions", nargs="+", default=["dense", "llsa_l2", "none"], metavar="A")
-    parser.add_argument("--modes", nargs="+", choices=("compiled", "eager"), default=["compiled"])
+    parser.add_argument("--modes", nargs="+", choices=tuple(MODES), default=["model"], help="what is compiled")
     parser.add_argument("--layouts", nargs="+", choices=("tokens", "heads"), default=["tokens"])
     parser.add_argument("--modulates", nargs="+", choices=("weights", "tokens"), default=["weights"])
     parser.add_argument(
@@ -139,7 +142,7 @@ def main() -> None:
     for size, mode, layout, modulate, one in variants:
         height, width = pixels = settings.checked({"size": size}).size
         batch = max(1, options.tokens // (height * width)) if options.tokens else int(options.batch or 1)
-        varied = {"size": pixels, "compile": mode == "compiled", "layout": layout, "modulate": modulate}
+        varied = {"size": pixels, "compile": mode, "layout": layout, "modulate": modulate}
         row = measure(settings.checked(base | varied | {"attention": one, "batch": batch}))
         rows.add(options.out, [row])  # each at once: a program that is killed later has not lost it
         made.append(row)
