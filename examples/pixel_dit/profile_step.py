@@ -16,7 +16,7 @@ import rows
 import settings
 import torch
 from settings import Settings
-from throughput import measure, prepared
+from throughput import prepared
 from torch.profiler import ProfilerActivity, profile
 
 KINDS = {
@@ -28,7 +28,7 @@ KINDS = {
     "optimiser": re.compile(r"multi_tensor|adam|foreach|lpnorm", re.IGNORECASE),
     "copies": re.compile(r"mem(cpy|set)|copy", re.IGNORECASE),
 }
-STEPS = 3
+TIMED_STEPS, PROFILED_STEPS = 20, 3
 
 
 def kind_of(kernel: str) -> str:
@@ -36,21 +36,25 @@ def kind_of(kernel: str) -> str:
     return next((kind for kind, pattern in KINDS.items() if pattern.search(kernel)), "other")
 
 
-def kernels(wanted: Settings) -> dict[str, tuple[float, float]]:
-    """(ms, launches) of every kernel in one step, by name."""
+def profiled(wanted: Settings) -> tuple[float, dict[str, tuple[float, float]]]:
+    """Milliseconds of a step without the profiler; (ms, launches) of every kernel in one step, by name."""
     torch.compiler.reset()
-    learner, step = prepared(wanted)
+    _, step = prepared(wanted)
     for _ in range(4):
         step()
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    for _ in range(TIMED_STEPS):
+        step()
+    end.record()
     torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
-        for _ in range(STEPS):
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        for _ in range(PROFILED_STEPS):
             step()
         torch.cuda.synchronize()
-    del learner, step
-    return {
-        event.key: (event.self_device_time_total / 1e3 / STEPS, event.count / STEPS)
-        for event in profiled.key_averages()
+    return begin.elapsed_time(end) / TIMED_STEPS, {
+        event.key: (event.self_device_time_total / 1e3 / PROFILED_STEPS, event.count / PROFILED_STEPS)
+        for event in seen.key_averages()
         if event.device_type.name == "CUDA" and not event.is_user_annotation
     }
 
@@ -75,8 +79,7 @@ def main() -> None:
     for one in (wanted.attention, "none"):
         chosen = wanted.model_copy(update={"attention": one})
         name = attention.name_of(one)
-        kept[name] = kernels(chosen)
-        steps[name] = measure(chosen)["step_ms"]
+        steps[name], kept[name] = profiled(chosen)
         lines = sorted(kept[name].items(), key=lambda item: -item[1][0])[: options.top]
         print(f"\n{name}: {steps[name]:.2f} ms a step")
         print(rows.table(["kernel", "kind", "ms", "launches"], [

@@ -11,7 +11,7 @@ from pathlib import Path
 import checkpoints
 import pytest
 import torch
-import torch.multiprocessing as multiprocessing
+from torch import multiprocessing
 from data import Windows
 from flow import fixed_times, pixelwise_loss
 from learner import Learner, Process
@@ -128,7 +128,7 @@ def one_of_two(rank: int, pictures: Path, folder: Path) -> None:
 
 
 def test_two_processes_are_one(pictures: Path, tmp_path: Path) -> None:
-    multiprocessing.spawn(one_of_two, (pictures, tmp_path), nprocs=2)
+    multiprocessing.spawn.spawn(one_of_two, (pictures, tmp_path), nprocs=2)
     whole = gradients(small(clip=0), pictures)
     shares = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     assert sum(loss for loss, _ in shares) / 2 == pytest.approx(whole[0], rel=1e-5)
