@@ -11,13 +11,13 @@ from pathlib import Path
 import checkpoints
 import pytest
 import torch
-from torch import multiprocessing
 from data import Windows
 from flow import fixed_times, pixelwise_loss
 from learner import Learner, Process
 from sample import learner_of, write_grid
 from settings import Settings
 from tiny_runs import SMALL, draw_pictures, small
+from torch import multiprocessing
 from train import Run
 
 ALONE = Process(torch.device("cpu"))
