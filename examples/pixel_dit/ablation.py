@@ -10,6 +10,7 @@ command, and what is done is not done again. rows.json holds a row a run. Flags 
 
 import argparse
 import gc
+import itertools
 import json
 import statistics
 import sys
@@ -63,8 +64,22 @@ def run(folder: Path, wanted: Settings, windows: Windows) -> dict[str, Any]:
     }
 
 
+def is_done(name: str, wanted: Settings, stored: Path) -> bool:
+    """Whether a row of an experiment and a seed is there that was trained as long as is wanted now."""
+    for row in json.loads(stored.read_text(encoding="utf-8")) if stored.exists() else []:
+        had = Settings.model_validate(row["settings"])
+        same = not settings.changed(had, wanted) and (had.steps, had.seconds) == (wanted.steps, wanted.seconds)
+        if row["experiment"] == name and same:
+            return True
+    return False
+
+
 def shown(found: list[dict[str, Any]]) -> str:
-    """A line an experiment: mean and spread over its seeds, and what differs from the first one, seed by seed."""
+    """A line an experiment: mean and spread over its seeds, and what differs from the first one, seed by seed.
+
+    Of runs that were trained on later, the last row counts.
+    """
+    found = list({(row["experiment"], row["settings"]["seed"]): row for row in found}.values())
     names = list(dict.fromkeys(row["experiment"] for row in found))
     base = {row["settings"]["seed"]: row["validation"] for row in found if row["experiment"] == names[0]}
     lines = []
@@ -100,31 +115,24 @@ def main() -> None:
     wanted = experiments(options.file, options)
     began, windows = time.perf_counter(), dict[tuple[Any, ...], Windows]()
     first = int(options.seed or 0)
-    for seed in range(first, first + options.seeds):  # a seed of all experiments before the next: cut short, it is fair
-        for name, one in wanted.items():
-            there = json.loads(stored.read_text(encoding="utf-8")) if stored.exists() else []
-            one = one.model_copy(update={"seed": seed})
-            done = [row for row in there if row["experiment"] == name and row["settings"]["seed"] == seed]
-            if any(not settings.changed(Settings.model_validate(row["settings"]), one)
-                   and row["settings"]["steps"] == one.steps and row["settings"]["seconds"] == one.seconds
-                   for row in done):  # fmt: skip
-                continue
-            if options.minutes and time.perf_counter() - began > 60 * options.minutes:
-                print(f"time is up before {name}, seed {seed}; the same command goes on")
-                break
-            try:
-                key = (one.data, one.size, one.shrink)
-                if key not in windows:
-                    windows[key] = Windows(Path(one.data), one.size, one.shrink)
-                row = run(options.out / f"{name}-{seed}", one, windows[key])
-            except (DataError, ValueError) as error:
-                sys.exit(f"ablation.py: {error}")
-            rows.add(stored, [{"experiment": name, "attention": attention.name_of(one.attention), **row}])
-            rate = f"{row['tokens_per_s'] / 1e3:,.0f}k tokens/s, " if row["tokens_per_s"] else ""
-            print(
-                f"{name}, seed {seed}: validation {row['validation']:.4f}, {rate}{row['wall_seconds']:.0f} s",
-                flush=True,
-            )
+    seeds = range(first, first + options.seeds)
+    for seed, (name, one) in itertools.product(seeds, wanted.items()):  # seed by seed: what is cut short is fair
+        one = one.model_copy(update={"seed": seed})
+        if is_done(name, one, stored):
+            continue
+        if options.minutes and time.perf_counter() - began > 60 * options.minutes:
+            print(f"time is up before {name}, seed {seed}; the same command goes on")
+            break
+        try:
+            key = (one.data, one.size, one.shrink)
+            if key not in windows:
+                windows[key] = Windows(Path(one.data), one.size, one.shrink)
+            row = run(options.out / f"{name}-{seed}", one, windows[key])
+        except (DataError, ValueError) as error:
+            sys.exit(f"ablation.py: {error}")
+        rows.add(stored, [{"experiment": name, "attention": attention.name_of(one.attention), **row}])
+        rate = f"{row['tokens_per_s'] / 1e3:,.0f}k tokens/s, " if row["tokens_per_s"] else ""
+        print(f"{name}, seed {seed}: validation {row['validation']:.4f}, {rate}{row['wall_seconds']:.0f} s", flush=True)
     print(shown(json.loads(stored.read_text(encoding="utf-8"))))
 
 

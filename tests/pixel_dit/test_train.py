@@ -17,7 +17,7 @@ from learner import Learner, Process
 from sample import learner_of, write_grid
 from settings import Settings
 from tiny_runs import SMALL, draw_pictures, small
-from torch import multiprocessing
+from torch.multiprocessing.spawn import spawn
 from train import Run
 
 ALONE = Process(torch.device("cpu"))
@@ -128,7 +128,7 @@ def one_of_two(rank: int, pictures: Path, folder: Path) -> None:
 
 
 def test_two_processes_are_one(pictures: Path, tmp_path: Path) -> None:
-    multiprocessing.spawn.spawn(one_of_two, (pictures, tmp_path), nprocs=2)
+    spawn(one_of_two, (pictures, tmp_path), nprocs=2)
     whole = gradients(small(clip=0), pictures)
     shares = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     assert sum(loss for loss, _ in shares) / 2 == pytest.approx(whole[0], rel=1e-5)
