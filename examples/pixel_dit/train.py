@@ -166,8 +166,7 @@ class Run:
 
     def _resume(self) -> None:
         """From the last checkpoint, if there is one; what the log has of later steps is taken out of it."""
-        manifest, lines = self.windows.manifest(), ""
-        found = checkpoints.there(self.folder / "checkpoints")
+        manifest, found = self.windows.manifest(), checkpoints.there(self.folder / "checkpoints")
         if found:
             content = checkpoints.load(found[-1], self.process.device)
             wrong = settings.changed(Settings.model_validate(content["settings"]), self.settings)
@@ -177,11 +176,12 @@ class Run:
                 raise ValueError(f"{self.folder}: a run of other settings is there: {'; '.join(wrong)}")
             self.learner.load(content)
             self.step, self.seconds, self.share = content["step"], content["seconds"], content["share"]
-            kept = (line for line in self.log.read_text(encoding="utf-8").splitlines() if line.endswith("}"))
-            lines = "".join(line + "\n" for line in kept if json.loads(line)["step"] <= self.step)
         if self.process.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.log.write_text(lines, encoding="utf-8")
+            logged = self.log.read_text(encoding="utf-8").splitlines() if found else []
+            whole = (line for line in logged if line.endswith("}"))  # a kill may have cut off the last one
+            kept = [line + "\n" for line in whole if json.loads(line)["step"] <= self.step]
+            self.log.write_text("".join(kept), encoding="utf-8")
             for name, content in (("settings", self.settings.model_dump(mode="json")), ("manifest", manifest)):
                 text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
                 (self.folder / f"{name}.json").write_text(text, encoding="utf-8")
