@@ -6,6 +6,7 @@ again at a step goes on as if it had never ended.
 """
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
@@ -72,7 +73,8 @@ class Learner:
             for block in self.model.blocks:
                 block.compile()
         if process.ranks > 1:
-            run = DistributedDataParallel(run, broadcast_buffers=False)
+            with warnings.catch_warnings(action="ignore", category=FutureWarning):  # of a name that 2.11 does not know
+                run = DistributedDataParallel(run, broadcast_buffers=False)
         self.run = run
         self.optimizer = torch.optim.AdamW(
             _groups(self.model, settings.weight_decay), lr=settings.lr, betas=(0.9, 0.99), fused=True

@@ -53,11 +53,12 @@ class Block(nn.Module):
         qkv = qkv.unflatten(-1, (3, self.heads, -1))  # [B, N, 3, H, D]
         qk, v = qkv[:, :, :2].float(), qkv[:, :, 2]
         qk = qk * torch.rsqrt(qk.square().mean(-1, keepdim=True) + 1e-6) * self.norm_qk
-        first, second = qk.chunk(2, -1)
-        qk = (qk * cos + torch.cat([-second, first], -1) * sin).to(v.dtype)  # one kernel norms and rotates both
-        if self.layout == "heads":  # a copy of v, and then heads lie apart, as attention likes it best
-            q, k, v = torch.cat([qk, v[:, :, None]], 2).permute(2, 0, 3, 1, 4).contiguous().unbind()
-        else:  # views: tokens lie apart, each with all heads
+        pairs = qk.unflatten(-1, (2, -1))  # a head's two halves are the two parts of its pairs
+        qk = (pairs * cos + pairs.flip(-2) * sin).flatten(-2).to(v.dtype)  # one kernel norms and rotates both
+        if self.layout == "heads":  # heads lie apart, as attention likes it best; v is copied for it
+            q, k = qk.permute(2, 0, 3, 1, 4).contiguous().unbind()
+            v = v.transpose(1, 2).contiguous()
+        else:  # tokens lie apart, each with all heads; all three are views
             q, k, v = (x.transpose(1, 2) for x in (*qk.unbind(2), v))
         return self.attend(q, k, v).transpose(1, 2).flatten(2)
 
@@ -143,9 +144,9 @@ class PixelDiT(nn.Module):
         raster = torch.arange(height * width, device=device)
         self.register_buffer("permutation", order.permutation if order else raster, persistent=False)
         self.register_buffer("inverse", order.inverse if order else raster, persistent=False)
-        turns = turns.index_select(0, self.permutation)[:, None, None]  # [N, 1, 1, D], beside [B, N, 2, H, D]
+        turns = turns.index_select(0, self.permutation)[:, None, None, None]  # beside pairs [B, N, 2, H, 2, D / 2]
         self.register_buffer("cos", turns.cos(), persistent=False)
-        self.register_buffer("sin", turns.sin(), persistent=False)
+        self.register_buffer("sin", torch.cat([-turns.sin(), turns.sin()], -2), persistent=False)
         self.size = height, width
 
     def to_tokens(self, pictures: Tensor) -> Tensor:
@@ -184,15 +185,13 @@ class PixelDiT(nn.Module):
 
 
 def angles(height: int, width: int, head_dim: int) -> Tensor:
-    """By how much each pixel's queries and keys are turned, row by row: [height * width, head_dim].
+    """By how much the pairs of each pixel's queries and keys are turned, row by row: [height * width, head_dim / 2].
 
-    Half of a head's pairs turn by the row, half by the column, a radian a pixel at most and 100 times slower at least.
-    The two halves of a head are the two parts of its pairs.
+    Half of the pairs turn by the row, half by the column: a radian a pixel the fastest, a hundredth the slowest.
     """
     speeds = 100.0 ** -torch.linspace(0, 1, head_dim // 4)
     y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    turns = torch.cat([y.flatten()[:, None] * speeds, x.flatten()[:, None] * speeds], 1)
-    return torch.cat([turns, turns], 1)
+    return torch.cat([y.flatten()[:, None] * speeds, x.flatten()[:, None] * speeds], 1)
 
 
 def waves(t: Tensor) -> Tensor:
