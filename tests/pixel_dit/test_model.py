@@ -47,6 +47,22 @@ def test_every_parameter_has_a_part(attention: str) -> None:
     assert silent == []
 
 
+@pytest.mark.parametrize("layout", ["tokens", "heads"])
+def test_logits_depend_on_how_far_pixels_are_apart_alone(layout: str) -> None:
+    """All pixels have the same query and the same key before they are turned."""
+    one = model("dense", (6, 7), layout=layout)
+    block = one.blocks[0]
+    seen: list[torch.Tensor] = []
+    block.attend.register_forward_pre_hook(lambda _, qkv: seen.extend(qkv))  # type: ignore[operator, union-attr]
+    block.attention(torch.randn(1, 1, 3 * 64).expand(1, 42, -1), one.cos, one.sin)  # type: ignore[operator]
+    q, k = (x[0].unflatten(1, (6, 7)) for x in seen[:2])  # [H, row, column, D]
+    logits = torch.einsum("hyxd,hvud->hyxvu", q, k)
+    assert torch.allclose(logits[:, 1:, 1:, 1:, 1:], logits[:, :-1, :-1, :-1, :-1], atol=1e-4)
+    assert (logits[:, 0, 0, 0, 1] - logits[:, 0, 0, 1, 0]).abs().min() > 1e-3  # rows are not columns
+    assert (logits[:, 0, 0, 0, 1] - logits[:, 0, 0, 0, 2]).abs().min() > 1e-3
+    assert torch.allclose(q.square().mean(-1), torch.ones(2, 6, 7), atol=1e-3)
+
+
 def test_a_new_model_says_nothing() -> None:
     assert not PixelDiT((8, 8), "small", channels=64, depth=1, heads=2)(torch.randn(1, 64, 3), torch.rand(1)).any()
 
