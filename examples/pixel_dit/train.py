@@ -7,7 +7,8 @@
     torchrun --nproc-per-node 2 examples/pixel_dit/train.py runs/two --size 128 --shrink 2
 
 The same command again goes on where the run was ended, or killed. The folder of a run holds settings.json,
-manifest.json (which pictures), log.jsonl (a line a step, and lines of validation), checkpoints/ and samples.png.
+manifest.json (which pictures), log.jsonl (a line a step, and lines of validation), checkpoints/, samples.png, and with
+matplotlib curves.png.
 """
 
 import argparse
@@ -16,11 +17,13 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
 import attention
 import checkpoints
+import draw_curves
 import flow
 import settings
 import torch
@@ -226,7 +229,9 @@ def main() -> None:
         print(f"step {last['step']}, loss {last['loss']:.4f}" if "loss" in last else f"step {run.step}: nothing to do")
         if "validation" in last:
             print(f"validation {last['validation']:.4f}; {alone:.4f} is the best that looks at each number alone")
-        print(f"{run.folder}: log.jsonl, checkpoints/, samples.png")
+        if find_spec("matplotlib"):
+            draw_curves.draw({run.folder.name: draw_curves.lines_of(run.folder)}, run.folder / "curves.png")
+        print(f"{run.folder}: {', '.join(sorted(path.name for path in run.folder.iterdir()))}")
     if process.ranks > 1:
         dist.destroy_process_group()
 

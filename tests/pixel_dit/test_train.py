@@ -70,6 +70,7 @@ def test_a_run_that_was_killed_goes_on_with_the_same_bits(pictures: Path, tmp_pa
     assert 1 <= len(checkpoints.there(log.parent / "checkpoints")) <= 2
 
     subprocess.run(command, check=True, capture_output=True)
+    assert (log.parent / "curves.png").exists()
     whole = run(tmp_path / "whole", pictures, small(steps=41, log_every=41, checkpoint_every=41))
     whole.train()
     assert losses(log.parent) == losses(tmp_path / "whole")
