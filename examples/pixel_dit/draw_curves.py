@@ -1,0 +1,84 @@
+"""Draw loss curves of runs: by step, and by seconds of training, training and validation side by side.
+
+    python examples/pixel_dit/draw_curves.py runs/equal_time/dense-0 runs/equal_time/llsa-0 --out curves.png
+
+Needs matplotlib; nothing that trains does.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Lines = list[dict[str, Any]]
+
+
+def lines_of(folder: Path) -> Lines:
+    """The log of a run. Raises ValueError where there is none."""
+    log = folder / "log.jsonl"
+    if not log.is_file():
+        raise ValueError(f"{folder}: expected the folder of a run, with log.jsonl in it, got none")
+    return [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+
+
+def series(lines: Lines, value: str, along: str) -> tuple[list[float], list[float]]:
+    """(places, values) of one value of the log, such as `loss` or `validation`, along `step` or `seconds`."""
+    chosen = [line for line in lines if value in line]
+    return [line[along] for line in chosen], [line[value] for line in chosen]
+
+
+def smoothed(values: Sequence[float], width: int) -> list[float]:
+    """Means over the last `width` values: what comes later has no part in them."""
+    sums = np.cumsum([0.0, *values])
+    begins = np.maximum(np.arange(1, len(sums)) - width, 0)
+    return ((sums[1:] - sums[begins]) / (np.arange(1, len(sums)) - begins)).tolist()
+
+
+def draw(runs: dict[str, Lines], out: Path) -> None:
+    """Three panels: training by step, validation by step, validation by seconds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, 3, figsize=(15, 4.5))
+    for name, lines in runs.items():
+        places, losses = series(lines, "loss", "step")
+        panels[0].plot(places, smoothed(losses, max(1, len(losses) // 50)), label=name)
+        for panel, along in zip(panels[1:], ("step", "seconds"), strict=True):
+            panel.plot(*series(lines, "validation", along), marker=".", label=name)
+    for panel, title, along in zip(
+        panels, ("training", "validation", "validation"), ("steps", "steps", "seconds of training"), strict=True
+    ):
+        panel.set(title=f"{title} loss", xlabel=along, yscale="log")
+        panel.grid(alpha=0.3, which="both")
+        panel.legend()
+    figure.tight_layout()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=110)
+    pyplot.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Draw loss curves of runs into one picture.")
+    parser.add_argument("folders", type=Path, nargs="+", help="of the runs")
+    parser.add_argument("--out", type=Path, default=Path("curves.png"))
+    options = parser.parse_args()
+    try:
+        runs = {folder.name: lines_of(folder) for folder in options.folders}
+    except ValueError as error:
+        sys.exit(f"draw_curves.py: {error}")
+    draw(runs, options.out)
+    for name, lines in runs.items():
+        last = {key: value for line in lines for key, value in line.items()}
+        reached = f"step {last['step']:,}, {last['seconds']:.0f} s"
+        print(f"{name}: {reached}, validation {last.get('validation', float('nan')):.4f}")
+    print(options.out)
+
+
+if __name__ == "__main__":
+    main()
