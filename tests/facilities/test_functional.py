@@ -1,4 +1,4 @@
-"""A layer under torch.func: functional_call, grad, vjp, vmap, jacrev, gradients of each sample, an ensemble of models."""
+"""A layer under torch.func: gradients of each sample, an ensemble of models, the Jacobian's products and rows."""
 
 import copy
 from typing import Any
@@ -44,14 +44,14 @@ def test_gradients_of_each_sample() -> None:
 def test_an_ensemble_in_one_call() -> None:
     modules, x = [layer(seed) for seed in range(3)], tokens(2)
     base = copy.deepcopy(modules[0])
-    parameters, buffers = stack_module_state(modules)  # type: ignore[arg-type]
+    parameters, buffers = stack_module_state(modules)
     found = vmap(lambda p, b: functional_call(base, (p, b), (x,)))(parameters, buffers)
     assert all(close(y, module(x)) for y, module in zip(found, modules, strict=True))
 
 
 def test_a_product_with_the_jacobian_and_its_rows() -> None:
     module, x = layer().requires_grad_(False), tokens(1)
-    y, product = vjp(module, x)
+    y, product, *_ = vjp(module, x)
     cotangent = torch.randn_like(y)
     leaf = x.clone().requires_grad_()
     (wanted,) = torch.autograd.grad(module(leaf), leaf, cotangent)

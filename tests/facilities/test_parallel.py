@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from processes import in_processes
 from torch import Tensor, nn
 
 from llsa_gen import Level, Spec, compile
 from llsa_gen.nn import LLSAttention
-from processes import in_processes
 
 WIDTH, HEADS, D, TOKENS = 32, 4, 8, 51
 SPEC = Spec(name="parallel", head_dim=D, levels=(Level(block=4, topk=2), Level(block=3, topk=2)))

@@ -108,7 +108,7 @@ def printed(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         attention = attention_of(name)
         (folder / "nets" / f"{name}.py").write_text(attention.source)
         example = tuple(x.detach() for x in draw(attention, QUERIES, KEYS, KEYS))
-        for strict in (True, False):
+        for strict in (True, False)[: 1 + (name == NAMES[-1])]:
             shapes = {"q": {2: m}, "k": {2: n}, "v": {2: n}}
             program = torch.export.export(Attend(attention), example, dynamic_shapes=shapes, strict=strict)
             torch.export.save(program, folder / "programs" / f"{name}-{'strict' if strict else 'not_strict'}.pt2")
@@ -119,7 +119,6 @@ def printed(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return result.stdout.splitlines()
 
 
-@pytest.mark.parametrize("strict", ["strict", "not_strict"])
-@pytest.mark.parametrize("name", NAMES)
-def test_a_saved_program_runs_in_a_new_process(name: str, strict: str, printed: list[str]) -> None:
-    assert f"{name}-{strict} True" in printed
+@pytest.mark.parametrize("program", [*(f"{name}-strict" for name in NAMES), f"{NAMES[-1]}-not_strict"])
+def test_a_saved_program_runs_in_a_new_process(program: str, printed: list[str]) -> None:
+    assert f"{program} True" in printed

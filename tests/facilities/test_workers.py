@@ -1,4 +1,4 @@
-"""Worker processes, forked and spawned, call the operator and the layer: those of a DataLoader, and with a model sent."""
+"""Worker processes, forked and spawned, call the operator and the layer: those of a DataLoader, one that trains."""
 
 import multiprocessing
 from typing import Any
