@@ -45,7 +45,7 @@ SPEC = {
     "name": "llsa_l2",
     "reweight": True,
 }
-OPERATOR = "llsa_l2_5e1c7f7126058a00"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
+OPERATOR = "llsa_l2_64c57b47dd91115a"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -4292,17 +4292,6 @@ def look_at_layout(q: torch.Tensor, k: torch.Tensor) -> None:
     LAYOUT_WARNINGS.append(text)
 
 
-def refuse_sharded(tensors: dict[str, Any]) -> None:
-    """One clear error for DTensors, for whose placements the operator has no rules."""
-    for name, x in tensors.items():
-        if hasattr(x, "to_local") and hasattr(x, "placements"):
-            raise NotImplementedError(
-                f"{name}: expected a plain tensor, got a {type(x).__name__} with placements {tuple(x.placements)}. "
-                "Shard q, k and v alike by batch or heads (dim 0 or 1), never by tokens (dim 2), and pass x.to_local() "
-                "of each, or wrap the call in torch.distributed.tensor.experimental.local_map"
-            )
-
-
 def refuse_context_parallel(q: torch.Tensor, k: torch.Tensor) -> None:
     """One clear error inside torch's context_parallel, where every process has a part of the tokens.
 
@@ -4939,6 +4928,129 @@ def register_stages(library: torch.library.Library) -> None:
     register(name + "_attend_means", differentiate_means, setup_context=save_for_means, lib=library)
 
 
+PLACEMENTS_KNOWN: list[bool] = []
+"""Whether torch knows the operators' placements: what that imports, only those who have DTensors import anyway."""
+
+
+def is_sharded(x: Any) -> bool:
+    """Whether this is a DTensor, known without an import; of methods torch.compile says that they are not there."""
+    return hasattr(x, "placements") and hasattr(x, "device_mesh")
+
+
+def make_placements_known() -> None:
+    """Register the placements of the operators with torch, once."""
+    if not PLACEMENTS_KNOWN:
+        from torch.distributed.tensor.experimental import register_sharding
+
+        register_sharding(getattr(torch.ops.llsa, OPERATOR).default)(placements_of_attention)
+        register_sharding(getattr(torch.ops.llsa, OPERATOR + "_backward").default)(placements_of_gradients)
+        PLACEMENTS_KNOWN.append(True)
+
+
+# What torch.compiler.assume_constant_result sets, which imports all of torch._dynamo: it is called, not traced.
+make_placements_known._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def placements_of_attention(
+    q: Any, k: Any, v: Any, scale: float, k_global: Any = None, v_global: Any = None, global_mask: Any = None,
+    kept: Any = None,
+) -> list[tuple[list[Any], list[Any]]]:  # fmt: skip
+    """Of the outputs and of the inputs that are tensors: replicated, by batch, or by heads, which masks do not have."""
+    return placements_alike(3, 0, (q, k, v), k_global, v_global, global_mask, kept)
+
+
+def placements_of_gradients(
+    grad_o: Any, grad_lse: Any, q: Any, k: Any, v: Any, o: Any, saved: Any, scale: float, k_global: Any = None,
+    v_global: Any = None, global_mask: Any = None, kept: Any = None,
+) -> list[tuple[list[Any], list[Any]]]:  # fmt: skip
+    """The same for the backward pass, whose last two outputs hold nothing where there are no global tokens."""
+    of_nothing = 2 if k_global is None else 0
+    tensors = (grad_o, grad_lse, q, k, v, o, saved)
+    return placements_alike(5 - of_nothing, of_nothing, tensors, k_global, v_global, global_mask, kept)
+
+
+def placements_alike(
+    outputs: int, of_nothing: int, tensors: Sequence[Any], k_global: Any, v_global: Any, global_mask: Any, kept: Any
+) -> list[tuple[list[Any], list[Any]]]:
+    """What each dimension of a mesh may do."""
+    from torch.distributed.tensor import Replicate, Shard
+
+    before = len([x for x in (*tensors, k_global, v_global) if x is not None])
+    found: list[tuple[list[Any], list[Any]]] = []
+    for place in (Replicate(), Shard(0), Shard(1)):
+        of_mask = [] if global_mask is None else [Replicate() if place == Shard(1) else place]
+        inputs = [place] * before + of_mask + [place] * len(kept or ())
+        found.append(([place] * outputs + [Replicate()] * of_nothing, inputs))
+    return found
+
+
+def common_placements(tensors: dict[str, Any]) -> tuple[Any, ...]:
+    """For each dimension of the mesh, the first placement by batch or heads that a tensor has; else by heads.
+
+    Only where all are replicated they stay so.
+    """
+    from torch.distributed.tensor import Replicate, Shard
+
+    places: list[Any] = []
+    for own in zip(*(x.placements for x in tensors.values()), strict=True):
+        place = Replicate() if all(one.is_replicate() for one in own) else Shard(1)
+        for one in reversed(own):
+            place = one if one.is_shard(0) or one.is_shard(1) else place
+        places.append(place)
+    return tuple(places)
+
+
+def check_sharded(tensors: dict[str, Any]) -> None:
+    """One clear error for a plain tensor among DTensors, and for two meshes."""
+    (first, mesh), *_ = [(name, x.device_mesh) for name, x in tensors.items() if is_sharded(x)]
+    for name, x in tensors.items():
+        if not is_sharded(x):
+            raise TypeError(
+                f"{name}: expected a DTensor like {first}, got a plain tensor; distribute_tensor(x, mesh, placements) "
+                "makes one of the whole tensor, DTensor.from_local of each process's part"
+            )
+        if x.device_mesh != mesh:
+            raise ValueError(f"{name}: expected a DTensor on {mesh} like {first}, got one on {x.device_mesh}")
+
+
+def redistributed(x: Any, places: tuple[Any, ...]) -> Any:
+    """A DTensor with these placements. Also where it has them: so its gradient comes back with its own."""
+    return x.redistribute(placements=places)
+
+
+def place_alike(
+    q: Any, k: Any, v: Any, k_global: Any = None, v_global: Any = None, global_mask: Any = None, kept: Any = None
+) -> list[Any]:
+    """DTensors, or None, in placements that the operator takes: torch's rules would find some, for one pass alone."""
+    from torch.distributed.tensor import Replicate
+
+    make_placements_known()
+    named = {"q": q, "k": k, "v": v, "k_global": k_global, "v_global": v_global}
+    named |= {f"kept, level {level}": lists for level, lists in enumerate(kept or (), start=1)}
+    named = {name: x for name, x in named.items() if x is not None}
+    check_sharded(named if global_mask is None else named | {"global_mask": global_mask})
+    places = common_placements(named)
+    of_mask = tuple(place if place.is_shard(0) else Replicate() for place in places)
+    placed = [None if x is None else redistributed(x, places) for x in (q, k, v, k_global, v_global)]
+    placed.append(None if global_mask is None else redistributed(global_mask, of_mask))
+    return [*placed, None if kept is None else [redistributed(lists, places) for lists in kept]]
+
+
+def select_sharded(q: Any, k: Any) -> list[Any]:
+    """The selection, placed as queries and keys come to be: torch has no rules for an operator that gives a list."""
+    from torch.distributed.tensor import DTensor
+
+    check_sharded({"q": q, "k": k})
+    places = common_placements({"q": q, "k": k})
+    run = getattr(torch.ops.llsa, OPERATOR + "_select")
+    found: list[Any] = []
+    for lists in run(*(redistributed(x, places).to_local() for x in (q, k))):
+        shape = torch.Size((*q.shape[:2], *lists.shape[2:]))
+        stride = (shape[1] * shape[2] * shape[3], shape[2] * shape[3], shape[3], 1)
+        found.append(DTensor.from_local(lists, q.device_mesh, places, shape=shape, stride=stride))
+    return found
+
+
 def register() -> torch.library.Library | None:
     """Make the operators known to torch, once a process: their name carries the hash of this text.
 
@@ -5120,13 +5232,13 @@ def lists_of(kept: Any, q: torch.Tensor, k: torch.Tensor, ahead: Any, look: bool
         pads = ahead is not None if compiling else before > 0
         whole.append(torch.cat([first_tokens(lists, before, level, k), lists], 2) if pads else lists)
     if look:
-        check_entries(kept, k.shape[2], ahead or 0)
+        check_entries([x.full_tensor() if is_sharded(x) else x for x in kept], k.shape[2], ahead or 0)
     return whole
 
 
 def first_tokens(lists: torch.Tensor, rows: Any, level: int, k: torch.Tensor) -> torch.Tensor:
     """What query tokens select whose scores are all equal, as `rows` more of the lists: the first tokens of a level."""
-    token = torch.arange(lists.shape[3], device=lists.device, dtype=lists.dtype)
+    token = lists.new_ones(lists.shape[3]).cumsum(0, dtype=lists.dtype) - 1  # on a mesh, if the lists are
     token = token.masked_fill(token * SPANS[level] >= k.shape[2], -1)
     return token.expand(lists.shape[0], lists.shape[1], rows, lists.shape[3])
 
@@ -5203,8 +5315,9 @@ def attention(
         if k.shape[1] > MANY_HEADS and layout is None:
             look_at_layout(q, k)
     else:
-        if not torch.compiler.is_compiling():
-            refuse_sharded({"q": q, "k": k, "v": v, "k_global": k_global, "v_global": v_global})
+        if any(is_sharded(x) for x in (q, k, v, *present(*more))):
+            q, k, v, *placed = place_alike(q, k, v, *more)
+            more = tuple(placed) if more else ()
         run = AttendTransformed.apply if is_transformed() else getattr(torch.ops.llsa, OPERATOR)
     o, lse, _ = run(q, k, v, float(scale), *more)  # type: ignore[arg-type]
     if ahead is not None:
@@ -5217,9 +5330,10 @@ def select(q: torch.Tensor, k: torch.Tensor, *, query_offset: int = 0) -> tuple[
     q, k = autocast(q, k)
     check({"q": q, "k": k})
     q, ahead = with_rows_ahead(q, query_offset)
-    if not torch.compiler.is_compiling() and not type(q) is type(k) is torch.Tensor:
-        refuse_sharded({"q": q, "k": k})
-    kept = operator("_select", select_forward, q, k)(q, k)
+    if not type(q) is type(k) is torch.Tensor and (is_sharded(q) or is_sharded(k)):
+        kept = select_sharded(q, k)
+    else:
+        kept = operator("_select", select_forward, q, k)(q, k)
     if ahead is None:
         return tuple(kept)
     return tuple(lists[:, :, ahead // span :] for lists, span in zip(kept, SPANS[1:], strict=True))
@@ -5246,6 +5360,8 @@ def with_rows_ahead(q: torch.Tensor, query_offset: Any) -> tuple[torch.Tensor, A
         if ahead + queries > MAX_TOKENS:
             came = f"{ahead} before the first query, and M = {queries}"
             raise ValueError(f"query_offset: expected {MAX_TOKENS} tokens at most from a coarsest block on, got {came}")
+    if is_sharded(q):  # tokens that lie apart would be gathered
+        q = redistributed(q, common_placements({"q": q}))
     return torch.nn.functional.pad(q, (0, 0, ahead, 0)), ahead
 
 

@@ -18,6 +18,7 @@ from llsa_gen.store.loading import load_text
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from torch._ops import OpOverload
 
     from llsa_gen.module import AttentionModule
 
@@ -79,6 +80,13 @@ class Attention:
             return self.module.select(q, k, query_offset=query_offset)
         except Exception as error:
             raise self._explained(error) from error.__cause__
+
+    @property
+    def operator(self) -> "OpOverload":
+        """The operator as torch knows it, `torch.ops.llsa.<name>_<hash>.default`: for a policy of checkpointing."""
+        import torch  # not before it is needed
+
+        return getattr(torch.ops.llsa, self.module.OPERATOR).default
 
     def as_module(self) -> "AttentionModule":
         """A new torch module that calls this operator: a model that has it shows it, and may hook it.

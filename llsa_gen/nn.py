@@ -113,7 +113,8 @@ class LLSAttention(nn.Module):
         if rotary is not None:
             self._check_rotary(rotary, None if self._order is None else self._globals + len(self._order))
             self._rotary = (rotary[0].detach(), rotary[1].detach())
-        self._place()
+        # not the parameters' device: accelerate's init_empty_weights has these on meta, but buffers where they belong
+        self._place(torch.get_default_device() if device is None else torch.device(device))
 
     @classmethod
     def from_dense(
@@ -255,25 +256,23 @@ class LLSAttention(nn.Module):
             if bias is not None:
                 nn.init.zeros_(bias)
 
-    def _place(self) -> None:
+    def _place(self, device: torch.device) -> None:
         """The order, with global tokens in it that stay where they are, and the tables in that order, as buffers."""
-        device = self.in_proj_weight.device
         buffers: dict[str, Tensor | None] = dict.fromkeys(("permutation", "inverse", "cos", "sin"))
         if self._order is not None:
             before, after = self.globals_first, self.globals_first + len(self._order)
             for name in ("permutation", "inverse"):
                 places = torch.arange(after + self.globals_last, device=device)
-                places[before:after] = before + self._placed("order", getattr(self._order, name))
+                places[before:after] = before + self._placed("order", getattr(self._order, name), device)
                 buffers[name] = places
         if self._rotary is not None:
             for name, table in zip(("cos", "sin"), self._rotary, strict=True):
-                table, places = self._placed("rotary", table), buffers["permutation"]
+                table, places = self._placed("rotary", table, device), buffers["permutation"]
                 buffers[name] = table if places is None else table.index_select(0, places)
         for name, value in buffers.items():
             self.register_buffer(name, value, persistent=False)
 
-    def _placed(self, name: str, x: Tensor) -> Tensor:
-        device = self.in_proj_weight.device
+    def _placed(self, name: str, x: Tensor, device: torch.device) -> Tensor:
         if x.is_meta and device.type != "meta":
             raise ValueError(f"{name}: expected tensors with values, got some that were made on the meta device")
         return x.to(device)
@@ -283,14 +282,15 @@ class LLSAttention(nn.Module):
         before = dict(self._buffers)
         super()._apply(fn, recurse)
         if any(self._buffers[name] is not old for name, old in before.items()):
-            self._place()
+            self._place(self.in_proj_weight.device)
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         """With `assign=True` the parameters may be on another device from now on."""
         super()._load_from_state_dict(*args, **kwargs)
-        if any(x is not None and x.device != self.in_proj_weight.device for x in self._buffers.values()):
-            self._place()
+        device = self.in_proj_weight.device
+        if device.type != "meta" and any(x is not None and x.device != device for x in self._buffers.values()):
+            self._place(device)
 
     def _check_input(self, x: Any) -> None:
         if not isinstance(x, Tensor):

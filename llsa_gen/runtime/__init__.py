@@ -13,7 +13,8 @@ SPLICED = "# ---- spliced into every module from here on\n"
 
 FILES = (
     "replay.c", "driver.py", "backend.py", "replay.py", "sizes.py", "launch_plan.py", "kernels.py", "cpu.py",
-    "cpu_stages.py", "guards.py", "passes.py", "transforms.py", "stages.py", "operator.py",
+    "cpu_stages.py", "guards.py", "passes.py", "transforms.py", "stages.py", "sharding.py",
+    "operator.py",
 )  # fmt: skip
 """Everything that is spliced, in the order of a module."""
 

@@ -47,17 +47,6 @@ def look_at_layout(q: torch.Tensor, k: torch.Tensor) -> None:
     LAYOUT_WARNINGS.append(text)
 
 
-def refuse_sharded(tensors: dict[str, Any]) -> None:
-    """One clear error for DTensors, for whose placements the operator has no rules."""
-    for name, x in tensors.items():
-        if hasattr(x, "to_local") and hasattr(x, "placements"):
-            raise NotImplementedError(
-                f"{name}: expected a plain tensor, got a {type(x).__name__} with placements {tuple(x.placements)}. "
-                "Shard q, k and v alike by batch or heads (dim 0 or 1), never by tokens (dim 2), and pass x.to_local() "
-                "of each, or wrap the call in torch.distributed.tensor.experimental.local_map"
-            )
-
-
 def refuse_context_parallel(q: torch.Tensor, k: torch.Tensor) -> None:
     """One clear error inside torch's context_parallel, where every process has a part of the tokens.
 

@@ -13,7 +13,7 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 if TYPE_CHECKING:
-    from llsa_gen.runtime.guards import MANY_HEADS, check_layout, look_at_layout, refuse_sharded
+    from llsa_gen.runtime.guards import MANY_HEADS, check_layout, look_at_layout
     from llsa_gen.runtime.launch_plan import empty_like, empty_outputs, empty_selection
     from llsa_gen.runtime.module import (
         BLOCKS,
@@ -39,6 +39,13 @@ if TYPE_CHECKING:
         present,
         save_for_backward,
         select_forward,
+    )
+    from llsa_gen.runtime.sharding import (
+        common_placements,
+        is_sharded,
+        place_alike,
+        redistributed,
+        select_sharded,
     )
     from llsa_gen.runtime.stages import check_entries, register_stages
     from llsa_gen.runtime.transforms import AttendTransformed, select_batched
@@ -227,13 +234,13 @@ def lists_of(kept: Any, q: torch.Tensor, k: torch.Tensor, ahead: Any, look: bool
         pads = ahead is not None if compiling else before > 0
         whole.append(torch.cat([first_tokens(lists, before, level, k), lists], 2) if pads else lists)
     if look:
-        check_entries(kept, k.shape[2], ahead or 0)
+        check_entries([x.full_tensor() if is_sharded(x) else x for x in kept], k.shape[2], ahead or 0)
     return whole
 
 
 def first_tokens(lists: torch.Tensor, rows: Any, level: int, k: torch.Tensor) -> torch.Tensor:
     """What query tokens select whose scores are all equal, as `rows` more of the lists: the first tokens of a level."""
-    token = torch.arange(lists.shape[3], device=lists.device, dtype=lists.dtype)
+    token = lists.new_ones(lists.shape[3]).cumsum(0, dtype=lists.dtype) - 1  # on a mesh, if the lists are
     token = token.masked_fill(token * SPANS[level] >= k.shape[2], -1)
     return token.expand(lists.shape[0], lists.shape[1], rows, lists.shape[3])
 
@@ -310,8 +317,9 @@ def attention(
         if k.shape[1] > MANY_HEADS and layout is None:
             look_at_layout(q, k)
     else:
-        if not torch.compiler.is_compiling():
-            refuse_sharded({"q": q, "k": k, "v": v, "k_global": k_global, "v_global": v_global})
+        if any(is_sharded(x) for x in (q, k, v, *present(*more))):
+            q, k, v, *placed = place_alike(q, k, v, *more)
+            more = tuple(placed) if more else ()
         run = AttendTransformed.apply if is_transformed() else getattr(torch.ops.llsa, OPERATOR)
     o, lse, _ = run(q, k, v, float(scale), *more)  # type: ignore[arg-type]
     if ahead is not None:
@@ -324,9 +332,10 @@ def select(q: torch.Tensor, k: torch.Tensor, *, query_offset: int = 0) -> tuple[
     q, k = autocast(q, k)
     check({"q": q, "k": k})
     q, ahead = with_rows_ahead(q, query_offset)
-    if not torch.compiler.is_compiling() and not type(q) is type(k) is torch.Tensor:
-        refuse_sharded({"q": q, "k": k})
-    kept = operator("_select", select_forward, q, k)(q, k)
+    if not type(q) is type(k) is torch.Tensor and (is_sharded(q) or is_sharded(k)):
+        kept = select_sharded(q, k)
+    else:
+        kept = operator("_select", select_forward, q, k)(q, k)
     if ahead is None:
         return tuple(kept)
     return tuple(lists[:, :, ahead // span :] for lists, span in zip(kept, SPANS[1:], strict=True))
@@ -353,6 +362,8 @@ def with_rows_ahead(q: torch.Tensor, query_offset: Any) -> tuple[torch.Tensor, A
         if ahead + queries > MAX_TOKENS:
             came = f"{ahead} before the first query, and M = {queries}"
             raise ValueError(f"query_offset: expected {MAX_TOKENS} tokens at most from a coarsest block on, got {came}")
+    if is_sharded(q):  # tokens that lie apart would be gathered
+        q = redistributed(q, common_placements({"q": q}))
     return torch.nn.functional.pad(q, (0, 0, ahead, 0)), ahead
 
 

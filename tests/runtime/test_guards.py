@@ -166,37 +166,6 @@ def test_whoever_else_replaces_dense_attention_is_left_alone(
     assert torch.equal(attention(x, x, x), wanted)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("dim", [None, 0, 1, 2])
-def test_tensors_of_several_processes_are_told_what_to_do(
-    dim: int | None, mesh: DeviceMesh, attention: Attention
-) -> None:
-    from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
-
-    x = draw(2, 2, 40)
-    there: DTensor = distribute_tensor(x, mesh, [Replicate() if dim is None else Shard(dim)])
-    placed = "Replicate" if dim is None else "Shard"
-    for name, inputs in (("q", (there,) * 3), ("k", (x, there, there)), ("v", (x, x, there))):
-        with pytest.raises(NotImplementedError, match=rf"^{name}: .* got a DTensor .*{placed}.* x\.to_local\(\)"):
-            attention(*inputs)
-    with pytest.raises(NotImplementedError, match=r"^k_global: .* DTensor"):
-        attention(x, x, x, k_global=there, v_global=there)
-    for name, pair in (("q", (there, there)), ("k", (x, there))):
-        with pytest.raises(NotImplementedError, match=rf"^{name}: .* DTensor .*local_map"):
-            attention.select(*pair)
-
-
-def test_what_the_error_says_works(mesh: DeviceMesh, attention: Attention) -> None:
-    from torch.distributed.tensor import DTensor, Shard, distribute_tensor
-    from torch.distributed.tensor.experimental import local_map
-
-    x = draw(2, 2, 40)
-    there = distribute_tensor(x, mesh, [Shard(1)])
-    places = [Shard(1)]
-    mapped = local_map(attention.module.attention, out_placements=places, in_placements=(places,) * 3, device_mesh=mesh)
-    found = mapped(there, there, there)  # type: ignore[call-arg]
-    assert isinstance(found, DTensor) and torch.equal(found.to_local(), attention(x, x, x))  # type: ignore[arg-type]
-
-
 def test_threads_may_warn_at_the_same_time(attention: Attention) -> None:
     x = draw(1, 200, 3)
 
