@@ -1,0 +1,235 @@
+"""Compiled attention in models of transformers: `use` puts it in, `report` says what it took, `restore` takes it out.
+
+    from llsa_gen.integrations import transformers as llsa
+
+    llsa.use(model, "pixels.yaml")
+
+It goes through the interfaces that transformers has for this, AttentionInterface and AttentionMaskInterface: no class
+is patched, no weight is touched, and what is saved is the model as it was.
+"""
+
+import copy
+import inspect
+import os
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from llsa_gen.compiler import compile
+from llsa_gen.integrations.report import LEFT, Ledger, Report
+from llsa_gen.integrations.transformers_attention import (
+    NATIVE,
+    PREFIX,
+    TAG,
+    Asked,
+    Layer,
+    Shared,
+    layer_of,
+    native_function,
+    native_options,
+)  # fmt: skip
+from llsa_gen.integrations.transformers_tokens import Patches, Place, patches_of, place_of
+from llsa_gen.spec import Spec
+
+__all__ = ["report", "restore", "use"]
+
+
+def use(
+    model: nn.Module,
+    spec: str | os.PathLike[str] | Mapping[str, object] | Spec,
+    *,
+    grid: Sequence[int] | None = None,
+    globals_first: int | None = None,
+    globals_last: int | None = None,
+    min_tokens: int | None = None,
+    otherwise: str = "error",
+) -> None:
+    """Let every attention layer of a model attend by a compiled spec, in training and inference.
+
+    Class, distillation, register and detection tokens of vision models are global tokens, as in
+    `llsa_gen.joint_attention`; patches are put into the order of their grid around each attention. Texts are sequences
+    without globals. From now on the model has a config of its own, a copy. A second `use` takes the place of the first.
+
+    Args:
+        model: a model of transformers, or a module with some in it; its attention "sdpa" or "eager".
+        spec: what `llsa_gen.compile` takes; its head_dim is that of the model.
+        grid: shape of the patches, (height, width) or (frames, height, width); unless given, what the convolution of
+            the model makes of each input.
+        globals_first, globals_last: how many tokens stand before and after the patches; unless given, what is known
+            for the type of the model.
+        min_tokens: below this many tokens the model's own attention is taken; unless given, the length from which on
+            the compiled one is faster on this device, measured once and kept.
+        otherwise: "error", or "dense" for leaving what the compiled attention does not do, such as causal layers,
+            masks, windows and dropout, to the model's own attention, call by call. `report` says which and why.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was expected; what `compile` raises for a spec.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a model of transformers, got {type(model).__name__}")
+    if otherwise not in ("error", "dense"):
+        raise ValueError(f'otherwise: expected "error" or "dense", got {otherwise!r}')
+    for name, count in (("globals_first", globals_first), ("globals_last", globals_last), ("min_tokens", min_tokens)):
+        if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 0):
+            raise ValueError(f"{name}: expected an integer of at least 0, or None, got {count!r}")
+    shape = None if grid is None else _shape(grid)
+    attention = compile(spec)
+    models = {name: module for name, module in model.named_modules() if isinstance(module, PreTrainedModel)}
+    if not models:
+        raise TypeError(f"model: expected a model of transformers, got {type(model).__name__} without one")
+    restore(model, missing="ignore")
+
+    shared = Shared(attention, Ledger(), min_tokens or 0, otherwise, shape)
+    layers, left = _layers(model, models, shared, (globals_first, globals_last), shape is not None)
+    _own_configs(model)
+    for name, one in models.items():
+        shared.handles.append(one.register_forward_pre_hook(Asked(shared, name), with_kwargs=True))
+    for module, layer in layers:
+        module.__dict__[TAG] = layer
+    shared.ledger = Ledger([layer.name for module, layer in layers if _calls_interface(module)])
+    for name, why in left.items():
+        shared.ledger.count(name, LEFT, why)
+
+
+def report(model: nn.Module) -> Report:
+    """Which layers of a model attended by the compiled operator since `use`, which did not, and why; `print` it.
+
+    Raises:
+        ValueError: for a model that was not given to `use`.
+    """
+    shared = _shared(model)
+    notes = [f"dense below {shared.min_tokens:,} tokens"] if shared.min_tokens else []
+    gone = {c._attn_implementation for c in _configs(model) if not str(c._attn_implementation).startswith(PREFIX)}
+    if gone:
+        notes.append(f"a model in it was set to attention {', '.join(map(repr, sorted(map(str, gone))))} since `use`")
+    return shared.ledger.report(tuple(notes))
+
+
+def restore(model: nn.Module, *, missing: str = "error") -> None:
+    """Take the compiled attention out again: the model attends as before `use`, and its config says what it said.
+
+    Raises:
+        ValueError: for a model that was not given to `use`, unless `missing` is "ignore".
+    """
+    if missing != "ignore":
+        _shared(model)
+    for module in model.modules():
+        layer = layer_of(module)
+        if layer is not None:
+            del module.__dict__[TAG]
+            while layer.shared.handles:
+                layer.shared.handles.pop().remove()
+    for config in _configs(model):
+        name = config._attn_implementation
+        if name is not None and name.startswith(PREFIX):
+            config._attn_implementation_internal = name.removeprefix(PREFIX)
+
+
+def _layers(
+    model: nn.Module, models: dict[str, Any], shared: Shared, given: tuple[int | None, int | None], has_grid: bool
+) -> tuple[list[tuple[nn.Module, Layer]], dict[str, str]]:
+    """The modules of attention with what they will carry; and those that don't ask transformers' interface, and why."""
+    layers: list[tuple[nn.Module, Layer]] = []
+    left: dict[str, str] = {}
+    watched: dict[int, Patches] = {}
+    for name, module in model.named_modules():
+        if not re.search("attention|attn", type(module).__name__, re.IGNORECASE):
+            continue
+        parts = tuple(one for one in models if not one or name == one or name.startswith(one + "."))
+        if not parts:
+            continue
+        owner = models[parts[-1]]
+        if not owner._can_set_attn_implementation():
+            left[name] = f"{type(owner).__name__} does not use transformers' AttentionInterface"
+            continue
+        if not owner._supports_sdpa:
+            left[name] = f"attention of {type(owner).__name__} is more than torch's"
+            continue
+        config = module.__dict__.get("config", owner.config)
+        if config._attn_implementation not in NATIVE:
+            raise ValueError(
+                f'model: expected attention "sdpa" or "eager", got {config._attn_implementation!r} in {name}; '
+                'model.set_attn_implementation("sdpa") changes it'
+            )
+        native = native_function(module, config._attn_implementation)
+        patches = _watch(models, parts, shared, watched)
+        layers.append(
+            (module, Layer(name, shared, _place(owner, given, has_grid or patches is not None), patches, parts, native,
+                           native_options(native)))
+        )  # fmt: skip
+    if not layers or (left and shared.otherwise == "error"):
+        name, why = next(iter(left.items()), (type(model).__name__, "it has no layers of attention"))
+        raise TypeError(f"model: expected one whose attention goes through transformers' interface; {name}: {why}")
+    return layers, left
+
+
+def _place(owner: Any, given: tuple[int | None, int | None], has_grid: bool) -> Place | None:
+    """What is known of a model's tokens, or given: an argument goes before what is known."""
+    known = place_of(owner)
+    if given == (None, None):
+        return known
+    first, last, picture = known or Place(0, 0, has_grid)
+    return Place(first if given[0] is None else given[0], last if given[1] is None else given[1], picture)
+
+
+def _watch(models: dict[str, Any], parts: tuple[str, ...], shared: Shared, watched: dict[int, Patches]) -> Any:
+    """Who will know the grid of the patches of the innermost model that makes some; one for all that ask."""
+    for one in reversed(parts):
+        convolution = patches_of(models[one])
+        if convolution is not None:
+            if id(convolution) not in watched:
+                watched[id(convolution)] = Patches()
+                shared.handles.append(convolution.register_forward_hook(watched[id(convolution)]))
+            return watched[id(convolution)]
+    return None
+
+
+def _calls_interface(module: nn.Module) -> bool:
+    """Whether this module asks for the attention function itself; others of such names hold one that does."""
+    try:
+        return "get_interface(" in inspect.getsource(type(module).forward)
+    except (OSError, TypeError):
+        return True
+
+
+def _own_configs(model: nn.Module) -> None:
+    """Copies of all configs for this model, which another one may share; they name the registered functions."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            if isinstance(value, PreTrainedConfig):
+                module.__dict__[name] = copy.deepcopy(value, memo)
+    for config in _configs(model):
+        if config._attn_implementation in NATIVE:
+            config._attn_implementation_internal = PREFIX + config._attn_implementation
+
+
+def _configs(model: nn.Module) -> list[Any]:
+    """All configs that modules hold, each once."""
+    found = {
+        id(value): value
+        for module in model.modules()
+        for value in vars(module).values()
+        if isinstance(value, PreTrainedConfig)
+    }
+    return list(found.values())
+
+
+def _shared(model: nn.Module) -> Shared:
+    for module in model.modules():
+        layer = layer_of(module)
+        if layer is not None:
+            return layer.shared
+    raise ValueError(f"model: expected one that was given to use(), got {type(model).__name__} without a spec")
+
+
+def _shape(grid: Any) -> tuple[int, ...]:
+    expected = "grid: expected the shape of the patches, 2 or 3 integers of at least 1, such as (height, width)"
+    if isinstance(grid, str) or not isinstance(grid, Sequence):
+        raise TypeError(f"{expected}, got {type(grid).__name__}")
+    if len(grid) not in (1, 2, 3) or not all(type(size) is int and size > 0 for size in grid):
+        raise ValueError(f"{expected}, got {list(grid)!r}")
+    return tuple(grid)
