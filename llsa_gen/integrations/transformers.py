@@ -31,7 +31,7 @@ from llsa_gen.integrations.transformers_attention import (
     native_function,
     native_options,
 )  # fmt: skip
-from llsa_gen.integrations.transformers_tokens import Patches, Place, patches_of, place_of
+from llsa_gen.integrations.transformers_tokens import Place, patches_of, place_of
 from llsa_gen.spec import Spec
 
 __all__ = ["report", "restore", "use"]
@@ -80,13 +80,16 @@ def use(
     models = {name: module for name, module in model.named_modules() if isinstance(module, PreTrainedModel)}
     if not models:
         raise TypeError(f"model: expected a model of transformers, got {type(model).__name__} without one")
-    restore(model, missing="ignore")
 
     shared = Shared(attention, Ledger(), min_tokens or 0, otherwise, shape)
-    layers, left = _layers(model, models, shared, (globals_first, globals_last), shape is not None)
+    layers, left = _layers(model, models, shared, (globals_first, globals_last))
+    restore(model, missing="ignore")
     _own_configs(model)
     for name, one in models.items():
         shared.handles.append(one.register_forward_pre_hook(Asked(shared, name), with_kwargs=True))
+    for patches in {id(layer.patches): layer.patches for _, layer in layers}.values():
+        if patches is not None:
+            shared.handles.append(patches.watch())
     for module, layer in layers:
         module.__dict__[TAG] = layer
     shared.ledger = Ledger([layer.name for module, layer in layers if _calls_interface(module)])
@@ -129,62 +132,51 @@ def restore(model: nn.Module, *, missing: str = "error") -> None:
 
 
 def _layers(
-    model: nn.Module, models: dict[str, Any], shared: Shared, given: tuple[int | None, int | None], has_grid: bool
+    model: nn.Module, models: dict[str, Any], shared: Shared, given: tuple[int | None, int | None]
 ) -> tuple[list[tuple[nn.Module, Layer]], dict[str, str]]:
     """The modules of attention with what they will carry; and those that don't ask transformers' interface, and why."""
     layers: list[tuple[nn.Module, Layer]] = []
     left: dict[str, str] = {}
-    watched: dict[int, Patches] = {}
+    made = {name: patches_of(one) for name, one in models.items()}
     for name, module in model.named_modules():
-        if not re.search("attention|attn", type(module).__name__, re.IGNORECASE):
-            continue
         parts = tuple(one for one in models if not one or name == one or name.startswith(one + "."))
-        if not parts:
+        if not parts or not re.search("attention|attn", type(module).__name__, re.IGNORECASE):
             continue
         owner = models[parts[-1]]
         if not owner._can_set_attn_implementation():
             left[name] = f"{type(owner).__name__} does not use transformers' AttentionInterface"
-            continue
-        if not owner._supports_sdpa:
+        elif not owner._supports_sdpa:
             left[name] = f"attention of {type(owner).__name__} is more than torch's"
-            continue
-        config = module.__dict__.get("config", owner.config)
-        if config._attn_implementation not in NATIVE:
-            raise ValueError(
-                f'model: expected attention "sdpa" or "eager", got {config._attn_implementation!r} in {name}; '
-                'model.set_attn_implementation("sdpa") changes it'
-            )
-        native = native_function(module, config._attn_implementation)
-        patches = _watch(models, parts, shared, watched)
-        layers.append(
-            (module, Layer(name, shared, _place(owner, given, has_grid or patches is not None), patches, parts, native,
-                           native_options(native)))
-        )  # fmt: skip
+        else:
+            patches = next((made[one] for one in reversed(parts) if made[one] is not None), None)
+            known = place_of(owner)
+            if known is None and given == (None, None) and shared.otherwise == "error":
+                raise ValueError(
+                    f"globals_first: expected an integer, for nothing is known of the tokens of "
+                    f"{type(owner).__name__}, {owner.config.model_type!r}: how many stand before the patches, or the "
+                    "text, and are no part of it"
+                )
+            if given != (None, None):
+                first, last, picture = known or Place(0, 0, shared.grid is not None or patches is not None)
+                known = Place(first if given[0] is None else given[0], last if given[1] is None else given[1], picture)
+            native = native_function(module, _native_name(name, module, owner))
+            layers.append((module, Layer(name, shared, known, patches, parts, native, native_options(native))))
     if not layers or (left and shared.otherwise == "error"):
         name, why = next(iter(left.items()), (type(model).__name__, "it has no layers of attention"))
         raise TypeError(f"model: expected one whose attention goes through transformers' interface; {name}: {why}")
     return layers, left
 
 
-def _place(owner: Any, given: tuple[int | None, int | None], has_grid: bool) -> Place | None:
-    """What is known of a model's tokens, or given: an argument goes before what is known."""
-    known = place_of(owner)
-    if given == (None, None):
-        return known
-    first, last, picture = known or Place(0, 0, has_grid)
-    return Place(first if given[0] is None else given[0], last if given[1] is None else given[1], picture)
-
-
-def _watch(models: dict[str, Any], parts: tuple[str, ...], shared: Shared, watched: dict[int, Patches]) -> Any:
-    """Who will know the grid of the patches of the innermost model that makes some; one for all that ask."""
-    for one in reversed(parts):
-        convolution = patches_of(models[one])
-        if convolution is not None:
-            if id(convolution) not in watched:
-                watched[id(convolution)] = Patches()
-                shared.handles.append(convolution.register_forward_hook(watched[id(convolution)]))
-            return watched[id(convolution)]
-    return None
+def _native_name(name: str, module: nn.Module, owner: Any) -> str:
+    """What a module attends by without this adapter, "sdpa" or "eager"."""
+    config = module.__dict__.get("config", owner.config)
+    native = str(config._attn_implementation).removeprefix(PREFIX)
+    if native not in NATIVE:
+        raise ValueError(
+            f'model: expected attention "sdpa" or "eager", got {native!r} in {name}; '
+            'model.set_attn_implementation("sdpa") changes it'
+        )
+    return native
 
 
 def _calls_interface(module: nn.Module) -> bool:

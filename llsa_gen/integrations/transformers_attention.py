@@ -111,7 +111,7 @@ def refused(
     layer: Layer, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, dropout: float, options: dict[str, Any]
 ) -> Reason | None:
     """The first thing about a call that the compiled attention does not do."""
-    if "cross" in layer.name.lower() or "cross" in type(module).__name__.lower() or q.shape[2] != k.shape[2]:
+    if q.shape[2] != k.shape[2] or _crosses(layer, module):
         return Reason("key", "of another sequence than the queries", "self-attention")
     causal = options.get("is_causal")
     if causal is None:
@@ -139,24 +139,42 @@ def refused(
     return _misplaced(layer, q)
 
 
+def _crosses(layer: Layer, module: nn.Module) -> bool:
+    """Whether keys come from elsewhere, which nothing in the call says: by the names that transformers has for it."""
+    name = f"{layer.name.rpartition('.')[2]} {type(module).__name__}".lower()
+    return getattr(module, "is_cross_attention", False) or any(x in name for x in ("cross", "encoder_att", "encdec"))
+
+
+def _grid(layer: Layer, q: Tensor) -> tuple[int, ...] | None:
+    """The grid that the patches among these queries have, as far as it is known; None for a text too."""
+    place, patches = layer.place, layer.patches
+    if place is None or layer.shared.grid is not None or patches is None or not place.picture:
+        return layer.shared.grid
+    return patches.of(q.shape[2] - place.first - place.last)
+
+
 def _misplaced(layer: Layer, q: Tensor) -> Reason | None:
     """What is wrong with the number of tokens."""
-    place, fixed = layer.place, layer.shared.grid
-    seen = None if layer.patches is None else layer.patches.grid
+    place, patches = layer.place, layer.patches
     if place is None:
         return Reason("globals_first", "unknown for this type of model", "an integer given to use()")
-    if not place.picture and fixed is None:
-        return None
-    grid = fixed or seen
+    grid, told = _grid(layer, q), not torch.compiler.is_compiling()  # what a compiler counts is named by constants
     if grid is None:
-        return Reason(
-            "grid", "unknown, for no convolution makes the patches", "the shape of the patches given to use()"
-        )
-    if fixed is not None and seen is not None and fixed != seen:
-        return Reason("grid", "another shape of patches than use() was given", "that shape")
-    if q.shape[2] != place.first + math.prod(grid) + place.last:
-        return Reason("query", "another number of tokens than patches and globals", "all patches and all globals")
-    return None
+        if not place.picture:
+            return None
+        return Reason("grid", "unknown, for nothing shows it", "the shape of the patches, given to use()")
+    if patches is not None and patches.mixed:
+        return Reason("grid", "pictures of several shapes in one batch", "one shape")
+    if patches is not None and patches.grid is not None and layer.shared.grid not in (None, patches.grid):
+        came = f"patches {list(patches.grid)}" if told else "other patches"
+        return Reason("grid", came, f"{list(grid)}, as given to use()")
+    tokens = place.first + math.prod(grid) + place.last
+    if q.shape[2] == tokens:
+        return None
+    if not told:
+        return Reason("query", "another number of tokens", "patches and globals")
+    around = f"{place.first + place.last} around them"
+    return Reason("query", f"{q.shape[2]} tokens", f"{tokens} tokens, {list(grid)} patches and {around}")
 
 
 def _hides_nothing(mask: Any) -> bool:
@@ -197,10 +215,10 @@ def _attention(native: str) -> Callable[..., Any]:
             count(shared.ledger.key, layer.name, DENSE, why, said)
             return layer.native(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options)
         place = layer.place or Place(0, 0, False)
-        grid = shared.grid or (None if layer.patches is None else layer.patches.grid)
+        grid = _grid(layer, query)
         key, value = repeat_heads(query, key, value)
         o = attend(
-            shared.attention, query, key, value, spec=shared.attention.spec, grid=grid if place.picture else None,
+            shared.attention, query, key, value, spec=shared.attention.spec, grid=grid,
             first=place.first, last=place.last, scale=scaling,
         )  # fmt: skip
         count(shared.ledger.key, layer.name, SPARSE, "", said)

@@ -4,9 +4,11 @@ How many class and register tokens there are is written down for types of models
 is that of the convolution that makes patches, in the call at hand: pictures may change their shape from call to call.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -45,6 +47,7 @@ PLACES: dict[str, Place | Callable[[Any], Place]] = {
     "owlv2_vision_model": _CLASS,
     "owlvit_vision_model": _CLASS,
     "pixio": lambda config: Place(config.n_cls_tokens, 0, True),
+    "siglip2_vision_model": _NONE,
     "siglip_vision_model": _NONE,
     "videomae": _NONE,
     "vit": _CLASS,
@@ -61,23 +64,70 @@ def place_of(model: PreTrainedModel) -> Place | None:
     found = PLACES.get(config.model_type)
     if found is not None:
         return found if isinstance(found, Place) else found(config)
-    return Place(0, 0, False) if model.main_input_name == "input_ids" else None
+    try:
+        text = isinstance(model.get_input_embeddings(), nn.Embedding)
+    except (NotImplementedError, AttributeError):
+        text = False
+    return Place(0, 0, False) if text else None
 
 
 class Patches:
     """The grid of the last call's patches, as the convolution that makes them gave it: a forward hook of it."""
 
     grid: tuple[int, ...] | None = None
+    mixed = False
+    """Whether pictures of one batch have several shapes."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.past: set[tuple[int, ...]] = set()
+        """Every grid so far."""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        self.grid = tuple(output.shape[2:])
+        self._note(tuple(output.shape[2:]))
+
+    def _note(self, grid: tuple[int, ...]) -> None:
+        self.grid = grid
+        if not torch.compiler.is_compiling():
+            self.past.add(grid)
+
+    def of(self, tokens: int) -> tuple[int, ...] | None:
+        """The grid that a layer's patches have, which are so many; None where that isn't known.
+
+        A layer that is computed again in a backward pass, by checkpointing, may be one of an earlier call.
+        """
+        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
+            return self.grid
+        fitting = [grid for grid in self.past if math.prod(grid) == tokens]
+        return fitting[0] if len(fitting) == 1 else None
+
+    def watch(self) -> Any:
+        """Begin; the handle ends it."""
+        return self.module.register_forward_hook(self)
 
 
-def patches_of(model: nn.Module) -> nn.Module | None:
-    """The convolution over patches, or over tubes of a video, that a model has; None without one, or with several."""
-    found = [
-        module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Conv2d | nn.Conv3d) and "patch_embed" in name
-    ]
+class Shapes(Patches):
+    """The same where patches come cut, with the shape of each picture: a hook before the embedding."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
+        shapes = kwargs["spatial_shapes"] if "spatial_shapes" in kwargs else args[1]
+        self._note(tuple(shapes[0].tolist()))
+        self.mixed = bool((shapes != shapes[0]).any())
+
+    def watch(self) -> Any:
+        """Begin; the handle ends it."""
+        return self.module.register_forward_pre_hook(self, with_kwargs=True)
+
+
+def patches_of(model: nn.Module) -> Patches | None:
+    """Who will know the grid of a model's patches; None where nothing makes them, or several modules do.
+
+    That is a convolution over pictures, or over tubes of a video; or the embedding of Siglip2, to which patches come.
+    """
+    found: list[Patches] = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d | nn.Conv3d) and "patch_embed" in name:
+            found.append(Patches(module))
+        elif type(module).__name__ == "Siglip2VisionEmbeddings":
+            found.append(Shapes(module))
     return found[0] if len(found) == 1 else None
