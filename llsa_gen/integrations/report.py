@@ -4,6 +4,7 @@ An adapter makes one `Ledger` for a model, declares the model's attention layers
 library: names of layers, routes and reasons are text.
 """
 
+import copy
 import itertools
 from collections import Counter
 from collections.abc import Mapping
@@ -136,6 +137,16 @@ class Ledger:
         with _lock:
             self._layers = {name: _Layer() for name in self._layers}
             self.traced = False
+
+    def hold(self) -> Any:
+        """The counts as they are, for `restore`."""
+        with _lock:
+            return copy.deepcopy(self._layers), self.traced
+
+    def restore(self, held: Any) -> None:
+        """The counts as `hold` found them."""
+        with _lock:
+            self._layers, self.traced = held
 
     def report(self, notes: tuple[str, ...] = (), quality: Mapping[str, Quality] | None = None) -> Report:
         """The table, with how each sparse layer does where `quality` says so."""
