@@ -53,10 +53,11 @@ def attend(
     if masks.picture is not None:
         torch._assert_async(masks.picture.all(), "attn_mask: it leaves out picture tokens: do not compile the model")
     after = place.first + place.cells
-    placed = order.grid(place.grid, attention.spec, device=q.device)
-    q_picture, k_picture, v_picture = (
-        x[:, :, place.first : after].index_select(2, placed.permutation) for x in (q, k, v)
-    )
+    parts = (x[:, :, place.first : after] for x in (q, k, v))
+    placed = None if len(place.grid) == 1 else order.grid(place.grid, attention.spec, device=q.device)
+    if placed is not None:  # a line is in order
+        parts = (x.index_select(2, placed.permutation) for x in parts)
+    q_picture, k_picture, v_picture = parts
     more: dict[str, Any] = {}
     if place.first or place.last:
         k_global, v_global = (_text(x, place) for x in (k, v))
@@ -65,7 +66,8 @@ def attend(
     if probe is not None:
         texts = (more.get(name) for name in ("k_global", "v_global", "global_mask"))
         probe(Run(attention, place, q_picture, k_picture, v_picture, *texts, scale, o_picture))
-    o_picture = o_picture.index_select(2, placed.inverse)
+    if placed is not None:
+        o_picture = o_picture.index_select(2, placed.inverse)
     if not more:
         return o_picture
     if mask is not None and mask.ndim > 1 and mask.shape[-2] != 1:

@@ -19,8 +19,11 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from llsa_gen.compiler import compile
+from llsa_gen.integrations.least import Least
+from llsa_gen.integrations.quality import judged
 from llsa_gen.integrations.report import LEFT, Ledger, Report
 from llsa_gen.integrations.transformers_attention import (
+    DTYPES,
     NATIVE,
     PREFIX,
     TAG,
@@ -30,8 +33,8 @@ from llsa_gen.integrations.transformers_attention import (
     layer_of,
     native_function,
     native_options,
-)  # fmt: skip
-from llsa_gen.integrations.transformers_tokens import Place, patches_of, place_of
+)
+from llsa_gen.integrations.transformers_tokens import Around, around_of, patches_of
 from llsa_gen.spec import Spec
 
 __all__ = ["report", "restore", "use"]
@@ -46,12 +49,12 @@ def use(
     globals_last: int | None = None,
     min_tokens: int | None = None,
     otherwise: str = "error",
-) -> None:
+) -> nn.Module:
     """Let every attention layer of a model attend by a compiled spec, in training and inference.
 
     Class, distillation, register and detection tokens of vision models are global tokens, as in
     `llsa_gen.joint_attention`; patches are put into the order of their grid around each attention. Texts are sequences
-    without globals. From now on the model has a config of its own, a copy. A second `use` takes the place of the first.
+    without globals. From now on the model has a config of its own, a copy. Returns the model.
 
     Args:
         model: a model of transformers, or a module with some in it; its attention "sdpa" or "eager".
@@ -60,16 +63,15 @@ def use(
             the model makes of each input.
         globals_first, globals_last: how many tokens stand before and after the patches; unless given, what is known
             for the type of the model.
-        min_tokens: below this many tokens the model's own attention is taken; unless given, the length from which on
-            the compiled one is faster on this device, measured once and kept.
+        min_tokens: below this many patches, or tokens of a text, the model's own attention is taken; unless given, the
+            length from which on the compiled one is faster on the device, measured once and kept.
         otherwise: "error", or "dense" for leaving what the compiled attention does not do, such as causal layers,
             masks, windows and dropout, to the model's own attention, call by call. `report` says which and why.
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what was expected; what `compile` raises for a spec.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a model of transformers, got {type(model).__name__}")
+    model = _plain(model)
     if otherwise not in ("error", "dense"):
         raise ValueError(f'otherwise: expected "error" or "dense", got {otherwise!r}')
     for name, count in (("globals_first", globals_first), ("globals_last", globals_last), ("min_tokens", min_tokens)):
@@ -81,12 +83,17 @@ def use(
     if not models:
         raise TypeError(f"model: expected a model of transformers, got {type(model).__name__} without one")
 
-    shared = Shared(attention, Ledger(), min_tokens or 0, otherwise, shape)
+    if any(layer_of(module) is not None for module in model.modules()):
+        raise ValueError("model: expected one without compiled attention, got one that has it: restore(model) first")
+    least = Least(min_tokens)
+    shared = Shared(attention, Ledger(), least, otherwise, shape)
     layers, left = _layers(model, models, shared, (globals_first, globals_last))
-    restore(model, missing="ignore")
+    parameter = next(model.parameters(), None)
+    if parameter is not None and min_tokens is None and parameter.dtype in DTYPES:
+        least.why_dense(attention, parameter, 0)  # measures, before torch.compile can come between
     _own_configs(model)
-    for name, one in models.items():
-        shared.handles.append(one.register_forward_pre_hook(Asked(shared, name), with_kwargs=True))
+    for index, (name, one) in enumerate(models.items()):
+        shared.handles.append(one.register_forward_pre_hook(Asked(shared, name, not index), with_kwargs=True))
     for patches in {id(layer.patches): layer.patches for _, layer in layers}.values():
         if patches is not None:
             shared.handles.append(patches.watch())
@@ -95,30 +102,43 @@ def use(
     shared.ledger = Ledger([layer.name for module, layer in layers if _calls_interface(module)])
     for name, why in left.items():
         shared.ledger.count(name, LEFT, why)
+    return model
 
 
-def report(model: nn.Module) -> Report:
-    """Which layers of a model attended by the compiled operator since `use`, which did not, and why; `print` it.
+def report(model: nn.Module, *, quality: bool = False, reset: bool = False) -> Report:
+    """Print which layers of a model attended by the compiled operator, which did not, and why. Returns it.
+
+    Args:
+        model: one that `use` was given; or a copy, or what torch.compile made of it.
+        quality: run the model once more on its last input, without gradients, and say of each sparse layer how much of
+            the dense softmax lies on tokens that it attends to, and how far its output is from dense attention's, on
+            sampled queries. Its counts do not change.
+        reset: begin to count anew afterwards.
 
     Raises:
-        ValueError: for a model that was not given to `use`.
+        ValueError: where `use` was not called, or the model has not run since.
     """
+    model = _plain(model)
     shared = _shared(model)
-    notes = [f"dense below {shared.min_tokens:,} tokens"] if shared.min_tokens else []
-    gone = {c._attn_implementation for c in _configs(model) if not str(c._attn_implementation).startswith(PREFIX)}
-    if gone:
-        notes.append(f"a model in it was set to attention {', '.join(map(repr, sorted(map(str, gone))))} since `use`")
-    return shared.ledger.report(tuple(notes))
+    notes = [shared.least.note()]
+    names = {config._attn_implementation for config in _configs(model)} - {PREFIX + name for name in NATIVE}
+    if names:
+        notes.append(f"a part of the model was set to {', '.join(sorted(map(str, names)))} attention since use()")
+    found = None
+    if quality:
+        found = judged(model, shared)
+        notes.append("mass: dense softmax on tokens attended to; error: of o; both over 64 sampled queries a head")
+    result = shared.ledger.report(tuple(note for note in notes if note), found)
+    print(result)
+    if reset:
+        shared.ledger.reset()
+    return result
 
 
-def restore(model: nn.Module, *, missing: str = "error") -> None:
-    """Take the compiled attention out again: the model attends as before `use`, and its config says what it said.
-
-    Raises:
-        ValueError: for a model that was not given to `use`, unless `missing` is "ignore".
-    """
-    if missing != "ignore":
-        _shared(model)
+def restore(model: nn.Module) -> nn.Module:
+    """The model as it was before `use`; its config says what it said. Returns it. ValueError if nothing is to undo."""
+    model = _plain(model)
+    _shared(model)
     for module in model.modules():
         layer = layer_of(module)
         if layer is not None:
@@ -129,6 +149,7 @@ def restore(model: nn.Module, *, missing: str = "error") -> None:
         name = config._attn_implementation
         if name is not None and name.startswith(PREFIX):
             config._attn_implementation_internal = name.removeprefix(PREFIX)
+    return model
 
 
 def _layers(
@@ -149,7 +170,7 @@ def _layers(
             left[name] = f"attention of {type(owner).__name__} is more than torch's"
         else:
             patches = next((made[one] for one in reversed(parts) if made[one] is not None), None)
-            known = place_of(owner)
+            known = around_of(owner)
             if known is None and given == (None, None) and shared.otherwise == "error":
                 raise ValueError(
                     f"globals_first: expected an integer, for nothing is known of the tokens of "
@@ -157,8 +178,8 @@ def _layers(
                     "text, and are no part of it"
                 )
             if given != (None, None):
-                first, last, picture = known or Place(0, 0, shared.grid is not None or patches is not None)
-                known = Place(first if given[0] is None else given[0], last if given[1] is None else given[1], picture)
+                first, last, picture = known or Around(0, 0, shared.grid is not None or patches is not None)
+                known = Around(first if given[0] is None else given[0], last if given[1] is None else given[1], picture)
             native = native_function(module, _native_name(name, module, owner))
             layers.append((module, Layer(name, shared, known, patches, parts, native, native_options(native))))
     if not layers or (left and shared.otherwise == "error"):
@@ -197,6 +218,14 @@ def _own_configs(model: nn.Module) -> None:
     for config in _configs(model):
         if config._attn_implementation in NATIVE:
             config._attn_implementation_internal = PREFIX + config._attn_implementation
+
+
+def _plain(model: Any) -> nn.Module:
+    """The model that torch.compile was given."""
+    found = getattr(model, "_orig_mod", model)
+    if not isinstance(found, nn.Module):
+        raise TypeError(f"model: expected a model of transformers, got {type(model).__name__}")
+    return found
 
 
 def _configs(model: nn.Module) -> list[Any]:

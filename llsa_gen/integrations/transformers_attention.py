@@ -6,7 +6,6 @@ That one takes what is refused, if the caller asked for it, and what is too shor
 """
 
 import inspect
-import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,14 +13,18 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from llsa_gen.compiler import Attention
+from llsa_gen.integrations.least import Least
+from llsa_gen.integrations.placed import Run, attend
 from llsa_gen.integrations.report import DENSE, SPARSE, Ledger, count
-from llsa_gen.integrations.tokens import attend, repeat_heads
-from llsa_gen.integrations.transformers_tokens import Patches, Place
+from llsa_gen.integrations.sequences import Masks, Place
+from llsa_gen.integrations.transformers_tokens import Around, Patches
+from llsa_gen.integrations.watching import names_of
 
 __all__ = ["NATIVE", "PREFIX", "TAG", "Asked", "Layer", "Shared", "layer_of", "native_function", "native_options"]
 
@@ -53,9 +56,13 @@ class Shared:
 
     attention: Attention
     ledger: Ledger
-    min_tokens: int
+    least: Least
     otherwise: str
     grid: tuple[int, ...] | None
+    last: dict[str, Any] | None = None
+    """What the model was last called with, by name."""
+    probe: Callable[[str, Run], None] | None = None
+    """Shown each sparse call, while somebody asks for its quality."""
     weights: dict[str, bool] = field(default_factory=dict)
     """Which models of it were called with output_attentions, by their names."""
     handles: list[Any] = field(default_factory=list)
@@ -68,7 +75,8 @@ class Layer:
 
     name: str
     shared: Shared
-    place: Place | None
+    around: Around | None
+    """What stands around the patches or the text, as far as it is known."""
     patches: Patches | None
     models: tuple[str, ...]
     """Names of the models that it is a part of."""
@@ -80,12 +88,15 @@ class Layer:
 
 @dataclass(eq=False)
 class Asked:
-    """Notes whether a model is asked for weights of attention: a hook before its forward pass."""
+    """Notes what a model is called with, and whether for weights of attention: a hook before its forward pass."""
 
     shared: Shared
     name: str
+    outermost: bool
 
     def __call__(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.outermost and not torch.compiler.is_compiling():
+            self.shared.last = dict(zip(names_of(type(model)), args, strict=False)) | kwargs
         asked = kwargs.get("output_attentions")
         self.shared.weights[self.name] = bool(model.config.output_attentions if asked is None else asked)
 
@@ -136,7 +147,7 @@ def refused(
         return Reason("key", f"{k.shape[1]} heads for {q.shape[1]} of queries", "a divisor of them")
     if q.dtype not in DTYPES:
         return Reason("query", f"{q.dtype}", "float32, float16 or bfloat16")
-    return _misplaced(layer, q)
+    return None
 
 
 def _crosses(layer: Layer, module: nn.Module) -> bool:
@@ -145,36 +156,30 @@ def _crosses(layer: Layer, module: nn.Module) -> bool:
     return getattr(module, "is_cross_attention", False) or any(x in name for x in ("cross", "encoder_att", "encdec"))
 
 
-def _grid(layer: Layer, q: Tensor) -> tuple[int, ...] | None:
-    """The grid that the patches among these queries have, as far as it is known; None for a text too."""
-    place, patches = layer.place, layer.patches
-    if place is None or layer.shared.grid is not None or patches is None or not place.picture:
-        return layer.shared.grid
-    return patches.of(q.shape[2] - place.first - place.last)
-
-
-def _misplaced(layer: Layer, q: Tensor) -> Reason | None:
-    """What is wrong with the number of tokens."""
-    place, patches = layer.place, layer.patches
-    if place is None:
+def _place(layer: Layer, q: Tensor) -> Place | Reason:
+    """Which of the tokens are patches, or the text, and in which grid."""
+    around, patches, fixed = layer.around, layer.patches, layer.shared.grid
+    if around is None:
         return Reason("globals_first", "unknown for this type of model", "an integer given to use()")
-    grid, told = _grid(layer, q), not torch.compiler.is_compiling()  # what a compiler counts is named by constants
+    tokens, others = q.shape[2], around.first + around.last
+    if not around.picture and fixed is None:
+        if tokens < others:
+            return Reason("query", "fewer tokens than globals", "at least as many")
+        return Place((tokens - others,), around.first, around.last)
+    grid = patches.of(tokens - others) if fixed is None and patches is not None else fixed
     if grid is None:
-        if not place.picture:
-            return None
         return Reason("grid", "unknown, for nothing shows it", "the shape of the patches, given to use()")
+    told = not torch.compiler.is_compiling()  # what a compiler counts is named by constants, and lengths may be none
     if patches is not None and patches.mixed:
         return Reason("grid", "pictures of several shapes in one batch", "one shape")
-    if patches is not None and patches.grid is not None and layer.shared.grid not in (None, patches.grid):
-        came = f"patches {list(patches.grid)}" if told else "other patches"
-        return Reason("grid", came, f"{list(grid)}, as given to use()")
-    tokens = place.first + math.prod(grid) + place.last
-    if q.shape[2] == tokens:
-        return None
+    if patches is not None and patches.grid is not None and fixed not in (None, patches.grid):
+        return Reason("grid", f"patches {list(patches.grid)}" if told else "others", f"{list(grid)}, as given to use()")
+    place = Place(grid, around.first, around.last)
+    if tokens == place.cells + others:
+        return place
     if not told:
         return Reason("query", "another number of tokens", "patches and globals")
-    around = f"{place.first + place.last} around them"
-    return Reason("query", f"{q.shape[2]} tokens", f"{tokens} tokens, {list(grid)} patches and {around}")
+    return Reason("query", f"{tokens} tokens", f"{list(grid)} patches and {others} around them")
 
 
 def _hides_nothing(mask: Any) -> bool:
@@ -197,34 +202,42 @@ def _attention(native: str) -> Callable[..., Any]:
                 f"{type(module).__name__}: expected a module of a model that was given to "
                 f'llsa_gen.integrations.transformers.use, got one without a spec under "{PREFIX}{native}"'
             )
-        shared, tokens = layer.shared, query.shape[2]
-        why: str = ""
-        if tokens < shared.min_tokens:
-            why = f"fewer than {shared.min_tokens:,} tokens"
+        shared, why = layer.shared, ""
+        found = refused(layer, module, query, key, value, attention_mask, dropout, options) or _place(layer, query)
+        if isinstance(found, Reason):
+            if shared.otherwise == "error":
+                raise ValueError(
+                    f"{layer.name}: {found.argument}: expected {found.expected}, got {found.came}; "
+                    'use(..., otherwise="dense") leaves such calls to the model\'s own attention'
+                )
+            why = f"{found.argument}: {found.came}"
         else:
-            reason = refused(layer, module, query, key, value, attention_mask, dropout, options)
-            if reason is not None:
-                if shared.otherwise == "error":
-                    raise ValueError(
-                        f"{layer.name}: {reason.argument}: expected {reason.expected}, got {reason.came}; "
-                        'use(..., otherwise="dense") leaves such calls to the model\'s own attention'
-                    )
-                why = f"{reason.argument}: {reason.came}"
-        said = "" if torch.compiler.is_compiling() else f"{tokens:,}"
-        if why:
-            count(shared.ledger.key, layer.name, DENSE, why, said)
+            why = shared.least.why_dense(shared.attention, query, found.cells) or ""
+        said = "" if torch.compiler.is_compiling() else _said(found, query.shape[2])
+        if why or isinstance(found, Reason):
+            _count(layer, DENSE, why, said)
             return layer.native(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options)
-        place = layer.place or Place(0, 0, False)
-        grid = _grid(layer, query)
-        key, value = repeat_heads(query, key, value)
+        probe = shared.probe
         o = attend(
-            shared.attention, query, key, value, spec=shared.attention.spec, grid=grid,
-            first=place.first, last=place.last, scale=scaling,
+            shared.attention, query, key, value, found, Masks(None), None, scaling, scaled_dot_product_attention,
+            None if probe is None else lambda run: probe(layer.name, run),
         )  # fmt: skip
-        count(shared.ledger.key, layer.name, SPARSE, "", said)
+        _count(layer, SPARSE, "", said)
         return o.transpose(1, 2).contiguous(), None
 
     return llsa_attention
+
+
+def _said(found: Any, tokens: int) -> str:
+    """The tokens of a call in words, for the report."""
+    others = found.first + found.last if isinstance(found, Place) else 0
+    return f"{tokens - others:,} + {others} global" if others else f"{tokens:,}"
+
+
+def _count(layer: Layer, route: str, why: str, said: str) -> None:
+    """One call more, unless a backward pass computes one again."""
+    if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
+        count(layer.shared.ledger.key, layer.name, route, why, said)
 
 
 for _native, _mask in zip(NATIVE, (sdpa_mask, eager_mask), strict=True):

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-__all__ = ["Patches", "Place", "patches_of", "place_of"]
+__all__ = ["Around", "Patches", "around_of", "patches_of"]
 
 
-class Place(NamedTuple):
+class Around(NamedTuple):
     """What stands around the tokens of a picture, or of a text, which has neither a grid nor globals."""
 
     first: int
@@ -23,20 +23,20 @@ class Place(NamedTuple):
     picture: bool
 
 
-def _registers(config: Any) -> Place:
-    return Place(1 + config.num_register_tokens, 0, True)
+def _registers(config: Any) -> Around:
+    return Around(1 + config.num_register_tokens, 0, True)
 
 
-_NONE, _CLASS = Place(0, 0, True), Place(1, 0, True)
+_NONE, _CLASS = Around(0, 0, True), Around(1, 0, True)
 
-PLACES: dict[str, Place | Callable[[Any], Place]] = {
+AROUND: dict[str, Around | Callable[[Any], Around]] = {
     "altclip_vision_model": _CLASS,
     "beit": _CLASS,
     "blip_2_vision_model": _CLASS,
     "chinese_clip_vision_model": _CLASS,
     "clip_vision_model": _CLASS,
     "clipseg_vision_model": _CLASS,
-    "deit": Place(2, 0, True),  # class and distillation
+    "deit": Around(2, 0, True),  # class and distillation
     "dinov2": _CLASS,
     "dinov2_with_registers": _registers,
     "dinov3_vit": _registers,
@@ -46,29 +46,29 @@ PLACES: dict[str, Place | Callable[[Any], Place]] = {
     "metaclip_2_vision_model": _CLASS,
     "owlv2_vision_model": _CLASS,
     "owlvit_vision_model": _CLASS,
-    "pixio": lambda config: Place(config.n_cls_tokens, 0, True),
+    "pixio": lambda config: Around(config.n_cls_tokens, 0, True),
     "siglip2_vision_model": _NONE,
     "siglip_vision_model": _NONE,
     "videomae": _NONE,
     "vit": _CLASS,
     "vit_msn": _CLASS,
     "vivit": _CLASS,
-    "yolos": lambda config: Place(1, config.num_detection_tokens, True),
+    "yolos": lambda config: Around(1, config.num_detection_tokens, True),
 }
 """By config.model_type. Tests move a pixel under each and look which token of the first attention layer changes."""
 
 
-def place_of(model: PreTrainedModel) -> Place | None:
+def around_of(model: PreTrainedModel) -> Around | None:
     """Where the tokens of this model stand; None where nobody has written it down."""
     config: PreTrainedConfig = model.config
-    found = PLACES.get(config.model_type)
+    found = AROUND.get(config.model_type)
     if found is not None:
-        return found if isinstance(found, Place) else found(config)
+        return found if isinstance(found, Around) else found(config)
     try:
         text = isinstance(model.get_input_embeddings(), nn.Embedding)
     except (NotImplementedError, AttributeError):
         text = False
-    return Place(0, 0, False) if text else None
+    return Around(0, 0, False) if text else None
 
 
 class Patches:
