@@ -30,13 +30,24 @@ class Rule:
         return (self.steps is None or step in self.steps) and (self.layers is None or layer in self.layers)
 
     def __str__(self) -> str:
-        kept = "dense" if self.topk is None else f"topk {self.topk}"
+        kept = "dense" if self.topk is None else f"topk {self.topk}".replace("(", "").replace(")", "")
         parts = [
-            f"{name} {', '.join(map(str, sorted(numbers)))}"
+            f"{name} {_runs(numbers)}"
             for name, numbers in (("steps", self.steps), ("layers", self.layers))
             if numbers is not None
         ]
-        return " ".join([kept, "for", " of ".join(parts)]) if parts else kept
+        return f"{kept} for {' of '.join(parts)}" if parts else kept
+
+
+def _runs(numbers: Collection[int]) -> str:
+    """0, 1, 2, 5 as "0 to 2, 5"."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1][1:] = [number]
+        else:
+            runs.append([number])
+    return ", ".join(" to ".join(map(str, run)) for run in runs) or "none"
 
 
 EXPECTED = (

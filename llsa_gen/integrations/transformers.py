@@ -13,10 +13,14 @@ import inspect
 import os
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+
+try:
+    from transformers import PreTrainedConfig, PreTrainedModel
+except ImportError as error:
+    raise ImportError("expected transformers 5 or newer, got none: pip install 'llsa-gen[transformers]'") from error
 
 from llsa_gen.compiler import compile
 from llsa_gen.integrations.least import Least
@@ -40,8 +44,11 @@ from llsa_gen.spec import Spec
 __all__ = ["report", "restore", "use"]
 
 
+Model = TypeVar("Model", bound=nn.Module)
+
+
 def use(
-    model: nn.Module,
+    model: Model,
     spec: str | os.PathLike[str] | Mapping[str, object] | Spec,
     *,
     grid: Sequence[int] | None = None,
@@ -49,7 +56,7 @@ def use(
     globals_last: int | None = None,
     min_tokens: int | None = None,
     otherwise: str = "error",
-) -> nn.Module:
+) -> Model:
     """Let every attention layer of a model attend by a compiled spec, in training and inference.
 
     Class, distillation, register and detection tokens of vision models are global tokens, as in
@@ -71,7 +78,7 @@ def use(
     Raises:
         TypeError, ValueError: naming the argument, what came and what was expected; what `compile` raises for a spec.
     """
-    model = _plain(model)
+    plain = _plain(model)
     if otherwise not in ("error", "dense"):
         raise ValueError(f'otherwise: expected "error" or "dense", got {otherwise!r}')
     for name, count in (("globals_first", globals_first), ("globals_last", globals_last), ("min_tokens", min_tokens)):
@@ -79,19 +86,23 @@ def use(
             raise ValueError(f"{name}: expected an integer of at least 0, or None, got {count!r}")
     shape = None if grid is None else _shape(grid)
     attention = compile(spec)
-    models = {name: module for name, module in model.named_modules() if isinstance(module, PreTrainedModel)}
+    models = {name: module for name, module in plain.named_modules() if isinstance(module, PreTrainedModel)}
     if not models:
-        raise TypeError(f"model: expected a model of transformers, got {type(model).__name__} without one")
+        raise TypeError(f"model: expected a model of transformers, got {type(plain).__name__} without one")
 
-    if any(layer_of(module) is not None for module in model.modules()):
+    if any(layer_of(module) is not None for module in plain.modules()):
         raise ValueError("model: expected one without compiled attention, got one that has it: restore(model) first")
     least = Least(min_tokens)
     shared = Shared(attention, Ledger(), least, otherwise, shape)
-    layers, left = _layers(model, models, shared, (globals_first, globals_last))
-    parameter = next(model.parameters(), None)
+    layers, left = _layers(plain, models, shared, (globals_first, globals_last))
+    sizes: set[Any] = {vars(module).get("head_dim") for module, _ in layers} - {None}
+    if sizes and attention.spec.head_dim not in sizes:
+        wanted = " or ".join(map(str, sorted(sizes)))
+        raise ValueError(f"spec: expected head_dim {wanted}, as in the model, got {attention.spec.head_dim}")
+    parameter = next(plain.parameters(), None)
     if parameter is not None and min_tokens is None and parameter.dtype in DTYPES:
         least.why_dense(attention, parameter, 0)  # measures, before torch.compile can come between
-    _own_configs(model)
+    _own_configs(plain)
     for index, (name, one) in enumerate(models.items()):
         shared.handles.append(one.register_forward_pre_hook(Asked(shared, name, not index), with_kwargs=True))
     for patches in {id(layer.patches): layer.patches for _, layer in layers}.values():
@@ -135,17 +146,17 @@ def report(model: nn.Module, *, quality: bool = False, reset: bool = False) -> R
     return result
 
 
-def restore(model: nn.Module) -> nn.Module:
+def restore(model: Model) -> Model:
     """The model as it was before `use`; its config says what it said. Returns it. ValueError if nothing is to undo."""
-    model = _plain(model)
-    _shared(model)
-    for module in model.modules():
+    plain = _plain(model)
+    _shared(plain)
+    for module in plain.modules():
         layer = layer_of(module)
         if layer is not None:
             del module.__dict__[TAG]
             while layer.shared.handles:
                 layer.shared.handles.pop().remove()
-    for config in _configs(model):
+    for config in _configs(plain):
         name = config._attn_implementation
         if name is not None and name.startswith(PREFIX):
             config._attn_implementation_internal = name.removeprefix(PREFIX)
