@@ -33,20 +33,20 @@ __all__ = ["report", "restore", "use"]
 OneSpec = str | os.PathLike[str] | Spec | Attention
 Specs = OneSpec | Mapping[Any, Any] | Callable[[str, int], Any]
 
-SINGLE_STREAM: dict[str, Text] = {
-    name: "first"
-    for name in (
-        "AuraFlowTransformer2DModel", "BriaTransformer2DModel", "ChromaTransformer2DModel", "Flux2Transformer2DModel",
-        "FluxTransformer2DModel", "LongCatImageTransformer2DModel", "OvisImageTransformer2DModel",
-    )
-} | {
-    name: "last"
-    for name in (
-        "HunyuanImageTransformer2DModel", "HunyuanVideoFramepackTransformer3DModel", "HunyuanVideoTransformer3DModel",
-    )
-}  # fmt: skip
-"""Where the text is in layers whose names have "single" in them: they are given one sequence. Other layers show it
-themselves, and so do these, unless the whole model is compiled."""
+SINGLE_STREAM: dict[str, tuple[str, Text]] = {
+    "AuraFlowTransformer2DModel": ("single_", "first"),
+    "BriaTransformer2DModel": ("single_", "first"),
+    "ChromaTransformer2DModel": ("single_", "first"),
+    "Flux2Transformer2DModel": ("single_", "first"),
+    "FluxTransformer2DModel": ("single_", "first"),
+    "HunyuanImageTransformer2DModel": ("single_", "last"),
+    "HunyuanVideoTransformer3DModel": ("single_", "last"),
+    "Lumina2Transformer2DModel": ("layers.", "first"),
+}
+"""Where the text is in layers that are given one sequence, by the class of the model and the beginning of their names.
+
+All but Lumina2 show it themselves, unless the whole model is compiled; tests compare.
+"""
 
 
 def use(
@@ -91,8 +91,8 @@ def use(
         came = f"a spec of head_dim {_one(spec_or_specs)}" if _one(spec_or_specs) else "none that fits"
         raise ValueError(f"spec_or_specs: expected a spec for head_dim {' or '.join(map(str, known))}, got {came}")
 
-    side = SINGLE_STREAM.get(type(model).__name__)
-    sides = {name: side for name in layers if side is not None and "single" in name}
+    beginning, side = SINGLE_STREAM.get(type(model).__name__, ("", None))
+    sides = {name: side for name in layers if side is not None and name.startswith(beginning)}
     router = Router(Ledger(list(layers)), operators, _Least(least), _check_parallel, shape, text, sides)
     if least is None:
         _measure(model, operators, sizes)

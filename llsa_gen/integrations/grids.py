@@ -99,8 +99,9 @@ def _spatial(latent: Tensor, kind: str, config: Any) -> Shape:
 
 def _patch(config: Any, arguments: Mapping[str, Any]) -> tuple[int, int, int]:
     """The patch of (frames, height, width)."""
-    size = arguments.get("patch_size") or config.get("patch_size") or 1
-    frames = arguments.get("f_patch_size") or config.get("patch_size_t") or 1
+    several, several_t = (config.get(name) or [1] for name in ("all_patch_size", "all_f_patch_size"))
+    size = arguments.get("patch_size") or config.get("patch_size") or several[0]
+    frames = arguments.get("f_patch_size") or config.get("patch_size_t") or several_t[0]
     if isinstance(size, Sequence):
         sizes = tuple(size)
         return (frames, *sizes) if len(sizes) == 2 else ((1, 1, *sizes)[-3:])  # type: ignore[return-value]

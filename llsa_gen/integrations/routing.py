@@ -121,8 +121,7 @@ class Router:
         q, k = given["query"], given["key"]
         compiling = torch.compiler.is_compiling()  # then lengths may be symbols, which no text may hold
         if isinstance(decided, str):
-            lengths = f"{q.shape[-2]:,}" if q.shape[-2] == k.shape[-2] else f"{q.shape[-2]:,} × {k.shape[-2]:,}"
-            self._count(call.name, report.DENSE, decided, "" if compiling else lengths)
+            self._count(call.name, report.DENSE, decided, "" if compiling else _lengths(q, k))
             return native(*args, **kwargs)
         operator, place, masks = decided
         probe = self.probe
@@ -139,7 +138,8 @@ class Router:
             return "tensors that are not [B, H, N, D]"
         tokens = q.shape[2]
         if k.shape[2] != tokens:
-            return CROSS if call.crossed else "queries and keys of other lengths"
+            joined = any(sum(lengths) == k.shape[2] for lengths in call.parts)
+            return CROSS if call.crossed and not joined else "queries and keys of other lengths"
         if call.crossed and call.tokens == tokens:
             return CROSS
         place = self._place(call, q)
@@ -213,6 +213,10 @@ class Router:
     def _count(self, name: str, route: str, why: str = "", tokens: str = "") -> None:
         if torch.compiler.is_compiling() or not _in_backward():  # a run again is no other call
             report.count(self.ledger.key, name, route, why, tokens)
+
+
+def _lengths(q: Tensor, k: Tensor) -> str:
+    return f"{q.shape[-2]:,}" if q.shape[-2] == k.shape[-2] else f"{q.shape[-2]:,} × {k.shape[-2]:,}"
 
 
 def _in_backward() -> bool:

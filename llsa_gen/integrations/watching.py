@@ -167,17 +167,18 @@ def names_of(kind: type[nn.Module]) -> tuple[str, ...]:
 def _watched(kind: type[nn.Module], attends: bool) -> type[nn.Module]:
     """The subclass. Its name is that of the class, which libraries save models and find blocks by."""
     names = names_of(kind)
+    run: Any = kind.__call__  # by its own name, for torch.compile does not look into classes that are allowed in its graph
 
     def run_layer(self: Any, *args: Any, **kwargs: Any) -> Any:
         mark = self._llsa_gen
         arguments = dict(zip(names, args, strict=False)) | kwargs
         call = mark.watcher.begin(self, mark.name, arguments)
         if call is None:
-            return kind.__call__(self, *args, **kwargs)
+            return run(self, *args, **kwargs)
         before, now.call = now.call, call
         try:
             with _Listener(mark.watcher, call):
-                result = kind.__call__(self, *args, **kwargs)
+                result = run(self, *args, **kwargs)
         finally:
             now.call = before
         mark.watcher.end(call)
@@ -191,9 +192,9 @@ def _watched(kind: type[nn.Module], attends: bool) -> type[nn.Module]:
         try:
             if context.learning:
                 with _Listener():
-                    result = kind.__call__(self, *args, **kwargs)
+                    result = run(self, *args, **kwargs)
             else:
-                result = kind.__call__(self, *args, **kwargs)
+                result = run(self, *args, **kwargs)
         finally:
             now.context = before
         mark.watcher.leave(context)
