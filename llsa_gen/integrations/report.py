@@ -79,7 +79,9 @@ class Report:
         for row in self.rows:
             cells = [row.layer, f"{row.calls:,}", row.route or "-", row.tokens, row.why]
             if judged:
-                cells[4:4] = ["", ""] if row.quality is None else [f"{row.quality.mass:.1%}", f"{row.quality.error:.2g}"]
+                cells[4:4] = (
+                    ["", ""] if row.quality is None else [f"{row.quality.mass:.1%}", f"{row.quality.error:.2g}"]
+                )
             lines.append(cells)
         right = {1, 4, 5} if judged else {1}
         widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
