@@ -21,7 +21,7 @@ from llsa_gen.integrations.grids import Shape
 from llsa_gen.store import Store, trust
 from llsa_gen.store.files import write_whole
 
-__all__ = ["NEVER", "crossing", "known", "measured"]
+__all__ = ["LONGEST", "NEVER", "Least", "crossing", "known", "measured"]
 
 NEVER = 1 << 31
 """In the place of a length where dense attention was faster up to the longest one that was tried."""
@@ -87,13 +87,15 @@ def measured(attention: Any, device: torch.device, dtype: torch.dtype) -> int:
 
 def _is_faster(attention: Any, length: int, device: torch.device, dtype: torch.dtype) -> bool:
     head_dim, placed = attention.spec.head_dim, order.grid(_grid(length), attention.spec, device=device)
-    q, k, v = torch.randn(3, 1, HEADS[device.type], length, head_dim, device=device, dtype=dtype)
+    dice = torch.Generator(device).manual_seed(0)  # no random numbers of the model's are drawn
+    shape = (3, 1, HEADS[device.type], length, head_dim)
+    q, k, v = torch.randn(shape, device=device, dtype=dtype, generator=dice)
 
     def sparse() -> Tensor:
         o = attention(*(x.index_select(2, placed.permutation) for x in (q, k, v)))
         return o.index_select(2, placed.inverse)
 
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
         return _seconds(sparse, device) < _seconds(lambda: scaled_dot_product_attention(q, k, v), device)
 
 
@@ -144,3 +146,47 @@ def _keep(lengths: dict[str, int]) -> None:
         write_whole(store.root / "crossings.json", json.dumps(lengths, indent=2) + "\n")
     except (OSError, CacheRefused) as error:
         warnings.warn(f"the measured crossing is not kept: {error}", RuntimeWarning, stacklevel=3)
+
+
+class Least:
+    """The fewest picture tokens that are worth it: what the caller says, or what is measured on the device, and told.
+
+    Args:
+        given: what the caller says; None to have it measured.
+    """
+
+    def __init__(self, given: int | None) -> None:
+        self.given = given
+        self.measured: dict[str, int] = {}
+        """By device, dtype and spec, in words."""
+
+    def __call__(self, operator: Any, q: Tensor) -> int | str:
+        """For an operator and a query tensor; or why there is none."""
+        if self.given is not None:
+            return self.given
+        device = q.device.type
+        if device not in LONGEST:
+            return f"not on the CPU or a GPU, but on {device}"
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else q.dtype
+        name = f"{device}, {str(dtype).removeprefix('torch.')}, spec {operator.spec.name}"
+        if name not in self.measured:
+            if torch.compiler.is_compiling():
+                return "not measured on this device and dtype: run once uncompiled, or pass min_tokens="
+            self.measured[name] = measured(operator, q.device, dtype)
+        least = self.measured[name]
+        return "dense attention is faster on this device" if least >= NEVER else least
+
+    def prepare(self, operator: Any, device: torch.device, dtype: torch.dtype) -> None:
+        """Measure what layers will ask for, before torch.compile can come between."""
+        if self.given is None and device.type in LONGEST and dtype in (torch.float32, torch.float16, torch.bfloat16):
+            self(operator, torch.empty(0, device=device, dtype=dtype))
+
+    def __str__(self) -> str:
+        """What a report says of it; empty where nothing was asked for."""
+        if self.given is not None:
+            return f"sparse from {self.given:,} picture tokens on: min_tokens"
+        found = [
+            f"{'at no length that was tried' if n >= NEVER else f'from {n:,} picture tokens on'} ({name})"
+            for name, n in self.measured.items()
+        ]
+        return f"sparse attention is faster than dense {'; '.join(found)}" if found else ""

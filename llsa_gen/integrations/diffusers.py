@@ -12,41 +12,48 @@ is decided call by call (`llsa_gen.integrations.routing`).
 """
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import Any, BinaryIO
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from llsa_gen.compiler import Attention, compile
 from llsa_gen.errors import short
-from llsa_gen.integrations import crossing
-from llsa_gen.integrations.quality import draw, judged
+from llsa_gen.integrations.crossing import Least
+from llsa_gen.integrations.quality import SAMPLED, draw, judged
 from llsa_gen.integrations.report import Ledger, Report
 from llsa_gen.integrations.routing import Router
 from llsa_gen.integrations.sequences import Text
+from llsa_gen.integrations.specs import Specs, operators_of
 from llsa_gen.integrations.watching import MARK, unwatch, watch
-from llsa_gen.spec import Spec
 
 __all__ = ["report", "restore", "use"]
 
-OneSpec = str | os.PathLike[str] | Spec | Attention
-Specs = OneSpec | Mapping[Any, Any] | Callable[[str, int], Any]
+FIRST: dict[str, Text] = {"*": "first"}
+LAST: dict[str, Text] = {"transformer_blocks.*": "last", "single_transformer_blocks.*": "last"}
+ALONE: dict[str, Text] = {"transformer_blocks.*.attn1": "alone", "blocks.*.attn1": "alone"}
+SIDES: dict[str, dict[str, Text]] = {
+    "AuraFlowTransformer2DModel": FIRST,
+    "BriaTransformer2DModel": FIRST,
+    "ChromaTransformer2DModel": FIRST,
+    "CogVideoXTransformer3DModel": FIRST,
+    "Flux2Transformer2DModel": FIRST,
+    "FluxTransformer2DModel": FIRST,
+    "HunyuanImageTransformer2DModel": LAST,
+    "HunyuanVideoTransformer3DModel": LAST,
+    "LTXVideoTransformer3DModel": ALONE,
+    "Lumina2Transformer2DModel": {"noise_refiner.*": "alone", "layers.*": "first"},
+    "PixArtTransformer2DModel": ALONE,
+    "QwenImageTransformer2DModel": FIRST,
+    "SD3Transformer2DModel": {"transformer_blocks.*.attn": "last", "transformer_blocks.*.attn2": "alone"},
+    "SkyReelsV2Transformer3DModel": ALONE,
+    "WanTransformer3DModel": ALONE,
+}
+"""Where the text is, by the class of a model and patterns of its layers' names; "alone" where there is none.
 
-SINGLE_STREAM: dict[str, Text] = {
-    name: "first"
-    for name in (
-        "AuraFlowTransformer2DModel", "BriaTransformer2DModel", "ChromaTransformer2DModel", "Flux2Transformer2DModel",
-        "FluxTransformer2DModel", "LongCatImageTransformer2DModel", "OvisImageTransformer2DModel",
-    )
-} | {
-    name: "last"
-    for name in (
-        "HunyuanImageTransformer2DModel", "HunyuanVideoFramepackTransformer3DModel", "HunyuanVideoTransformer3DModel",
-    )
-}  # fmt: skip
-"""Where the text is in layers whose names have "single" in them: they are given one sequence. Other layers show it
-themselves, and so do these, unless the whole model is compiled."""
+Models show it themselves when they run, all of these but Lumina2; a test compares. What is written here is for a whole
+model that is compiled by torch before it has run, and for runs in which text and picture have as many tokens.
+"""
 
 
 def use(
@@ -55,16 +62,17 @@ def use(
 ) -> nn.Module:  # fmt: skip
     """Let the self-attention of a model's pictures be sparse, in place. Returns the model.
 
-    The model keeps its class, parameters, processors and state dict. It may be trained, checkpointed, copied and
-    compiled by torch. Sequences with text have it as global tokens (`llsa_gen.joint_attention`). Cross-attention, short
-    sequences and whatever the operator does not do stay as they are; `report` says which and why.
+    The model keeps its parameters, processors, hooks and state dict, and its class in name and by isinstance. It may be
+    trained, checkpointed, copied, pickled and compiled by torch. Sequences with text have it as global tokens
+    (`llsa_gen.joint_attention`). Cross-attention, short sequences and whatever the operator does not do stay as they
+    are; `report` says which and why.
 
     Args:
         model: a transformer or a UNet of diffusers, such as `pipe.transformer`.
         spec_or_specs: what `llsa_gen.compile` takes, or an operator that it gave; or a mapping from head dims to such;
             or a function of the name of a layer and its head dim that gives one, or None for a layer to stay dense.
         grid: the grid of patches, such as (height, width) or (frames, height, width), where the model's inputs do not
-            show it: `report` then says so.
+            show it: `report` then says so. Runs with other grids are dense.
         text: where text is in sequences that have it, where the model does not show that: "first", "last", or how many
             tokens are before and after the picture.
         min_tokens: the fewest picture tokens for which attention is sparse; unless given, from where on it is faster
@@ -74,28 +82,27 @@ def use(
         TypeError, ValueError: naming the argument, what came and what was expected; what `compile` raises for a spec.
     """
     model = _model(model)
-    if MARK in model.__dict__:
+    if any(MARK in module.__dict__ for module in model.modules()):
         raise ValueError("model: expected one without compiled attention, got one that has it: restore(model) first")
     layers = dict(_layers(model))
     if not layers:
         raise ValueError(f"model: expected one with layers of attention, got {type(model).__name__}, which has none")
-    shape, text, least = _checked(grid, text, min_tokens)
-    operators = _operators(spec_or_specs)
-    _check_parallel(model, type(model).__name__)
+    shape = _grid(grid)
+    _check_text(text)
+    if min_tokens is not None and not _whole(min_tokens):
+        raise TypeError(f"min_tokens: expected an integer of at least 0, or None, got {short(repr(min_tokens))}")
+    for name, module in [(type(model).__name__, model), *layers.items()]:
+        _check_parallel(module, name)
+        _check_backend(module, name)
     sizes = {name: _head_dim(layer) for name, layer in layers.items()}
-    for name, layer in layers.items():
-        _check_parallel(layer, name)
-        _check_backend(layer, name)
-    known = sorted({size for size in sizes.values() if size is not None})
-    if known and not any(operators(name, size) for name, size in sizes.items() if size is not None):
-        came = f"a spec of head_dim {_one(spec_or_specs)}" if _one(spec_or_specs) else "none that fits"
-        raise ValueError(f"spec_or_specs: expected a spec for head_dim {' or '.join(map(str, known))}, got {came}")
+    operators = operators_of(spec_or_specs, sizes)
 
-    side = SINGLE_STREAM.get(type(model).__name__)
-    sides = {name: side for name in layers if side is not None and "single" in name}
-    router = Router(Ledger(list(layers)), operators, _Least(least), _check_parallel, shape, text, sides)
-    if least is None:
-        _measure(model, operators, sizes)
+    least = Least(min_tokens)
+    parameter = next(model.parameters(), None)
+    if parameter is not None:
+        for operator in {operators(name, size) for name, size in sizes.items() if size is not None} - {None}:
+            least.prepare(operator, parameter.device, parameter.dtype)
+    router = Router(Ledger(list(layers)), operators, least, _check_parallel, shape, text, _sides(model, layers))
     within = [(name, module) for name, module in model.named_modules() if name and _shows_a_grid(module)]
     for name, layer in layers.items():
         watch(layer, router, name, attends=True)
@@ -124,8 +131,9 @@ def report(
         model: one that `use` was given; or a copy, or what torch.compile made of it.
         quality: run the model once more on its last input, without gradients, and say of each sparse layer how much of
             the dense softmax lies on tokens that it attends to, and how far its output is from dense attention's, on
-            sampled queries. Its counts do not change.
-        picture: a file for a PNG of what one layer keeps, over the latent; the model is run once more for that, too.
+            sampled queries. Counts do not change.
+        picture: a file for a PNG of what one layer keeps, over the latent; the model is run once more for that, too. It
+            needs a layer over (height, width), and `llsa-gen[demo]`.
         layer: the layer to draw; the middle one of those that are sparse, unless given.
         reset: begin to count anew afterwards.
 
@@ -134,11 +142,13 @@ def report(
     """
     model = _model(model)
     router = _router(model)
-    notes = [_least_note(router)]
+    notes = [str(router.least)]
     found = None
     if quality:
         found = judged(model, router)
-        notes.append("mass: dense softmax on tokens attended to; error: of o; both over 64 sampled queries a head")
+        notes.append(
+            f"mass: of dense softmax on tokens attended to; error: of o against dense; of {SAMPLED} queries a head"
+        )
     if picture is not None:
         notes.append(f"picture: {draw(model, router, picture, layer)}")
     result = router.ledger.report(tuple(note for note in notes if note), found)
@@ -146,52 +156,6 @@ def report(
     if reset:
         router.ledger.reset()
     return result
-
-
-class _Least:
-    """The fewest picture tokens worth it: what the caller says, or what is measured on the device."""
-
-    def __init__(self, given: int | None) -> None:
-        self.given = given
-        self.measured: dict[str, int] = {}
-        """By device and dtype in words, for the report."""
-
-    def __call__(self, operator: Any, q: Tensor) -> int | str:
-        if self.given is not None:
-            return self.given
-        if q.device.type not in crossing.LONGEST:
-            return f"no device of ours: {q.device.type}"
-        name = f"{q.device.type}, {str(q.dtype).removeprefix('torch.')}, spec {operator.spec.name}"
-        if name not in self.measured:
-            if torch.compiler.is_compiling():
-                return "not measured on this device and dtype: run once uncompiled, or pass min_tokens="
-            self.measured[name] = crossing.measured(operator, q.device, q.dtype)
-        least = self.measured[name]
-        return "dense attention is faster on this device" if least >= crossing.NEVER else least
-
-
-def _least_note(router: Router) -> str:
-    least: Any = router.least
-    if least.given is not None:
-        return f"sparse from {least.given:,} picture tokens on: min_tokens"
-    found = [
-        f"{'nowhere' if length >= crossing.NEVER else f'from {length:,} picture tokens on'} ({name})"
-        for name, length in least.measured.items()
-    ]
-    return f"sparse is faster than dense on this device: {'; '.join(found)}" if found else ""
-
-
-def _measure(model: nn.Module, operators: Callable[[str, int], Any], sizes: Mapping[str, int | None]) -> None:
-    """What the layers will ask for, before torch.compile can come between."""
-    parameter = next(model.parameters(), None)
-    if parameter is None or parameter.device.type not in crossing.LONGEST:
-        return
-    for size in {size for size in sizes.values() if size is not None}:
-        for name, own in sizes.items():
-            operator = operators(name, size) if own == size else None
-            if operator is not None and parameter.dtype in (torch.float32, torch.float16, torch.bfloat16):
-                crossing.measured(operator, parameter.device, parameter.dtype)
-                break
 
 
 def _model(model: Any) -> nn.Module:
@@ -229,9 +193,9 @@ def _shows_a_grid(module: nn.Module) -> bool:
 
 def _head_dim(layer: Any) -> int | None:
     """Of its queries, where the layer says it."""
-    heads, to_q = getattr(layer, "heads", None), getattr(layer, "to_q", None)
-    if isinstance(heads, int) and heads and isinstance(to_q, nn.Linear):
-        return to_q.out_features // heads
+    heads, width = getattr(layer, "heads", None), getattr(getattr(layer, "to_q", None), "out_features", None)
+    if isinstance(heads, int) and heads and isinstance(width, int):
+        return width // heads
     for name in ("head_dim", "dim_head", "attention_head_dim"):
         size = getattr(layer, name, None)
         if isinstance(size, int):
@@ -239,95 +203,48 @@ def _head_dim(layer: Any) -> int | None:
     return None
 
 
-def _one(specs: Any) -> int | None:
-    """The head dim of the one spec, if it is one."""
-    try:
-        return _operator(specs).spec.head_dim if not callable(specs) or isinstance(specs, Attention) else None
-    except Exception:
+def _sides(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, Text]:
+    patterns = SIDES.get(type(model).__name__, {})
+    return {name: side for name in layers for pattern, side in patterns.items() if fnmatchcase(name, pattern)}
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _grid(grid: Any) -> tuple[int, ...] | None:
+    if grid is None:
         return None
+    if isinstance(grid, str) or not isinstance(grid, Sequence) or not grid or not all(map(_whole, grid)):
+        raise TypeError(f"grid: expected integers such as (height, width), or None, got {short(repr(grid))}")
+    return tuple([size for size in grid if size != 1]) or (1,)
 
 
-def _operator(spec: Any) -> Attention:
-    return spec if isinstance(spec, Attention) else compile(spec)
-
-
-class _ByHeadDim:
-    """Operators by head dim: of one spec, or of a mapping."""
-
-    def __init__(self, operators: Mapping[int, Attention]) -> None:
-        self.operators = dict(operators)
-
-    def __call__(self, name: str, head_dim: int) -> Attention | None:
-        return self.operators.get(head_dim)
-
-
-class _ByLayer:
-    """Operators that a function of the caller's chooses, by layer and head dim; asked once for each."""
-
-    def __init__(self, choose: Callable[[str, int], Any]) -> None:
-        self.choose = choose
-        self.chosen: dict[tuple[str, int], Attention | None] = {}
-
-    def __call__(self, name: str, head_dim: int) -> Attention | None:
-        if (name, head_dim) not in self.chosen:
-            spec = self.choose(name, head_dim)
-            operator = None if spec is None else _operator(spec)
-            if operator is not None and operator.spec.head_dim != head_dim:
-                raise ValueError(
-                    f"spec_or_specs: expected a spec of head_dim {head_dim} for {name}, got {operator.spec.head_dim}"
-                )
-            self.chosen[name, head_dim] = operator
-        return self.chosen[name, head_dim]
-
-
-def _operators(specs: Any) -> Callable[[str, int], Any]:
-    if isinstance(specs, Mapping) and specs and all(isinstance(size, int) for size in specs):
-        found = {}
-        for size, spec in specs.items():
-            operator = _operator(spec)
-            if operator.spec.head_dim != size:
-                raise ValueError(
-                    f"spec_or_specs[{size}]: expected a spec of head_dim {size}, got {operator.spec.head_dim}"
-                )
-            found[size] = operator
-        return _ByHeadDim(found)
-    if callable(specs) and not isinstance(specs, Attention):
-        return _ByLayer(specs)
-    operator = _operator(specs)
-    return _ByHeadDim({operator.spec.head_dim: operator})
-
-
-def _checked(grid: Any, text: Any, least: Any) -> tuple[tuple[int, ...] | None, Text, int | None]:
-    def whole(value: Any) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-    if grid is not None:
-        if isinstance(grid, str) or not isinstance(grid, Sequence) or not grid or not all(map(whole, grid)):
-            raise TypeError(f"grid: expected integers such as (height, width), or None, got {short(repr(grid))}")
-        grid = tuple([size for size in grid if size != 1]) or (1,)
-    pair = isinstance(text, tuple) and len(text) == 2 and all(map(whole, text))
-    if text not in (None, "first", "last") and not pair:
-        raise ValueError(f'text: expected "first", "last", (how many before, how many after) or None, got {text!r}')
-    if least is not None and not whole(least):
-        raise TypeError(f"min_tokens: expected an integer of at least 0, or None, got {short(repr(least))}")
-    return grid, text, least
+def _check_text(text: Any) -> None:
+    pair = isinstance(text, tuple) and len(text) == 2 and all(map(_whole, text))
+    if text is not None and not pair and text not in ("first", "last"):
+        raise ValueError(
+            f'text: expected "first", "last", (how many before, how many after) or None, got {short(repr(text))}'
+        )
 
 
 def _check_parallel(module: nn.Module, name: str) -> None:
     """Sequences that are cut among devices would be attended to as if each cut were the whole."""
-    holder = getattr(module, "processor", module)
-    config = getattr(holder, "_parallel_config", None)
-    if config is not None and (holder is not module or getattr(config, "context_parallel_config", None) is not None):
+    processor = getattr(module, "processor", None)
+    cut = getattr(processor, "_parallel_config", None) is not None
+    whole: Any = getattr(module, "_parallel_config", None)
+    if cut or getattr(whole, "context_parallel_config", None) is not None:
         raise ValueError(
-            f"{name}: expected no context parallelism, which cuts sequences among devices, got a _parallel_config; "
-            "restore(model), or leave enable_parallelism out"
+            f"{name or type(module).__name__}: expected no context parallelism, which cuts sequences among devices, "
+            "got a _parallel_config: leave enable_parallelism out, or restore(model)"
         )
 
 
-def _check_backend(layer: nn.Module, name: str) -> None:
-    backend = getattr(getattr(layer, "processor", None), "_attention_backend", None)
-    if backend is not None and not str(getattr(backend, "value", backend)).lstrip("_").startswith("native"):
+def _check_backend(module: nn.Module, name: str) -> None:
+    backend: Any = getattr(getattr(module, "processor", None), "_attention_backend", None)
+    backend = getattr(backend, "value", backend)
+    if backend is not None and not str(backend).lstrip("_").startswith("native"):
         raise ValueError(
-            f'{name}: expected diffusers\' attention backend "native", got {getattr(backend, "value", backend)!r}; '
+            f'{name}: expected diffusers\' attention backend "native", got {backend!r}: '
             "model.reset_attention_backend() first"
         )

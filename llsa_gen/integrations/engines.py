@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from llsa_gen.compiler import Attention, compile
-from llsa_gen.integrations.least import Least
+from llsa_gen.integrations.crossing import Least
 from llsa_gen.integrations.placed import attend
 from llsa_gen.integrations.report import DENSE, SPARSE, Ledger, Report, count
 from llsa_gen.integrations.schedule import Rule, rules
@@ -115,7 +115,9 @@ class EngineAttention:
             why = _refused(operator, q, k, v, is_causal)
             if why is None:
                 place = self._place(grid, tokens, n_text)
-                why = self.least.why_dense(operator, q, place.cells)
+                least = self.least(operator, q)
+                if isinstance(least, str) or place.cells < least:
+                    why = least if isinstance(least, str) else f"fewer than {least:,} tokens"
             elif self.otherwise == "error":
                 raise ValueError(f'{why}; callable(..., otherwise="dense") leaves such calls to torch')
         name = "attention" if layer is None else f"layer {layer}"
@@ -133,7 +135,7 @@ class EngineAttention:
 
     def report(self, *, reset: bool = False) -> Report:
         """Print which layers were called, sparse or dense and why. Returns it; reset begins to count anew."""
-        result = self._ledger.report(tuple(note for note in (self.least.note(),) if note))
+        result = self._ledger.report(tuple(note for note in (str(self.least),) if note))
         print(result)
         if reset:
             self._ledger.reset()

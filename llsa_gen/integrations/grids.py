@@ -26,8 +26,8 @@ CHANNEL_AXES = {"CogVideoX": 1, "ConsisID": 1, "Kandinsky": 3}
 """Where the channels of a video are, beside the batch, by the beginning of the class: elsewhere they are found."""
 PACKED_IDS = ("img_ids", "latent_image_ids", "image_ids")
 
-_read: "WeakTensorKeyDictionary[Any]" = WeakTensorKeyDictionary()
-"""What was read off ids, by their tensor: (its version, the grid or None). A pipeline passes the same ids every step."""
+_read = WeakTensorKeyDictionary()
+"""What was read off ids, by their tensor: (its version, the grid or None). A pipeline passes the same ones every step."""
 
 
 def main_input(arguments: Mapping[str, Any]) -> Any:
@@ -99,17 +99,16 @@ def _spatial(latent: Tensor, kind: str, config: Any) -> Shape:
 
 def _patch(config: Any, arguments: Mapping[str, Any]) -> tuple[int, int, int]:
     """The patch of (frames, height, width)."""
-    size = arguments.get("patch_size") or config.get("patch_size") or 1
-    frames = arguments.get("f_patch_size") or config.get("patch_size_t") or 1
+    several, several_t = (config.get(name) or [1] for name in ("all_patch_size", "all_f_patch_size"))
+    size = arguments.get("patch_size") or config.get("patch_size") or several[0]
+    frames = arguments.get("f_patch_size") or config.get("patch_size_t") or several_t[0]
     if isinstance(size, Sequence):
         sizes = tuple(size)
         return (frames, *sizes) if len(sizes) == 2 else ((1, 1, *sizes)[-3:])  # type: ignore[return-value]
     return (frames, size, size)
 
 
-def _packed(
-    latent: Tensor, patch: tuple[int, int, int], config: Any, arguments: Mapping[str, Any]
-) -> Iterator[Shape]:
+def _packed(latent: Tensor, patch: tuple[int, int, int], config: Any, arguments: Mapping[str, Any]) -> Iterator[Shape]:
     for name in PACKED_IDS:
         ids = arguments.get(name)
         if isinstance(ids, Tensor) and not torch.compiler.is_compiling():  # which cannot look at numbers
@@ -121,7 +120,7 @@ def _packed(
         shape = _of_all(shapes)
         if shape is not None:
             yield shape
-    sizes = tuple([arguments.get(name) for name in ("num_frames", "height", "width")])
+    sizes: Any = tuple([arguments.get(name) for name in ("num_frames", "height", "width")])
     if all(isinstance(size, int) for size in sizes):
         yield tuple([size // p for size, p in zip(sizes, patch, strict=True)])
     if config.get("in_channels") == latent.shape[1] != latent.shape[2]:  # a wave, [B, C, N]

@@ -51,7 +51,9 @@ def attend(
     if k.shape[1] != q.shape[1]:
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     if masks.picture is not None:
-        torch._assert_async(masks.picture.all(), "attn_mask: it leaves out picture tokens: do not compile the model")
+        torch.ops.aten._assert_async.msg(
+            masks.picture.all(), "attn_mask: it leaves out picture tokens: do not compile the model"
+        )
     after = place.first + place.cells
     parts = (x[:, :, place.first : after] for x in (q, k, v))
     placed = None if len(place.grid) == 1 else order.grid(place.grid, attention.spec, device=q.device)
@@ -60,12 +62,11 @@ def attend(
     q_picture, k_picture, v_picture = parts
     more: dict[str, Any] = {}
     if place.first or place.last:
-        k_global, v_global = (_text(x, place) for x in (k, v))
-        more = {"k_global": k_global, "v_global": v_global, "global_mask": masks.text}
+        more = {"k_global": _text(k, place), "v_global": _text(v, place), "global_mask": masks.text}
     o_picture = attention(q_picture, k_picture, v_picture, scale=scale, **more)
     if probe is not None:
-        texts = (more.get(name) for name in ("k_global", "v_global", "global_mask"))
-        probe(Run(attention, place, q_picture, k_picture, v_picture, *texts, scale, o_picture))
+        k_global, v_global, global_mask = (more.get(name) for name in ("k_global", "v_global", "global_mask"))
+        probe(Run(attention, place, q_picture, k_picture, v_picture, k_global, v_global, global_mask, scale, o_picture))
     if placed is not None:
         o_picture = o_picture.index_select(2, placed.inverse)
     if not more:

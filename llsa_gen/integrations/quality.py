@@ -69,9 +69,7 @@ def judged(model: nn.Module, router: Probed) -> dict[str, Quality]:
     }
 
 
-def draw(
-    model: nn.Module, router: Probed, file: str | os.PathLike[str] | BinaryIO, layer: str | None
-) -> str:
+def draw(model: nn.Module, router: Probed, file: str | os.PathLike[str] | BinaryIO, layer: str | None) -> str:
     """Write a PNG of what three queries of a layer's first head keep, over the latent. Returns what was drawn."""
     from pathlib import Path
 
@@ -79,7 +77,11 @@ def draw(
     from llsa_gen.look.views import Query, view
 
     runs: dict[str, Run] = {}
-    latent = main_input(_again(model, router, lambda name, run: runs.setdefault(name, run)))
+
+    def keep(name: str, run: Run) -> None:
+        runs.setdefault(name, run)
+
+    latent = main_input(_again(model, router, keep))
     if not runs:
         raise ValueError("picture: expected a model whose last input had sparse layers, got none that was sparse")
     names = list(runs)

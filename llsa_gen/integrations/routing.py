@@ -25,6 +25,8 @@ ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 LAYER_INPUTS = ("hidden_states", "x", "image", "img", "query")
 SOURCES = ("encoder_hidden_states", "context", "encoder_hidden_state", "txt", "text", "kv")
 """Names by which an attention layer is given a second sequence."""
+NO_SOURCES = ("rot", "pos", "freq", "emb", "mask", "bias", "cos", "sin", "norm")
+"""Parts of names of what else it may be given that is as long."""
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 REMEMBERED = 8
 """Runs of the model that gradient checkpointing may come back to."""
@@ -32,7 +34,7 @@ REMEMBERED = 8
 CROSS = "cross-attention"
 OUTSIDE = "called outside of its model's forward"
 COMPILED = "the layer itself is compiled: compile its block or the model"
-NO_CALL = "it does not call torch's attention"
+NO_CALL = "it does not call torch's attention: linear attention, or another backend"
 
 
 class Router:
@@ -74,6 +76,7 @@ class Router:
 
     def enter(self, module: nn.Module, arguments: dict[str, Any], around: Context | None) -> Context:
         """What a module is given that shows a grid."""
+        self.check(module, "")
         latent = main_input(arguments)
         config: Any = getattr(module, "config", None) or {}
         grids = (self.grid,) if self.grid is not None else candidates(type(module).__name__, config, arguments)
@@ -84,7 +87,7 @@ class Router:
         compiling = torch.compiler.is_compiling()
         context = Context(self.ledger.key, grids, batch, texts, learning=self.listening and not compiling)
         if not compiling:
-            self.last = arguments
+            self.last = _without_graph(arguments)
             self.open = not grids
             if torch.is_grad_enabled():
                 known = [one for one in self.recent if (one.grids, one.batch, one.texts) != (grids, batch, texts)]
@@ -103,7 +106,7 @@ class Router:
             return None
         given = [arguments[one] for one in LAYER_INPUTS if isinstance(arguments.get(one), Tensor)]
         hidden = given[0] if given else next((x for x in arguments.values() if isinstance(x, Tensor)), None)
-        crossed = any(arguments.get(one) is not None and arguments[one] is not hidden for one in SOURCES)
+        crossed = any(_is_source(one, x, hidden) for one, x in arguments.items())
         if hidden is None:
             return Call(name, None, crossed)
         if hidden.ndim == 4:  # a picture [B, C, H, W]
@@ -121,8 +124,7 @@ class Router:
         q, k = given["query"], given["key"]
         compiling = torch.compiler.is_compiling()  # then lengths may be symbols, which no text may hold
         if isinstance(decided, str):
-            lengths = f"{q.shape[-2]:,}" if q.shape[-2] == k.shape[-2] else f"{q.shape[-2]:,} × {k.shape[-2]:,}"
-            self._count(call.name, report.DENSE, decided, "" if compiling else lengths)
+            self._count(call.name, report.DENSE, decided, "" if compiling else _lengths(q, k))
             return native(*args, **kwargs)
         operator, place, masks = decided
         probe = self.probe
@@ -139,7 +141,8 @@ class Router:
             return "tensors that are not [B, H, N, D]"
         tokens = q.shape[2]
         if k.shape[2] != tokens:
-            return CROSS if call.crossed else "queries and keys of other lengths"
+            joined = any(sum(lengths) == k.shape[2] for lengths in call.parts)
+            return CROSS if call.crossed and not joined else "queries and keys of other lengths"
         if call.crossed and call.tokens == tokens:
             return CROSS
         place = self._place(call, q)
@@ -150,7 +153,8 @@ class Router:
             return f"no spec has its head_dim, {q.shape[3]}"
         if q.shape[3] != v.shape[3] or q.shape[1] % k.shape[1] or k.shape[1] != v.shape[1] or q.shape[0] != k.shape[0]:
             return "q, k and v of other shapes"
-        if not q.dtype == k.dtype == v.dtype or q.dtype not in DTYPES:
+        alike = q.dtype == k.dtype == v.dtype or torch.is_autocast_enabled(q.device.type)
+        if not alike or any(x.dtype not in DTYPES for x in (q, k, v)):
             return "a dtype other than float32, float16 and bfloat16"
         if given.get("dropout_p"):
             return "dropout"
@@ -200,7 +204,8 @@ class Router:
         if not place.first and not place.last:
             if tokens in context.texts and side != "alone" and call.grid is None:
                 return sequences.AS_MANY
-            self.sides[call.name] = "alone"
+            if side is None:
+                self.sides[call.name] = "alone"
         elif place.side is not None and side is None:
             self.sides[call.name] = place.side
         return place
@@ -208,11 +213,38 @@ class Router:
     def _said(self, context: Context, tokens: int) -> Text:
         """What the caller has said of text, where there may be as much of it: another sequence may be no picture."""
         others = [tokens - math.prod(grid) for grid in context.grids]
-        return self.text if isinstance(self.text, tuple) or not context.texts or any(count in context.texts for count in others) else None
+        return (
+            self.text
+            if isinstance(self.text, tuple) or not context.texts or any(count in context.texts for count in others)
+            else None
+        )
 
     def _count(self, name: str, route: str, why: str = "", tokens: str = "") -> None:
         if torch.compiler.is_compiling() or not _in_backward():  # a run again is no other call
             report.count(self.ledger.key, name, route, why, tokens)
+
+
+def _is_source(name: str, x: Any, hidden: Any) -> bool:
+    """Whether an argument of an attention layer is a second sequence: by its name, or as long as the first one."""
+    if not isinstance(x, Tensor) or x is hidden:
+        return False
+    if name in SOURCES:
+        return True
+    alike = x.ndim == 3 and hidden.ndim == 3 and x.is_floating_point() and x.shape[:2] == hidden.shape[:2]
+    return alike and not any(part in name for part in NO_SOURCES)
+
+
+def _without_graph(x: Any) -> Any:
+    """Arguments for another run, that keep no graph of autograd alive."""
+    if isinstance(x, Tensor):
+        return x.detach()
+    if type(x) in (list, tuple):
+        return type(x)(_without_graph(one) for one in x)
+    return {name: _without_graph(one) for name, one in x.items()} if type(x) is dict else x
+
+
+def _lengths(q: Tensor, k: Tensor) -> str:
+    return f"{q.shape[-2]:,}" if q.shape[-2] == k.shape[-2] else f"{q.shape[-2]:,} × {k.shape[-2]:,}"
 
 
 def _in_backward() -> bool:

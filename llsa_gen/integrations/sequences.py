@@ -8,7 +8,7 @@ it open there is no answer, only a reason.
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -124,7 +124,7 @@ PER_HEAD = "the mask differs from head to head"
 OVER_PICTURE = "the mask leaves out tokens of the picture"
 NOT_SEEN = "a mask of this form cannot be looked at while torch compiles"
 
-_looked: "WeakTensorKeyDictionary[Any]" = WeakTensorKeyDictionary()
+_looked = WeakTensorKeyDictionary()
 """What was found, by mask: a model passes one mask to all its layers, and looking waits for the GPU."""
 
 

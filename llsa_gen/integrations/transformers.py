@@ -23,11 +23,10 @@ except ImportError as error:
     raise ImportError("expected transformers 5 or newer, got none: pip install 'llsa-gen[transformers]'") from error
 
 from llsa_gen.compiler import compile
-from llsa_gen.integrations.least import Least
+from llsa_gen.integrations.crossing import Least
 from llsa_gen.integrations.quality import judged
 from llsa_gen.integrations.report import LEFT, Ledger, Report
 from llsa_gen.integrations.transformers_attention import (
-    DTYPES,
     NATIVE,
     PREFIX,
     TAG,
@@ -100,8 +99,8 @@ def use(
         wanted = " or ".join(map(str, sorted(sizes)))
         raise ValueError(f"spec: expected head_dim {wanted}, as in the model, got {attention.spec.head_dim}")
     parameter = next(plain.parameters(), None)
-    if parameter is not None and min_tokens is None and parameter.dtype in DTYPES:
-        least.why_dense(attention, parameter, 0)  # measures, before torch.compile can come between
+    if parameter is not None:
+        least.prepare(attention, parameter.device, parameter.dtype)
     _own_configs(plain)
     for index, (name, one) in enumerate(models.items()):
         shared.handles.append(one.register_forward_pre_hook(Asked(shared, name, not index), with_kwargs=True))
@@ -131,7 +130,7 @@ def report(model: nn.Module, *, quality: bool = False, reset: bool = False) -> R
     """
     model = _plain(model)
     shared = _shared(model)
-    notes = [shared.least.note()]
+    notes = [str(shared.least)]
     names = {config._attn_implementation for config in _configs(model)} - {PREFIX + name for name in NATIVE}
     if names:
         notes.append(f"a part of the model was set to {', '.join(sorted(map(str, names)))} attention since use()")

@@ -19,7 +19,7 @@ from transformers.masking_utils import eager_mask, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from llsa_gen.compiler import Attention
-from llsa_gen.integrations.least import Least
+from llsa_gen.integrations.crossing import Least
 from llsa_gen.integrations.placed import Run, attend
 from llsa_gen.integrations.report import DENSE, SPARSE, Ledger, count
 from llsa_gen.integrations.sequences import Masks, Place
@@ -212,7 +212,11 @@ def _attention(native: str) -> Callable[..., Any]:
                 )
             why = f"{found.argument}: {found.came}"
         else:
-            why = shared.least.why_dense(shared.attention, query, found.cells) or ""
+            least = shared.least(shared.attention, query)
+            if isinstance(least, str):
+                why = least
+            elif found.cells < least:
+                why = f"fewer than {least:,} tokens"
         said = "" if torch.compiler.is_compiling() else _said(found, query.shape[2])
         if why or isinstance(found, Reason):
             _count(layer, DENSE, why, said)

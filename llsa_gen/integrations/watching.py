@@ -2,8 +2,8 @@
 
 A watched module gets a class of its own, a subclass that overrides `__call__` and nothing else. So its parameters,
 hooks and processors are untouched; copies, replicas and pickles are watched too; and whatever wraps its `forward`, such
-as hooks that move weights, lies inside. While an attention layer runs, a TorchFunctionMode of this thread sees its calls
-of torch. Nothing of torch or of another library is replaced.
+as hooks that move weights, lies inside. While an attention layer runs, a TorchFunctionMode of this thread sees what it
+calls of torch. Nothing of torch or of another library is replaced.
 """
 
 import threading
@@ -167,17 +167,20 @@ def names_of(kind: type[nn.Module]) -> tuple[str, ...]:
 def _watched(kind: type[nn.Module], attends: bool) -> type[nn.Module]:
     """The subclass. Its name is that of the class, which libraries save models and find blocks by."""
     names = names_of(kind)
+    run: Any = (
+        kind.__call__
+    )  # by its own name, for torch.compile does not look into classes that are allowed in its graph
 
     def run_layer(self: Any, *args: Any, **kwargs: Any) -> Any:
         mark = self._llsa_gen
         arguments = dict(zip(names, args, strict=False)) | kwargs
         call = mark.watcher.begin(self, mark.name, arguments)
         if call is None:
-            return kind.__call__(self, *args, **kwargs)
+            return run(self, *args, **kwargs)
         before, now.call = now.call, call
         try:
             with _Listener(mark.watcher, call):
-                result = kind.__call__(self, *args, **kwargs)
+                result = run(self, *args, **kwargs)
         finally:
             now.call = before
         mark.watcher.end(call)
@@ -191,9 +194,9 @@ def _watched(kind: type[nn.Module], attends: bool) -> type[nn.Module]:
         try:
             if context.learning:
                 with _Listener():
-                    result = kind.__call__(self, *args, **kwargs)
+                    result = run(self, *args, **kwargs)
             else:
-                result = kind.__call__(self, *args, **kwargs)
+                result = run(self, *args, **kwargs)
         finally:
             now.context = before
         mark.watcher.leave(context)
@@ -215,4 +218,4 @@ def _watched(kind: type[nn.Module], attends: bool) -> type[nn.Module]:
 
 def _again(kind: type[nn.Module], attends: bool) -> nn.Module:
     made = _watched(kind, attends)
-    return made.__new__(made)
+    return made.__new__(made)  # pyright: ignore[reportCallIssue]  nn.Module gets its arguments in __init__ alone

@@ -153,7 +153,7 @@ def test_short_inputs_stay_dense() -> None:
     assert torch.equal(result(sparse, PIXELS), result(native, PIXELS))
     counts = llsa.report(sparse)
     assert {row.why for row in counts.rows} == {"fewer than 65 tokens"} and counts.sparse == 0
-    assert "sparse from 65 tokens on: min_tokens" in str(counts)
+    assert "sparse from 65 picture tokens on: min_tokens" in str(counts)
 
 
 def test_the_least_length_is_measured_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,7 +163,7 @@ def test_the_least_length_is_measured_and_told(monkeypatch: pytest.MonkeyPatch) 
     assert len(asked) == 1, "before anybody compiles"
     result(model, PIXELS)
     counts = llsa.report(model)
-    assert counts.sparse == 2 and "from 64 tokens on (cpu, float32, spec few)" in str(counts)
+    assert counts.sparse == 2 and "from 64 picture tokens on (cpu, float32, spec few)" in str(counts)
 
 
 def test_the_report_judges_the_last_input() -> None:
