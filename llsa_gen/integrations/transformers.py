@@ -94,7 +94,8 @@ def use(
     least = Least(min_tokens)
     shared = Shared(attention, Ledger(), least, otherwise, shape)
     layers, left = _layers(plain, models, shared, (globals_first, globals_last))
-    sizes: set[Any] = {vars(module).get("head_dim") for module, _ in layers} - {None}
+    names = ("head_dim", "attention_head_size")
+    sizes: set[Any] = {vars(module).get(name) for module, _ in layers for name in names} - {None}
     if sizes and attention.spec.head_dim not in sizes:
         wanted = " or ".join(map(str, sorted(sizes)))
         raise ValueError(f"spec: expected head_dim {wanted}, as in the model, got {attention.spec.head_dim}")
@@ -213,7 +214,7 @@ def _native_name(name: str, module: nn.Module, owner: Any) -> str:
 def _calls_interface(module: nn.Module) -> bool:
     """Whether this module asks for the attention function itself; others of such names hold one that does."""
     try:
-        return "get_interface(" in inspect.getsource(type(module).forward)
+        return "ALL_ATTENTION_FUNCTIONS" in inspect.getsource(type(module).forward)
     except (OSError, TypeError):
         return True
 

@@ -37,7 +37,7 @@ def first_layer(model: nn.Module) -> tuple[Any, Layer]:
     """The first module that calls transformers' interface, and what it carries."""
     for module in model.modules():
         layer = layer_of(module)
-        if layer is not None and "get_interface(" in inspect.getsource(type(module).forward):
+        if layer is not None and "ALL_ATTENTION_FUNCTIONS" in inspect.getsource(type(module).forward):
             return module, layer
     raise AssertionError
 
