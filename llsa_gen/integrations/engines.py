@@ -76,6 +76,7 @@ class EngineAttention:
         self.least = Least(min_tokens)
         self._of_spec = compile(spec)
         self._of_rules = [None if rule.topk is None else compile(_keeping(spec, rule)) for rule in schedule]
+        self._whys = [str(rule) for rule in schedule]
         self._ledger = Ledger()
 
     def __call__(
@@ -120,10 +121,10 @@ class EngineAttention:
                     why = least if isinstance(least, str) else f"fewer than {least:,} tokens"
             elif self.otherwise == "error":
                 raise ValueError(f'{why}; callable(..., otherwise="dense") leaves such calls to torch')
-        name = "attention" if layer is None else f"layer {layer}"
-        said = (
-            "" if torch.compiler.is_compiling() else f"{tokens - n_text:,} + {n_text} text" if n_text else f"{tokens:,}"
-        )
+        name, said = "attention", ""
+        if not torch.compiler.is_compiling():  # which counts by constants, and numbers may be symbols
+            name = name if layer is None else f"layer {layer}"
+            said = f"{tokens - n_text:,} + {n_text} text" if n_text else f"{tokens:,}"
         if why is None and operator is not None and place is not None:
             o = attend(operator, q, k, v, place, Masks(None), None, scale, scaled_dot_product_attention)
             count(self._ledger.key, name, SPARSE, "" if operator is self._of_spec else _kept(operator.spec), said)
@@ -160,9 +161,9 @@ class EngineAttention:
                 _whole(name, value)
             elif any(getattr(rule, name + "s") is not None for rule in self.schedule):
                 raise ValueError(f"{name}: expected an integer, for the schedule speaks of {name}s, got None")
-        for rule, operator in zip(self.schedule, self._of_rules, strict=True):
+        for rule, operator, why in zip(self.schedule, self._of_rules, self._whys, strict=True):
             if rule.meets(step, layer):
-                return operator, str(rule)
+                return operator, why
         return self._of_spec, None
 
     def _place(self, grid: Any, tokens: int, n_text: int) -> Place:

@@ -27,7 +27,7 @@ class Rule:
 
     def meets(self, step: int | None, layer: int | None) -> bool:
         """Whether a call is one of these."""
-        return (self.steps is None or step in self.steps) and (self.layers is None or layer in self.layers)
+        return _among(step, self.steps) and _among(layer, self.layers)
 
     def __str__(self) -> str:
         kept = "dense" if self.topk is None else f"topk {self.topk}".replace("(", "").replace(")", "")
@@ -37,6 +37,15 @@ class Rule:
             if numbers is not None
         ]
         return f"{kept} for {' of '.join(parts)}" if parts else kept
+
+
+def _among(number: int | None, numbers: Collection[int] | None) -> bool:
+    """Whether it is one of them, or they are all. By comparing: to a compiler the number may be a symbol."""
+    if numbers is None or number is None:
+        return numbers is None
+    if isinstance(numbers, range) and numbers.step == 1:
+        return numbers.start <= number < numbers.stop
+    return any(number == one for one in numbers)
 
 
 def _runs(numbers: Collection[int]) -> str:

@@ -172,7 +172,8 @@ def _layers(
     made = {name: patches_of(one) for name, one in models.items()}
     for name, module in model.named_modules():
         parts = tuple(one for one in models if not one or name == one or name.startswith(one + "."))
-        if not parts or not re.search("attention|attn", type(module).__name__, re.IGNORECASE):
+        named = re.search("attention|attn", type(module).__name__, re.IGNORECASE)
+        if not parts or not (named or _calls_interface(module)):
             continue
         owner = models[parts[-1]]
         if not owner._can_set_attn_implementation():
@@ -192,6 +193,13 @@ def _layers(
                 first, last, picture = known or Around(0, 0, shared.grid is not None or patches is not None)
                 known = Around(first if given[0] is None else given[0], last if given[1] is None else given[1], picture)
             native = native_function(module, _native_name(name, module, owner))
+            if native is None and not _calls_interface(module):
+                continue  # what holds one that does
+            if native is None:
+                raise ValueError(
+                    f"model: expected eager_attention_forward beside {type(module).__name__}, got none in {name}; "
+                    'model.set_attn_implementation("sdpa") does without'
+                )
             layers.append((module, Layer(name, shared, known, patches, parts, native, native_options(native))))
     if not layers or (left and shared.otherwise == "error"):
         name, why = next(iter(left.items()), (type(model).__name__, "it has no layers of attention"))
@@ -213,10 +221,8 @@ def _native_name(name: str, module: nn.Module, owner: Any) -> str:
 
 def _calls_interface(module: nn.Module) -> bool:
     """Whether this module asks for the attention function itself; others of such names hold one that does."""
-    try:
-        return "ALL_ATTENTION_FUNCTIONS" in inspect.getsource(type(module).forward)
-    except (OSError, TypeError):
-        return True
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
 
 
 def _own_configs(model: nn.Module) -> None:

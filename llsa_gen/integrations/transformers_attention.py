@@ -6,7 +6,6 @@ That one takes what is refused, if the caller asked for it, and what is too shor
 """
 
 import inspect
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -106,11 +105,14 @@ def layer_of(module: nn.Module) -> Layer | None:
     return module.__dict__.get(TAG)
 
 
-def native_function(module: nn.Module, name: str) -> Callable[..., Any]:
-    """The function that transformers calls for a module under "sdpa" or "eager"."""
+def native_function(module: nn.Module, name: str) -> Callable[..., Any] | None:
+    """The function that transformers calls for a module under "sdpa" or "eager"; None if the latter isn't found.
+
+    It stands where the class's forward is written.
+    """
     if name != "eager":
         return ALL_ATTENTION_FUNCTIONS[name]
-    return sys.modules[type(module).__module__].eager_attention_forward
+    return inspect.unwrap(type(module).forward).__globals__.get("eager_attention_forward")
 
 
 def native_options(function: Callable[..., Any]) -> tuple[str, ...]:

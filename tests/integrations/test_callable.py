@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo
 from tiny_transformers import ALL, FEW, D, error, randn
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -204,3 +205,13 @@ def test_copies_and_pickles_do_the_same() -> None:
     for other in (copy.deepcopy(fn), pickle.loads(pickle.dumps(fn))):
         assert torch.equal(other(*tensors(), **call), wanted)
         assert repr(other) == repr(fn) and other.report().sparse == 1
+
+
+def test_compiled_without_a_break() -> None:
+    torch._dynamo.reset()
+    fn = engine(FEW, schedule=SCHEDULE, min_tokens=0)
+    compiled = torch.compile(fn, backend="aot_eager", fullgraph=True)
+    for step, layer in ((0, 7), (2, 7), (3, 5)):  # the second of each makes a symbol of it
+        call: dict[str, Any] = {"grid": GRID, "n_text": TEXT, "step": step, "layer": layer}
+        assert torch.equal(compiled(*tensors(), **call), fn(*tensors(), **call))
+    torch._dynamo.reset()

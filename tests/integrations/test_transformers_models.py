@@ -25,6 +25,7 @@ from tiny_transformers import (
     result,
 )  # fmt: skip
 from torch import Tensor, nn
+from transformers.models.vit.modeling_vit import ViTAttention
 
 import llsa_gen
 from llsa_gen import order
@@ -136,6 +137,23 @@ def test_a_class_token_of_a_text_may_be_global() -> None:
     outputs = [result(model, BERT.inputs) for model in (few, none)]
     assert not torch.equal(*outputs)
     assert "23 + 1 global" in {row.tokens for row in llsa.report(few).rows}
+
+
+class Renamed(ViTAttention):
+    """A class of the user's, under any name and in another file than transformers' eager attention."""
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_subclass_is_known_by_what_it_calls(attention: str) -> None:
+    native = VIT.make(attn_implementation=attention)
+    for block in native.layers:
+        block.attention.__class__ = Renamed
+    sparse = llsa.use(copy.deepcopy(native), ALL, min_tokens=0)
+    assert 0 < error(result(sparse, PIXELS), result(native, PIXELS)) < 1e-5
+    llsa.restore(sparse)
+    llsa.use(sparse, ALL, min_tokens=10**6)
+    assert torch.equal(result(sparse, PIXELS), result(native, PIXELS))
+    assert [row.calls for row in llsa.report(sparse).rows] == [1, 1]
 
 
 def test_arguments_go_before_what_is_known() -> None:
