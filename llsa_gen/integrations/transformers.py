@@ -201,8 +201,9 @@ def _layers(
                     'model.set_attn_implementation("sdpa") does without'
                 )
             layers.append((module, Layer(name, shared, known, patches, parts, native, native_options(native))))
-    if not layers or (left and shared.otherwise == "error"):
-        name, why = next(iter(left.items()), (type(model).__name__, "it has no layers of attention"))
+    asked = any(_calls_interface(module) for module, _ in layers)
+    if not asked or (left and shared.otherwise == "error"):
+        name, why = next(iter(left.items()), (type(model).__name__, "none of its layers asks it for an attention"))
         raise TypeError(f"model: expected one whose attention goes through transformers' interface; {name}: {why}")
     return layers, left
 

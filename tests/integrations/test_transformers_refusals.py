@@ -167,10 +167,16 @@ def test_a_double_is_refused() -> None:
         result(model, {"pixel_values": PIXELS["pixel_values"].double()})
 
 
+SAM = Case(
+    "SamVisionModel", {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1, "mlp_dim": 64,
+                       "image_size": 32, "patch_size": 4, "output_channels": 16}, PIXELS
+)  # fmt: skip
+
 MODELS: list[tuple[Case, dict[str, Any], type[Exception], str]] = [
     (Case("Gemma2Model", {**TEXT, "num_key_value_heads": 1, "head_dim": 16}, IDS), {}, TypeError,
      "Gemma2Model is more than torch's"),
     (Case("DebertaV2Model", TEXT, IDS), {}, TypeError, "DebertaV2Model does not use transformers' AttentionInterface"),
+    (SAM, {"globals_first": 0}, TypeError, "SamVisionModel: none of its layers asks it for an attention"),
     (vision("ViTMAEModel"), {}, ValueError, "globals_first: expected an integer, for nothing is known .* 'vit_mae'"),
     (vision("ViTModel", num_attention_heads=4), {}, ValueError, "spec: expected head_dim 8, as in the model, got 16"),
     (VIT, {"otherwise": "sparse"}, ValueError, "otherwise: expected .* got 'sparse'"),
