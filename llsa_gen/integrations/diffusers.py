@@ -12,6 +12,7 @@ is decided call by call (`llsa_gen.integrations.routing`).
 """
 
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, BinaryIO
@@ -188,7 +189,8 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def _shows_a_grid(module: nn.Module) -> bool:
     """Models within models, such as the transformers of a UNet."""
-    return hasattr(module, "config") and any(_layers(module))
+    named = hasattr(module, "config") or type(module).__name__.endswith("Model")
+    return named and any(_layers(module))
 
 
 def _head_dim(layer: Any) -> int | None:
@@ -241,10 +243,19 @@ def _check_parallel(module: nn.Module, name: str) -> None:
 
 
 def _check_backend(module: nn.Module, name: str) -> None:
-    backend: Any = getattr(getattr(module, "processor", None), "_attention_backend", None)
+    """Other backends do not call torch's attention; diffusers keeps one for a layer, and one for all that have none."""
+    processor: Any = getattr(module, "processor", None)
+    if not hasattr(processor, "_attention_backend"):
+        return
+    backend = processor._attention_backend
+    if backend is None:
+        registry: Any = getattr(
+            sys.modules.get("diffusers.models.attention_dispatch"), "_AttentionBackendRegistry", None
+        )
+        backend = None if registry is None else registry.get_active_backend()[0]
     backend = getattr(backend, "value", backend)
     if backend is not None and not str(backend).lstrip("_").startswith("native"):
         raise ValueError(
             f'{name}: expected diffusers\' attention backend "native", got {backend!r}: '
-            "model.reset_attention_backend() first"
+            'model.set_attention_backend("native") first'
         )

@@ -24,10 +24,12 @@ CHANNELS = ("in_channels", "in_visual_dim", "num_channels")
 """Names by which a config says how many channels a latent has."""
 CHANNEL_AXES = {"CogVideoX": 1, "ConsisID": 1, "Kandinsky": 3}
 """Where the channels of a video are, beside the batch, by the beginning of the class: elsewhere they are found."""
+NO_TEXT = ("rot", "pos", "freq", "mask", "ids", "coords", "control", "residual")
+"""Parts of names of inputs that have a row for each patch, and are no text."""
 PACKED_IDS = ("img_ids", "latent_image_ids", "image_ids")
 
 _read = WeakTensorKeyDictionary()
-"""What was read off ids, by their tensor: (its version, the grid or None). A pipeline passes the same ones every step."""
+"""What was read off ids, by their tensor: (its version, the grid or None). Pipelines pass the same every step."""
 
 
 def main_input(arguments: Mapping[str, Any]) -> Any:
@@ -42,7 +44,9 @@ def text_lengths(arguments: Mapping[str, Any]) -> tuple[int, ...]:
     """How many tokens inputs beside the latent have, [B, T, C] each: those of text, of pictures for reference."""
     main = main_input(arguments)
     found: list[int] = []
-    for value in arguments.values():
+    for name, value in arguments.items():
+        if any(part in name for part in NO_TEXT):
+            continue
         for x in value if isinstance(value, list | tuple) else (value,):
             if isinstance(x, Tensor) and x is not main and x.ndim in (2, 3, 4) and x.is_floating_point():
                 found.append(x.shape[-2])

@@ -144,13 +144,18 @@ class _Mark:
 def watch(module: nn.Module, watcher: Watcher, name: str, *, attends: bool) -> None:
     """Tell `watcher` of a module's runs: of an attention layer's, or of those of a model that is given a latent."""
     module.__dict__[MARK] = _Mark(watcher, name)
-    module.__class__ = _watched(type(module), attends)
+    module.__class__ = _watched(_own(type(module)), attends)
 
 
 def unwatch(module: nn.Module) -> None:
     """The module as it was before `watch`."""
-    module.__class__ = type(module).__bases__[0]
+    module.__class__ = _own(type(module))
     del module.__dict__[MARK]
+
+
+def _own(kind: type[nn.Module]) -> type[nn.Module]:
+    """The class without what was made of it here: `type(model)(...)` of a watched model is one that nobody watches."""
+    return kind.__bases__[0] if MARK in vars(kind) else kind
 
 
 @cache
@@ -173,6 +178,8 @@ def _watched(kind: type[nn.Module], attends: bool) -> type[nn.Module]:
 
     def run_layer(self: Any, *args: Any, **kwargs: Any) -> Any:
         mark = self._llsa_gen
+        if mark is None:
+            return run(self, *args, **kwargs)
         arguments = dict(zip(names, args, strict=False)) | kwargs
         call = mark.watcher.begin(self, mark.name, arguments)
         if call is None:
@@ -188,6 +195,8 @@ def _watched(kind: type[nn.Module], attends: bool) -> type[nn.Module]:
 
     def run_model(self: Any, *args: Any, **kwargs: Any) -> Any:
         mark = self._llsa_gen
+        if mark is None:
+            return run(self, *args, **kwargs)
         arguments = dict(zip(names, args, strict=False)) | kwargs
         context = mark.watcher.enter(self, arguments, now.context)
         before, now.context = now.context, context
@@ -207,15 +216,17 @@ def _watched(kind: type[nn.Module], attends: bool) -> type[nn.Module]:
         return _again, (kind, attends), self.__getstate__()
 
     body = {
+        MARK: None,
         "__call__": run_layer if attends else run_model,
         "__reduce_ex__": reduce,
         "__module__": kind.__module__,
         "__qualname__": kind.__qualname__,
         "__doc__": kind.__doc__,
     }
-    return type(kind)(kind.__name__, (kind,), body)
+    make: Any = type(kind)
+    return make(kind.__name__, (kind,), body)
 
 
 def _again(kind: type[nn.Module], attends: bool) -> nn.Module:
     made = _watched(kind, attends)
-    return made.__new__(made)  # pyright: ignore[reportCallIssue]  nn.Module gets its arguments in __init__ alone
+    return made.__new__(made)
