@@ -39,8 +39,9 @@ test-main: $(READY)  ## all other tests; those for a GPU are shown as skipped wi
 test-versions: $(READY)  ## the tests marked versions, with the oldest and the newest triton
 	$(BIN)/python tests/versions.py --short
 
-versions: $(READY)  ## every triton from 3.6: the interpreter's tests, and the table of benchmarks/triton_versions.md
+versions: $(READY)  ## every triton from 3.6, the table of benchmarks/triton_versions.md, and the newest diffusers and such
 	$(BIN)/python tests/versions.py
+	$(BIN)/python tests/libraries.py
 
 test-gpu: $(READY)  ## the tests for a CUDA or ROCm GPU
 	$(BIN)/pytest -m gpu

@@ -50,6 +50,7 @@ ROOMS = {
     "order": room("spec", "torch numpy"),
     "look": room("spec order", "torch matplotlib"),
     "nn": room("spec order compiler", "torch"),
+    "integrations": room("spec order look emit store compiler", "torch transformers"),
     "fuzz": room("spec reference store compiler", "torch triton hypothesis"),
     "aot": room("spec schedule emit store compiler", "torch triton"),
     "bench": room("spec plan schedule emit store compiler reference fuzz aot", "torch pydantic rich matplotlib"),
@@ -180,6 +181,11 @@ def test_no_module_imports_itself_in_a_circle() -> None:
     TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
 
 
+def adapts(name: str) -> bool:
+    """Whether a module may need the library that it is an adapter for, which is an extra."""
+    return name.startswith("integrations.transformers")
+
+
 def draws(name: str) -> bool:
     """Whether a module may need matplotlib, which is an extra: nothing else may import it but when it is asked to."""
     return name in {"bench.plot", "look.drawing", "look.picture"}
@@ -191,9 +197,10 @@ def test_what_is_imported_is_declared() -> None:
     def declared(requirements: list[str]) -> set[str]:
         return {re.split(r"[^A-Za-z0-9_.-]", requirement)[0].lower() for requirement in requirements}
 
-    always = declared(project["dependencies"])
+    always, extras = declared(project["dependencies"]), project["optional-dependencies"]
     for name, path in present().items():
-        allowed = always | declared(project["optional-dependencies"]["demo"]) if draws(name) else always
+        extra = "demo" if draws(name) else "transformers" if adapts(name) else None
+        allowed = always | declared(extras[extra]) if extra else always
         missing = {DISTRIBUTIONS.get(library, library) for library in imports(path.read_text())[1]} - allowed
         assert not missing, f"pyproject.toml does not declare {sorted(missing)}, which {name} imports"
 
@@ -224,11 +231,12 @@ def run_fresh(code: str, home: Path) -> str:
     return result.stdout.strip()
 
 
-LOADED = "import sys; print(*sorted({'torch', 'triton', 'jinja2', 'sympy', 'pydantic'} & sys.modules.keys()))"
+WATCHED = {"torch", "triton", "jinja2", "sympy", "pydantic", "transformers"}
+LOADED = f"import sys; print(*sorted({WATCHED} & sys.modules.keys()))"
 
 
 def test_importing_the_package_loads_nothing_and_leaves_nothing_behind(tmp_path: Path) -> None:
-    assert run_fresh(f"import llsa_gen; assert llsa_gen.__version__; {LOADED}", tmp_path) == ""
+    assert run_fresh(f"import llsa_gen.integrations; assert llsa_gen.__version__; {LOADED}", tmp_path) == ""
     assert list(tmp_path.iterdir()) == []
 
 

@@ -116,6 +116,31 @@ def test_a_selection_is_used_again(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert not torch.equal(names["o"], names["later"])
 
 
+def test_three_lines_move_a_model_of_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = "llsa_gen.integrations.crossing.measured"
+    monkeypatch.setattr(measured, lambda *_: 512)
+    names = run_program("Models of transformers", tmp_path, monkeypatch)
+    model = names["model"]
+    assert model.config._attn_implementation == "sdpa", "restored"
+    names["llsa"].use(model, "pixels.yaml")
+    model(torch.randn(1, 3, 128, 128))
+    counts = names["llsa"].report(model, quality=True)
+    assert counts.sparse == 2 and all(row.quality is not None and 0 < row.quality.mass < 1 for row in counts.rows)
+    assert all(x.grad is not None for name, x in model.named_parameters() if "pooler" not in name)
+
+
+def test_a_model_of_diffusers_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = run_program("Models of diffusers", tmp_path, monkeypatch)
+    assert not any("_llsa_gen" in module.__dict__ for module in names["model"].modules())
+    (shown,) = [text for language, text in BLOCKS if language == "text" and text.startswith("layer ")]
+    printed = capsys.readouterr().out.splitlines()
+    for line, wanted in zip(printed, shown.splitlines(), strict=False):
+        figures = r"\d+\.\d+%|0\.\d+"  # weights are random
+        assert re.sub(figures, "", line).split() == re.sub(figures, "", wanted).split()
+
+
 def test_the_links_lead_somewhere() -> None:
     links = re.findall(r"\]\(([^)]+)\)", README)
     assert links
