@@ -1,12 +1,14 @@
-"""On a GPU: `LLSAttention` and what torch's machinery does to it there; against the same layer on the CPU, in float32."""
+"""On a GPU: `LLSAttention`, against itself on the CPU in float32, and what torch's machinery does to it there."""
 
 import copy
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import llsa_gen
 from llsa_gen import Spec
@@ -52,7 +54,7 @@ def drawn(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     return x.to(DEVICE, dtype), grad.to(DEVICE, dtype)
 
 
-def step(module: nn.Module, x: Tensor, grad: Tensor) -> list[Tensor]:
+def step(module: Any, x: Tensor, grad: Tensor) -> list[Tensor]:
     """o, dx and the gradients of all parameters."""
     x = x.detach().requires_grad_()
     o = module(x)
@@ -115,7 +117,7 @@ def test_checkpointing_recomputes_the_same_bits() -> None:
     wanted = step(module, x, grad)
     for reentrant in (False, True):
         x = x.detach().requires_grad_()
-        o = torch.utils.checkpoint.checkpoint(module, x, use_reentrant=reentrant)
+        o = checkpoint(module, x, use_reentrant=reentrant)
         o.backward(grad)
         found = [o.detach(), x.grad, *(p.grad for p in module.parameters())]
         for one, other in zip(found, wanted, strict=True):
