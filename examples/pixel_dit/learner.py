@@ -7,13 +7,13 @@ again at a step goes on as if it had never ended.
 
 import contextlib
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from typing import Any, Protocol, cast
 
 import flow
 import numpy as np
 import torch
+from graphs import Batch, Graph, Process, Replayed, graph_of
 from model import PixelDiT
 from settings import Settings
 from torch import Tensor, nn
@@ -29,33 +29,25 @@ class Source(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Process:
-    """Which of how many processes this is, and the device that it computes on."""
-
-    device: torch.device
-    rank: int = 0
-    ranks: int = 1
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Tokens that the network is given, and ought to say, [B, N, 3] each, and times [B]."""
-
-    given: Tensor
-    t: Tensor
-    wanted: Tensor
-
-
 class Learner:
-    """Learns step by step: `learn(step)`. Everything that a checkpoint holds is in `state` and `load`."""
+    """Learns step by step: `learn(step)`. Everything that a checkpoint holds is in `state` and `load`.
 
-    def __init__(self, settings: Settings, process: Process) -> None:
+    Args:
+        settings: of the run.
+        process: which process this is.
+        graph: what records a step and replays it; unless given, the one that settings ask for, if any.
+
+    Raises:
+        ValueError: where the batch cannot be divided, or settings ask for a graph that cannot be had.
+    """
+
+    def __init__(self, settings: Settings, process: Process, graph: Graph | None = None) -> None:
         if settings.batch % (process.ranks * settings.accumulate):
             raise ValueError(
                 f"batch: expected a multiple of {process.ranks} processes times accumulate {settings.accumulate}, "
                 f"got {settings.batch}"
             )
+        graph = graph or graph_of(settings, process)
         self.settings, self.process = settings, process
         self.scale = flow.noise_scale(*settings.size)
         torch.manual_seed(settings.seed)
@@ -63,9 +55,8 @@ class Learner:
             settings.size, settings.attention, settings.order, settings.channels, settings.depth, settings.heads,
             settings.checkpointing, settings.layout, settings.modulate,
         ).to(process.device)  # fmt: skip
-        self.averaged = None
-        if settings.ema:
-            self.averaged = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(settings.ema))
+        self.average = get_ema_multi_avg_fn(settings.ema)
+        self.averaged = AveragedModel(self.model, multi_avg_fn=self.average) if settings.ema else None
         run: nn.Module = self.model
         if settings.compile == "model":
             run = cast(nn.Module, torch.compile(run))
@@ -76,9 +67,12 @@ class Learner:
             with warnings.catch_warnings(action="ignore", category=FutureWarning):  # of a name that 2.11 does not know
                 run = DistributedDataParallel(run, broadcast_buffers=False)
         self.run = run
+        self.lr = torch.tensor(settings.lr, device=process.device)  # a tensor: a recorded step reads it
         self.optimizer = torch.optim.AdamW(
-            _groups(self.model, settings.weight_decay), lr=settings.lr, betas=(0.9, 0.99), fused=True
+            _groups(self.model, settings.weight_decay), lr=self.lr, betas=(0.9, 0.99), fused=True
         )
+        self.total = torch.zeros((), device=process.device)
+        self.step = Replayed(self._step, graph) if graph else self._step
 
     @property
     def part(self) -> int:
@@ -108,24 +102,40 @@ class Learner:
         given, wanted = flow.noised(x_0, t, eps, self.scale)
         return Batch(self.model.to_tokens(given), t, self.model.to_tokens(wanted))
 
-    def learn(self, step: int, batches: Iterator[Batch]) -> Tensor:
+    def learn(self, step: int, batches: Iterable[Batch]) -> Tensor:
         """One step: the loss of its batch, this process's share of it, as a tensor that nobody has waited for."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.settings.lr * min(1.0, (step + 1) / self.settings.warmup)
+        self.lr.fill_(self.settings.lr * min(1.0, (step + 1) / self.settings.warmup))
+        self.step(batches)
+        if self.averaged is not None:
+            if self.averaged.n_averaged == 0:  # on the host: a count is no parameter, and was sent nowhere
+                self.averaged.module.load_state_dict(self.model.state_dict())  # averages begin after the first step
+            self.averaged.n_averaged += 1
+        return self.total.clone()
+
+    def _step(self, batches: Iterable[Batch]) -> None:
+        """What is recorded: no number of it is the host's, but for settings."""
         self.optimizer.zero_grad()
-        total = torch.zeros((), device=self.process.device)
+        self.total.zero_()
         for number, batch in enumerate(batches, 1):
             last = number == self.settings.accumulate
             with contextlib.nullcontext() if last else self._apart():
                 loss = self.loss(self.run, batch) / self.settings.accumulate
                 loss.backward()
-            total += loss.detach()
+            self.total += loss.detach()
         if self.settings.clip:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
+        self._update()
+
+    @torch.no_grad()
+    def _update(self) -> None:
+        """Weights, then their averages: as `AveragedModel.update_parameters`, which sends its count to the device at
+        every step, and copies buffers, which never change here."""
+        recorded = self.process.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        for group in self.optimizer.param_groups:
+            group["capturable"] = recorded  # for torch's check alone: a fused AdamW can always be recorded
         self.optimizer.step()
         if self.averaged is not None:
-            self.averaged.update_parameters(self.model)
-        return total
+            self.average(list(self.averaged.module.parameters()), list(self.model.parameters()), 0)
 
     def loss(self, run: nn.Module, batch: Batch) -> Tensor:
         """The mean square of what is wrong: 1, about, for a model that says 0."""
@@ -175,6 +185,10 @@ class Learner:
         if self.averaged is not None:
             self.averaged.load_state_dict(state["averaged"])
         self.optimizer.load_state_dict(state["optimizer"])
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr
+        if isinstance(self.step, Replayed):
+            self.step.forget()  # the optimiser has other tensors now
 
     def _apart(self) -> contextlib.AbstractContextManager[object]:
         """Gradients of a part that is not the last one stay in this process."""

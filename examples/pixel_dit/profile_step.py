@@ -15,6 +15,7 @@ import attention
 import rows
 import settings
 import torch
+from graphs import WARM_UPS
 from settings import Settings
 from throughput import prepared
 from torch.profiler import ProfilerActivity, profile
@@ -40,7 +41,7 @@ def profiled(wanted: Settings) -> tuple[float, dict[str, tuple[float, float]]]:
     """Milliseconds of a step without the profiler; (ms, launches) of every kernel in one step, by name."""
     torch.compiler.reset()
     _, step = prepared(wanted)
-    for _ in range(4):
+    for _ in range(WARM_UPS + 1):
         step()
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()

@@ -28,7 +28,7 @@ def add(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     """A table in Markdown, for people and for docs: the first column to the left, numbers to the right."""
-    widths = [max(len(line[place]) for line in (head, *lines)) for place in range(len(head))]
+    widths = [max(3, *(len(line[place]) for line in (head, *lines))) for place in range(len(head))]  # ---, --:
 
     def row(cells: Sequence[str]) -> str:
         placed = [
@@ -37,9 +37,5 @@ def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
         ]
         return f"| {' | '.join(placed)} |"
 
-    rule = (
-        "| "
-        + " | ".join(("-" * (width - 1) + ":") if place else "-" * width for place, width in enumerate(widths))
-        + " |"
-    )
-    return "\n".join([row(head), rule, *map(row, lines)])
+    rule = ["-" * (width - 1) + (":" if place else "-") for place, width in enumerate(widths)]
+    return "\n".join([row(head), row(rule), *map(row, lines)])

@@ -11,7 +11,8 @@ import checkpoints
 import numpy as np
 import settings
 import torch
-from learner import Learner, Process
+from graphs import Process
+from learner import Learner
 from PIL import Image
 from settings import Settings
 from torch import Tensor
@@ -40,7 +41,7 @@ def learner_of(folder: Path, device: torch.device, size: tuple[int, int] | None 
     if not found:
         raise ValueError(f"{folder}: expected the folder of a run with a checkpoint, got none")
     content = checkpoints.load(found[-1], device)
-    trained = content["settings"] | {"compile": "none"} | ({"size": list(size)} if size else {})
+    trained = content["settings"] | {"compile": "none", "cuda_graph": False} | ({"size": list(size)} if size else {})
     learner = Learner(Settings.model_validate(trained), Process(device))
     learner.load(content)
     return learner

@@ -25,6 +25,16 @@ def _size(value: object) -> object:
     return value
 
 
+def _choice(value: object) -> object:
+    """true, false or "auto", as YAML or a flag says it."""
+    if isinstance(value, bool) or value == "auto":
+        return value
+    said = {"true": True, "false": False}.get(str(value).lower())
+    if said is None:
+        raise ValueError("expected auto, true or false")
+    return said
+
+
 Whole = Annotated[int, Field(ge=1)]
 Amount = Annotated[float, Field(ge=0)]
 
@@ -63,6 +73,9 @@ class Settings(BaseModel):
     compile: Literal["model", "blocks", "none"] = Field(
         "model", description="what torch.compile takes: blocks compile six times as fast, and run a little slower"
     )
+    cuda_graph: Annotated[bool | Literal["auto"], BeforeValidator(_choice)] = Field(
+        "auto", description="record a step once and replay it: true, false, or auto, which is true on one GPU"
+    )
     checkpointing: bool = Field(False, description="compute activations again in the backward pass")
     device: str = Field("", description="cpu or cuda; a GPU where there is one, if not given")
     # what is written, and how often
@@ -81,7 +94,17 @@ class Settings(BaseModel):
 
 
 FREE = frozenset(
-    {"data", "steps", "seconds", "device", "log_every", "validate_every", "validation", "checkpoint_every"}
+    {
+        "data",
+        "steps",
+        "seconds",
+        "device",
+        "cuda_graph",
+        "log_every",
+        "validate_every",
+        "validation",
+        "checkpoint_every",
+    }
     | {"samples", "sample_steps"}
 )
 """What a run that is resumed may change: none of it changes a step. The pictures are compared by their hashes."""

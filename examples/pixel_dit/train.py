@@ -29,7 +29,8 @@ import settings
 import torch
 import torch.distributed as dist
 from data import DataError, Windows
-from learner import Learner, Process
+from graphs import Process
+from learner import Learner
 from model import Block
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from sample import write_grid

@@ -8,6 +8,7 @@ import ablation
 import draw_curves
 import profile_step
 import pytest
+import rows
 import settings
 import throughput
 import yaml
@@ -100,3 +101,11 @@ def test_curves_show_the_lines_of_a_log(tmp_path: Path) -> None:
     assert (tmp_path / "curves.png").stat().st_size > 1000
     with pytest.raises(ValueError, match=r"expected the folder of a run, with log.jsonl in it"):
         draw_curves.lines_of(tmp_path)
+
+
+def test_a_table_with_a_narrow_column_is_markdown() -> None:
+    assert rows.table(["x", "B", "many"], [["a", "1", "2"]]).splitlines() == [
+        "| x   |   B | many |",
+        "| --- | --: | ---: |",
+        "| a   |   1 |    2 |",
+    ]

@@ -13,7 +13,8 @@ import pytest
 import torch
 from data import Windows
 from flow import fixed_times, pixelwise_loss
-from learner import Learner, Process
+from graphs import Process
+from learner import Learner
 from sample import learner_of, write_grid
 from settings import Settings
 from tiny_runs import SMALL, draw_pictures, small
