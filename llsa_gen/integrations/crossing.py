@@ -5,7 +5,6 @@
 
 import contextlib
 import json
-import os
 import time
 import warnings
 from collections.abc import Callable
@@ -142,7 +141,7 @@ def _keep(lengths: dict[str, int]) -> None:
     try:
         store = Store()
         store.check()
-        os.makedirs(store.root, exist_ok=True)
+        trust.make_directory(store.root)
         write_whole(store.root / "crossings.json", json.dumps(lengths, indent=2) + "\n")
     except (OSError, CacheRefused) as error:
         warnings.warn(f"the measured crossing is not kept: {error}", RuntimeWarning, stacklevel=3)

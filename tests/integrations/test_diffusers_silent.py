@@ -11,7 +11,6 @@ from diffusers_models import (
     HEAD_DIM,
     LAST_THREE_PADDED,
     LITTLE,
-    STEP,
     dit,
     error,
     flux,
@@ -30,6 +29,7 @@ from torch import nn
 from llsa_gen.integrations.diffusers import report, restore, use
 from llsa_gen.integrations.report import DENSE, LEFT, SPARSE
 from llsa_gen.integrations.routing import Router
+from llsa_gen.integrations.watching import now
 
 
 def routes(model: nn.Module) -> dict[str, tuple[str, str]]:
@@ -380,8 +380,12 @@ def test_threads_do_not_mix_their_grids() -> None:
 def test_an_error_within_leaves_nothing_behind() -> None:
     model, inputs = loud(dit())
     use(model, EVERYTHING, min_tokens=0)
-    with pytest.raises((RuntimeError, AssertionError)):
-        run(model, inputs | {"timestep": STEP.expand(3, 2)})
+    layer = model.transformer_blocks[0].attn1
+    layer.to_out[0], linear = nn.Linear(3, 3), layer.to_out[0]
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        run(model, inputs)
+    layer.to_out[0] = linear
+    assert now.call is None and now.context is None
     q = torch.randn(1, 2, 64, HEAD_DIM)
     torch.nn.functional.scaled_dot_product_attention(q, q, q)  # of nobody's
     before = report(model).sparse
