@@ -16,7 +16,7 @@ from llsa_gen.integrations import report, sequences
 from llsa_gen.integrations.grids import Shape, candidates, main_input, text_lengths
 from llsa_gen.integrations.placed import Run, attend
 from llsa_gen.integrations.sequences import Masks, Place, Text
-from llsa_gen.integrations.watching import Call, Context, now
+from llsa_gen.integrations.watching import Call, Context, now, resume, resumed
 
 __all__ = ["Router"]
 
@@ -45,7 +45,7 @@ class Router:
         operators: gives the operator for a layer, by its name and head dim; None if it is to stay dense.
         least: gives the fewest picture tokens that are worth it, or why none are: by operator and the query tensor.
         check: raises for a layer that must not be run so.
-        grid: the grid of patches, in place of what inputs show; or a function of a number of tokens that gives it.
+        grid: the grid of patches, in place of what inputs show.
         text: where text is, for sequences that do not show it.
         sides: the same, by layer, where the class of the model tells it.
     """
@@ -94,9 +94,11 @@ class Router:
                 self.recent = [*known[1 - REMEMBERED :], context]
         return context
 
-    def leave(self, context: Context) -> None:
+    def leave(self, context: Context, result: Any) -> None:
         if context.learning:
             self.listening = self.open
+        if not torch.compiler.is_compiling() and torch.is_grad_enabled():
+            resume(context, result)
 
     def begin(self, module: nn.Module, name: str, arguments: dict[str, Any]) -> Call | None:
         """What an attention layer is given."""
@@ -180,11 +182,14 @@ class Router:
         if context is not None and context.owner == self.ledger.key:
             return self._place_in(context, call, q)
         if _in_backward():  # checkpointed: the layer runs again, its model does not
-            found = {self._place_in(one, call, q) for one in self.recent}
+            context = resumed()
+            known = self.recent if context is None or context.owner != self.ledger.key else [context]
+            found = {self._place_in(one, call, q) for one in known}
             if len(found) > 1:
                 raise RuntimeError(
                     f"{call.name}: gradient checkpointing runs it again, and of the model's last runs several had "
-                    f"{q.shape[2]} tokens, with other grids: call backward before the next run"
+                    f"{q.shape[2]} tokens, with other grids: differentiate what the model returns, "
+                    "or one run before the next"
                 )
             return found.pop() if found else OUTSIDE
         return OUTSIDE

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from llsa_gen.integrations.grids import Shape
 
-__all__ = ["Call", "Context", "Watcher", "names_of", "now", "unwatch", "watch"]
+__all__ = ["MARK", "Call", "Context", "Watcher", "names_of", "now", "resume", "resumed", "unwatch", "watch"]
 
 MARK = "_llsa_gen"
 """The attribute of a watched module: its `Watcher`, and its name in the model."""
@@ -65,8 +65,8 @@ class Watcher(Protocol):
         """What a model, or one that shows a grid within it, was given."""
         ...
 
-    def leave(self, context: Context) -> None:
-        """It has ended without an error."""
+    def leave(self, context: Context, result: Any) -> None:
+        """It has ended without an error, and returns this."""
         ...
 
     def begin(self, module: nn.Module, name: str, arguments: dict[str, Any]) -> Call | None:
@@ -87,6 +87,8 @@ class _Now(threading.local):
 
     context: Context | None = None
     call: Call | None = None
+    resumed: tuple[int, Context] | None = None
+    """The backward pass that this thread was last in, by torch's number, and the run that it came from."""
 
 
 now = _Now()
@@ -145,6 +147,28 @@ def watch(module: nn.Module, watcher: Watcher, name: str, *, attends: bool) -> N
     """Tell `watcher` of a module's runs: of an attention layer's, or of those of a model that is given a latent."""
     module.__dict__[MARK] = _Mark(watcher, name)
     module.__class__ = _watched(_own(type(module)), attends)
+
+
+def resume(context: Context, result: Any) -> None:
+    """Lets the backward pass of a run know the run, for gradient checkpointing runs its layers again in there.
+
+    A hook of the outputs is called before anything of the run is differentiated, and of several runs in one backward
+    pass the last one is differentiated first, and whole.
+    """
+
+    def hook(_: Tensor) -> None:
+        now.resumed = (torch._C._current_graph_task_id(), context)
+
+    for x in result.values() if isinstance(result, dict) else result if isinstance(result, tuple | list) else (result,):
+        for one in x if isinstance(x, tuple | list) else (x,):
+            if isinstance(one, Tensor) and one.requires_grad:
+                one.register_hook(hook)
+
+
+def resumed() -> Context | None:
+    """The run that this thread differentiates, as far as its outputs lead to it."""
+    task = torch._C._current_graph_task_id()
+    return now.resumed[1] if now.resumed is not None and now.resumed[0] == task else None
 
 
 def unwatch(module: nn.Module) -> None:
@@ -208,7 +232,7 @@ def _watched(kind: type[nn.Module], attends: bool) -> type[nn.Module]:
                 result = run(self, *args, **kwargs)
         finally:
             now.context = before
-        mark.watcher.leave(context)
+        mark.watcher.leave(context, result)
         return result
 
     def reduce(self: Any, protocol: Any) -> Any:

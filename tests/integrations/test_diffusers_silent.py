@@ -323,26 +323,42 @@ def test_a_function_chooses_layers() -> None:
 
 
 def test_checkpointing_runs_a_layer_again_as_it_ran() -> None:
+    """Runs of as many tokens and other grids, as in training on pictures of several shapes."""
     torch.manual_seed(0)
     model, inputs = loud(sd3())
     use(model, LITTLE, min_tokens=0)
+    shapes = [inputs, inputs | {"hidden_states": inputs["hidden_states"].mT}]
 
     def gradients() -> list[torch.Tensor]:
-        model.zero_grad()
-        run(model, inputs).square().mean().backward()
-        return [x.grad for x in model.parameters() if x.grad is not None]
+        found = []
+        for together in ([shapes[0]], [shapes[1]], shapes, shapes[::-1]):
+            model.zero_grad()
+            losses = [run(model, one).square().mean() for one in together]
+            torch.stack(losses).sum().backward()
+            found += [x.grad.clone() for x in model.parameters() if x.grad is not None]
+        return found
 
     wanted = gradients()
     model.train()
     model.enable_gradient_checkpointing()
     assert all(map(torch.equal, gradients(), wanted))
-    assert all(row.calls == 2 for row in report(model).rows), "a run again is no other call"
+    assert all(row.calls == 12 for row in report(model).rows), "a run again is no other call"
 
-    loss = run(model, inputs).square().mean()
-    turned = inputs["hidden_states"].mT
-    run(model, inputs | {"hidden_states": turned})  # as many tokens, of another grid
-    with pytest.raises(RuntimeError, match="call backward before the next run"):
-        loss.backward()
+
+def test_checkpointing_that_does_not_come_from_the_output_is_no_guess() -> None:
+    model, inputs = loud(sd3())
+    use(model, LITTLE, min_tokens=0)
+    model.train()
+    model.enable_gradient_checkpointing()
+    blocks: list[torch.Tensor] = []
+    model.transformer_blocks[0].register_forward_hook(lambda module, args, out: blocks.append(out[1]))
+    run(model, inputs)
+    blocks[0].sum().backward()
+    blocks.clear()
+    run(model, inputs)
+    run(model, inputs | {"hidden_states": inputs["hidden_states"].mT})
+    with pytest.raises(RuntimeError, match="differentiate what the model returns, or one run before the next"):
+        blocks[0].sum().backward()
 
 
 def test_autocast_takes_the_operator_along() -> None:
