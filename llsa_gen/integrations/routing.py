@@ -79,6 +79,7 @@ class Router:
         self.check(module, "")
         latent = main_input(arguments)
         config: Any = getattr(module, "config", None) or {}
+        config = config if isinstance(config, Mapping) else vars(config)
         grids = (self.grid,) if self.grid is not None else candidates(type(module).__name__, config, arguments)
         batch = latent.shape[0] if isinstance(latent, Tensor) else len(latent) if isinstance(latent, list) else 1
         texts = text_lengths(arguments)

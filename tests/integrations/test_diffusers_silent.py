@@ -1,6 +1,7 @@
 """What went wrong without a word in models of diffusers: it is right, refused, or dense and counted with a reason."""
 
 import threading
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -226,6 +227,13 @@ def test_dropout_causality_and_other_dtypes_are_dense(options: dict[str, Any], w
     model = use(Around(Calls(**options)), EVERYTHING, min_tokens=0)
     model(torch.randn(2, 32, 8, 8))
     assert routes(model) == {"layer": (DENSE, why)}
+
+
+def test_a_config_may_be_an_object() -> None:
+    model: Any = Around(Calls())
+    model.config = SimpleNamespace(patch_size=1)
+    use(model, EVERYTHING, min_tokens=0)(torch.randn(2, 32, 8, 8))
+    assert routes(model) == {"layer": (SPARSE, "")}
 
 
 def test_fewer_heads_of_keys_and_a_scale_are_honoured() -> None:
