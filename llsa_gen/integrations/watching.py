@@ -161,7 +161,7 @@ def resume(context: Context, result: Any) -> None:
 
     for x in result.values() if isinstance(result, dict) else result if isinstance(result, tuple | list) else (result,):
         for one in x if isinstance(x, tuple | list) else (x,):
-            if isinstance(one, Tensor) and one.requires_grad:
+            if isinstance(one, Tensor) and one.grad_fn is not None:
                 one.register_hook(hook)
 
 
