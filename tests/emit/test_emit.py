@@ -246,8 +246,8 @@ def test_every_template_has_a_part_in_the_modules(templates: Path) -> None:
 def test_no_name_of_a_module_is_taken_twice(spec: Spec) -> None:
     made = ast.parse(render(spec)).body
     names = [one.name for one in made if isinstance(one, ast.FunctionDef | ast.ClassDef)]
-    targets = (target for one in made if isinstance(one, ast.Assign) for target in one.targets)
-    names += [one.id for target in targets for one in ast.walk(target) if isinstance(one, ast.Name)]
+    nodes = (node for one in made if isinstance(one, ast.Assign) for node in ast.walk(one))
+    names += [node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)]
     assert [name for name, times in Counter(names).items() if times > 1] == []
 
 
