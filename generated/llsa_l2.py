@@ -45,7 +45,7 @@ SPEC = {
     "name": "llsa_l2",
     "reweight": True,
 }
-OPERATOR = "llsa_l2_64c57b47dd91115a"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
+OPERATOR = "llsa_l2_779780eb587fbaf3"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -4555,7 +4555,11 @@ def differentiate(ctx: Any, grad_o: torch.Tensor | None, grad_lse: torch.Tensor 
 class Attend(torch.autograd.Function):
     """The operator without torch's dispatcher: o, lse and what is saved, of tensors that are plain."""
 
-    forward = staticmethod(forward)
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[torch.Tensor, ...]:
+        """`forward`. In torch 2.15 arguments with a default would be inputs, given or not, and want gradients."""
+        return forward(*inputs)
+
     setup_context = staticmethod(save_for_backward)
     backward = staticmethod(differentiate)
 

@@ -263,7 +263,11 @@ def differentiate(ctx: Any, grad_o: torch.Tensor | None, grad_lse: torch.Tensor 
 class Attend(torch.autograd.Function):
     """The operator without torch's dispatcher: o, lse and what is saved, of tensors that are plain."""
 
-    forward = staticmethod(forward)
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[torch.Tensor, ...]:
+        """`forward`. In torch 2.15 arguments with a default would be inputs, given or not, and want gradients."""
+        return forward(*inputs)
+
     setup_context = staticmethod(save_for_backward)
     backward = staticmethod(differentiate)
 

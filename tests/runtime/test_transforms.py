@@ -1,5 +1,6 @@
 """Under torch's machinery: torch.func, gradients of gradients, dynamic lengths, counters, profilers, meta tensors."""
 
+import inspect
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 import torch._dynamo
 import torch._dynamo.testing
 from torch import Tensor
+from torch.autograd import Function
 from torch.func import grad, hessian, jacfwd, jacrev, vjp, vmap
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -46,6 +48,15 @@ def loss_of(attention: Attention) -> Callable[..., Tensor]:
         return (attention(q, k, v) * torch.linspace(-1, 2, D)).square().sum()  # type: ignore[operator]
 
     return loss
+
+
+def test_no_input_of_an_autograd_function_has_a_default(attention: Attention) -> None:
+    """torch 2.15 takes those for inputs that were given, and asks the backward pass for their gradients."""
+    functions = [x for x in vars(attention.module).values() if isinstance(x, type) and issubclass(x, Function)]
+    assert functions
+    for function in functions:
+        parameters = inspect.signature(function.forward).parameters.values()
+        assert all(parameter.default is parameter.empty for parameter in parameters), function
 
 
 def of_one(function: Callable[..., Any]) -> Callable[..., Any]:
