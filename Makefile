@@ -39,9 +39,9 @@ test-main: $(READY)  ## all other tests; those for a GPU are shown as skipped wi
 test-versions: $(READY)  ## the tests marked versions, with the oldest and the newest triton
 	$(BIN)/python tests/versions.py --short
 
-versions: $(READY)  ## every triton from 3.6, the table of benchmarks/triton_versions.md, and the newest diffusers and such
+versions: $(READY)  ## every triton from 3.6 and the table of benchmarks/triton_versions.md; the newest of all else, torch too
 	$(BIN)/python tests/versions.py
-	$(BIN)/python tests/libraries.py
+	$(BIN)/python tests/newest.py
 
 test-gpu: $(READY)  ## the tests for a CUDA or ROCm GPU
 	$(BIN)/pytest -m gpu

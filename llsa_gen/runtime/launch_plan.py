@@ -71,9 +71,12 @@ def empty_like(x: torch.Tensor) -> torch.Tensor:
 
 
 def empty_saved(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-    """Memory for what the forward pass over `q` and `k` leaves to the backward pass, [B, H, bytes]."""
+    """Memory for what the forward pass over `q` and `k` leaves to the backward pass, [B, H, bytes].
+
+    Not less than there is of one token: torch.export 2.15 asks of a symbol whether it may be 0, and cannot tell of this.
+    """
     _, size = lay_out("saved", saved_shapes(q.shape[2], k.shape[2]), q.dtype)
-    return q.new_empty((*q.shape[:2], size), dtype=torch.uint8)
+    return q.new_empty((*q.shape[:2], torch.sym_max(size, 256)), dtype=torch.uint8)
 
 
 def empty_outputs(q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
