@@ -1,7 +1,7 @@
 """Run the tests of llsa_gen.integrations with other releases of the libraries than the pinned ones.
 
     .venv/bin/python tests/libraries.py                     # the newest of each
-    .venv/bin/python tests/libraries.py diffusers==0.36.0   # this one
+    .venv/bin/python tests/libraries.py diffusers==0.37.0   # this one
 
 A release is unpacked into a folder of `.versions/`, without what it needs, and laid over .venv by PYTHONPATH.
 """

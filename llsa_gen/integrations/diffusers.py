@@ -143,6 +143,10 @@ def report(
     """
     model = _model(model)
     router = _router(model)
+    if layer is not None and picture is None:
+        raise ValueError(f"layer: expected None without picture=, which draws it, got {short(repr(layer))}")
+    if picture is not None and not isinstance(picture, str | os.PathLike) and not hasattr(picture, "write"):
+        raise TypeError(f"picture: expected a path or a binary file, got {type(picture).__name__}")
     notes = [str(router.least)]
     found = None
     if quality:
@@ -217,8 +221,10 @@ def _whole(value: Any) -> bool:
 def _grid(grid: Any) -> tuple[int, ...] | None:
     if grid is None:
         return None
-    if isinstance(grid, str) or not isinstance(grid, Sequence) or not grid or not all(map(_whole, grid)):
-        raise TypeError(f"grid: expected integers such as (height, width), or None, got {short(repr(grid))}")
+    if isinstance(grid, str) or not isinstance(grid, Sequence) or not grid or not all(map(_whole, grid)) or 0 in grid:
+        raise TypeError(
+            f"grid: expected integers of at least 1, such as (height, width), or None, got {short(repr(grid))}"
+        )
     return tuple([size for size in grid if size != 1]) or (1,)
 
 

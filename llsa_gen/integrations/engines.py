@@ -55,7 +55,7 @@ def callable(
     Raises:
         TypeError, ValueError: naming the argument, what came and what was expected; what `compile` raises for a spec.
     """
-    if layout not in LAYOUTS:
+    if layout not in tuple(LAYOUTS):  # which takes what cannot be hashed, too
         raise ValueError(f'layout: expected "BHND" or "BNHD", got {layout!r}')
     if text not in ("first", "last"):
         raise ValueError(f'text: expected "first" or "last", got {text!r}')

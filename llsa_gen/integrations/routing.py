@@ -6,7 +6,7 @@ left goes to the model's own attention, with the reason.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -86,7 +86,8 @@ class Router:
         if around is not None and around.owner == self.ledger.key:  # a model within the model
             return Context(self.ledger.key, grids or around.grids, batch, around.texts + texts, around.parts)
         compiling = torch.compiler.is_compiling()
-        context = Context(self.ledger.key, grids, batch, texts, learning=self.listening and not compiling)
+        more = isinstance(latent, Tensor) and latent.ndim == 3 and _other_lengths(latent, grids)
+        context = Context(self.ledger.key, grids, batch, texts, learning=self.listening and not compiling, more=more)
         if not compiling:
             self.last = _without_graph(arguments)
             self.open = not grids
@@ -200,7 +201,10 @@ class Router:
         if context.batch and q.shape[0] % context.batch == 0:
             copies = q.shape[0] // context.batch
         side = self.sides.get(call.name)
-        text = self._said(context, tokens) if side is None or side == "alone" else side
+        others = {tokens - math.prod(grid) for grid in context.grids}
+        exact = isinstance(self.text, tuple) and sum(self.text) in others
+        known = not exact and not context.more and side not in (None, "alone")
+        text = side if known else self._said(context, tokens)
         place = sequences.find(tokens, context.grids, call.parts, text, copies=copies)
         if place == sequences.NO_TEXT:
             place = sequences.find(tokens, context.grids, context.parts, text, copies=copies)
@@ -228,6 +232,11 @@ class Router:
     def _count(self, name: str, route: str, why: str = "", tokens: str = "") -> None:
         if torch.compiler.is_compiling() or not _in_backward():  # a run again is no other call
             report.count(self.ledger.key, name, route, why, tokens)
+
+
+def _other_lengths(latent: Tensor, grids: Sequence[Shape]) -> bool:
+    """Whether a packed latent, [B, N, C] or [B, C, N], is as long as no grid: then there is more than a picture."""
+    return bool(grids) and all(math.prod(grid) not in latent.shape[1:] for grid in grids)
 
 
 def _is_source(name: str, x: Any, hidden: Any) -> bool:

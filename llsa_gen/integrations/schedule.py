@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llsa_gen.errors import short
+from llsa_gen.spec.model import MAX_TOPK, MIN_TOPK
 
 __all__ = ["Rule", "rules"]
 
@@ -25,6 +26,20 @@ class Rule:
     layers: Collection[int] | None = None
     """Numbers of layers, from 0 on; None for all."""
 
+    def __post_init__(self) -> None:
+        """Raises TypeError or ValueError for what is no number of tokens, steps or layers."""
+        topk: tuple[Any, ...] = self.topk if isinstance(self.topk, tuple) else (self.topk,)
+        if self.topk is not None and not (topk and all(_whole(kept) and MIN_TOPK <= kept <= MAX_TOPK for kept in topk)):
+            raise ValueError(
+                f"schedule: expected topk of {MIN_TOPK} to {MAX_TOPK}, one or one a level, got {short(repr(self.topk))}"
+            )
+        for name, numbers in (("steps", self.steps), ("layers", self.layers)):
+            known = numbers is None or (isinstance(numbers, Collection) and all(map(_whole, numbers)))
+            if not known or isinstance(numbers, str | bytes):
+                raise TypeError(
+                    f"schedule: expected {name} to be integers of at least 0, or None, got {short(repr(numbers))}"
+                )
+
     def meets(self, step: int | None, layer: int | None) -> bool:
         """Whether a call is one of these."""
         return _among(step, self.steps) and _among(layer, self.layers)
@@ -37,6 +52,10 @@ class Rule:
             if numbers is not None
         ]
         return f"{kept} for {' of '.join(parts)}" if parts else kept
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _among(number: int | None, numbers: Collection[int] | None) -> bool:
@@ -88,10 +107,12 @@ def _read(text: Any) -> Rule:
     kept: Any = topk[0] if topk is not None and len(topk) == 1 else topk
     if found["first"] is not None:
         return Rule(kept, steps=range(int(found["first"])))
-    numbers = frozenset(
-        number
-        for part in re.split(", | and ", found["numbers"])
-        for first, _, last in [part.partition(" to ")]
-        for number in range(int(first), int(last or first) + 1)
-    )
-    return Rule(kept, steps=numbers) if found["axis"] == "step" else Rule(kept, layers=numbers)
+    numbers: set[int] = set()
+    for part in re.split(", | and ", found["numbers"]):
+        first, _, last = part.partition(" to ")
+        run = range(int(first), int(last or first) + 1)
+        if not run:  # it would hold for nothing
+            raise ValueError(f"schedule: expected the smaller number before the larger one, got {part!r}")
+        numbers.update(run)
+    chosen = frozenset(numbers)
+    return Rule(kept, steps=chosen) if found["axis"] == "step" else Rule(kept, layers=chosen)

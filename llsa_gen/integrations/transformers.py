@@ -24,6 +24,7 @@ except ImportError as error:
 
 from llsa_gen.compiler import compile
 from llsa_gen.integrations.crossing import Least
+from llsa_gen.integrations.latest import Latest
 from llsa_gen.integrations.quality import judged
 from llsa_gen.integrations.report import LEFT, Ledger, Report
 from llsa_gen.integrations.transformers_attention import (
@@ -103,6 +104,7 @@ def use(
     if parameter is not None:
         least.prepare(attention, parameter.device, parameter.dtype)
     _own_configs(plain)
+    shared.weights.update((name, Latest(False)) for name in models)
     for index, (name, one) in enumerate(models.items()):
         shared.handles.append(one.register_forward_pre_hook(Asked(shared, name, not index), with_kwargs=True))
     for patches in {id(layer.patches): layer.patches for _, layer in layers}.values():
@@ -190,7 +192,8 @@ def _layers(
                     "text, and are no part of it"
                 )
             if given != (None, None):
-                first, last, picture = known or Around(0, 0, shared.grid is not None or patches is not None)
+                seen = owner.main_input_name.startswith("pixel")  # no sequence: its patches need a grid
+                first, last, picture = known or Around(0, 0, seen or shared.grid is not None or patches is not None)
                 known = Around(first if given[0] is None else given[0], last if given[1] is None else given[1], picture)
             native = native_function(module, _native_name(name, module, owner))
             if native is None and not _calls_interface(module):

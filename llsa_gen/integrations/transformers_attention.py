@@ -19,6 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from llsa_gen.compiler import Attention
 from llsa_gen.integrations.crossing import Least
+from llsa_gen.integrations.latest import Latest
 from llsa_gen.integrations.placed import Run, attend
 from llsa_gen.integrations.report import DENSE, SPARSE, Ledger, count
 from llsa_gen.integrations.sequences import Masks, Place
@@ -62,7 +63,7 @@ class Shared:
     """What the model was last called with, by name."""
     probe: Callable[[str, Run], None] | None = None
     """Shown each sparse call, while somebody asks for its quality."""
-    weights: dict[str, bool] = field(default_factory=dict)
+    weights: dict[str, Latest[bool]] = field(default_factory=dict)
     """Which models of it were called with output_attentions, by their names."""
     handles: list[Any] = field(default_factory=list)
     """Of the hooks."""
@@ -97,7 +98,7 @@ class Asked:
         if self.outermost and not torch.compiler.is_compiling():
             self.shared.last = dict(zip(names_of(type(model)), args, strict=False)) | kwargs
         asked = kwargs.get("output_attentions")
-        self.shared.weights[self.name] = bool(model.config.output_attentions if asked is None else asked)
+        self.shared.weights[self.name].note(bool(model.config.output_attentions if asked is None else asked))
 
 
 def layer_of(module: nn.Module) -> Layer | None:
@@ -140,7 +141,7 @@ def refused(
         )
     if dropout:
         return Reason("dropout", f"{dropout}", "0: model.eval(), or the config's attention dropout set to 0")
-    if options.get("output_attentions") or any(layer.shared.weights.get(name, False) for name in layer.models):
+    if options.get("output_attentions") or any(layer.shared.weights[name].get() for name in layer.models):
         return Reason("output_attentions", "True", "False, for there is no matrix of weights")
     head_dim = layer.shared.attention.spec.head_dim
     if q.shape[3] != head_dim or v.shape[3] != head_dim:

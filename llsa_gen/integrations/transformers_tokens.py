@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from llsa_gen.integrations.latest import Latest
+
 __all__ = ["Around", "Patches", "around_of", "patches_of"]
 
 
@@ -74,20 +76,27 @@ def around_of(model: PreTrainedModel) -> Around | None:
 class Patches:
     """The grid of the last call's patches, as the convolution that makes them gave it: a forward hook of it."""
 
-    grid: tuple[int, ...] | None = None
-    mixed = False
-    """Whether pictures of one batch have several shapes."""
-
     def __init__(self, module: nn.Module) -> None:
         self.module = module
+        self.latest: Latest[tuple[tuple[int, ...] | None, bool]] = Latest((None, False))
         self.past: set[tuple[int, ...]] = set()
         """Every grid so far."""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         self._note(tuple(output.shape[2:]))
 
-    def _note(self, grid: tuple[int, ...]) -> None:
-        self.grid = grid
+    @property
+    def grid(self) -> tuple[int, ...] | None:
+        """Of this thread's last call."""
+        return self.latest.get()[0]
+
+    @property
+    def mixed(self) -> bool:
+        """Whether pictures of one batch have several shapes, in this thread's last call."""
+        return self.latest.get()[1]
+
+    def _note(self, grid: tuple[int, ...], mixed: bool = False) -> None:
+        self.latest.note((grid, mixed))
         if not torch.compiler.is_compiling():
             self.past.add(grid)
 
@@ -98,7 +107,7 @@ class Patches:
         """
         if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
             return self.grid
-        fitting = [grid for grid in self.past if math.prod(grid) == tokens]
+        fitting = [grid for grid in tuple(self.past) if math.prod(grid) == tokens]
         return fitting[0] if len(fitting) == 1 else None
 
     def watch(self) -> Any:
@@ -111,8 +120,7 @@ class Shapes(Patches):
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
         shapes = kwargs["spatial_shapes"] if "spatial_shapes" in kwargs else args[1]
-        self._note(tuple(shapes[0].tolist()))
-        self.mixed = bool((shapes != shapes[0]).any())
+        self._note(tuple(shapes[0].tolist()), bool((shapes != shapes[0]).any()))
 
     def watch(self) -> Any:
         """Begin; the handle ends it."""

@@ -40,6 +40,8 @@ class Context:
     """Lengths of what was put together by torch.cat so far."""
     learning: bool = False
     """Whether somebody listens to all of the model for such parts, and not only to its attention layers."""
+    more: bool = False
+    """Whether its latent, packed as [B, N, C], has other tokens than a grid has: those of pictures for reference."""
 
 
 @dataclass

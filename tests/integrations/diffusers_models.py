@@ -52,9 +52,9 @@ def pixart(tokens: int = TEXT) -> Made:
     return model, inputs | {"encoder_attention_mask": torch.ones(2, tokens), "added_cond_kwargs": none}
 
 
-def sd3(height: int = 16, width: int = 12) -> Made:
+def sd3(height: int = 16, width: int = 12, layers: int = 2) -> Made:
     model = diffusers.SD3Transformer2DModel(
-        sample_size=16, patch_size=2, in_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=2,
+        sample_size=16, patch_size=2, in_channels=4, num_layers=layers, attention_head_dim=16, num_attention_heads=2,
         joint_attention_dim=WIDTH, caption_projection_dim=32, pooled_projection_dim=24, out_channels=4,
         pos_embed_max_size=16,
     )  # fmt: skip

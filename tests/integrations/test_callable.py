@@ -118,6 +118,15 @@ def test_a_rule_of_both_axes() -> None:
     assert str(Rule(steps=(7, 1, 2, 3))) == "dense for steps 1 to 3, 7"
 
 
+@pytest.mark.parametrize(
+    "fields", [{"topk": 2.5}, {"topk": ()}, {"topk": [4, 4]}, {"topk": True}, {"steps": 3}, {"layers": "01"},
+               {"steps": [1.0]}, {"layers": [-1]}],
+)  # fmt: skip
+def test_fields_that_are_no_rule(fields: dict[str, Any]) -> None:
+    with pytest.raises((TypeError, ValueError), match=f"schedule: expected .*{next(iter(fields))}"):
+        Rule(**fields)
+
+
 @pytest.mark.parametrize("schedule", ["dense", "dense for step", "dens for layer 1", "topk for step 1", [3], 3])
 def test_texts_that_are_no_rules(schedule: Any) -> None:
     with pytest.raises((TypeError, ValueError), match="schedule: expected rules such as"):
@@ -163,7 +172,10 @@ def test_calls_that_are_refused(change: dict[str, Any], made: dict[str, Any], ki
             {"schedule": "topk 1, 2, 3 for step 0"},
             r"schedule: expected topk for 2 levels, .* got \[1, 2, 3\]",
         ),
-        ({"schedule": "topk 1000 for step 0"}, "topk"),
+        ({"schedule": "topk 1000 for step 0"}, "schedule: expected topk of 1 to 512, .* got 1000"),
+        ({"schedule": "topk 0 for step 0"}, "schedule: expected topk of 1 to 512, .* got 0"),
+        ({"schedule": "topk 4 for steps 9 to 4"}, "schedule: expected the smaller number .* got '9 to 4'"),
+        ({"layout": ["BHND"]}, r"layout: expected .* got \['BHND'\]"),
     ],
 )
 def test_arguments_that_are_refused(made: dict[str, Any], message: str) -> None:

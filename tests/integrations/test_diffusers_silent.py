@@ -175,6 +175,29 @@ def test_tokens_are_put_into_the_order_of_the_grid() -> None:
     assert [row.why for row in report(said).rows if row.route == DENSE] == ["fewer tokens than the grid has cells"] * 2
 
 
+@pytest.mark.parametrize(
+    ("said", "tokens"),
+    [(None, "75"), ("first", "75"), ((7, 20), "7 text + 8×6 + 20 text"), ((0, 27), "8×6 + 27 text")],
+)
+@pytest.mark.parametrize("before", [False, True])
+def test_a_picture_for_reference_in_the_latent_is_no_part_of_a_said_grid(said: Any, tokens: str, before: bool) -> None:
+    """As Flux Kontext packs them, behind the picture; text first, as the table says, would take both for text."""
+    model, inputs = loud(flux())
+    use(model, LITTLE, min_tokens=0, grid=(8, 6), text=said)
+    if before:
+        run(model, inputs)
+        report(model, reset=True)
+    reference = ids(5, 4) + torch.tensor([1.0, 0, 0])
+    packed = {"hidden_states": torch.randn(2, 68, 4), "img_ids": torch.cat([ids(8, 6), reference])}
+    run(model, inputs | packed)
+    assert {row.tokens for row in report(model).rows} == {tokens}
+    why = "which of its tokens are text is not known: pass text="
+    assert set(routes(model).values()) == {(SPARSE, "") if isinstance(said, tuple) else (DENSE, why)}
+    report(model, reset=True)
+    run(model, inputs)
+    assert {row.tokens for row in report(model).rows} == {"7 text + 8×6"}, "without one the table holds"
+
+
 # ---- what the operator does not do -------------------------------------------------------------------------------
 
 
@@ -294,6 +317,7 @@ def test_context_parallelism_is_refused_before_and_after() -> None:
         (lambda name, size: None, {}, "spec_or_specs: expected a spec for head_dim 16"),
         (EVERYTHING, {"grid": "8x8"}, "grid: expected integers"),
         (EVERYTHING, {"grid": (8, -1)}, "grid: expected integers"),
+        (EVERYTHING, {"grid": (0, 8)}, "grid: expected integers of at least 1"),
         (EVERYTHING, {"text": "before"}, "text: expected"),
         (EVERYTHING, {"min_tokens": 1.5}, "min_tokens: expected an integer"),
     ],

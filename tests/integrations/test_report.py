@@ -115,6 +115,10 @@ def test_a_picture_shows_what_a_layer_keeps(make: Callable[[], Made], capsys: py
     assert "picture: " in capsys.readouterr().out
     with pytest.raises(ValueError, match="layer: expected one that is sparse"):
         report(model, picture=file, layer="nowhere")
+    with pytest.raises(ValueError, match="layer: expected None without picture="):
+        report(model, layer="nowhere")
+    with pytest.raises(TypeError, match="picture: expected a path or a binary file, got int"):
+        report(model, picture=3)  # type: ignore[arg-type]
 
 
 def test_no_picture_of_a_video() -> None:

@@ -3,6 +3,7 @@
 import copy
 import io
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +140,28 @@ def test_compiled_refusals_are_the_same(fresh_dynamo: None) -> None:
     mask[1, 9:] = 0
     with pytest.raises(ValueError, match="attention_mask"):
         torch.compile(masked, backend="aot_eager")(**BERT.inputs, attention_mask=mask)
+
+
+def test_threads_do_not_mix_their_pictures() -> None:
+    """Of as many patches, and of which one thread alone asks for weights."""
+    model = llsa.use(VIT.make(), FEW, min_tokens=0)
+    inputs = [{"pixel_values": randn(2, 3, *size)} for size in ((32, 32), (16, 64), (64, 16))]
+    wanted = [result(model, one, interpolate_pos_encoding=True) for one in inputs]
+
+    def again(index: int) -> bool:
+        return all(
+            torch.equal(result(model, inputs[index], interpolate_pos_encoding=True), wanted[index]) for _ in range(8)
+        )
+
+    def ask() -> bool:
+        for _ in range(8):
+            with pytest.raises(ValueError, match="output_attentions: expected False"):
+                result(model, PIXELS, output_attentions=True)
+        return True
+
+    with ThreadPoolExecutor(4) as pool:
+        jobs = [*(pool.submit(again, index) for index in range(3)), pool.submit(ask)]
+        assert [job.result() for job in jobs] == [True] * 4
 
 
 def test_half_precision_and_autocast() -> None:

@@ -156,6 +156,18 @@ def test_a_subclass_is_known_by_what_it_calls(attention: str) -> None:
     assert [row.calls for row in llsa.report(sparse).rows] == [1, 1]
 
 
+def test_patches_of_several_convolutions_are_no_line() -> None:
+    """In raster order their blocks would be strips: nothing shows the grid, so that it has to be said."""
+    sizes = {"hidden_sizes": [32, 32], "num_encoder_blocks": 2, "depths": [1, 1], "sr_ratios": [1, 1]}
+    sizes |= {"num_attention_heads": [2, 2], "patch_sizes": [7, 3], "strides": [4, 2], "mlp_ratios": [2, 2]}
+    case = Case("SegformerModel", sizes, PIXELS)
+    with pytest.raises(ValueError, match="grid: expected the shape of the patches, given to use"):
+        result(llsa.use(case.make(), FEW, min_tokens=0, globals_first=0), PIXELS)
+    model = llsa.use(case.make(), FEW, min_tokens=0, globals_first=0, grid=(8, 8), otherwise="dense")
+    result(model, PIXELS)
+    assert {(row.tokens, row.route) for row in llsa.report(model).rows} == {("64", "sparse"), ("16", "dense")}
+
+
 def test_arguments_go_before_what_is_known() -> None:
     native = VIT.make()
     sparse = llsa.use(copy.deepcopy(native), ALL, grid=(8, 8), globals_first=1, globals_last=0, min_tokens=0)
