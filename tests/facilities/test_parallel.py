@@ -93,7 +93,7 @@ def train() -> dict[str, list[float]]:
         there = distribute_tensor(x, mesh, [Shard(dim)])
         found[f"sharded by {name}"] = differences(step(distribute_module(layer(), mesh), there), step(layer(), x))
 
-    odd = LLSAttention(3 * D, 3, SPEC, order=GRID)  # heads that two processes cannot share evenly
+    odd = LLSAttention(3 * D, 3, SPEC)  # heads that two processes cannot share evenly
     there = distribute_tensor(x[:, :, : 3 * D], mesh, [Shard(1)])
     alone, shared = copy.deepcopy(odd), distribute_module(odd, mesh)
     found["odd heads"] = differences(step(shared, there), step(alone, x[:, :, : 3 * D]))
