@@ -1,5 +1,6 @@
 """`LLSAttention`: a compiled spec as a layer, multi-head self-attention in the place of a dense one."""
 
+import math
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +13,7 @@ from llsa_gen.compiler import compile
 from llsa_gen.errors import short
 from llsa_gen.joint import joint_attention
 from llsa_gen.order import Order, grid
+from llsa_gen.order.sequence import permuted
 from llsa_gen.spec import Spec
 
 __all__ = ["LLSAttention"]
@@ -205,8 +207,8 @@ class LLSAttention(nn.Module):
             cos, sin = (t if self.permutation is None else t.index_select(0, self.permutation) for t in rotary)
         else:
             cos = sin = None
-        if self.permutation is not None:
-            x = x.index_select(1, self.permutation)
+        if self.permutation is not None and self.inverse is not None:
+            x = permuted(x, self.permutation, self.inverse, 1)
 
         qkv = nn.functional.linear(x, self.in_proj_weight, self.in_proj_bias)
         q, k, v = qkv.unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4).unbind()  # [B, H, N, D]
@@ -219,8 +221,10 @@ class LLSAttention(nn.Module):
             self.attention, q.to(v.dtype), k.to(v.dtype), v, globals_first=self.globals_first,
             globals_last=self.globals_last, global_mask=global_mask, scale=self.scale,
         ).transpose(1, 2)  # fmt: skip
-        if self.inverse is not None:
-            o = o.index_select(1, self.inverse)
+        if self.permutation is not None and self.inverse is not None:
+            o = permuted(o, self.inverse, self.permutation, 1)
+        if hasattr(o, "placements"):  # a DTensor, known without an import
+            o = _whole_heads(o)
         return self.out_proj(o.flatten(2))
 
     def reset_parameters(self) -> None:
@@ -324,6 +328,16 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x [B, H, N, D] with each pair (x_i, x_{i + D/2}) turned by the angle of its token."""
     first, second = x.chunk(2, -1)
     return x * cos + torch.cat([-second, first], -1) * sin
+
+
+def _whole_heads(o: Any) -> Any:
+    """A DTensor [B, N, H, D] of which torch can flatten the heads: where they are sharded unevenly, all of them."""
+    from torch.distributed.tensor import Replicate
+
+    shares = [o.device_mesh.size(dim) for dim, place in enumerate(o.placements) if place.is_shard(2)]
+    if o.shape[2] % math.prod(shares) == 0:
+        return o
+    return o.redistribute(placements=[Replicate() if place.is_shard(2) else place for place in o.placements])
 
 
 def _whole(name: str, value: Any, least: int) -> int:

@@ -387,6 +387,9 @@ def test_what_does_not_fit_an_order_is_refused() -> None:
         found.restore([1])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"dim: expected a dimension of x, which has shape \[24\], got -2"):
         found.apply(torch.zeros(24))
+    for dim, got in (("a", "str"), (1.0, "float"), (None, "NoneType"), (True, "bool")):
+        with pytest.raises(TypeError, match=rf"^dim: expected an integer, got {got}$"):
+            found.apply(torch.zeros(2, 24, 3), dim)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"x: expected device cpu like the order, got meta"):
         found.apply(torch.zeros(24, 2, device="meta"))
     with pytest.raises(ValueError, match=r"order: expected one of 25 cells, at least 1, got one of 24"):

@@ -30,11 +30,11 @@ class Order:
 
         The default is right for [B, H, N, D] and for [B, N, C]. Raises TypeError or ValueError naming the argument.
         """
-        return _taken(x, self.permutation, dim)
+        return _taken(x, self.permutation, self.inverse, dim)
 
     def restore(self, x: Tensor, dim: int = -2) -> Tensor:
         """The tokens of x back as they were before `apply`: a copy, differentiable."""
-        return _taken(x, self.inverse, dim)
+        return _taken(x, self.inverse, self.permutation, dim)
 
     def to(self, device: torch.device | str | int) -> "Order":
         """The same order on a device."""
@@ -77,10 +77,11 @@ class Ordered(nn.Module):
         if first is None:
             raise TypeError("Ordered: expected at least one positional tensor, got none")
         dim = self.dim + first.ndim if self.dim < 0 else self.dim
-        result = self.inner(*(_taken(x, self.permutation, dim) if isinstance(x, Tensor) else x for x in args), **kwargs)
+        there, back = (self.permutation, self.inverse), (self.inverse, self.permutation)
+        result = self.inner(*(_taken(x, *there, dim) if isinstance(x, Tensor) else x for x in args), **kwargs)
         if isinstance(result, tuple | list):
-            return tuple(_taken(x, self.inverse, dim, "result") if isinstance(x, Tensor) else x for x in result)
-        return _taken(result, self.inverse, dim, "result")
+            return tuple(_taken(x, *back, dim, "result") if isinstance(x, Tensor) else x for x in result)
+        return _taken(result, *back, dim, "result")
 
     def extra_repr(self) -> str:
         return f"tokens={self.permutation.shape[0]}, dim={self.dim}"
@@ -111,14 +112,48 @@ def of_permutation(permutation: Tensor) -> Order:
     return Order(permutation, torch.empty_like(permutation).scatter_(0, permutation, places))
 
 
-def _taken(x: Any, index: Tensor, dim: int, name: str = "x") -> Tensor:
+class _Permuted(torch.autograd.Function):
+    """index_select by a permutation, with another one for the gradient: torch before 2.13 shards no index_add."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor, inverse: Tensor, dim: int) -> Tensor:
+        ctx.save_for_backward(index, inverse)
+        ctx.dim = dim
+        return x.index_select(dim, index)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        index, inverse = ctx.saved_tensors
+        return _Permuted.apply(grad, inverse, index, ctx.dim), None, None, None
+
+
+def permuted(x: Any, index: Tensor, inverse: Tensor, dim: int) -> Tensor:
+    """x with the tokens along `dim` as a permutation says; `inverse` is the one that undoes it.
+
+    x may be a DTensor, and both be plain: every process has the whole order.
+    """
+    if not (hasattr(x, "placements") and hasattr(x, "device_mesh")):  # a DTensor, known without an import
+        return x.index_select(dim, index)
+    from torch.distributed.tensor import DTensor, Replicate
+
+    everywhere = [Replicate()] * x.device_mesh.ndim
+    there, back = (
+        one if isinstance(one, DTensor) else DTensor.from_local(one, x.device_mesh, everywhere, run_check=False)
+        for one in (index, inverse)
+    )
+    return _Permuted.apply(x, there, back, dim)
+
+
+def _taken(x: Any, index: Tensor, inverse: Tensor, dim: int, name: str = "x") -> Tensor:
     """x in another order along a dimension, by index_select, whose gradient writes every element once."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {short(repr(type(x).__name__))}")
+    if not isinstance(dim, int) or isinstance(dim, bool):
+        raise TypeError(f"dim: expected an integer, got {type(dim).__name__}")
     if not -x.ndim <= dim < x.ndim:
         raise ValueError(f"dim: expected a dimension of {name}, which has shape {[*x.shape]}, got {dim}")
     if x.shape[dim] != index.shape[0]:
         raise ValueError(f"{name}: expected {index.shape[0]} tokens along dim {dim}, got shape {[*x.shape]}")
     if x.device != index.device:
         raise ValueError(f"{name}: expected device {index.device} like the order, got {x.device}")
-    return x.index_select(dim, index)
+    return permuted(x, index, inverse, dim)

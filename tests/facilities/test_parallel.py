@@ -16,6 +16,8 @@ from llsa_gen.nn import LLSAttention
 WIDTH, HEADS, D, TOKENS = 32, 4, 8, 51
 SPEC = Spec(name="parallel", head_dim=D, levels=(Level(block=4, topk=2), Level(block=3, topk=2)))
 GRID = (3, 17)
+LINEAR_TAKES_TOKENS = torch.__version__ >= "2.13"
+"""Whether torch's own nn.Linear takes DTensors [B, N, C] whose tokens are sharded, and so LLSAttention."""
 
 
 def layer(**more: Any) -> LLSAttention:
@@ -82,9 +84,19 @@ def train() -> dict[str, list[float]]:
     plan = {**{name: ColwiseParallel() for name in "qkv"}, "out": RowwiseParallel()}
     found["tensor parallel"] = differences(step(parallelize_module(Projected(), mesh, plan), x), step(Projected(), x))
 
+    if not LINEAR_TAKES_TOKENS:
+        there = distribute_tensor(x, mesh, [Shard(0)])
+        found["sharded by batch"] = differences(step(distribute_module(layer(), mesh), there), step(layer(), x))
+        return found
+
     for name, dim in (("batch", 0), ("tokens", 1)):
         there = distribute_tensor(x, mesh, [Shard(dim)])
         found[f"sharded by {name}"] = differences(step(distribute_module(layer(), mesh), there), step(layer(), x))
+
+    odd = LLSAttention(3 * D, 3, SPEC)  # heads that two processes cannot share evenly
+    there = distribute_tensor(x[:, :, : 3 * D], mesh, [Shard(1)])
+    alone, shared = copy.deepcopy(odd), distribute_module(odd, mesh)
+    found["odd heads"] = differences(step(shared, there), step(alone, x[:, :, : 3 * D]))
     return found
 
 
@@ -92,6 +104,7 @@ def train() -> dict[str, list[float]]:
 def test_a_step_is_that_of_one_process(tmp_path: Path) -> None:
     """One test for all ways, for processes take a while to start."""
     for found in in_processes(2, tmp_path, train):
-        assert set(found) == {"DDP", "FSDP2", "tensor parallel", "sharded by batch", "sharded by tokens"}
+        ways = {"DDP", "FSDP2", "tensor parallel", "sharded by batch"}
+        assert set(found) == (ways | {"sharded by tokens", "odd heads"} if LINEAR_TAKES_TOKENS else ways)
         far = {way: numbers for way, numbers in found.items() if len(numbers) < 9 or max(numbers) > 1e-5}
         assert not far

@@ -1,5 +1,6 @@
 """The operator over DTensors: the bits of one process, in every placement, forward and backward."""
 
+import copy
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from processes import in_processes
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from llsa_gen import Level, Spec, compile
+from llsa_gen import Level, Spec, compile, order
 
 D = 8
 SPEC = Spec(name="sharded", head_dim=D, levels=(Level(block=4, topk=2), Level(block=3, topk=2)))
@@ -218,6 +219,22 @@ def test_a_plain_tensor_among_them_is_refused(mesh: DeviceMesh) -> None:
     shared = distributed(k_global, mesh, (placement("H"),))
     with pytest.raises(TypeError, match=r"^global_mask: expected a DTensor like q, got a plain tensor"):
         attention(*there, k_global=shared, v_global=shared, global_mask=options["global_mask"])
+
+
+def test_an_order_permutes_them_and_brings_them_back(mesh: DeviceMesh) -> None:
+    """Forward and backward, whether its tensors are plain, as everywhere, or on the mesh, as in a distributed model."""
+    from torch.distributed.tensor import distribute_module
+
+    ordered = order.Ordered(compile(SPEC).as_module(), order.grid((5, 7), SPEC))
+    x = torch.randn(2, 2, 35, D)
+    for module in (ordered, distribute_module(copy.deepcopy(ordered), mesh)):
+        for letter in "BT":
+            results: list[tuple[Any, ...]] = []
+            for run, own in ((ordered, x), (module, distributed(x, mesh, (placement(letter),)))):
+                leaf = own.clone().requires_grad_()
+                o = run(leaf, leaf, leaf)
+                results.append((o, *torch.autograd.grad(o.square().sum(), leaf)))
+            assert all(torch.equal(a, b.full_tensor()) for a, b in zip(*results, strict=True)), letter
 
 
 def test_two_meshes_are_refused(mesh: DeviceMesh) -> None:
