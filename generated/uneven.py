@@ -42,7 +42,7 @@ SPEC = {
     "name": "uneven",
     "reweight": True,
 }
-OPERATOR = "uneven_04715e51408963f4"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
+OPERATOR = "uneven_6f95fcd72c571a66"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -2524,10 +2524,11 @@ def empty_like(x: torch.Tensor) -> torch.Tensor:
 def empty_saved(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
     """Memory for what the forward pass over `q` and `k` leaves to the backward pass, [B, H, bytes].
 
-    Not less than there is of one token: torch.export 2.15 asks of a symbol whether it may be 0, and cannot tell of this.
+    Never empty: torch.export 2.15 asks whether it may be, and of a symbol's formula it can't tell.
     """
     _, size = lay_out("saved", saved_shapes(q.shape[2], k.shape[2]), q.dtype)
-    return q.new_empty((*q.shape[:2], torch.sym_max(size, 256)), dtype=torch.uint8)
+    length: Any = torch.sym_max(size, 256)
+    return q.new_empty((*q.shape[:2], length), dtype=torch.uint8)
 
 
 def empty_outputs(q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -3769,6 +3770,8 @@ def check_entries(kept: Sequence[torch.Tensor], n_tokens: int, ahead: int) -> No
     """
     if torch.compiler.is_compiling():
         raise ValueError("check_kept: expected False under torch.compile, which cannot look at entries, got True")
+    if any(torch._C._functorch.is_batchedtensor(lists) for lists in kept):  # type: ignore[attr-defined]
+        raise ValueError("check_kept: expected False under torch.func.vmap, which cannot look at entries, got True")
     if kept[0].is_meta:
         return
     tokens = level_tokens(n_tokens)

@@ -73,10 +73,11 @@ def empty_like(x: torch.Tensor) -> torch.Tensor:
 def empty_saved(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
     """Memory for what the forward pass over `q` and `k` leaves to the backward pass, [B, H, bytes].
 
-    Not less than there is of one token: torch.export 2.15 asks of a symbol whether it may be 0, and cannot tell of this.
+    Never empty: torch.export 2.15 asks whether it may be, and of a symbol's formula it can't tell.
     """
     _, size = lay_out("saved", saved_shapes(q.shape[2], k.shape[2]), q.dtype)
-    return q.new_empty((*q.shape[:2], torch.sym_max(size, 256)), dtype=torch.uint8)
+    length: Any = torch.sym_max(size, 256)
+    return q.new_empty((*q.shape[:2], length), dtype=torch.uint8)
 
 
 def empty_outputs(q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

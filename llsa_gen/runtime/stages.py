@@ -154,6 +154,8 @@ def check_entries(kept: Sequence[torch.Tensor], n_tokens: int, ahead: int) -> No
     """
     if torch.compiler.is_compiling():
         raise ValueError("check_kept: expected False under torch.compile, which cannot look at entries, got True")
+    if any(torch._C._functorch.is_batchedtensor(lists) for lists in kept):  # type: ignore[attr-defined]
+        raise ValueError("check_kept: expected False under torch.func.vmap, which cannot look at entries, got True")
     if kept[0].is_meta:
         return
     tokens = level_tokens(n_tokens)

@@ -383,3 +383,18 @@ def test_entries_cannot_be_looked_at_under_compile(fresh_dynamo: None) -> None:
     inputs, options = draw(37, 50), {"kept": own_lists(TWO, 37, 50, 0), "check_kept": True}
     with pytest.raises(Exception, match=r"check_kept: expected False under torch\.compile"):
         torch.compile(compile(TWO), backend="eager", fullgraph=True)(*inputs, **options)
+
+
+def test_entries_cannot_be_looked_at_under_vmap() -> None:
+    q, k, v = (torch.stack([x, -x]) for x in draw(37, 50)[:3])
+    kept = [torch.stack([x, x]) for x in own_lists(TWO, 37, 50, 0)]
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, kept: list[Tensor], check: bool) -> Tensor:
+        o = compile(TWO)(q, k, v, kept=kept, check_kept=check)
+        assert isinstance(o, Tensor)
+        return o
+
+    found = torch.func.vmap(attend, (0, 0, 0, 0, None))(q, k, v, kept, False)
+    assert torch.equal(found[1], attend(q[1], k[1], v[1], [x[1] for x in kept], True))
+    with pytest.raises(ValueError, match=r"check_kept: expected False under torch\.func\.vmap"):
+        torch.func.vmap(attend, (0, 0, 0, 0, None))(q, k, v, kept, True)
