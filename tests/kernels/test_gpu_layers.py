@@ -91,10 +91,9 @@ def test_compiled_in_one_graph() -> None:
     assert far(step(compiled, x[:1], grad[:1]), step(module, x[:1], grad[:1])) < 2e-5  # another batch: dynamic
 
 
-@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
-def test_compiled_into_cuda_graphs(mode: str) -> None:
+def test_compiled_into_cuda_graphs() -> None:
     module, (x, grad) = layer(torch.bfloat16, DEVICE), drawn(torch.bfloat16)
-    compiled = torch.compile(module, fullgraph=True, mode=mode)
+    compiled = torch.compile(module, fullgraph=True, mode="reduce-overhead")
     for _ in range(3):
         torch.compiler.cudagraph_mark_step_begin()
         found = [y.clone() for y in step(compiled, x, grad)]
@@ -103,7 +102,6 @@ def test_compiled_into_cuda_graphs(mode: str) -> None:
 
 def test_a_training_step_as_one_cuda_graph() -> None:
     module, (x, grad) = layer(torch.bfloat16, DEVICE), drawn(torch.bfloat16)
-    plain = step(module, x, grad)
     graphed = torch.cuda.make_graphed_callables(copy.deepcopy(module), (torch.randn_like(x, requires_grad=True),))
     for seed in range(2):
         torch.manual_seed(seed)
@@ -133,15 +131,6 @@ def test_exported_saved_and_loaded(tmp_path: Path) -> None:
     loaded = torch.export.load(tmp_path / "layer.pt2").module()
     for size in (1, 2):
         assert far([loaded(x[:size])], [module(x[:size])]) < 1e-2
-
-
-def test_a_package_of_aot_inductor(tmp_path: Path) -> None:
-    module, (x, _) = layer(torch.bfloat16, DEVICE).eval(), drawn(torch.bfloat16)
-    with torch.no_grad():
-        program = torch.export.export(module, (x,))
-        package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "layer.pt2"))
-        loaded = torch._inductor.aoti_load_package(package)
-        assert far([loaded(x)], [module(x)]) < 1e-2
 
 
 def test_it_moves_to_the_gpu_and_back_with_its_order_and_its_tables() -> None:
