@@ -4305,7 +4305,7 @@ def attention(
         k_global, v_global = autocast(k_global, v_global)  # type: ignore[arg-type]
         check_globals(q, k_global, v_global, global_mask)
     ahead = None
-    if type(query_offset) is not int or query_offset != 0:
+    if type(query_offset) is not int or query_offset != 0:  # as nearly always: not even a call is made then
         q, ahead = with_rows_ahead(q, query_offset)
     if kept is not None:
         kept = lists_of(kept, q, k, ahead, check_kept)
