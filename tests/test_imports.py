@@ -50,7 +50,7 @@ ROOMS = {
     "order": room("spec", "torch numpy"),
     "look": room("spec order", "torch matplotlib"),
     "nn": room("spec order compiler", "torch"),
-    "integrations": room("spec order look emit store compiler", "torch transformers"),
+    "integrations": room("spec order look emit store module compiler", "torch transformers"),
     "fuzz": room("spec reference store compiler", "torch triton hypothesis"),
     "aot": room("spec schedule emit store compiler", "torch triton"),
     "bench": room("spec plan schedule emit store compiler reference fuzz aot", "torch pydantic rich matplotlib"),

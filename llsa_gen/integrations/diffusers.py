@@ -173,7 +173,9 @@ def _model(model: Any) -> nn.Module:
 def _router(model: nn.Module) -> Router:
     mark = model.__dict__.get(MARK)
     if mark is None or mark.name:
-        raise ValueError("model: expected one that use(model, spec) was called for, got another")
+        raise ValueError(
+            f"model: expected one that use(model, spec) was called for, got another {type(model).__name__}"
+        )
     return mark.watcher
 
 

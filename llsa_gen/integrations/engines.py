@@ -6,8 +6,7 @@ a spec what such a hook calls. What it can't do it refuses.
 """
 
 import math
-import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from llsa_gen.integrations.placed import attend
 from llsa_gen.integrations.report import DENSE, SPARSE, Ledger, Report, count
 from llsa_gen.integrations.schedule import Rule, rules
 from llsa_gen.integrations.sequences import Masks, Place
+from llsa_gen.integrations.specs import OneSpec, operator_of
 from llsa_gen.spec import Spec, load
 
 __all__ = ["EngineAttention", "callable"]
@@ -30,7 +30,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def callable(
-    spec: str | os.PathLike[str] | Mapping[str, object] | Spec,
+    spec: OneSpec,
     *,
     layout: str = "BHND",
     text: str = "first",
@@ -41,7 +41,7 @@ def callable(
     """An attention function for an engine's hook, by a spec; see `EngineAttention` for its call.
 
     Args:
-        spec: what `llsa_gen.compile` takes.
+        spec: what `llsa_gen.compile` takes, or an operator that it gave.
         layout: "BHND" for tensors [B, H, N, D], "BNHD" for [B, N, H, D]; of o too.
         text: where text tokens stand: "first", before the patches, or "last".
         schedule: rules by step and layer, texts or `llsa_gen.integrations.schedule.Rule`s, such as "dense for the first
@@ -63,19 +63,21 @@ def callable(
         raise ValueError(f'otherwise: expected "error" or "dense", got {otherwise!r}')
     if min_tokens is not None:
         _whole("min_tokens", min_tokens)
-    return EngineAttention(load(spec), layout, text, rules(schedule), min_tokens, otherwise)
+    return EngineAttention(operator_of(spec), layout, text, rules(schedule), min_tokens, otherwise)
 
 
 class EngineAttention:
     """What `callable` makes. Copies and pickles count anew."""
 
     def __init__(
-        self, spec: Spec, layout: str, text: str, schedule: tuple[Rule, ...], min_tokens: int | None, otherwise: str
-    ) -> None:
-        self.spec, self.layout, self.text, self.schedule, self.otherwise = spec, layout, text, schedule, otherwise
+        self, operator: Attention, layout: str, text: str, schedule: tuple[Rule, ...], min_tokens: int | None,
+        otherwise: str,
+    ) -> None:  # fmt: skip
+        self.spec = operator.spec
+        self.layout, self.text, self.schedule, self.otherwise = layout, text, schedule, otherwise
         self.least = Least(min_tokens)
-        self._of_spec = compile(spec)
-        self._of_rules = [None if rule.topk is None else compile(_keeping(spec, rule)) for rule in schedule]
+        self._of_spec = operator
+        self._of_rules = [None if rule.topk is None else compile(_keeping(self.spec, rule)) for rule in schedule]
         self._whys = [str(rule) for rule in schedule]
         self._ledger = Ledger()
 

@@ -32,6 +32,7 @@ REMEMBERED = 8
 """Runs of the model that gradient checkpointing may come back to."""
 
 CROSS = "cross-attention"
+OTHERS = "queries and keys of other lengths"
 OUTSIDE = "called outside of its model's forward"
 COMPILED = "the layer itself is compiled: compile its block or the model"
 NO_CALL = "it does not call torch's attention: linear attention, or another backend"
@@ -62,6 +63,8 @@ class Router:
         self.text = text
         self.sides = dict(sides)
         """Where the text of a layer is, and "alone" for a layer that was seen to have none."""
+        self.joined: set[str] = set()
+        """Layers whose keys were seen to be put together of their queries' tokens and others."""
         self.listening = True
         """Whether all of the model is listened to, and not only its layers, until the place of all text is known."""
         self.open = False
@@ -145,8 +148,7 @@ class Router:
             return "tensors that are not [B, H, N, D]"
         tokens = q.shape[2]
         if k.shape[2] != tokens:
-            joined = any(sum(lengths) == k.shape[2] for lengths in call.parts)
-            return CROSS if call.crossed and not joined else "queries and keys of other lengths"
+            return CROSS if call.crossed and not self._joins(call, tokens, k.shape[2]) else OTHERS
         if call.crossed and call.tokens == tokens:
             return CROSS
         place = self._place(call, q)
@@ -174,6 +176,15 @@ class Router:
             return operator, place, Masks(None)
         masks = sequences.look(mask, q.shape[0], place, tokens)
         return masks if isinstance(masks, str) else (operator, place, masks)
+
+    def _joins(self, call: Call, tokens: int, keys: int) -> bool:
+        """Whether the queries are a part of what they attend to: put together in the layer, or by who called it."""
+        if any(sum(lengths) == keys for lengths in call.parts):
+            return True
+        around = [] if now.context is None or torch.compiler.is_compiling() else now.context.parts
+        if any(sum(lengths) == keys and tokens in lengths for lengths in around):
+            self.joined.add(call.name)  # for later runs, which are not listened to
+        return call.name in self.joined
 
     def _place(self, call: Call, q: Tensor) -> Place | str:
         """Where the picture is among the tokens of a call."""

@@ -50,7 +50,7 @@ class Place:
 
 NO_GRID = "the grid of patches is not known: pass grid="
 MANY_GRIDS = "several grids have as many cells: pass grid="
-NO_TEXT = "which of its tokens are text is not known: pass text="
+NO_TEXT = "which of its tokens are text is not known: pass text=(how many before, how many after)"
 FEWER = "fewer tokens than the grid has cells"
 AS_MANY = "as many text tokens as patches, so that which these are is not known"
 

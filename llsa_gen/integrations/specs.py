@@ -5,12 +5,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from llsa_gen.compiler import Attention, compile
+from llsa_gen.module import AttentionModule
 from llsa_gen.spec import Spec
 
-__all__ = ["Operators", "Specs", "operators_of"]
+__all__ = ["OneSpec", "Operators", "Specs", "operator_of", "operators_of"]
 
-OneSpec = str | os.PathLike[str] | Spec | Attention
-Specs = OneSpec | Mapping[Any, Any] | Callable[[str, int], Any]
+OneSpec = str | os.PathLike[str] | Mapping[str, object] | Spec | Attention | AttentionModule
+"""What gives one operator: what `llsa_gen.compile` takes, an operator that it gave, or a module of one."""
+Specs = OneSpec | Mapping[int, OneSpec] | Callable[[str, int], OneSpec | None]
 
 Operators = Callable[[str, int], Attention | None]
 """Gives the operator for a layer, by its name and head dim; None if the layer is to stay dense."""
@@ -57,7 +59,7 @@ class _ByLayer:
     def __call__(self, name: str, head_dim: int) -> Attention | None:
         if (name, head_dim) not in self.chosen:
             spec = self.choose(name, head_dim)
-            operator = None if spec is None else _operator(spec)
+            operator = None if spec is None else operator_of(spec)
             if operator is not None and operator.spec.head_dim != head_dim:
                 raise ValueError(
                     f"spec_or_specs: expected a spec of head_dim {head_dim} for {name}, got {operator.spec.head_dim}"
@@ -70,18 +72,21 @@ def _operators(specs: Any) -> _ByHeadDim | _ByLayer:
     if isinstance(specs, Mapping) and specs and all(isinstance(size, int) for size in specs):
         found = {}
         for size, spec in specs.items():
-            operator = _operator(spec)
+            operator = operator_of(spec)
             if operator.spec.head_dim != size:
                 raise ValueError(
                     f"spec_or_specs[{size}]: expected a spec of head_dim {size}, got {operator.spec.head_dim}"
                 )
             found[size] = operator
         return _ByHeadDim(found)
-    if callable(specs) and not isinstance(specs, Attention):
+    if callable(specs) and not isinstance(specs, Attention | AttentionModule):
         return _ByLayer(specs)
-    operator = _operator(specs)
+    operator = operator_of(specs)
     return _ByHeadDim({operator.spec.head_dim: operator})
 
 
-def _operator(spec: Any) -> Attention:
+def operator_of(spec: OneSpec) -> Attention:
+    """The operator of one spec, compiled unless it is. Raises what `compile` raises for a spec."""
+    if isinstance(spec, AttentionModule):
+        return spec.attention
     return spec if isinstance(spec, Attention) else compile(spec)

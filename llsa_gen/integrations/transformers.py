@@ -10,9 +10,8 @@ is patched, no weight is touched, and what is saved is the model as it was.
 
 import copy
 import inspect
-import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from torch import nn
@@ -22,11 +21,11 @@ try:
 except ImportError as error:
     raise ImportError("expected transformers 5 or newer, got none: pip install 'llsa-gen[transformers]'") from error
 
-from llsa_gen.compiler import compile
 from llsa_gen.integrations.crossing import Least
 from llsa_gen.integrations.latest import Latest
 from llsa_gen.integrations.quality import judged
 from llsa_gen.integrations.report import LEFT, Ledger, Report
+from llsa_gen.integrations.specs import OneSpec, operator_of
 from llsa_gen.integrations.transformers_attention import (
     NATIVE,
     PREFIX,
@@ -39,7 +38,6 @@ from llsa_gen.integrations.transformers_attention import (
     native_options,
 )
 from llsa_gen.integrations.transformers_tokens import Around, around_of, patches_of
-from llsa_gen.spec import Spec
 
 __all__ = ["report", "restore", "use"]
 
@@ -49,7 +47,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 def use(
     model: Model,
-    spec: str | os.PathLike[str] | Mapping[str, object] | Spec,
+    spec: OneSpec,
     *,
     grid: Sequence[int] | None = None,
     globals_first: int | None = None,
@@ -65,7 +63,7 @@ def use(
 
     Args:
         model: a model of transformers, or a module with some in it; its attention "sdpa" or "eager".
-        spec: what `llsa_gen.compile` takes; its head_dim is that of the model.
+        spec: what `llsa_gen.compile` takes, or an operator that it gave; its head_dim is that of the model.
         grid: shape of the patches, (height, width) or (frames, height, width); unless given, what the convolution of
             the model makes of each input.
         globals_first, globals_last: how many tokens stand before and after the patches; unless given, what is known
@@ -85,7 +83,7 @@ def use(
         if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 0):
             raise ValueError(f"{name}: expected an integer of at least 0, or None, got {count!r}")
     shape = None if grid is None else _shape(grid)
-    attention = compile(spec)
+    attention = operator_of(spec)
     models = {name: module for name, module in plain.named_modules() if isinstance(module, PreTrainedModel)}
     if not models:
         raise TypeError(f"model: expected a model of transformers, got {type(plain).__name__} without one")

@@ -65,6 +65,15 @@ def test_patches_stand_in_the_order_of_the_grid_and_text_is_global(text: str) ->
     assert error(o[:, :, words], scaled_dot_product_attention(q[:, :, words], k, v)) < 1e-6
 
 
+def test_a_compiled_operator_or_its_module_is_a_spec() -> None:
+    operator, (q, k, v) = llsa_gen.compile(FEW), tensors()
+    for step in (0, 5):  # by the spec, and by a rule that changes it
+        wanted = engine(FEW, min_tokens=0, schedule="topk 1 for step 5")(q, k, v, grid=GRID, n_text=TEXT, step=step)
+        for spec in (operator, operator.as_module()):
+            fn = engine(spec, min_tokens=0, schedule="topk 1 for step 5")
+            assert torch.equal(fn(q, k, v, grid=GRID, n_text=TEXT, step=step), wanted)
+
+
 def test_tokens_without_a_grid_are_a_sequence() -> None:
     q, k, v = tensors(text=0)
     wanted = llsa_gen.compile(FEW)(q, k, v)

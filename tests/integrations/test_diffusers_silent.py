@@ -27,6 +27,7 @@ from diffusers_models import (
 )
 from torch import nn
 
+import llsa_gen
 from llsa_gen.integrations.diffusers import report, restore, use
 from llsa_gen.integrations.report import DENSE, LEFT, SPARSE
 from llsa_gen.integrations.routing import Router
@@ -95,6 +96,26 @@ def test_a_mask_over_the_picture_is_dense() -> None:
 
 
 # ---- text and picture --------------------------------------------------------------------------------------------
+
+
+class Joined(nn.Module):
+    """Queries of the picture alone, which attend to text too: it is put together before the layer, as in Cascade."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = {"patch_size": 1}
+        self.attn = Attention(query_dim=32, heads=2, dim_head=HEAD_DIM)
+
+    def forward(self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor) -> torch.Tensor:
+        x = hidden_states.flatten(2).mT
+        return self.attn(x, encoder_hidden_states=torch.cat([x, encoder_hidden_states], 1))
+
+
+def test_self_attention_that_sees_text_too_is_not_called_cross_attention() -> None:
+    model = use(Joined(), LITTLE, min_tokens=0)
+    for tokens in (7, 7, 9):  # the model is listened to in its first run
+        model(torch.randn(2, 32, 8, 8), torch.randn(2, tokens, 32))
+        assert routes(model) == {"attn": (DENSE, "queries and keys of other lengths")}
 
 
 def test_as_much_text_as_picture_is_no_guess() -> None:
@@ -191,7 +212,7 @@ def test_a_picture_for_reference_in_the_latent_is_no_part_of_a_said_grid(said: A
     packed = {"hidden_states": torch.randn(2, 68, 4), "img_ids": torch.cat([ids(8, 6), reference])}
     run(model, inputs | packed)
     assert {row.tokens for row in report(model).rows} == {tokens}
-    why = "which of its tokens are text is not known: pass text="
+    why = "which of its tokens are text is not known: pass text=(how many before, how many after)"
     assert set(routes(model).values()) == {(SPARSE, "") if isinstance(said, tuple) else (DENSE, why)}
     report(model, reset=True)
     run(model, inputs)
@@ -325,6 +346,16 @@ def test_context_parallelism_is_refused_before_and_after() -> None:
 def test_wrong_arguments_leave_the_model_as_it_is(spec: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises((TypeError, ValueError), match=message):
         wrong(dit()[0], spec, **options)
+
+
+@pytest.mark.parametrize("made", [lambda x: x, lambda x: x.as_module(), lambda x: {HEAD_DIM: x.as_module()}])
+def test_compiled_operators_and_their_modules_are_specs(made: Any) -> None:
+    torch.manual_seed(0)
+    model, inputs = loud(flux())
+    use(model, made(llsa_gen.compile(LITTLE)), min_tokens=0)
+    found = run(model, inputs)
+    use(restore(model), LITTLE, min_tokens=0)
+    assert torch.equal(found, run(model, inputs))
 
 
 def test_a_model_is_used_once_and_restored_once() -> None:

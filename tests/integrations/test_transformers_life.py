@@ -13,6 +13,7 @@ import torch._dynamo
 import transformers
 from tiny_transformers import ALL, BERT, DINO, FEW, PIXELS, SIGLIP, VIT, error, gradients, randn, result
 
+import llsa_gen
 from llsa_gen.integrations import transformers as llsa
 
 
@@ -38,6 +39,13 @@ def test_restored_it_is_as_before() -> None:
         assert not one._forward_hooks and not one._forward_pre_hooks
     llsa.use(native, ALL, min_tokens=0)
     assert error(result(native, PIXELS), result(before, PIXELS)) < 1e-5
+
+
+def test_a_compiled_operator_or_its_module_is_a_spec() -> None:
+    operator = llsa_gen.compile(FEW)
+    wanted = result(llsa.use(VIT.make(), FEW, min_tokens=0), PIXELS)
+    for spec in (operator, operator.as_module()):
+        assert torch.equal(result(llsa.use(VIT.make(), spec, min_tokens=0), PIXELS), wanted)
 
 
 def test_models_that_share_a_config_do_not_mix() -> None:
