@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 from torch import Tensor, nn
+from transformers.models.qwen2_vl import modeling_qwen2_vl
 
 from llsa_gen import Level, Spec
 
@@ -41,7 +42,7 @@ class Case(NamedTuple):
     def make(self, **more: Any) -> Any:
         """The same model in every call, in evaluation, with no parameter that nobody would notice."""
         torch.manual_seed(0)
-        kind = getattr(transformers, self.name)
+        kind = getattr(transformers, self.name, None) or getattr(modeling_qwen2_vl, self.name)
         model = kind(kind.config_class(**{**copy.deepcopy(self.config), **more}))
         with torch.no_grad():
             for parameter in model.parameters():
@@ -62,10 +63,12 @@ PICTURES = (
     vision("InstructBlipVisionModel"), vision("PixioModel", n_cls_tokens=3),
     vision("InternVLVisionModel", image_size=[32, 32], patch_size=[4, 4]),
     vision("YolosModel", image_size=[32, 32], num_detection_tokens=5),
+    vision("MLCDVisionModel"), vision("Aimv2VisionModel"), vision("DPTModel", backbone_out_indices=[0, 1]),
+    vision("Idefics3VisionTransformer"), vision("SmolVLMVisionTransformer"), vision("JanusVisionModel"),
     Case("VideoMAEModel", {**VIDEO, "patch_size": 4, "tubelet_size": 2}, FRAMES),
     Case("VivitModel", {**VIDEO, "tubelet_size": [2, 4, 4]}, FRAMES),
 )  # fmt: skip
-"""One of each type of model whose tokens the adapter knows, but for Siglip2, whose patches come cut."""
+"""One of each type of model whose tokens the adapter knows, but for those whose patches come cut."""
 
 PATCHES = {
     "pixel_values": randn(2, 64, 48),
@@ -73,6 +76,23 @@ PATCHES = {
     "spatial_shapes": torch.tensor([[8, 8], [8, 8]]),
 }
 SIGLIP2 = Case("Siglip2VisionModel", {**SIZES, "patch_size": 4, "num_patches": 64}, PATCHES)
+CUT = {"hidden_states": randn(96, 3 * 2 * 4 * 4), "grid_thw": torch.tensor([[1, 8, 8], [1, 4, 8]])}
+GROUPS = {"depth": 2, "hidden_size": 32, "num_heads": 2, "patch_size": 4, "intermediate_size": 64}
+GROUPED_PATCHES = (
+    Case("Qwen2VisionTransformerPretrainedModel", {**GROUPS, "embed_dim": 32, "mlp_ratio": 2}, CUT),
+    Case(
+        "Qwen2_5_VisionTransformerPretrainedModel",
+        {**GROUPS, "out_hidden_size": 32, "fullatt_block_indexes": [1], "window_size": 16},
+        CUT,
+    ),
+    Case(
+        "Qwen3VLVisionModel",
+        {**GROUPS, "out_hidden_size": 32, "num_position_embeddings": 64, "deepstack_visual_indexes": []},
+        CUT,
+    ),
+    Case("Glm4vVisionModel", {**GROUPS, "out_hidden_size": 32, "image_size": 32}, CUT),
+)
+"""Two pictures in one sequence, attended to one by one."""
 VIT = PICTURES[0]
 DINO = PICTURES[5]
 SIGLIP = PICTURES[7]

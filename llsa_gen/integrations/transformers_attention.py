@@ -6,6 +6,7 @@ That one takes what is refused, if the caller asked for it, and what is too shor
 """
 
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -170,13 +171,16 @@ def _place(layer: Layer, q: Tensor) -> Place | Reason:
             return Reason("query", "fewer tokens than globals", "at least as many")
         return Place((tokens - others,), around.first, around.last)
     grid = patches.of(tokens - others) if fixed is None and patches is not None else fixed
+    shown = None if patches is None else patches.grid
+    if shown is not None and math.prod(shown) == 1 != tokens - others:  # patches come cut, a batch to the convolution
+        grid, shown = fixed, None
     if grid is None:
         return Reason("grid", "unknown, for nothing shows it", "the shape of the patches, given to use()")
     told = not torch.compiler.is_compiling()  # what a compiler counts is named by constants, and lengths may be none
     if patches is not None and patches.mixed:
         return Reason("grid", "pictures of several shapes in one batch", "one shape")
-    if patches is not None and patches.grid is not None and fixed not in (None, patches.grid):
-        return Reason("grid", f"patches {list(patches.grid)}" if told else "others", f"{list(grid)}, as given to use()")
+    if shown is not None and fixed not in (None, shown):
+        return Reason("grid", f"patches {list(shown)}" if told else "others", f"{list(grid)}, as given to use()")
     place = Place(grid, around.first, around.last)
     if tokens == place.cells + others:
         return place

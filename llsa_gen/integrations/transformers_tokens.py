@@ -30,8 +30,11 @@ def _registers(config: Any) -> Around:
 
 
 _NONE, _CLASS = Around(0, 0, True), Around(1, 0, True)
+_GROUPS = Around(0, 0, False)
+"""Patches that come cut, in groups of 2x2 or in an order of windows: a sequence, picture by picture."""
 
 AROUND: dict[str, Around | Callable[[Any], Around]] = {
+    "aimv2_vision_model": _NONE,
     "altclip_vision_model": _CLASS,
     "beit": _CLASS,
     "blip_2_vision_model": _CLASS,
@@ -42,15 +45,24 @@ AROUND: dict[str, Around | Callable[[Any], Around]] = {
     "dinov2": _CLASS,
     "dinov2_with_registers": _registers,
     "dinov3_vit": _registers,
+    "dpt": _CLASS,
+    "glm4v_vision": _GROUPS,
+    "idefics3_vision": _NONE,
     "ijepa": _NONE,
     "instructblip_vision_model": _CLASS,
     "internvl_vision": _CLASS,
+    "janus_vision_model": _NONE,
     "metaclip_2_vision_model": _CLASS,
+    "mlcd_vision_model": _CLASS,
     "owlv2_vision_model": _CLASS,
     "owlvit_vision_model": _CLASS,
     "pixio": lambda config: Around(config.n_cls_tokens, 0, True),
+    "qwen2_5_vl_vision": _GROUPS,
+    "qwen2_vl_vision": _GROUPS,
+    "qwen3_vl_vision": _GROUPS,
     "siglip2_vision_model": _NONE,
     "siglip_vision_model": _NONE,
+    "smolvlm_vision": _NONE,
     "videomae": _NONE,
     "vit": _CLASS,
     "vit_msn": _CLASS,

@@ -13,6 +13,7 @@ from tiny_transformers import (
     FEW,
     GLOBAL,
     GROUPED,
+    GROUPED_PATCHES,
     MODERNBERT,
     PICTURES,
     PIXELS,
@@ -53,8 +54,22 @@ def test_what_keeps_everything_is_the_native_attention(case: Case) -> None:
     assert (counts.sparse, counts.dense) == (native.config.num_hidden_layers, 0)
 
 
+@pytest.mark.parametrize("case", GROUPED_PATCHES, ids=lambda case: case.name)
+def test_pictures_whose_patches_come_cut_are_sequences_one_by_one(case: Case) -> None:
+    native = case.make()
+    wanted = result(native, case.inputs)
+    sparse = llsa.use(copy.deepcopy(native), ALL, min_tokens=0)
+    assert 0 < error(result(sparse, case.inputs), wanted) < 1e-5
+    counts = llsa.report(sparse)
+    assert counts.sparse >= 2 * 2 and counts.dense == 0, "each layer, each picture"
+    sparse = llsa.use(copy.deepcopy(native), ALL, min_tokens=0, grid=(8, 8), otherwise="dense")
+    assert error(result(sparse, case.inputs), wanted) < 1e-5
+    rows = {(row.route, row.why, row.tokens) for row in llsa.report(sparse).rows}
+    assert {("sparse", "", "64"), ("dense", "query: 32 tokens", "32")} <= rows, "the second one has another grid"
+
+
 def test_every_known_type_of_model_is_among_them() -> None:
-    made = {case.make().config.model_type for case in (*PICTURES, SIGLIP2)}
+    made = {case.make().config.model_type for case in (*PICTURES, *GROUPED_PATCHES, SIGLIP2)}
     assert made == set(AROUND)
 
 
