@@ -44,6 +44,7 @@ SIDES: dict[str, dict[str, Text]] = {
     "HunyuanVideoTransformer3DModel": LAST,
     "LTXVideoTransformer3DModel": ALONE,
     "Lumina2Transformer2DModel": {"noise_refiner.*": "alone", "layers.*": "first"},
+    "PRXTransformer2DModel": FIRST,
     "PixArtTransformer2DModel": ALONE,
     "QwenImageTransformer2DModel": FIRST,
     "SD3Transformer2DModel": {"transformer_blocks.*.attn": "last", "transformer_blocks.*.attn2": "alone"},

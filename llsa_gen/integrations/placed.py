@@ -41,6 +41,8 @@ def attend(
 ) -> Tensor:  # fmt: skip
     """o [B, H, S, D] of q [B, H, S, D] and k, v of as many heads or a divisor of them, in the order of the input.
 
+    q may be that of the picture alone, and then o is: it sees text, and no text asks.
+
     Args:
         attention: what `llsa_gen.compile` gives.
         place: where the picture is among the S tokens.
@@ -55,7 +57,8 @@ def attend(
             masks.picture.all(), "attn_mask: it leaves out picture tokens: do not compile the model"
         )
     after = place.first + place.cells
-    parts = (x[:, :, place.first : after] for x in (q, k, v))
+    alone = q.shape[2] != k.shape[2]
+    parts = (x if alone and x is q else x[:, :, place.first : after] for x in (q, k, v))
     placed = None if len(place.grid) == 1 else order.grid(place.grid, attention.spec, device=q.device)
     if placed is not None:  # a line is in order
         parts = (x.index_select(2, placed.permutation) for x in parts)
@@ -69,7 +72,7 @@ def attend(
         probe(Run(attention, place, q_picture, k_picture, v_picture, k_global, v_global, global_mask, scale, o_picture))
     if placed is not None:
         o_picture = o_picture.index_select(2, placed.inverse)
-    if not more:
+    if alone or not more:
         return o_picture
     if mask is not None and mask.ndim > 1 and mask.shape[-2] != 1:
         mask = _text(mask, place)

@@ -146,14 +146,16 @@ class Router:
         q, k, v = (given[name] for name in ARGUMENTS[:3])
         if q.ndim != 4 or k.ndim != 4:
             return "tensors that are not [B, H, N, D]"
-        tokens = q.shape[2]
-        if k.shape[2] != tokens:
-            return CROSS if call.crossed and not self._joins(call, tokens, k.shape[2]) else OTHERS
-        if call.crossed and call.tokens == tokens:
+        tokens, keys = q.shape[2], k.shape[2]
+        if keys != tokens and not self._asks_alone(call, tokens, keys):
+            return CROSS if call.crossed and not self._joins(call, tokens, keys) else OTHERS
+        if keys == tokens and call.crossed and call.tokens == tokens:
             return CROSS
-        place = self._place(call, q)
+        place = self._place(call, k)
         if isinstance(place, str):
             return place
+        if keys != tokens and place.cells != tokens:
+            return OTHERS
         operator = self.operators(call.name, q.shape[3])
         if operator is None:
             return f"no spec has its head_dim, {q.shape[3]}"
@@ -174,8 +176,12 @@ class Router:
         mask = given.get("attn_mask")
         if mask is None:
             return operator, place, Masks(None)
-        masks = sequences.look(mask, q.shape[0], place, tokens)
+        masks = sequences.look(mask, q.shape[0], place, keys)
         return masks if isinstance(masks, str) else (operator, place, masks)
+
+    def _asks_alone(self, call: Call, tokens: int, keys: int) -> bool:
+        """Whether the queries are the layer's whole input, whose keys were put together there with others'."""
+        return call.tokens == tokens and any(sum(x) == keys and x.count(tokens) == 1 for x in call.parts)
 
     def _joins(self, call: Call, tokens: int, keys: int) -> bool:
         """Whether the queries are a part of what they attend to: put together in the layer, or by who called it."""
@@ -186,31 +192,31 @@ class Router:
             self.joined.add(call.name)  # for later runs, which are not listened to
         return call.name in self.joined
 
-    def _place(self, call: Call, q: Tensor) -> Place | str:
-        """Where the picture is among the tokens of a call."""
+    def _place(self, call: Call, k: Tensor) -> Place | str:
+        """Where the picture is among the tokens that a call attends to."""
         if call.grid is not None:
-            context = Context(self.ledger.key, (call.grid,), q.shape[0], ())
-            return self._place_in(context, call, q)
+            context = Context(self.ledger.key, (call.grid,), k.shape[0], ())
+            return self._place_in(context, call, k)
         context = now.context
         if context is not None and context.owner == self.ledger.key:
-            return self._place_in(context, call, q)
+            return self._place_in(context, call, k)
         if _in_backward():  # checkpointed: the layer runs again, its model does not
             context = resumed()
             known = self.recent if context is None or context.owner != self.ledger.key else [context]
-            found = {self._place_in(one, call, q) for one in known}
+            found = {self._place_in(one, call, k) for one in known}
             if len(found) > 1:
                 raise RuntimeError(
                     f"{call.name}: gradient checkpointing runs it again, and of the model's last runs several had "
-                    f"{q.shape[2]} tokens, with other grids: differentiate what the model returns, "
+                    f"{k.shape[2]} tokens, with other grids: differentiate what the model returns, "
                     "or one run before the next"
                 )
             return found.pop() if found else OUTSIDE
         return OUTSIDE
 
-    def _place_in(self, context: Context, call: Call, q: Tensor) -> Place | str:
-        tokens, copies = q.shape[2], 1
-        if context.batch and q.shape[0] % context.batch == 0:
-            copies = q.shape[0] // context.batch
+    def _place_in(self, context: Context, call: Call, k: Tensor) -> Place | str:
+        tokens, copies = k.shape[2], 1
+        if context.batch and k.shape[0] % context.batch == 0:
+            copies = k.shape[0] // context.batch
         side = self.sides.get(call.name)
         others = {tokens - math.prod(grid) for grid in context.grids}
         exact = isinstance(self.text, tuple) and sum(self.text) in others

@@ -135,7 +135,8 @@ def look(mask: Tensor, batch: int, place: Place, tokens: int) -> Masks | str:
     numbers are a bias. Rows of text queries do not matter: these stay dense, with the mask as it is.
 
     Args:
-        mask: [..., M or 1, S], for a sequence of S = `tokens` tokens, as torch's scaled_dot_product_attention takes it.
+        mask: [..., M or 1, S], for a sequence of S = `tokens` tokens, as torch's scaled_dot_product_attention takes it;
+            M is S, or the picture's tokens.
         batch: how many batch entries the sequence has.
     """
     if torch.compiler.is_compiling():
@@ -154,7 +155,9 @@ def _rows(mask: Tensor, place: Place) -> Tensor:
     """The mask as [B or 1, H or 1, N or 1, S], of the picture's queries."""
     while mask.ndim < 4:
         mask = mask[None]
-    return mask if mask.shape[2] == 1 else mask[:, :, place.first : place.first + place.cells]
+    if mask.shape[2] in (1, place.cells):  # one row for all, or the picture's queries alone
+        return mask
+    return mask[:, :, place.first : place.first + place.cells]
 
 
 def _split(keys: Tensor, batch: int, place: Place, tokens: int) -> tuple[Tensor, Tensor]:

@@ -130,6 +130,15 @@ def lumina2() -> Made:
     return model, inputs | {"encoder_attention_mask": torch.ones(2, TEXT, dtype=torch.bool)}
 
 
+def prx(mask: Tensor = LAST_THREE_PADDED) -> Made:
+    """Queries of the picture alone, over text and picture."""
+    model = diffusers.PRXTransformer2DModel(
+        in_channels=4, patch_size=2, context_in_dim=WIDTH, hidden_size=32, num_heads=2, depth=2, axes_dim=[8, 8],
+    )  # fmt: skip
+    inputs = {"hidden_states": torch.randn(2, 4, 16, 12), "timestep": torch.rand(2), "encoder_hidden_states": text()}
+    return model, inputs | {"attention_mask": mask}
+
+
 def sana() -> Made:
     """Self-attention that is linear."""
     model = diffusers.SanaTransformer2DModel(
@@ -153,7 +162,7 @@ def unet() -> Made:
 
 CLASSES: dict[str, Callable[[], Made]] = {
     make.__name__: make
-    for make in (dit, pixart, sd3, flux, wan, ltx, qwen, hunyuan_video, cogvideox, lumina2, sana, unet)
+    for make in (dit, pixart, sd3, flux, wan, ltx, qwen, hunyuan_video, cogvideox, lumina2, prx, sana, unet)
 }
 
 

@@ -31,6 +31,7 @@ SPARSE_LAYERS = {
     },
     "cogvideox": {"transformer_blocks.0.attn1": "7 text + 3×4×6"},
     "lumina2": {"noise_refiner.0.attn": "8×6", "layers.0.attn": "7 text + 8×6"},
+    "prx": {f"blocks.{i}.attention": "7 text + 8×6" for i in range(2)},
     "sana": {},
     "unet": {
         "down_blocks.0.attentions.0.transformer_blocks.0.attn1": "16×16",

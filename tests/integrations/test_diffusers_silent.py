@@ -19,6 +19,7 @@ from diffusers_models import (
     ids,
     loud,
     pixart,
+    prx,
     qwen,
     run,
     sd3,
@@ -54,7 +55,7 @@ def wrong(model: nn.Module, spec: Any = EVERYTHING, **options: Any) -> None:
 # ---- masks -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("make", [qwen, hunyuan_video])
+@pytest.mark.parametrize("make", [qwen, hunyuan_video, prx])
 @pytest.mark.parametrize("mask", [torch.ones_like(LAST_THREE_PADDED), LAST_THREE_PADDED])
 def test_a_mask_of_text_is_sparse_whether_it_is_all_true_or_not(make: Any, mask: torch.Tensor) -> None:
     torch.manual_seed(0)
@@ -62,7 +63,8 @@ def test_a_mask_of_text_is_sparse_whether_it_is_all_true_or_not(make: Any, mask:
     use(model, LITTLE, min_tokens=0)
     with torch.no_grad():
         before = run(model, inputs)
-        assert routes(model)["transformer_blocks.0.attn"] == (SPARSE, "")
+        layer = "blocks.0.attention" if make is prx else "transformer_blocks.0.attn"
+        assert routes(model)[layer] == (SPARSE, "")
         inputs["encoder_hidden_states"] = inputs["encoder_hidden_states"].clone()
         inputs["encoder_hidden_states"][1, 5] += 1.0
         after = run(model, inputs)
@@ -109,6 +111,15 @@ class Joined(nn.Module):
     def forward(self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor) -> torch.Tensor:
         x = hidden_states.flatten(2).mT
         return self.attn(x, encoder_hidden_states=torch.cat([x, encoder_hidden_states], 1))
+
+
+def test_queries_of_the_picture_alone_with_as_much_text_are_dense() -> None:
+    model, inputs = loud(prx(torch.ones(2, 48, dtype=torch.bool)))
+    inputs["encoder_hidden_states"] = text(48)
+    wanted = run(model, inputs)
+    use(model, LITTLE, min_tokens=0)
+    assert torch.equal(run(model, inputs), wanted)
+    assert set(routes(model).values()) == {(DENSE, "queries and keys of other lengths")}
 
 
 def test_self_attention_that_sees_text_too_is_not_called_cross_attention() -> None:

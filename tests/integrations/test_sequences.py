@@ -88,3 +88,14 @@ def test_a_mask_that_was_written_into_is_looked_at_again() -> None:
         assert look(mask, 2, PLACE, 55) == Masks(None)
         mask[0, ..., 20] = False
         assert look(mask, 2, PLACE, 55) == sequences.OVER_PICTURE
+
+
+def test_rows_of_the_pictures_queries_alone() -> None:
+    place = Place(GRID, 7, 0)
+    rows = torch.ones(2, 1, 48, 55, dtype=torch.bool)
+    rows[1, :, :, 5:7] = False
+    found = look(rows, 2, place, 55)
+    assert isinstance(found, Masks) and found.text is not None
+    assert torch.equal(found.text, rows[:, 0, 0, :7])
+    rows[1, :, :3, 4] = False  # of its first queries, which a whole sequence would give to text
+    assert look(rows, 2, place, 55) == sequences.PER_QUERY
