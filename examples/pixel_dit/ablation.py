@@ -30,7 +30,6 @@ import draw_curves
 import rows
 import settings
 import torch
-import yaml
 from data import DataError, Windows
 from sample import write_beside
 from settings import Settings
@@ -42,7 +41,9 @@ Job = tuple[str, Settings]
 
 def experiments(path: Path, options: argparse.Namespace) -> dict[str, Settings]:
     """The settings of each experiment of a file, by its name: the base, flags, then what it changes."""
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    content = settings.read(path)
+    if not {"base", "experiments"} <= content.keys():
+        sys.exit(f"{path}: expected base and experiments, got {', '.join(content) or 'nothing'}")
     flags = {name: getattr(options, name) for name in Settings.model_fields if getattr(options, name) is not None}
     chosen = {
         name: one for name, one in content["experiments"].items() if name in (options.only or content["experiments"])
