@@ -135,9 +135,10 @@ def is_done(name: str, wanted: Settings, stored: Path) -> bool:
 
 
 def latest(found: list[dict[str, Any]]) -> dict[str, dict[int, dict[str, Any]]]:
-    """Rows by experiment and seed. Of runs that were trained on later, the last row counts."""
+    """Rows by experiment and seed, in the order of the file of experiments, whichever run was done first. Of runs that
+    were trained on later, the last row counts."""
     made: dict[str, dict[int, dict[str, Any]]] = {}
-    for row in found:
+    for row in sorted(found, key=lambda row: row["place"]):
         made.setdefault(row["experiment"], {})[row["settings"]["seed"]] = row
     return made
 
@@ -194,6 +195,7 @@ def main() -> None:
     if options.parallel < 1 or options.seeds < 1:
         parser.error(f"--parallel, --seeds: expected 1 or more, got {options.parallel}, {options.seeds}")
     stored, wanted = options.out / "rows.json", experiments(options.file, options)
+    places = list(settings.read(options.file)["experiments"])
     first = int(options.seed or 0)
     jobs = [  # seed by seed: what is cut short is fair
         (name, one.model_copy(update={"seed": seed}))
@@ -202,8 +204,8 @@ def main() -> None:
     jobs = [(name, one) for name, one in jobs if not is_done(name, one, stored)]
     try:
         for (name, one), row in run_all(options.out, jobs, options.parallel, options.minutes):
-            named = {"experiment": name, "attention": attention.name_of(one.attention), "parallel": options.parallel}
-            rows.add(stored, [named | row])
+            named = {"experiment": name, "place": places.index(name), "attention": attention.name_of(one.attention)}
+            rows.add(stored, [named | {"parallel": options.parallel} | row])
             print(
                 f"{name}, seed {one.seed}: validation {row['validation']:.4f}, {row['wall_seconds']:.0f} s", flush=True
             )

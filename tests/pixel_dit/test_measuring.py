@@ -82,10 +82,11 @@ def test_runs_beside_each_other_are_runs_one_after_the_other(
 def test_a_table_says_how_much_more_than_the_first_seed_by_seed() -> None:
     values = {"dense": (0.1, 0.2), "ours": (0.11, 0.21)}
     found = [
-        {"experiment": name, "settings": {"seed": seed}, "validation": value, "loss": value, "tokens_per_s": 2e6,
-         "steps": 5, "parallel": 1 + seed}
-        for name, of in values.items() for seed, value in enumerate(of)
+        {"experiment": name, "place": place, "settings": {"seed": seed}, "validation": value, "loss": value,
+         "tokens_per_s": 2e6, "steps": 5, "parallel": 1 + seed}
+        for place, (name, of) in enumerate(values.items()) for seed, value in enumerate(of)
     ]  # fmt: skip
+    found.reverse()  # the first of the file need not be done first
     line = ablation.shown(found).splitlines()[-1]
     cells = ["ours", "0.1600 ±0.0707", "+7.5 ±3.5%", "0.1600 ±0.0707", "2,000", "5", "2"]
     assert [cell.strip() for cell in line.strip("|").split("|")] == cells
