@@ -1,36 +1,49 @@
-"""Runs a list of experiments, each with some seeds, on one device in one process, and says how they compare.
+"""Runs a list of experiments, each with some seeds, on one device, and says how they compare.
 
     python examples/pixel_dit/ablation.py examples/pixel_dit/experiments/table1_64.yaml --out runs/table1_64 --seeds 3
-    python examples/pixel_dit/ablation.py examples/pixel_dit/experiments/table1_64.yaml --out runs/table1_64 --table
+    python examples/pixel_dit/ablation.py --table runs/table1_64/rows.json --curves curves.png
 
 A seed gives all experiments the same first values, the same windows and the same noise, so that what they differ by is
 what an experiment changes. Every run has a folder and is one of train.py's: what is killed goes on with the same
-command, and what is done is not done again. rows.json holds a row a run. Flags change the base of all experiments.
+command, and what is done is not done again. rows.json holds a row a run, samples.png what the first seed drew. Flags
+change the base of all experiments. With --parallel, runs share the device: losses stay, and no throughput is measured.
 """
 
 import argparse
+import functools
 import gc
 import itertools
-import json
+import multiprocessing
+import os
 import statistics
 import sys
+import threading
 import time
+from collections.abc import Iterator, Sequence
+from concurrent import futures
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
 import attention
+import draw_curves
 import rows
 import settings
 import torch
-import yaml
 from data import DataError, Windows
+from sample import write_beside
 from settings import Settings
 from train import Run, process_of
+
+Job = tuple[str, Settings]
+"""The name of an experiment, and its settings with one seed."""
 
 
 def experiments(path: Path, options: argparse.Namespace) -> dict[str, Settings]:
     """The settings of each experiment of a file, by its name: the base, flags, then what it changes."""
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    content = settings.read(path)
+    if not {"base", "experiments"} <= content.keys():
+        sys.exit(f"{path}: expected base and experiments, got {', '.join(content) or 'nothing'}")
     flags = {name: getattr(options, name) for name in Settings.model_fields if getattr(options, name) is not None}
     chosen = {
         name: one for name, one in content["experiments"].items() if name in (options.only or content["experiments"])
@@ -40,23 +53,31 @@ def experiments(path: Path, options: argparse.Namespace) -> dict[str, Settings]:
     return {name: settings.checked(content["base"] | flags | one) for name, one in chosen.items()}
 
 
-def run(folder: Path, wanted: Settings, windows: Windows) -> dict[str, Any]:
+@functools.cache
+def windows_of(data: str, size: tuple[int, int], shrink: int) -> Windows:
+    """Windows, read once a process: pictures take longer to decode than some runs to train."""
+    return Windows(Path(data), size, shrink)
+
+
+def run(folder: Path, wanted: Settings) -> dict[str, Any]:
     """Train one experiment with one seed; its row without its name."""
     torch.compiler.reset()
     gc.collect()
     process = process_of(wanted.device)
     began = time.perf_counter()
-    one = Run(folder, wanted, windows, process)
+    one = Run(folder, wanted, windows_of(wanted.data, wanted.size, wanted.shrink), process)
     one.train()
-    lines = [json.loads(line) for line in one.log.read_text(encoding="utf-8").splitlines()]
+    lines = draw_curves.lines_of(folder)
     losses = [line["loss"] for line in lines if "loss" in line]
     tail = losses[-max(1, len(losses) // 10) :]
     rates = [line["tokens_per_s"] for line in lines if line.get("tokens_per_s")]
+    curve = [line for line in lines if "validation" in line]
     return {
         **rows.stamp(process.device.type),
         "settings": wanted.model_dump(mode="json"),
         "steps": one.step,
-        "validation": [line["validation"] for line in lines if "validation" in line][-1],
+        "validation": curve[-1]["validation"],
+        "curve": curve,
         "loss": statistics.mean(tail),  # of the last tenth of the steps
         "tokens_per_s": statistics.median(rates) if rates else None,
         "train_seconds": one.seconds,
@@ -64,9 +85,48 @@ def run(folder: Path, wanted: Settings, windows: Windows) -> dict[str, Any]:
     }
 
 
+def run_all(out: Path, jobs: Sequence[Job], parallel: int, minutes: float) -> Iterator[tuple[Job, dict[str, Any]]]:
+    """Rows as they come, of so many runs at once; after so many minutes none is begun."""
+    end = time.monotonic() + 60 * minutes if minutes else float("inf")
+    todo = list(jobs)[::-1]
+    if parallel == 1:
+        while todo and time.monotonic() < end:
+            name, wanted = todo.pop()
+            yield (name, wanted), run(folder_of(out, name, wanted), wanted)
+    else:
+        spawn, running = multiprocessing.get_context("spawn"), dict[futures.Future[dict[str, Any]], Job]()
+        with futures.ProcessPoolExecutor(parallel, mp_context=spawn, initializer=end_with_parent) as pool:
+            while running or (todo and time.monotonic() < end):
+                while todo and len(running) < parallel and time.monotonic() < end:
+                    name, wanted = todo.pop()
+                    running[pool.submit(run, folder_of(out, name, wanted), wanted)] = name, wanted
+                for done in futures.wait(running, return_when=futures.FIRST_COMPLETED).done:
+                    yield running.pop(done), done.result()
+    if todo:
+        name, wanted = todo[-1]
+        print(f"time is up before {name}, seed {wanted.seed}; the same command goes on")
+
+
+def end_with_parent() -> None:
+    """A kill of the program ends its processes too: when the command comes again, nothing else writes into a folder."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def folder_of(out: Path, name: str, wanted: Settings) -> Path:
+    """Of a run."""
+    return out / f"{name}-{wanted.seed}"
+
+
 def is_done(name: str, wanted: Settings, stored: Path) -> bool:
     """Whether a row of an experiment and a seed is there that was trained as long as is wanted now."""
-    for row in json.loads(stored.read_text(encoding="utf-8")) if stored.exists() else []:
+    for row in rows.read(stored):
         had = Settings.model_validate(row["settings"])
         same = not settings.changed(had, wanted) and (had.steps, had.seconds) == (wanted.steps, wanted.seconds)
         if row["experiment"] == name and same:
@@ -74,66 +134,86 @@ def is_done(name: str, wanted: Settings, stored: Path) -> bool:
     return False
 
 
-def shown(found: list[dict[str, Any]]) -> str:
-    """A line an experiment: mean and spread over its seeds, and what differs from the first one, seed by seed.
+def latest(found: list[dict[str, Any]]) -> dict[str, dict[int, dict[str, Any]]]:
+    """Rows by experiment and seed, in the order of the file of experiments, whichever run was done first. Of runs that
+    were trained on later, the last row counts."""
+    made: dict[str, dict[int, dict[str, Any]]] = {}
+    for row in sorted(found, key=lambda row: row["place"]):
+        made.setdefault(row["experiment"], {})[row["settings"]["seed"]] = row
+    return made
 
-    Of runs that were trained on later, the last row counts.
-    """
-    found = list({(row["experiment"], row["settings"]["seed"]): row for row in found}.values())
-    names = list(dict.fromkeys(row["experiment"] for row in found))
-    base = {row["settings"]["seed"]: row["validation"] for row in found if row["experiment"] == names[0]}
+
+def shown(found: list[dict[str, Any]]) -> str:
+    """A line an experiment: means over its seeds with their deviation, and how much more than the first one, seed by
+    seed."""
+    by_name = latest(found)
+    first, base = next(iter(by_name.items()))
     lines = []
-    for name in names:
-        of = [row for row in found if row["experiment"] == name]
-        values = [row["validation"] for row in of]
-        spread = f"±{statistics.stdev(values):.4f}" if len(values) > 1 else "-"
-        beside = [row["validation"] - base[row["settings"]["seed"]] for row in of if row["settings"]["seed"] in base]
-        rates = [row["tokens_per_s"] for row in of if row["tokens_per_s"]]
+    for name, of in by_name.items():
+        rates = [row["tokens_per_s"] for row in of.values() if row["tokens_per_s"] and row.get("parallel", 1) == 1]
+        more = [100 * (row["validation"] / base[seed]["validation"] - 1) for seed, row in of.items() if seed in base]
         lines.append([
-            name, f"{statistics.mean(values):.4f}", spread, f"{statistics.mean(beside):+.4f}" if beside else "-",
-            f"{statistics.mean(row['loss'] for row in of):.4f}",
-            f"{statistics.median(rates) / 1e3:,.0f}" if rates else "-", f"{of[0]['steps']:,}", str(len(of)),
+            name, spread([row["validation"] for row in of.values()], ".4f"),
+            "-" if name == first or not more else f"{spread(more, '+.1f')}%",
+            spread([row["loss"] for row in of.values()], ".4f"),
+            f"{statistics.median(rates) / 1e3:,.0f}" if rates else "-",
+            f"{min(row['steps'] for row in of.values()):,}", str(len(of)),
         ])  # fmt: skip
-    head = ["experiment", "validation", "spread", f"beside {names[0]}", "training", "k tokens/s", "steps", "seeds"]
+    head = ["experiment", "validation", f"beside {first}", "training", "k tokens/s", "steps", "seeds"]
     return rows.table(head, lines)
 
 
+def spread(values: Sequence[float], kind: str) -> str:
+    """The mean, and the deviation of more than one."""
+    mean = f"{statistics.mean(values):{kind}}"
+    return f"{mean} ±{statistics.stdev(values):{kind.lstrip('+')}}" if len(values) > 1 else mean
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Train experiments one after the other and compare them.")
-    parser.add_argument("file", type=Path, help="YAML: base, and experiments by name")
-    parser.add_argument("--out", type=Path, required=True, help="folder of all runs")
+    parser = argparse.ArgumentParser(description="Train experiments and compare them.")
+    parser.add_argument("file", type=Path, nargs="?", help="YAML: base, and experiments by name")
+    parser.add_argument("--out", type=Path, help="folder of all runs")
     parser.add_argument("--seeds", type=int, default=3, help="how many, from --seed on")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these experiments alone")
+    parser.add_argument("--parallel", type=int, default=1, help="runs at once, each a process, all on one device")
     parser.add_argument("--minutes", type=float, default=0, help="begin no run after so many; 0: run all")
-    parser.add_argument("--table", action="store_true", help="run nothing: print what rows.json holds")
+    parser.add_argument("--table", type=Path, nargs="+", metavar="ROWS", help="run nothing: print what such files hold")
+    parser.add_argument("--curves", type=Path, help="with --table: draw validation by step")
     settings.add_flags(parser)
     options = parser.parse_args()
-    stored = options.out / "rows.json"
     if options.table:
-        print(shown(json.loads(stored.read_text(encoding="utf-8"))))
+        found = [row for path in options.table for row in rows.read(path)]
+        if not found:
+            sys.exit(f"--table: expected files with rows, got {', '.join(map(str, options.table))}")
+        print(shown(found))
+        if options.curves:
+            by_name = {name: [row["curve"] for row in of.values()] for name, of in latest(found).items()}
+            draw_curves.draw_validation(by_name, options.curves)
         return
-    wanted = experiments(options.file, options)
-    began, windows = time.perf_counter(), dict[tuple[Any, ...], Windows]()
+    if not options.file or not options.out:
+        parser.error("expected a file of experiments and --out, or --table")
+    if options.parallel < 1 or options.seeds < 1:
+        parser.error(f"--parallel, --seeds: expected 1 or more, got {options.parallel}, {options.seeds}")
+    stored, wanted = options.out / "rows.json", experiments(options.file, options)
+    places = list(settings.read(options.file)["experiments"])
     first = int(options.seed or 0)
-    seeds = range(first, first + options.seeds)
-    for seed, (name, one) in itertools.product(seeds, wanted.items()):  # seed by seed: what is cut short is fair
-        one = one.model_copy(update={"seed": seed})
-        if is_done(name, one, stored):
-            continue
-        if options.minutes and time.perf_counter() - began > 60 * options.minutes:
-            print(f"time is up before {name}, seed {seed}; the same command goes on")
-            break
-        try:
-            key = (one.data, one.size, one.shrink)
-            if key not in windows:
-                windows[key] = Windows(Path(one.data), one.size, one.shrink)
-            row = run(options.out / f"{name}-{seed}", one, windows[key])
-        except (DataError, ValueError) as error:
-            sys.exit(f"ablation.py: {error}")
-        rows.add(stored, [{"experiment": name, "attention": attention.name_of(one.attention), **row}])
-        rate = f"{row['tokens_per_s'] / 1e3:,.0f}k tokens/s, " if row["tokens_per_s"] else ""
-        print(f"{name}, seed {seed}: validation {row['validation']:.4f}, {rate}{row['wall_seconds']:.0f} s", flush=True)
-    print(shown(json.loads(stored.read_text(encoding="utf-8"))))
+    jobs = [  # seed by seed: what is cut short is fair
+        (name, one.model_copy(update={"seed": seed}))
+        for seed, (name, one) in itertools.product(range(first, first + options.seeds), wanted.items())
+    ]
+    jobs = [(name, one) for name, one in jobs if not is_done(name, one, stored)]
+    try:
+        for (name, one), row in run_all(options.out, jobs, options.parallel, options.minutes):
+            named = {"experiment": name, "place": places.index(name), "attention": attention.name_of(one.attention)}
+            rows.add(stored, [named | {"parallel": options.parallel} | row])
+            print(
+                f"{name}, seed {one.seed}: validation {row['validation']:.4f}, {row['wall_seconds']:.0f} s", flush=True
+            )
+            drawn = {name: options.out / f"{name}-{first}" / "samples.png" for name in wanted}
+            write_beside({name: path for name, path in drawn.items() if path.exists()}, options.out / "samples.png")
+    except (DataError, ValueError) as error:
+        sys.exit(f"ablation.py: {error}")
+    print(shown(rows.read(stored)))
 
 
 if __name__ == "__main__":

@@ -44,13 +44,20 @@ class Nothing(nn.Module):
 
 
 def spec_of(attention: Attention) -> llsa_gen.Spec | None:
-    """The spec; None for what is none. "llsa_l2" is a file of that name, with .yaml, in one of `SPECS`."""
+    """The spec; None for what is none. "llsa_l2" is a file of that name, with .yaml, in one of `SPECS`. Raises
+    ValueError where there is none."""
     if not isinstance(attention, str):
         return llsa_gen.load(attention)
     if attention in PLAIN:
         return None
-    named = [folder / f"{attention}.yaml" for folder in SPECS]
-    return llsa_gen.load(next((path for path in named if path.exists()), Path(attention)))
+    paths = [*(folder / f"{attention}.yaml" for folder in SPECS), Path(attention)]
+    found = next((path for path in paths if path.is_file()), None)
+    if found is None:
+        known = sorted({path.stem for folder in SPECS for path in folder.glob("*.yaml")})
+        raise ValueError(
+            f"attention: expected {', '.join(PLAIN)}, one of {', '.join(known)}, or the file of a spec, got {attention}"
+        )
+    return llsa_gen.load(found)
 
 
 def build(attention: Attention, head_dim: int) -> nn.Module:

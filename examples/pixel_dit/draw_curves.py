@@ -1,6 +1,7 @@
 """Draw loss curves of runs: by step, and by seconds of training, training and validation side by side.
 
     python examples/pixel_dit/draw_curves.py runs/equal_time/dense-0 runs/equal_time/llsa-0 --out curves.png
+    python examples/pixel_dit/draw_curves.py dense.jsonl llsa.jsonl --out curves.png
 
 Needs matplotlib; nothing that trains does.
 """
@@ -17,12 +18,13 @@ import numpy as np
 Lines = list[dict[str, Any]]
 
 
-def lines_of(folder: Path) -> Lines:
-    """The log of a run. Raises ValueError where there is none."""
-    log = folder / "log.jsonl"
-    if not log.is_file():
-        raise ValueError(f"{folder}: expected the folder of a run, with log.jsonl in it, got none")
-    return [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+def lines_of(path: Path) -> Lines:
+    """The log of a run, by its folder or the file itself. Raises ValueError where there is none."""
+    log = path / "log.jsonl" if path.is_dir() else path
+    if not log.is_file() or log.suffix != ".jsonl":
+        raise ValueError(f"{path}: expected the folder of a run, with log.jsonl in it, or such a file, got none")
+    whole = (line for line in log.read_text(encoding="utf-8").splitlines() if line.endswith("}"))
+    return [json.loads(line) for line in whole]  # a kill may have cut off the last one
 
 
 def series(lines: Lines, value: str, along: str) -> tuple[list[float], list[float]]:
@@ -63,13 +65,35 @@ def draw(runs: dict[str, Lines], out: Path) -> None:
     pyplot.close(figure)
 
 
+def draw_validation(experiments: dict[str, list[Lines]], out: Path) -> None:
+    """Validation by step of experiments with some runs each: the mean, and from the lowest to the highest run."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panel = pyplot.subplots(figsize=(7, 4.5))
+    for name, runs in experiments.items():
+        found = [dict(zip(*series(lines, "validation", "step"), strict=True)) for lines in runs]
+        steps = sorted(set.intersection(*map(set, found)))
+        values = np.array([[one[step] for step in steps] for one in found])
+        (line,) = panel.plot(steps, values.mean(0), marker=".", label=name)
+        panel.fill_between(steps, values.min(0), values.max(0), alpha=0.2, color=line.get_color())
+    panel.set(title="validation loss", xlabel="steps", yscale="log")
+    panel.grid(alpha=0.3, which="both")
+    panel.legend()
+    figure.tight_layout()
+    figure.savefig(out, dpi=110)
+    pyplot.close(figure)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Draw loss curves of runs into one picture.")
-    parser.add_argument("folders", type=Path, nargs="+", help="of the runs")
+    parser.add_argument("folders", type=Path, nargs="+", help="of the runs, or their log.jsonl under any name")
     parser.add_argument("--out", type=Path, default=Path("curves.png"))
     options = parser.parse_args()
     try:
-        runs = {folder.name: lines_of(folder) for folder in options.folders}
+        runs = {path.stem if path.is_file() else path.name: lines_of(path) for path in options.folders}
     except ValueError as error:
         sys.exit(f"draw_curves.py: {error}")
     draw(runs, options.out)

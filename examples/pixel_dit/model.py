@@ -26,8 +26,10 @@ TIME_CHANNELS = 256
 class Block(nn.Module):
     """Attention and a perceptron, each behind a norm, both modulated by the time: tokens [B, N, channels] to the same.
 
-    The modulation [B, 6, channels] is shift, scale and gate of attention, then of the perceptron. There are no biases:
-    shifts do what they would do, and the gradient of each would be one more pass over all tokens.
+    The modulation [B, 6, channels] is shift, scale and gate of attention, then of the perceptron. Parameters whose
+    gradient would be one more pass over all tokens are left out where others do their work. There are no biases: shifts
+    do. There are no gains of channels behind the norm of queries and keys: rows of the projection before it weigh
+    channels as well. What the norm takes away is a size. Logits need one: each head learns a number, its sharpness.
     """
 
     def __init__(self, channels: int, heads: int, attention: Attention, layout: str, modulate: str) -> None:
@@ -36,7 +38,7 @@ class Block(nn.Module):
         self.linear = {"weights": by_weights, "tokens": by_tokens}[modulate]
         self.norm = nn.LayerNorm(channels, elementwise_affine=False, eps=1e-6)
         self.qkv = nn.Linear(channels, 3 * channels, bias=False)
-        self.norm_qk = nn.Parameter(torch.ones(2, 1, channels // heads))
+        self.sharpness = nn.Parameter(torch.ones(heads))
         self.attend = build(attention, channels // heads)
         self.out = nn.Linear(channels, channels, bias=False)
         self.up = nn.Linear(channels, 4 * channels, bias=False)
@@ -47,20 +49,34 @@ class Block(nn.Module):
         qkv = self.linear(self.norm(x) + shift_a[:, None], self.qkv.weight, into=1 + scale_a)
         x = x + self.linear(self.attention(qkv, cos, sin), self.out.weight, out_of=gate_a).to(x.dtype)
         h = self.linear(self.norm(x) + shift_p[:, None], self.up.weight, into=1 + scale_p)
-        return x + self.linear(F.gelu(h, approximate="tanh"), self.down.weight, out_of=gate_p).to(x.dtype)
+        return x + self.linear(gelu(h), self.down.weight, out_of=gate_p).to(x.dtype)
 
     def attention(self, qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        qkv = qkv.unflatten(-1, (3, self.heads, -1))  # [B, N, 3, H, D]
-        qk, v = qkv[:, :, :2].float(), qkv[:, :, 2]
-        qk = qk * torch.rsqrt(qk.square().mean(-1, keepdim=True) + 1e-6) * self.norm_qk
-        pairs = qk.unflatten(-1, (2, -1))  # a head's two halves are the two parts of its pairs
-        qk = (pairs * cos + pairs.flip(-2) * sin).flatten(-2).to(v.dtype)  # one kernel norms and rotates both
-        if self.layout == "heads":  # heads lie apart, as attention likes it best; v is copied for it
-            q, k = qk.permute(2, 0, 3, 1, 4).contiguous().unbind()
-            v = v.transpose(1, 2).contiguous()
-        else:  # tokens lie apart, each with all heads; all three are views
-            q, k, v = (x.transpose(1, 2) for x in (*qk.unbind(2), v))
+        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).unbind(2)  # [B, N, H, D]
+        q, k = turned(q, cos, sin, self.sharpness[:, None]), turned(k, cos, sin)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # views: tokens lie apart, each with all heads
+        if self.layout == "heads":  # heads lie apart, each with all tokens: copies
+            q, k, v = (x.contiguous() for x in (q, k, v))
         return self.attend(q, k, v).transpose(1, 2).flatten(2)
+
+
+def turned(x: Tensor, cos: Tensor, sin: Tensor, size: Tensor | float = 1.0) -> Tensor:
+    """Queries or keys x [B, N, H, D], normed to a mean square of size² and turned by the angles of their pixels.
+
+    The size goes into the norm's factor. So its gradient is a sum over numbers that the norm's own gradient needs, one
+    for each head of a token, and torch.compile makes one kernel of all of this, backward as well.
+    """
+    y = x.float()
+    y = y * (torch.rsqrt(y.square().mean(-1, keepdim=True) + 1e-6) * size)
+    pairs = y.unflatten(-1, (2, -1))  # a head's two halves are the two parts of its pairs
+    return (pairs * cos + pairs.flip(-2) * sin).flatten(-2).to(x.dtype)
+
+
+def gelu(x: Tensor) -> Tensor:
+    """GELU in the approximation by tanh, of which (1 + tanh(y)) / 2 is written as sigmoid(2 y): two thirds of the
+    instructions. With tanh, a GPU would compute for longer than it reads and writes."""
+    y = x.float()
+    return (y * torch.sigmoid(y * (1.5957691 + 0.0713548 * y * y))).to(x.dtype)  # sqrt(8 / pi), 0.044715 of it
 
 
 def by_weights(x: Tensor, weight: Tensor, into: Tensor | None = None, out_of: Tensor | None = None) -> Tensor:
@@ -144,7 +160,7 @@ class PixelDiT(nn.Module):
         raster = torch.arange(height * width, device=device)
         self.register_buffer("permutation", order.permutation if order else raster, persistent=False)
         self.register_buffer("inverse", order.inverse if order else raster, persistent=False)
-        turns = turns.index_select(0, self.permutation)[:, None, None, None]  # beside pairs [B, N, 2, H, 2, D / 2]
+        turns = turns.index_select(0, self.permutation)[:, None, None]  # beside pairs [B, N, H, 2, D / 2]
         self.register_buffer("cos", turns.cos(), persistent=False)
         self.register_buffer("sin", torch.cat([-turns.sin(), turns.sin()], -2), persistent=False)
         self.size = height, width

@@ -17,12 +17,16 @@ def stamp(device: str) -> dict[str, Any]:
     return {"date": datetime.now(UTC).isoformat(timespec="seconds"), "machine": machine(device).model_dump()}
 
 
+def read(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file; none where there is no file."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+
+
 def add(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Put rows behind those of a file, which need not be there."""
-    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps([*before, *rows], indent=1) + "\n", encoding="utf-8")
+    part.write_text(json.dumps([*read(path), *rows], indent=1) + "\n", encoding="utf-8")
     part.replace(path)
 
 

@@ -13,7 +13,7 @@ import settings
 import torch
 from graphs import Process
 from learner import Learner
-from PIL import Image
+from PIL import Image, ImageDraw
 from settings import Settings
 from torch import Tensor
 
@@ -33,6 +33,22 @@ def write_grid(pictures: Tensor, path: Path, columns: int = 0) -> None:
         grid[y : y + height, x : x + width] = one
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(grid).save(path)
+
+
+def write_beside(grids: dict[str, Path], path: Path) -> None:
+    """Pictures of several runs beside each other in a PNG, their names above. Nothing, where there are none."""
+    pictures = {name: Image.open(one).convert("RGB") for name, one in grids.items()}
+    if not pictures:
+        return
+    gap, head = 4 * GAP, 14
+    width = sum(one.width + gap for one in pictures.values()) - gap
+    sheet = Image.new("RGB", (width, head + max(one.height for one in pictures.values())), "white")
+    left = 0
+    for name, one in pictures.items():
+        ImageDraw.Draw(sheet).text((left, 0), name, "black")
+        sheet.paste(one, (left, head))
+        left += one.width + gap
+    sheet.save(path)
 
 
 def learner_of(folder: Path, device: torch.device, size: tuple[int, int] | None = None) -> Learner:

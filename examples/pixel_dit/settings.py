@@ -125,10 +125,21 @@ def from_flags(options: argparse.Namespace) -> Settings:
     """The settings of parsed flags; ends the program with one line where one is wrong."""
     given: dict[str, Any] = {}
     for path in options.config:
-        given |= yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        given |= read(path)
     flags = {name: getattr(options, name) for name in Settings.model_fields}
     given |= {name: value for name, value in flags.items() if value is not None}
     return checked(given)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """What a YAML file says by names; ends the program with one line where it says nothing of the kind."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        sys.exit(f"{path}: expected a YAML file, got {' '.join(str(error).split())}")
+    if not isinstance(content, dict):
+        sys.exit(f"{path}: expected names and values, got {type(content).__name__}")
+    return content
 
 
 def checked(given: dict[str, Any]) -> Settings:

@@ -195,6 +195,8 @@ def process_of(device: str) -> Process:
     """This process, by what torchrun says in the environment; joins the others."""
     rank, ranks = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if kind.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device: expected cpu, for torch finds no GPU here, got {device}")
     if kind == "cuda":
         kind = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
         torch.cuda.set_device(kind)
@@ -209,8 +211,8 @@ def main() -> None:
     settings.add_flags(parser)
     options = parser.parse_args()
     wanted = settings.from_flags(options)
-    process = process_of(wanted.device)
     try:
+        process = process_of(wanted.device)
         windows = Windows(Path(wanted.data), wanted.size, wanted.shrink)
         run = Run(options.folder, wanted, windows, process)
     except (DataError, ValueError) as error:

@@ -1,7 +1,9 @@
 """Ablation, throughput and curves: they run, store a row each, and do nothing twice."""
 
 import json
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import ablation
@@ -12,6 +14,7 @@ import rows
 import settings
 import throughput
 import yaml
+from PIL import Image
 from tiny_runs import SMALL, small
 from train import process_of
 
@@ -50,9 +53,58 @@ def test_an_ablation_stores_a_row_a_run_and_runs_nothing_twice(
 
     monkeypatch.setattr(ablation, "run", lambda *_: pytest.fail("run again"))
     ablation.main()
-    monkeypatch.setattr(sys, "argv", ["ablation.py", str(file), "--out", str(out), "--table"])
+    curves = tmp_path / "curves.png"
+    monkeypatch.setattr(sys, "argv", ["ablation.py", "--table", str(out / "rows.json"), "--curves", str(curves)])
     ablation.main()
-    assert capsys.readouterr().out.count("| dense ") == 2
+    assert capsys.readouterr().out.count("| dense ") == 2 and curves.stat().st_size > 1000
+
+
+def test_runs_beside_each_other_are_runs_one_after_the_other(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "file.yaml"
+    experiments = {name: {"attention": name} for name in ("dense", "none")}
+    file.write_text(yaml.safe_dump({"base": {}, "experiments": experiments}))
+    found = []
+    for parallel in ("1", "2"):
+        out = tmp_path / parallel
+        changes = flags(steps=2, data=pictures, depth=1, samples=2, sample_steps=1)
+        command = ["ablation.py", str(file), "--out", str(out), "--seeds", "1", "--parallel", parallel, *changes]
+        monkeypatch.setattr(sys, "argv", command)
+        ablation.main()
+        made = ablation.latest(rows.read(out / "rows.json"))
+        found.append({name: made[name][0]["curve"][-1]["validation"] for name in ("dense", "none")})
+        with Image.open(out / "samples.png") as sheet:
+            assert sheet.width > 2 * 16 + sheet.height
+    assert found[0] == found[1]
+
+
+def test_a_table_says_how_much_more_than_the_first_seed_by_seed() -> None:
+    values = {"dense": (0.1, 0.2), "ours": (0.11, 0.21)}
+    found = [
+        {"experiment": name, "place": place, "settings": {"seed": seed}, "validation": value, "loss": value,
+         "tokens_per_s": 2e6, "steps": 5, "parallel": 1 + seed}
+        for place, (name, of) in enumerate(values.items()) for seed, value in enumerate(of)
+    ]  # fmt: skip
+    found.reverse()  # the first of the file need not be done first
+    line = ablation.shown(found).splitlines()[-1]
+    cells = ["ours", "0.1600 ±0.0707", "+7.5 ±3.5%", "0.1600 ±0.0707", "2,000", "5", "2"]
+    assert [cell.strip() for cell in line.strip("|").split("|")] == cells
+
+
+def test_a_killed_ablation_leaves_no_process(pictures: Path, tmp_path: Path) -> None:
+    file = tmp_path / "file.yaml"
+    file.write_text(yaml.safe_dump({"base": {"attention": "none"}, "experiments": {"a": {}, "b": {}}}))
+    command = [sys.executable, ablation.__file__, str(file), "--out", str(tmp_path / "out"), "--parallel", "2"]
+    changes = flags(steps=2000, data=pictures, depth=1, checkpoint_every=2000)
+    killed = subprocess.Popen([*command, *changes], stdout=subprocess.PIPE)
+    logs = [tmp_path / "out" / f"{name}-0" / "log.jsonl" for name in "ab"]
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and killed.poll() is None and not all(log.exists() for log in logs):
+        time.sleep(0.05)
+    killed.kill()
+    assert all(log.exists() for log in logs)
+    killed.communicate(timeout=5)  # ends when nothing is left that holds the other end of the pipe
 
 
 def test_throughput_stores_rows_and_adds_to_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,6 +153,8 @@ def test_curves_show_the_lines_of_a_log(tmp_path: Path) -> None:
     assert (tmp_path / "curves.png").stat().st_size > 1000
     with pytest.raises(ValueError, match=r"expected the folder of a run, with log.jsonl in it"):
         draw_curves.lines_of(tmp_path)
+    (tmp_path / "copied.jsonl").write_text((folder / "log.jsonl").read_text() + '{"step": 9, "lo')
+    assert draw_curves.lines_of(tmp_path / "copied.jsonl") == read  # without a line that a kill cut off
 
 
 def test_a_table_with_a_narrow_column_is_markdown() -> None:

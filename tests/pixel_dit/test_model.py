@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from model import PixelDiT
+from model import PixelDiT, gelu
 
 ALL = {"name": "everything", "head_dim": 32, "levels": [{"block": 16, "topk": 512}], "enrich": "none"}
 """Every block is kept, and nothing else attended to: dense attention."""
@@ -61,6 +61,24 @@ def test_logits_depend_on_how_far_pixels_are_apart_alone(layout: str) -> None:
     assert (logits[:, 0, 0, 0, 1] - logits[:, 0, 0, 1, 0]).abs().min() > 1e-3  # rows are not columns
     assert (logits[:, 0, 0, 0, 1] - logits[:, 0, 0, 0, 2]).abs().min() > 1e-3
     assert torch.allclose(q.square().mean(-1), torch.ones(2, 6, 7), atol=1e-3)
+
+
+def test_sharpness_is_the_size_of_a_heads_queries() -> None:
+    one, seen = model("dense", (6, 7)), list[torch.Tensor]()
+    block = one.blocks[0]
+    block.attend.register_forward_pre_hook(lambda _, qkv: seen.extend(qkv))  # type: ignore[operator, union-attr]
+    block.sharpness.data = torch.tensor([1.0, 3.0])
+    block.attention(torch.randn(1, 42, 3 * 64), one.cos, one.sin)  # type: ignore[operator]
+    sizes = [x.square().mean(-1).sqrt()[0, :, 0] for x in seen[:2]]
+    assert torch.allclose(torch.stack(sizes), torch.tensor([[1.0, 3.0], [1.0, 1.0]]), atol=1e-3)
+
+
+def test_gelu_is_that_of_torch() -> None:
+    x = torch.linspace(-9, 9, 1001, requires_grad=True)
+    wanted = torch.nn.functional.gelu(x, approximate="tanh")
+    assert torch.allclose(gelu(x), wanted, atol=1e-6)
+    ours, slopes = (torch.autograd.grad(y.sum(), x)[0] for y in (gelu(x), wanted))
+    assert torch.allclose(ours, slopes, atol=1e-6)
 
 
 def test_a_new_model_says_nothing() -> None:

@@ -19,7 +19,7 @@ from sample import learner_of, write_grid
 from settings import Settings
 from tiny_runs import SMALL, draw_pictures, small
 from torch.multiprocessing.spawn import spawn
-from train import Run
+from train import Run, process_of
 
 ALONE = Process(torch.device("cpu"))
 TRAIN = Path(__file__).resolve().parents[2] / "examples" / "pixel_dit" / "train.py"
@@ -159,12 +159,22 @@ def test_a_grid_shows_every_picture(tmp_path: Path) -> None:
         assert [image.getpixel(place) for place in ((0, 0), (8, 0), (0, 6))] == [(0,) * 3, (128,) * 3, (255,) * 3]
 
 
+def test_what_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=r"attention: expected dense, .*, one of .*small.*, got nothing"):
+        Learner(small(attention="nothing"), ALONE)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="device: expected cpu, for torch finds no GPU here, got cuda"):
+        process_of("cuda")
+
+
 def test_flags_are_checked(tmp_path: Path) -> None:
     command = [sys.executable, str(TRAIN), str(tmp_path / "run")]
     environment = os.environ | {"PYTHONPATH": str(TRAIN.parents[2])}
     for flags, said in (
         (["--batch", "many"], "batch: Input should be a valid integer"),
         (["--data", str(tmp_path / "nowhere")], "expected a folder of pictures or a zip file"),
+        (["--config", str(tmp_path / "nowhere.yaml")], "nowhere.yaml: expected a YAML file"),
+        (["--config", str(TRAIN)], "train.py: expected a YAML file"),
     ):
         done = subprocess.run([*command, *flags], capture_output=True, text=True, env=environment)
         assert done.returncode == 1 and said in done.stderr and "Traceback" not in done.stderr
