@@ -45,7 +45,7 @@ SPEC = {
     "name": "llsa_l2",
     "reweight": True,
 }
-OPERATOR = "llsa_l2_5613536ebaf6097d"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
+OPERATOR = "llsa_l2_8c58d03878153232"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -1602,20 +1602,33 @@ COPIED = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
 PRODUCT = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
 LEFT = gl.constexpr(gl.DotOperandLayout(0, PRODUCT.value, 2))
 SHARED = gl.constexpr(gl.NVMMASharedLayout(128, 16, rank=2))
-# The same of a batch of four blocks of 16 rows, a warp each; in shared memory they lie where SHARED has the 64 rows.
+# The same of a batch of four blocks of 16 rows, a warp each;
+# in shared memory they lie where SHARED has the 64 rows: of each row the places of 16 bytes are swapped by its last three bits.
 BATCH = gl.constexpr(gl.NVMMADistributedLayout([2, 0], [4, 1, 1], [1, 16, 8]))
 LEFT_BATCH = gl.constexpr(gl.DotOperandLayout(0, BATCH.value, 2))
 RIGHT_BATCH = gl.constexpr(gl.DotOperandLayout(1, BATCH.value, 2))
-SHARED_BATCH = gl.constexpr(gl.SwizzledSharedLayout(8, 1, 8, [2, 1, 0]))
-WEIGHT_1 = gl.constexpr(math.log2(16))  # log2 of the weight of a whole token of level 1
+SHARED_BATCH = gl.constexpr(gl.SharedLinearLayout(
+    [
+        [0, 0, 1], [0, 0, 2], [0, 0, 4],  # 16 bytes
+        [0, 0, 8], [0, 0, 16], [0, 0, 32], [0, 1, 8], [0, 2, 16], [0, 4, 32],
+        [0, 8, 0], [1, 0, 0], [2, 0, 0],
+    ],
+    alignment=1024,
+))
 WEIGHT_2 = gl.constexpr(math.log2(256))  # log2 of the weight of a whole token of level 2
-# Triton's names for these two changed from 3.8 to 3.9.
+WEIGHT_1 = gl.constexpr(math.log2(16))  # log2 of the weight of a whole token of level 1
+# Triton's names for these changed from 3.8 to 3.9.
+barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 async_load = getattr(hopper.async_copy, "async_load", None) or hopper.async_copy.async_copy_global_to_shared
 reinterpret = getattr(gl.shared_memory_descriptor, "reinterpret", None) or gl.shared_memory_descriptor._reinterpret
 
 # Buffers of a ring: one is read, and tiles are copied into the others, or into one of them while the last product
 # still reads the other.
 STAGES = gl.constexpr(3)
+
+# Whether queries are left operands in registers, so that two programs fit into the shared memory of a multiprocessor. On
+# their way there they lie in the buffer that is filled last.
+IN_REGISTERS = gl.constexpr(False)
 
 
 @gluon.jit
@@ -1722,8 +1735,8 @@ def copy_global(k_global_ptr, v_global_ptr, kv_head, g_tokens, tile, k_to, v_to)
 
 
 @gluon.jit
-def parents_of_coarse(keys, tile, FULL: gl.constexpr):
-    """Of each row of a coarse tile, the kept token whose child it is: -1 for none, 0 at the coarsest level and beyond."""
+def parents_of_shared(keys, tile, FULL: gl.constexpr):
+    """Of each row of a tile that all see, the kept token whose child it is: -1 for none, 0 at the coarsest level and beyond."""
     place = gl.arange(0, 64, layout=gl.SliceLayout(1, COPIED))
     parent = gl.zeros([64], gl.int32, layout=gl.SliceLayout(1, COPIED))
     if (tile >= keys.end_l2) & (tile < keys.end_l1):
@@ -1746,8 +1759,8 @@ def parents_of_fine(keys, tile):
 
 
 @gluon.jit
-def copy_coarse(keys, tile, parent, k_to, v_to, FULL: gl.constexpr):
-    """Begin to copy a coarse tile of keys and values, the children of `parent`; zeros for keys that do not exist."""
+def copy_shared(keys, tile, parent, k_to, v_to, FULL: gl.constexpr):
+    """Begin to copy a tile that all see of keys and values, the children of `parent`; zeros for keys that do not exist."""
     place = gl.arange(0, 64, layout=gl.SliceLayout(1, COPIED))
     if tile < keys.end_l2:
         key = tile * 64 + place
@@ -1788,30 +1801,37 @@ def copy_fine(keys, tile, parent, k_to, v_to, FULL: gl.constexpr):
 
 @gluon.jit
 def copy_tile(keys, tile, parent, k_to, v_to, FULL: gl.constexpr):
-    """Begin to copy a tile of either kind."""
+    """Begin to copy a tile, if there is one."""
     if tile < keys.end_l1:
-        copy_coarse(keys, tile, parent, k_to, v_to, FULL)
+        copy_shared(keys, tile, parent, k_to, v_to, FULL)
     else:
         copy_fine(keys, tile, parent, k_to, v_to, FULL)
 
 
 @gluon.jit
 def parents_of_tile(keys, tile, FULL: gl.constexpr):
-    """`parents_of_coarse` or `parents_of_fine`."""
+    """`parents_of_shared` or `parents_of_fine`."""
     if tile < keys.end_l1:
-        parent = parents_of_coarse(keys, tile, FULL)
+        parent = parents_of_shared(keys, tile, FULL)
     else:
         parent = parents_of_fine(keys, tile)
     return parent
 
 
 @gluon.jit
-def is_partial(list_ptr, places, last, MOST: gl.constexpr):
-    """Whether a place of a list, of up to MOST, holds no token, or the last there is, which may be cut short."""
+def last_in_list(list_ptr, width, n_tokens, SPAN: gl.constexpr, MOST: gl.constexpr):
+    """In which place of a list, of up to MOST, the last token is, -1 if in none, and how many places hold a token: the first ones."""
     # every warp reads all places, so that none has to tell the others by way of shared memory, of which tiles take all
     place = gl.arange(0, MOST, layout=gl.BlockedLayout([(MOST + 31) // 32], [32], [4], [0]))
-    token = gl.load(list_ptr + place, mask=place < places, other=0)
-    return gl.max(((token < 0) | (token == last)).to(gl.int32), 0) > 0
+    token = gl.load(list_ptr + place, mask=place < width, other=-1)
+    is_last = token == gl.cdiv(n_tokens, SPAN) - 1
+    return gl.max(gl.where(is_last, place, -1), 0), gl.max(gl.where(token >= 0, place + 1, 0), 0)
+
+
+@gluon.jit
+def is_loose(place, last_slot, filled, BLOCK: gl.constexpr):
+    """Whether in a tile that begins at `place` of the children of a list, or before it, some do not exist, or are cut short."""
+    return (place + 64 > filled * BLOCK) | ((last_slot >= 0) & (place + 64 > last_slot * BLOCK))
 
 
 @gluon.jit
@@ -1819,31 +1839,18 @@ def has_partial_fine(keys):
     """Whether some fine keys of this program do not exist: it keeps the last block, or lists have gaps."""
     last = gl.cdiv(keys.n_tokens, SPAN_1) - 1
     blocks = gl.minimum(4, gl.cdiv(keys.m_tokens, SPAN_1) - keys.first)
-    return is_partial(keys.kept_l1_ptr + keys.first * keys.width_l1, blocks * keys.width_l1, last, 32)
+    # every warp reads all places, as in `last_in_list`
+    place = gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [4], [0]))
+    token = gl.load(keys.kept_l1_ptr + keys.first * keys.width_l1 + place, mask=place < blocks * keys.width_l1, other=0)
+    return gl.max(((token < 0) | (token == last)).to(gl.int32), 0) > 0
 
 
 @gluon.jit
-def is_partial_tile(keys, tile, partial_coarse):
-    """Whether some keys of a coarse tile may not exist, or weigh less than others of their level."""
-    at_top = tile * 64 + 64 > keys.n_tokens // SPAN_2
-    return gl.where(tile < keys.end_l2, at_top, partial_coarse)
-
-
-@gluon.jit
-def has_partial_coarse(keys):
-    """Whether below the coarsest level some coarse keys do not exist, or cover fewer tokens than others, or fill no tile."""
-    loose = keys.n_tokens < 0
-    loose |= keys.width_l2 * BLOCK_2 % 64 != 0
-    loose |= is_partial(keys.kept_l2_ptr, keys.width_l2, gl.cdiv(keys.n_tokens, SPAN_2) - 1, 8)
+def is_partial_tile(keys, tile, last_l2, filled_l2):
+    """Whether some keys of a tile that all see may not exist, or weigh less than others of their level."""
+    loose = tile * 64 + 64 > keys.n_tokens // SPAN_2
+    loose = gl.where(tile < keys.end_l2, loose, is_loose((tile - keys.end_l2) * 64, last_l2, filled_l2, BLOCK_2))
     return loose
-
-
-@gluon.jit
-def last_in_list(list_ptr, width, last, MOST: gl.constexpr):
-    """In which place of a list the last token is, -1 if in none, and how many places hold a token: the first ones."""
-    place = gl.arange(0, MOST, layout=gl.BlockedLayout([(MOST + 31) // 32], [32], [4], [0]))
-    token = gl.load(list_ptr + place, mask=place < width, other=-1)
-    return gl.max(gl.where(token == last, place, -1), 0), gl.max(gl.where(token >= 0, place + 1, 0), 0)
 
 
 @gluon.jit
@@ -1853,8 +1860,8 @@ def not_before(number):
 
 
 @gluon.jit
-def relative_weights(keys, tile, LAYOUT: gl.constexpr):
-    """What the keys of a coarse tile weigh, [64], in weights of a whole token of their level; 0 where there is none.
+def relative_weights(keys, tile, last_l2, filled_l2, LAYOUT: gl.constexpr):
+    """What the keys of a tile that all see weigh, [64], in weights of a whole token of their level; 0 where there is none.
 
     Of a row of tiles, keys from `end` on do not exist, nor those from `gap` to `gap_end`, children that the last token is
     short of; the one before the gap may be cut short.
@@ -1871,10 +1878,9 @@ def relative_weights(keys, tile, LAYOUT: gl.constexpr):
         last_parent = gl.cdiv(n_tokens, SPAN_2) - 1
         last = gl.cdiv(n_tokens, SPAN_1) - 1
         share = (n_tokens - last * SPAN_1) * (1.0 / SPAN_1)
-        slot, filled = last_in_list(keys.kept_l2_ptr, keys.width_l2, last_parent, 8)
-        gap = slot * BLOCK_2 + (last - last_parent * BLOCK_2 + 1)
-        gap_end = slot * BLOCK_2 + BLOCK_2
-        end = filled * BLOCK_2
+        gap = last_l2 * BLOCK_2 + (last - last_parent * BLOCK_2 + 1)
+        gap_end = last_l2 * BLOCK_2 + BLOCK_2
+        end = filled_l2 * BLOCK_2
     missing = ((place >= gap) & (place < gap_end)) | (place >= end)
     return gl.where(missing, 0.0, gl.where(place == gap - 1, share, 1.0))
 
@@ -1905,7 +1911,8 @@ def sum_of_own_batch(p):
 
 @gluon.jit
 def attend_tiles(
-    keys, k_global_ptr, v_global_ptr, global_mask_ptr, kv_head, batch, g_tokens, q_base, stride_qn, scale, FIXED_MAX: gl.constexpr, FULL: gl.constexpr
+    keys, k_global_ptr, v_global_ptr, global_mask_ptr, kv_head, batch, g_tokens, q_base, stride_qn, scale,
+    FIXED_MAX: gl.constexpr, FULL: gl.constexpr,
 ):
     """peak, total [4, 16] and acc [4, 16, D] of four query blocks over all their keys, as `softmax_step` has them.
 
@@ -1915,9 +1922,9 @@ def attend_tiles(
     """
     ROWS: gl.constexpr = gl.SliceLayout(1, PRODUCT)
     dtype: gl.constexpr = q_base.dtype.element_ty
-    q = gl.allocate_shared_memory(dtype, [64, PAD_DIM], SHARED)
     k_tiles = gl.allocate_shared_memory(dtype, [STAGES, 64, PAD_DIM], SHARED)
     v_tiles = gl.allocate_shared_memory(dtype, [STAGES, 64, PAD_DIM], SHARED)
+    q = k_tiles.index(STAGES - 1) if IN_REGISTERS else gl.allocate_shared_memory(dtype, [64, PAD_DIM], SHARED)
     token = keys.first * 16 + gl.arange(0, 64, layout=gl.SliceLayout(1, COPIED))
     copy_rows(q, q_base, token, stride_qn, token < keys.m_tokens)
     parent = parents_of_tile(keys, 0, FULL)
@@ -1926,10 +1933,16 @@ def attend_tiles(
         hopper.async_copy.commit_group()
         parent = parents_of_tile(keys, tile + 1, FULL)
     if FULL:
+        last_l2: gl.constexpr = -1
+        filled_l2 = keys.width_l2
         partial_fine: gl.constexpr = False
     else:
-        partial_coarse = has_partial_coarse(keys)
+        last_l2, filled_l2 = last_in_list(keys.kept_l2_ptr, keys.width_l2, keys.n_tokens, SPAN_2, 8)
         partial_fine = has_partial_fine(keys)
+
+    if IN_REGISTERS:
+        hopper.async_copy.wait_group(1)
+        q = q.load(LEFT)
     peak = gl.full([64], float("-inf"), gl.float32, layout=ROWS)
     zeros = gl.zeros([64, 64], gl.float32, layout=PRODUCT)
     total = sum_of_own(zeros) if FIXED_MAX else gl.zeros([64], gl.float32, layout=ROWS)
@@ -1950,7 +1963,7 @@ def attend_tiles(
         products = hopper.warpgroup_mma_wait(0, deps=[products])
         weight = gl.where(tile < keys.end_l2, WEIGHT_2, WEIGHT_1)
         exist = gl.where(tile < keys.end_l2, gl.cdiv(keys.n_tokens, SPAN_2) - tile * 64, 64)
-        loose = exist < 64 if FULL else is_partial_tile(keys, tile, partial_coarse)
+        loose = exist < 64 if FULL else is_partial_tile(keys, tile, last_l2, filled_l2)
         if FIXED_MAX:
             if tile == 0:
                 # not of logits: those of the line below would then be kept apart from their bias
@@ -1958,20 +1971,20 @@ def attend_tiles(
                 if not FULL:  # of whole tokens, so that the sum is 1 at least; if the only one is cut short, it weighs n_tokens
                     taken = column < gl.maximum(keys.n_tokens // SPAN_2, 1)
                 high = gl.max(gl.where(taken, products * gl.where(scale < 0.0, -1.0, 1.0), float("-inf")), 1)
-                # rounded once, as of whichever variant: given lists, for which there is no FULL, then lead to the same bits
+                # rounded once, in whichever variant: a query has the same bits beside one whose list has gaps
                 peak = gl.fma(high, gl.abs(scale), (weight if FULL else gl.minimum(weight, gl.log2(keys.n_tokens.to(gl.float32)))))
             p = gl.exp2(products * scale + (weight - peak)[:, None])
             if loose:
                 if FULL:
                     p = gl.where(column < exist, p, 0.0)
                 else:
-                    share = relative_weights(keys, tile, gl.SliceLayout(0, PRODUCT))[None, :]
+                    share = relative_weights(keys, tile, last_l2, filled_l2, gl.SliceLayout(0, PRODUCT))[None, :]
                     p = gl.where(share > 0.0, p * share, 0.0)
             total += sum_of_own(p)
         else:
             logits = products * scale + weight
             if loose:
-                share = relative_weights(keys, tile, gl.SliceLayout(0, PRODUCT))[None, :]
+                share = relative_weights(keys, tile, last_l2, filled_l2, gl.SliceLayout(0, PRODUCT))[None, :]
                 logits = gl.where(share > 0.0, logits + gl.log2(share), float("-inf"))
             new_peak = gl.maximum(peak, gl.max(logits, 1))
             p = gl.exp2(logits - new_peak[:, None])
@@ -1991,38 +2004,65 @@ def attend_tiles(
     if FIXED_MAX:
         total = gl.convert_layout(gl.sum(total, 1), ROWS)
     total = gl.convert_layout(gl.reshape(total, [4, 16]), gl.SliceLayout(2, BATCH))
-    q_batch = as_batch(q).load(LEFT_BATCH)
+    if IN_REGISTERS:
+        q_batch = gl.convert_layout(gl.reshape(q, [4, 16, PAD_DIM]), LEFT_BATCH)
+    else:
+        q_batch = as_batch(q).load(LEFT_BATCH)
     zeros_batch = gl.zeros([4, 16, 16], gl.float32, layout=BATCH)
     if FIXED_MAX:
         fine_total = sum_of_own_batch(zeros_batch)
-    for tile in range(keys.end_l1, keys.end):
-        hopper.async_copy.wait_group(1)
-        to = before(stage)
-        copy_fine(keys, tile + 2, parent, k_tiles.index(to), v_tiles.index(to), FULL)
-        if k_global_ptr is not None:
-            copy_global(k_global_ptr, v_global_ptr, kv_head, g_tokens, tile + 2 - keys.end, k_tiles.index(to), v_tiles.index(to))
-        hopper.async_copy.commit_group()
-        parent = parents_of_fine(keys, tile + 3)
-        k = as_batch(k_tiles.index(stage)).permute((0, 2, 1)).load(RIGHT_BATCH)
-        products = hopper.mma_v2(q_batch, k, zeros_batch)
-        if FIXED_MAX:
-            p = gl.exp2(products * scale - peak[:, :, None])
-            if partial_fine:
+    if partial_fine:
+        for tile in range(keys.end_l1, keys.end):
+            hopper.async_copy.wait_group(1)
+            to = before(stage)
+            copy_fine(keys, tile + 2, parent, k_tiles.index(to), v_tiles.index(to), False)
+            if k_global_ptr is not None:
+                copy_global(k_global_ptr, v_global_ptr, kv_head, g_tokens, tile + 2 - keys.end, k_tiles.index(to), v_tiles.index(to))
+            hopper.async_copy.commit_group()
+            parent = parents_of_fine(keys, tile + 3)
+            k = as_batch(k_tiles.index(stage)).permute((0, 2, 1)).load(RIGHT_BATCH)
+            products = hopper.mma_v2(q_batch, k, zeros_batch)
+            if FIXED_MAX:
+                p = gl.exp2(products * scale - peak[:, :, None])
                 p = gl.where(fine_exist(keys, tile), p, 0.0)
-            fine_total += sum_of_own_batch(p)
-        else:
-            logits = products * scale
-            if partial_fine:
+                fine_total += sum_of_own_batch(p)
+            else:
+                logits = products * scale
                 logits = gl.where(fine_exist(keys, tile), logits, float("-inf"))
-            new_peak = gl.maximum(peak, gl.max(logits, 2))
-            p = gl.exp2(logits - new_peak[:, :, None])
-            shrink = gl.exp2(peak - new_peak)
-            total = total * shrink + gl.sum(p, 2)
-            peak = new_peak
-            acc = acc * shrink[:, :, None]
-        v = as_batch(v_tiles.index(stage)).load(RIGHT_BATCH)
-        acc = hopper.mma_v2(gl.convert_layout(p.to(dtype), LEFT_BATCH), v, acc)
-        stage = next_of(stage)
+                new_peak = gl.maximum(peak, gl.max(logits, 2))
+                p = gl.exp2(logits - new_peak[:, :, None])
+                shrink = gl.exp2(peak - new_peak)
+                total = total * shrink + gl.sum(p, 2)
+                peak = new_peak
+                acc = acc * shrink[:, :, None]
+            v = as_batch(v_tiles.index(stage)).load(RIGHT_BATCH)
+            acc = hopper.mma_v2(gl.convert_layout(p.to(dtype), LEFT_BATCH), v, acc)
+            stage = next_of(stage)
+    else:
+        for tile in range(keys.end_l1, keys.end):
+            hopper.async_copy.wait_group(1)
+            to = before(stage)
+            copy_fine(keys, tile + 2, parent, k_tiles.index(to), v_tiles.index(to), True)
+            if k_global_ptr is not None:
+                copy_global(k_global_ptr, v_global_ptr, kv_head, g_tokens, tile + 2 - keys.end, k_tiles.index(to), v_tiles.index(to))
+            hopper.async_copy.commit_group()
+            parent = parents_of_fine(keys, tile + 3)
+            k = as_batch(k_tiles.index(stage)).permute((0, 2, 1)).load(RIGHT_BATCH)
+            products = hopper.mma_v2(q_batch, k, zeros_batch)
+            if FIXED_MAX:
+                p = gl.exp2(products * scale - peak[:, :, None])
+                fine_total += sum_of_own_batch(p)
+            else:
+                logits = products * scale
+                new_peak = gl.maximum(peak, gl.max(logits, 2))
+                p = gl.exp2(logits - new_peak[:, :, None])
+                shrink = gl.exp2(peak - new_peak)
+                total = total * shrink + gl.sum(p, 2)
+                peak = new_peak
+                acc = acc * shrink[:, :, None]
+            v = as_batch(v_tiles.index(stage)).load(RIGHT_BATCH)
+            acc = hopper.mma_v2(gl.convert_layout(p.to(dtype), LEFT_BATCH), v, acc)
+            stage = next_of(stage)
     if FIXED_MAX:
         total += gl.convert_layout(gl.sum(fine_total, 2), gl.SliceLayout(2, BATCH))
         # not too large for the dtype of p, not rounded away, and a number
@@ -2133,7 +2173,9 @@ def attend_hopper_kernel(
     q_base = head_base(q_ptr, head, stride_qb, stride_qh, heads_per_batch)
     batch = head // heads_per_batch
 
-    peak, total, acc, fits = attend_tiles(keys, k_global_ptr, v_global_ptr, global_mask_ptr, kv_head, batch, g_tokens, q_base, stride_qn, scale * LOG2E, FIXED_MAX=True, FULL=FULL)
+    peak, total, acc, fits = attend_tiles(
+        keys, k_global_ptr, v_global_ptr, global_mask_ptr, kv_head, batch, g_tokens, q_base, stride_qn, scale * LOG2E, FIXED_MAX=True, FULL=FULL
+    )
     write_attended(keys, o_ptr, lse_ptr, peak_ptr, total_ptr, head, m_tokens, saved_step, peak, total, acc, fits)
 
 
@@ -2232,9 +2274,9 @@ def grad_q_hopper_kernel(
 
     ROWS: gl.constexpr = gl.SliceLayout(1, PRODUCT)
     dtype: gl.constexpr = q_ptr.dtype.element_ty
-    q = gl.allocate_shared_memory(dtype, [64, PAD_DIM], SHARED)
     k_tiles = gl.allocate_shared_memory(dtype, [STAGES, 64, PAD_DIM], SHARED)
     v_tiles = gl.allocate_shared_memory(dtype, [STAGES, 64, PAD_DIM], SHARED)
+    q = k_tiles.index(STAGES - 1) if IN_REGISTERS else gl.allocate_shared_memory(dtype, [64, PAD_DIM], SHARED)
     token = first * 16 + gl.arange(0, 64, layout=gl.SliceLayout(1, COPIED))
     inside = token < m_tokens
     copy_rows(q, q_base, token, stride_qn, inside)
@@ -2244,16 +2286,26 @@ def grad_q_hopper_kernel(
         hopper.async_copy.commit_group()
         parent = parents_of_tile(keys, tile + 1, FULL)
     if FULL:
+        last_l2: gl.constexpr = -1
+        filled_l2 = keys.width_l2
         partial_fine: gl.constexpr = False
     else:
-        partial_coarse = has_partial_coarse(keys)
+        last_l2, filled_l2 = last_in_list(keys.kept_l2_ptr, keys.width_l2, keys.n_tokens, SPAN_2, 8)
         partial_fine = has_partial_fine(keys)
+
     o_at, columns = row_tile(of_head(o_ptr, head, m_tokens, HEAD_DIM), token, HEAD_DIM, COPIED)
     o = gl.load(o_at, mask=inside[:, None] & columns, other=0.0)
     grad_o_base = head_base(grad_o_ptr, head, stride_gb, stride_gh, heads_per_batch)
     grad_o_at, _ = row_tile(grad_o_base, token, stride_gn, COPIED)
     grad_o_rows = gl.load(grad_o_at, mask=inside[:, None] & columns, other=0.0)
-    grad_o = gl.allocate_shared_memory(dtype, [64, PAD_DIM], SHARED, grad_o_rows)
+    if IN_REGISTERS:
+        grad_o = v_tiles.index(STAGES - 1)
+        grad_o.store(grad_o_rows)
+        hopper.async_copy.wait_group(1)
+        q = q.load(LEFT)
+        grad_o = grad_o.load(LEFT)
+    else:
+        grad_o = gl.allocate_shared_memory(dtype, [64, PAD_DIM], SHARED, grad_o_rows)
     delta = gl.sum(o.to(gl.float32) * grad_o_rows.to(gl.float32), 1)
     if grad_lse_ptr is not None:
         delta -= gl.load(of_head(grad_lse_ptr, head, m_tokens, 1) + token, mask=inside, other=0.0)
@@ -2277,10 +2329,10 @@ def grad_q_hopper_kernel(
             copy_global(k_global_ptr, v_global_ptr, kv_head, g_tokens, tile + 2 - keys.end, k_tiles.index(to), v_tiles.index(to))
         hopper.async_copy.commit_group()
         parent = parents_of_tile(keys, tile + 3, FULL)
-        weight = gl.where(tile < keys.end_l2, WEIGHT_2, WEIGHT_1)
         k, v = k_tiles.index(stage), v_tiles.index(stage)
         products = hopper.warpgroup_mma(q, k.permute((1, 0)), zeros, use_acc=False, is_async=True)
         dp = hopper.warpgroup_mma(grad_o, v.permute((1, 0)), zeros, use_acc=False, is_async=True)
+        weight = gl.where(tile < keys.end_l2, WEIGHT_2, WEIGHT_1)
         products = hopper.warpgroup_mma_wait(1, deps=[products])
         p = gl.exp2(products * scale_log2e + (weight - peak)[:, None])
         dp = hopper.warpgroup_mma_wait(0, deps=[dp])
@@ -2289,8 +2341,8 @@ def grad_q_hopper_kernel(
         if FULL:
             if exist < 64:
                 p = gl.where(column < exist, p, 0.0)
-        elif is_partial_tile(keys, tile, partial_coarse):
-            share = relative_weights(keys, tile, gl.SliceLayout(0, PRODUCT))[None, :]
+        elif is_partial_tile(keys, tile, last_l2, filled_l2):
+            share = relative_weights(keys, tile, last_l2, filled_l2, gl.SliceLayout(0, PRODUCT))[None, :]
             p = gl.where(share > 0.0, p * share, 0.0)
         grad_logits = (p * (dp - delta[:, None])).to(dtype)
         grad_q = hopper.warpgroup_mma(gl.convert_layout(grad_logits, LEFT), k, grad_q, is_async=True)
@@ -2301,26 +2353,46 @@ def grad_q_hopper_kernel(
     grad_q = gl.convert_layout(gl.reshape(grad_q, [4, 16, PAD_DIM]), BATCH)
     peak = gl.convert_layout(gl.reshape(peak, [4, 16]), gl.SliceLayout(2, BATCH))
     delta = gl.convert_layout(gl.reshape(delta, [4, 16]), gl.SliceLayout(2, BATCH))
-    q_batch = as_batch(q).load(LEFT_BATCH)
-    grad_o_batch = as_batch(grad_o).load(LEFT_BATCH)
+    if IN_REGISTERS:
+        q_batch = gl.convert_layout(gl.reshape(q, [4, 16, PAD_DIM]), LEFT_BATCH)
+        grad_o_batch = gl.convert_layout(gl.reshape(grad_o, [4, 16, PAD_DIM]), LEFT_BATCH)
+    else:
+        q_batch = as_batch(q).load(LEFT_BATCH)
+        grad_o_batch = as_batch(grad_o).load(LEFT_BATCH)
     zeros_batch = gl.zeros([4, 16, 16], gl.float32, layout=BATCH)
-    for tile in range(keys.end_l1, keys.end):
-        hopper.async_copy.wait_group(1)
-        to = before(stage)
-        copy_fine(keys, tile + 2, parent, k_tiles.index(to), v_tiles.index(to), FULL)
-        if k_global_ptr is not None:
-            copy_global(k_global_ptr, v_global_ptr, kv_head, g_tokens, tile + 2 - keys.end, k_tiles.index(to), v_tiles.index(to))
-        hopper.async_copy.commit_group()
-        parent = parents_of_fine(keys, tile + 3)
-        k, v = as_batch(k_tiles.index(stage)), as_batch(v_tiles.index(stage))
-        products = hopper.mma_v2(q_batch, k.permute((0, 2, 1)).load(RIGHT_BATCH), zeros_batch)
-        dp = hopper.mma_v2(grad_o_batch, v.permute((0, 2, 1)).load(RIGHT_BATCH), zeros_batch)
-        p = gl.exp2(products * scale_log2e - peak[:, :, None])
-        if partial_fine:
+    if partial_fine:
+        for tile in range(keys.end_l1, keys.end):
+            hopper.async_copy.wait_group(1)
+            to = before(stage)
+            copy_fine(keys, tile + 2, parent, k_tiles.index(to), v_tiles.index(to), False)
+            if k_global_ptr is not None:
+                copy_global(k_global_ptr, v_global_ptr, kv_head, g_tokens, tile + 2 - keys.end, k_tiles.index(to), v_tiles.index(to))
+            hopper.async_copy.commit_group()
+            parent = parents_of_fine(keys, tile + 3)
+            k, v = as_batch(k_tiles.index(stage)), as_batch(v_tiles.index(stage))
+            products = hopper.mma_v2(q_batch, k.permute((0, 2, 1)).load(RIGHT_BATCH), zeros_batch)
+            dp = hopper.mma_v2(grad_o_batch, v.permute((0, 2, 1)).load(RIGHT_BATCH), zeros_batch)
+            p = gl.exp2(products * scale_log2e - peak[:, :, None])
             p = gl.where(fine_exist(keys, tile), p, 0.0)
-        grad_logits = (p * (dp - delta[:, :, None])).to(dtype)
-        grad_q = hopper.mma_v2(gl.convert_layout(grad_logits, LEFT_BATCH), k.load(RIGHT_BATCH), grad_q)
-        stage = next_of(stage)
+            grad_logits = (p * (dp - delta[:, :, None])).to(dtype)
+            grad_q = hopper.mma_v2(gl.convert_layout(grad_logits, LEFT_BATCH), k.load(RIGHT_BATCH), grad_q)
+            stage = next_of(stage)
+    else:
+        for tile in range(keys.end_l1, keys.end):
+            hopper.async_copy.wait_group(1)
+            to = before(stage)
+            copy_fine(keys, tile + 2, parent, k_tiles.index(to), v_tiles.index(to), True)
+            if k_global_ptr is not None:
+                copy_global(k_global_ptr, v_global_ptr, kv_head, g_tokens, tile + 2 - keys.end, k_tiles.index(to), v_tiles.index(to))
+            hopper.async_copy.commit_group()
+            parent = parents_of_fine(keys, tile + 3)
+            k, v = as_batch(k_tiles.index(stage)), as_batch(v_tiles.index(stage))
+            products = hopper.mma_v2(q_batch, k.permute((0, 2, 1)).load(RIGHT_BATCH), zeros_batch)
+            dp = hopper.mma_v2(grad_o_batch, v.permute((0, 2, 1)).load(RIGHT_BATCH), zeros_batch)
+            p = gl.exp2(products * scale_log2e - peak[:, :, None])
+            grad_logits = (p * (dp - delta[:, :, None])).to(dtype)
+            grad_q = hopper.mma_v2(gl.convert_layout(grad_logits, LEFT_BATCH), k.load(RIGHT_BATCH), grad_q)
+            stage = next_of(stage)
     grad_q = gl.reshape(grad_q, [64, PAD_DIM])
     if k_global_ptr is not None:
         grad_q = hopper.warpgroup_mma_init(gl.convert_layout(grad_q, PRODUCT))
@@ -2370,18 +2442,20 @@ def grad_run_hopper(
     """
     LOGITS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])  # [N, M]
     COLUMNS: gl.constexpr = gl.SliceLayout(0, LOGITS)
+    RING: gl.constexpr = STAGES if PAD_DIM == 64 else 2  # wide rows leave no room for three
     dtype: gl.constexpr = k.dtype
-    q_tiles = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, PAD_DIM], SHARED)
-    grad_o_tiles = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, PAD_DIM], SHARED)
-    peaks = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    deltas = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    q_tiles = gl.allocate_shared_memory(dtype, [RING, BLOCK_M, PAD_DIM], SHARED)
+    grad_o_tiles = gl.allocate_shared_memory(dtype, [RING, BLOCK_M, PAD_DIM], SHARED)
+    peaks = gl.allocate_shared_memory(gl.float32, [RING, BLOCK_M], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    deltas = gl.allocate_shared_memory(gl.float32, [RING, BLOCK_M], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     zeros = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, layout=LOGITS)
     grad_k = hopper.warpgroup_mma_init(gl.zeros([BLOCK_N, PAD_DIM], gl.float32, layout=PRODUCT))
     grad_v = hopper.warpgroup_mma_init(gl.zeros([BLOCK_N, PAD_DIM], gl.float32, layout=PRODUCT))
     place = gl.arange(0, BLOCK_M, layout=COLUMNS)
     stage = 0
+    start = begin
     copy_queries(
-        q_ptr, stride_qn, grad_o_ptr, stride_gn, peak_ptr, delta_ptr, begin, end,
+        q_ptr, stride_qn, grad_o_ptr, stride_gn, peak_ptr, delta_ptr, start, end,
         q_tiles.index(0), grad_o_tiles.index(0), peaks.index(0), deltas.index(0), BLOCK_M, COPIED,
     )
     hopper.async_copy.commit_group()
@@ -2389,9 +2463,11 @@ def grad_run_hopper(
     v = gl.allocate_shared_memory(dtype, [BLOCK_N, PAD_DIM], SHARED, v)
     bias = gl.convert_layout(bias, gl.SliceLayout(1, LOGITS))
     for start in range(begin, end, BLOCK_M):
+        if RING == 2:
+            grad_k, grad_v = hopper.warpgroup_mma_wait(0, deps=[grad_k, grad_v])
         hopper.async_copy.wait_group(0)
         hopper.fence_async_shared()
-        ahead = next_of(stage)
+        ahead = gl.where(stage == RING - 1, 0, stage + 1)
         copy_queries(
             q_ptr, stride_qn, grad_o_ptr, stride_gn, peak_ptr, delta_ptr, start + BLOCK_M, end,
             q_tiles.index(ahead), grad_o_tiles.index(ahead), peaks.index(ahead), deltas.index(ahead), BLOCK_M, COPIED,
@@ -2583,8 +2659,10 @@ def grad_kv_l0_hopper_kernel(
     kv_head = kv_head_of(head)
 
     key = parent * 16 + gl.arange(0, 16, layout=gl.SliceLayout(1, COPIED_WARP))
-    k_tile = gl.allocate_shared_memory(dtype, [16, PAD_DIM], SHARED_WARP)
-    v_tile = gl.allocate_shared_memory(dtype, [16, PAD_DIM], SHARED_WARP)
+    q_tiles = gl.allocate_shared_memory(dtype, [STAGES, 16, PAD_DIM], SHARED_WARP)
+    grad_o_tiles = gl.allocate_shared_memory(dtype, [STAGES, 16, PAD_DIM], SHARED_WARP)
+    k_tile = q_tiles.index(STAGES - 1)  # which the queries of the third tile take over
+    v_tile = grad_o_tiles.index(STAGES - 1)
     copy_rows(k_tile, head_base(k_ptr, kv_head, stride_kb, stride_kh, heads_per_batch), key, stride_kn, key < n_tokens)
     copy_rows(v_tile, head_base(v_ptr, kv_head, stride_vb, stride_vh, heads_per_batch), key, stride_vn, key < n_tokens)
     k_above = gl.allocate_shared_memory(gl.float32, [PAD_DIM], VECTOR)
@@ -2601,8 +2679,6 @@ def grad_kv_l0_hopper_kernel(
     grad_o_base = head_base(grad_o_ptr, head, stride_gb, stride_gh, heads_per_batch)
     peak_ptr = of_saved(peak_ptr, head, saved_step)
     delta_ptr = of_head(delta_ptr, head, m_tokens, 1)
-    q_tiles = gl.allocate_shared_memory(dtype, [STAGES, 16, PAD_DIM], SHARED_WARP)
-    grad_o_tiles = gl.allocate_shared_memory(dtype, [STAGES, 16, PAD_DIM], SHARED_WARP)
     peaks = gl.allocate_shared_memory(gl.float32, [STAGES, 16], VECTOR)
     deltas = gl.allocate_shared_memory(gl.float32, [STAGES, 16], VECTOR)
     keeper = keeper_at(keepers_ptr, begin, end)
@@ -2745,10 +2821,10 @@ def work_out(at, tiles):
     at.grids["keep_kernel"] = heads * (ceil_div(queries[1], tile["BLOCK_M"]) + ceil_div(queries[2], tile["BLOCK_M"])), tile
     tile = tiles["attend"] | {"FULL": not at.given and is_full(queries, keys, tiles["attend"])}
     at.grids["attend_kernel"] = heads * queries[2] * ceil_div(min(16, queries[1]), tile["GROUP"]), tile
-    if is_in_gluon(tile):  # that kernel's tiles, and four query blocks a program
+    if is_in_gluon(tile):  # that kernel's tiles and programs
         full = is_full(queries, keys, {"BLOCK_C": 64, "BLOCK_N": 16})
         tile["FULL"] = full and not at.given
-        at.grids["attend_kernel"] = heads * ceil_div(queries[1], 4), tile
+        at.grids["attend_kernel"] = heads * ceil_div(m_tokens, 64), tile
         programs = heads * ceil_div(m_tokens, 1024)
         at.grids["attend_hopper_recompute_kernel"] = programs, {"num_warps": 4, "maxnreg": 168}
     tile = tiles["scan"]
@@ -2759,10 +2835,10 @@ def work_out(at, tiles):
     at.grids["invert_l1_kernel"] = heads * keys[2], tile
     tile = tiles["grad_q"] | {"FULL": not at.given and is_full(queries, keys, tiles["grad_q"])}
     at.grids["grad_q_kernel"] = heads * queries[2] * ceil_div(min(16, queries[1]), tile["GROUP"]), tile
-    if is_in_gluon(tile):  # that kernel's tiles, and four query blocks a program
+    if is_in_gluon(tile):  # that kernel's tiles and programs
         full = is_full(queries, keys, {"BLOCK_C": 64, "BLOCK_N": 16})
         tile["FULL"] = full and not at.given
-        at.grids["grad_q_kernel"] = heads * ceil_div(queries[1], 4), tile
+        at.grids["grad_q_kernel"] = heads * ceil_div(m_tokens, 64), tile
     tile = tiles["grad_kv_global"]
     at.grids["grad_kv_global_kernel"] = heads * splits_global * ceil_div(g_tokens, tile["BLOCK_N"]), tile
     tile = tiles["grad_sum"]
@@ -3392,8 +3468,7 @@ class Capture:
             self.unknown = True
             return
         with self.noting():
-            if not self.at.given:
-                warm_others(kernel, tile, programs, values)
+            warm_others(kernel, tile, programs, values, bool(self.at.given))
         with self.noting():
             self.at.ready[name] = compiled, [taken[parameter] for parameter in chosen.arg_names[len(values) :]]
         with self.noting():
@@ -3412,11 +3487,14 @@ class Capture:
             return Replay(self.kernels, self.parts)
 
 
-def warm_others(kernel: Any, tile: dict[str, Any], programs: int, values: list[Any]) -> None:
-    """Compile the variants of a kernel that another length may need: nothing is compiled then."""
+def warm_others(kernel: Any, tile: dict[str, Any], programs: int, values: list[Any], given: bool) -> None:
+    """Compile the variants of a kernel that another length may need: nothing is compiled then.
+
+    Along `given` lists no call is FULL.
+    """
     if "EVICT_FIRST" in tile:
         warm(kernel, tile | {"EVICT_FIRST": not tile["EVICT_FIRST"]}, programs, values)
-    if "FULL" in tile and LISTS_FILL:
+    if "FULL" in tile and LISTS_FILL and not given:
         warm(kernel, tile | {"FULL": not tile["FULL"]}, programs, values)
     if "RUNS" in tile and has_runs(MANY_CANDIDATES, tile):
         warm(kernel, tile | {"RUNS": not tile["RUNS"]}, programs, values)

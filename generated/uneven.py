@@ -33,6 +33,9 @@ import torch
 import triton
 import triton.language as tl
 from torch.utils.flop_counter import register_flop_formula
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia import hopper
 
 SPEC = {
     "description": "Two levels of 12 and 5, heads of 80.",
@@ -42,7 +45,7 @@ SPEC = {
     "name": "uneven",
     "reweight": True,
 }
-OPERATOR = "uneven_6f95fcd72c571a66"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
+OPERATOR = "uneven_a188764689b2f052"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -104,9 +107,21 @@ TILES_2 = {
     "grad_kv_l1": {"PART": 24, "BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 8, "num_stages": 2},
     "grad_kv_l0": {"PART": 56, "BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 8, "num_stages": 2},
 }
-TILES_3 = TILES_1 | {
+TILES_3 = {
+    "pool": {"CHILDREN": 8, "ROWS": 8, "num_warps": 2, "maxnreg": 96},
     "select_l1": {"BLOCK_M": 16, "BLOCK_N": 32, "KEEP": 8, "num_warps": 1, "num_stages": 2, "DOUBLES": 1},
     "select_l2": {"BLOCK_M": 16, "BLOCK_N": 64, "KEEP": 4, "num_warps": 4, "num_stages": 2, "DOUBLES": 1, "SPLIT": 4},
+    "keep": {"BLOCK_M": 8, "num_warps": 1},
+    "attend": {"GROUP": 4, "BLOCK_M": 16, "BLOCK_C": 64, "BLOCK_N": 16, "num_warps": 4, "num_stages": 3, "PIPELINED_QK": 0},
+    "scan": {"BLOCK": 1024, "num_warps": 4},
+    "invert_l1": {"BLOCK_M": 128, "KEYS": 8, "num_warps": 4},
+    "invert_l2": {"BLOCK_M": 128, "KEYS": 32, "num_warps": 4},
+    "grad_q": {"GROUP": 4, "BLOCK_M": 16, "BLOCK_C": 32, "BLOCK_N": 16, "num_warps": 4, "num_stages": 3, "PIPELINED_QK": 0},
+    "grad_sum": {"BLOCK": 2, "num_warps": 4},
+    "grad_kv_l2": {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2, "backend": "gluon_sm90", "maxnreg": 255},
+    "grad_kv_global": {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2, "backend": "gluon_sm90", "maxnreg": 255},
+    "grad_kv_l1": {"PART": 24, "BLOCK_M": 128, "BLOCK_N": 16, "num_warps": 4, "num_stages": 2},
+    "grad_kv_l0": {"PART": 56, "BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 1, "num_stages": 2},
 }
 TILES_4 = TILES_1 | {
     "pool": {"CHILDREN": 8, "ROWS": 8, "num_warps": 2},
@@ -1669,6 +1684,217 @@ def grad_kv_l0_kernel(
     store_rows(of_head(grad_v_ptr, kv_head, n_tokens, HEAD_DIM), key, HEAD_DIM, exists, grad_v)
 
 
+# ---- the same for the matrix units of H100 ---------------------------------------------------------------------------
+
+
+# Layouts. In registers of four warps: rows that are copied, 16 bytes a thread; products of 64 rows (`warpgroup_mma`) with
+# a tile of PAD_DIM columns, and the left operand of one; in shared memory: rows as products read them, 64 columns, 128 bytes each, and then the other 64.
+COPIED = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
+PRODUCT = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
+LEFT = gl.constexpr(gl.DotOperandLayout(0, PRODUCT.value, 2))
+SHARED = gl.constexpr(gl.NVMMASharedLayout(128, 16, rank=2))
+# Triton's names for these changed from 3.8 to 3.9.
+barrier = getattr(gl, "barrier", None) or gl.thread_barrier
+async_load = getattr(hopper.async_copy, "async_load", None) or hopper.async_copy.async_copy_global_to_shared
+
+# Buffers of a ring: one is read, and tiles are copied into the others, or into one of them while the last product
+# still reads the other.
+STAGES = gl.constexpr(3)
+
+
+@gluon.jit
+def row_tile(ptr, row, stride, LAYOUT: gl.constexpr):
+    """Rows `row` [M] of a matrix [*, HEAD_DIM]: addresses [M, PAD_DIM] in a layout, and which columns exist."""
+    dim = gl.arange(0, PAD_DIM, layout=gl.SliceLayout(0, LAYOUT))[None, :]
+    begin = gl.multiple_of(row.to(gl.int64) * stride, [ROW_UNIT])
+    return ptr + begin[:, None] + dim, dim < HEAD_DIM
+
+
+@gluon.jit
+def copy_rows(to, ptr, row, stride, inside):
+    """Begin to copy rows `row` [M] to shared memory [M, PAD_DIM]; zero where not `inside` and in the padding.
+
+    Here and in `write_rows`, `row` lies as the rows of a layout for copies, 16 bytes a thread.
+    """
+    LAYOUT: gl.constexpr = row.type.layout.parent
+    at, column = row_tile(ptr, row, stride, LAYOUT)
+    async_load(to, at, mask=inside[:, None] & column)
+
+
+@gluon.jit
+def write_rows(ptr, row, inside, tile):
+    """Write a tile [M, PAD_DIM] of products to rows `row` [M] of a matrix [*, HEAD_DIM], where `inside`.
+
+    By way of shared memory: as products lie, a thread would write 4 bytes at a time.
+    """
+    LAYOUT: gl.constexpr = row.type.layout.parent
+    at, column = row_tile(ptr, row, HEAD_DIM, LAYOUT)
+    tile = gl.convert_layout(tile.to(ptr.dtype.element_ty), LAYOUT)
+    gl.store(at, tile, mask=inside[:, None] & column)
+
+
+@gluon.jit
+def next_of(stage):
+    """Of a ring of STAGES buffers, the one after this one."""
+    return gl.where(stage == STAGES - 1, 0, stage + 1)
+
+
+@gluon.jit
+def before(stage):
+    """The one before this one: the last to be done with, and so the next to be filled."""
+    return gl.where(stage == 0, STAGES - 1, stage - 1)
+
+
+@gluon.jit
+def copy_queries(
+    q_ptr, stride_qn, grad_o_ptr, stride_gn, peak_ptr, delta_ptr, start, end,
+    q_to, grad_o_to, peak_to, delta_to, BLOCK_M: gl.constexpr, LAYOUT: gl.constexpr,
+):
+    """Begin to copy BLOCK_M queries of one head from `start` on, with what belongs to them; zeros beyond `end`."""
+    row = start + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, LAYOUT))
+    copy_rows(q_to, q_ptr, row, stride_qn, row < end)
+    copy_rows(grad_o_to, grad_o_ptr, row, stride_gn, row < end)
+    number = start + gl.arange(0, BLOCK_M, layout=gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
+    async_load(peak_to, peak_ptr + number, mask=number < end)
+    async_load(delta_to, delta_ptr + number, mask=number < end)
+
+
+@gluon.jit
+def grad_run_hopper(
+    q_ptr, stride_qn, grad_o_ptr, stride_gn, peak_ptr, delta_ptr, begin, end, k, v, bias, scale,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+):
+    """dk, dv of a tile of keys, k and v [N, D] as COPIED, from the queries begin..end of one head: `grad_run`.
+
+    Keys are rows of all products, so that what a softmax makes of two products is in registers the left operand of the
+    next two. Of a tile's four products, the first is waited for; then the second, while weights are worked out; the
+    third runs while those of the fourth are, and the fourth while the next tile begins.
+    """
+    LOGITS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])  # [N, M]
+    COLUMNS: gl.constexpr = gl.SliceLayout(0, LOGITS)
+    RING: gl.constexpr = STAGES if PAD_DIM == 64 else 2  # wide rows leave no room for three
+    dtype: gl.constexpr = k.dtype
+    q_tiles = gl.allocate_shared_memory(dtype, [RING, BLOCK_M, PAD_DIM], SHARED)
+    grad_o_tiles = gl.allocate_shared_memory(dtype, [RING, BLOCK_M, PAD_DIM], SHARED)
+    peaks = gl.allocate_shared_memory(gl.float32, [RING, BLOCK_M], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    deltas = gl.allocate_shared_memory(gl.float32, [RING, BLOCK_M], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    zeros = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, layout=LOGITS)
+    grad_k = hopper.warpgroup_mma_init(gl.zeros([BLOCK_N, PAD_DIM], gl.float32, layout=PRODUCT))
+    grad_v = hopper.warpgroup_mma_init(gl.zeros([BLOCK_N, PAD_DIM], gl.float32, layout=PRODUCT))
+    place = gl.arange(0, BLOCK_M, layout=COLUMNS)
+    stage = 0
+    start = begin
+    copy_queries(
+        q_ptr, stride_qn, grad_o_ptr, stride_gn, peak_ptr, delta_ptr, start, end,
+        q_tiles.index(0), grad_o_tiles.index(0), peaks.index(0), deltas.index(0), BLOCK_M, COPIED,
+    )
+    hopper.async_copy.commit_group()
+    k = gl.allocate_shared_memory(dtype, [BLOCK_N, PAD_DIM], SHARED, k)
+    v = gl.allocate_shared_memory(dtype, [BLOCK_N, PAD_DIM], SHARED, v)
+    bias = gl.convert_layout(bias, gl.SliceLayout(1, LOGITS))
+    for start in range(begin, end, BLOCK_M):
+        if RING == 2:
+            grad_k, grad_v = hopper.warpgroup_mma_wait(0, deps=[grad_k, grad_v])
+        hopper.async_copy.wait_group(0)
+        hopper.fence_async_shared()
+        ahead = gl.where(stage == RING - 1, 0, stage + 1)
+        copy_queries(
+            q_ptr, stride_qn, grad_o_ptr, stride_gn, peak_ptr, delta_ptr, start + BLOCK_M, end,
+            q_tiles.index(ahead), grad_o_tiles.index(ahead), peaks.index(ahead), deltas.index(ahead), BLOCK_M, COPIED,
+        )
+        hopper.async_copy.commit_group()
+        q = q_tiles.index(stage)
+        grad_o = grad_o_tiles.index(stage)
+        products = hopper.warpgroup_mma(k, q.permute((1, 0)), zeros, use_acc=False, is_async=True)
+        dp = hopper.warpgroup_mma(v, grad_o.permute((1, 0)), zeros, use_acc=False, is_async=True)
+        peak = gl.where(start + place < end, peaks.index(stage).load(COLUMNS), float("inf"))  # so that p = 0 beyond
+        delta = deltas.index(stage).load(COLUMNS)
+        products = hopper.warpgroup_mma_wait(1, deps=[products])
+        p = gl.exp2(products * (scale * LOG2E) + bias[:, None] - peak[None, :])
+        grad_v = hopper.warpgroup_mma(gl.convert_layout(p.to(dtype), LEFT), grad_o, grad_v, is_async=True)
+        dp = hopper.warpgroup_mma_wait(1, deps=[dp])
+        grad_logits = (p * (dp - delta[None, :])).to(dtype)
+        grad_k = hopper.warpgroup_mma(gl.convert_layout(grad_logits, LEFT), q, grad_k, is_async=True)
+        stage = ahead
+    hopper.async_copy.wait_group(0)
+    grad_k, grad_v = hopper.warpgroup_mma_wait(0, deps=[grad_k, grad_v])
+    return grad_k * scale, grad_v
+
+
+@gluon.jit(do_not_specialize=UNSPECIALISED)
+def grad_kv_global_hopper_kernel(
+    q_ptr, stride_qb, stride_qh, stride_qn,  # [B, H, M, D]
+    grad_o_ptr, stride_gb, stride_gh, stride_gn,  # [B, H, M, D]
+    peak_ptr, total_ptr, delta_ptr,  # [B*H, M] float32
+    k_global_ptr, v_global_ptr,  # [B*H_kv, G, D]
+    global_mask_ptr,  # [B, G] uint8: None where all take part
+    partial_grad_k_global_ptr, partial_grad_v_global_ptr,  # [B*H, splits_global, G, D], out
+    rows_global, splits_global, scale, heads_per_batch, m_tokens, g_tokens, saved_step,  # queries a split, how many splits, s, H, M, G, 256 bytes each, from head to head of what is saved
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+):
+    """What grad_kv_global_kernel does; BLOCK_N is 64. `total` is 1 in half precision."""
+    head, split, tile = head_token_and_tile(gl.program_id(0), splits_global, gl.cdiv(g_tokens, BLOCK_N))
+    kv_head = kv_head_of(head)
+    key = tile * BLOCK_N + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, COPIED))
+    exists = take_part(key, global_mask_ptr, head // heads_per_batch, g_tokens)
+    k_at, column = row_tile(of_head(k_global_ptr, kv_head, g_tokens, HEAD_DIM), key, HEAD_DIM, COPIED)
+    v_at, _ = row_tile(of_head(v_global_ptr, kv_head, g_tokens, HEAD_DIM), key, HEAD_DIM, COPIED)
+    inside = (key < g_tokens)[:, None] & column
+    k = gl.load(k_at, mask=inside, other=0.0)
+    v = gl.load(v_at, mask=inside, other=0.0)
+    bias = gl.where(exists, 0.0, float("-inf"))
+    begin = split * rows_global
+    grad_k, grad_v = grad_run_hopper(
+        head_base(q_ptr, head, stride_qb, stride_qh, heads_per_batch), stride_qn,
+        head_base(grad_o_ptr, head, stride_gb, stride_gh, heads_per_batch), stride_gn,
+        of_saved(peak_ptr, head, saved_step), of_head(delta_ptr, head, m_tokens, 1), begin, gl.minimum(begin + rows_global, m_tokens), k, v, bias, scale, BLOCK_M, BLOCK_N,
+    )
+    to = head * splits_global + split
+    write_rows(of_head(partial_grad_k_global_ptr, to, g_tokens, HEAD_DIM), key, key < g_tokens, grad_k)
+    write_rows(of_head(partial_grad_v_global_ptr, to, g_tokens, HEAD_DIM), key, key < g_tokens, grad_v)
+
+
+@gluon.jit(do_not_specialize=UNSPECIALISED)
+def grad_kv_l2_hopper_kernel(
+    q_ptr, stride_qb, stride_qh, stride_qn,  # [B, H, M, D]
+    grad_o_ptr, stride_gb, stride_gh, stride_gn,  # [B, H, M, D]
+    peak_ptr, total_ptr, delta_ptr,  # [B*H, M] float32
+    k_l2_ptr, v_l2_ptr,  # [B*H_kv, T_2(N), D]
+    partial_grad_k_l2_ptr, partial_grad_v_l2_ptr,  # [B*H, splits_l2, T_2(N), D], out: per token covered
+    rows_l2, splits_l2, scale, heads_per_batch, m_tokens, n_tokens, saved_step,  # queries a split, how many splits, s, H, M, N, 256 bytes each, from head to head of what is saved
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+):
+    """What grad_kv_l2_kernel does; BLOCK_N is 64. `total` is 1 in half precision."""
+    n_l2 = gl.cdiv(n_tokens, SPAN_2)
+    place = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, COPIED))
+    n_keys = n_l2
+    head, split, tile = head_token_and_tile(gl.program_id(0), splits_l2, gl.cdiv(n_keys, BLOCK_N))
+    first = tile * BLOCK_N
+    key = first + place
+    begin = split * rows_l2
+    end = gl.minimum(begin + rows_l2, m_tokens)
+    to = head * splits_l2 + split
+    kv_head = kv_head_of(head)
+    exists = (key >= 0) & (key < n_l2)
+    k_at, column = row_tile(of_saved(k_l2_ptr, kv_head, saved_step), key, HEAD_DIM, COPIED)
+    v_at, _ = row_tile(of_saved(v_l2_ptr, kv_head, saved_step), key, HEAD_DIM, COPIED)
+    inside = exists[:, None] & column
+    k = gl.load(k_at, mask=inside, other=0.0)
+    v = gl.load(v_at, mask=inside, other=0.0)
+    key = gl.convert_layout(key, gl.SliceLayout(1, PRODUCT))  # as rows of products lie
+    exists = (key >= 0) & (key < n_l2)
+    covered = gl.where(exists, gl.minimum(n_tokens - key * SPAN_2, SPAN_2), 1).to(gl.float32)
+    bias = gl.where(exists, gl.log2(covered), float("-inf"))
+    grad_k, grad_v = grad_run_hopper(
+        head_base(q_ptr, head, stride_qb, stride_qh, heads_per_batch), stride_qn,
+        head_base(grad_o_ptr, head, stride_gb, stride_gh, heads_per_batch), stride_gn,
+        of_saved(peak_ptr, head, saved_step), of_head(delta_ptr, head, m_tokens, 1), begin, end, k, v, bias, scale, BLOCK_M, BLOCK_N,
+    )
+    place += first
+    write_rows(of_head(partial_grad_k_l2_ptr, to, n_keys, HEAD_DIM), place, place < n_keys, grad_k / covered[:, None])
+    write_rows(of_head(partial_grad_v_l2_ptr, to, n_keys, HEAD_DIM), place, place < n_keys, grad_v / covered[:, None])
+
+
 # ---- launches --------------------------------------------------------------------------------------------------------
 
 
@@ -1781,7 +2007,7 @@ def work_out(at, tiles):
 
 
 LISTS_FILL = True  # whether lists can be without gaps
-PARTIAL_IN_GLUON = False  # there is none
+PARTIAL_IN_GLUON = True  # whether kernels in Gluon also take partial tiles
 
 
 def forward_launches(at, launch, scale, q, k, v, o, lse, saved, memory, *extras, stages=FORWARD_STAGES):
@@ -1864,9 +2090,9 @@ def grad_launches(at, launch, scale, q, k, v, grad_o, o, saved, grad_q, grad_k, 
     )
     if k_global:
         launch(
-            grad_kv_global_kernel, q, *q_steps, grad_o, *grad_o_steps, peak, total, delta, k_global, v_global, global_mask,
-            partial_grad_k_global, partial_grad_v_global, at.rows_global, at.splits_global, scale, at.heads_per_batch,
-            at.m_tokens, at.g_tokens, at.saved_step,
+            (grad_kv_global_kernel, grad_kv_global_hopper_kernel), q, *q_steps, grad_o, *grad_o_steps, peak, total, delta,
+            k_global, v_global, global_mask, partial_grad_k_global, partial_grad_v_global, at.rows_global, at.splits_global,
+            scale, at.heads_per_batch, at.m_tokens, at.g_tokens, at.saved_step,
         )
     if k_global:
         launch(
@@ -1874,8 +2100,9 @@ def grad_launches(at, launch, scale, q, k, v, grad_o, o, saved, grad_q, grad_k, 
             at.splits_global, at.g_tokens,
         )
     launch(
-        grad_kv_l2_kernel, q, *q_steps, grad_o, *grad_o_steps, peak, total, delta, k_l2, v_l2, partial_grad_k_l2,
-        partial_grad_v_l2, at.rows_l2, at.splits_l2, scale, at.heads_per_batch, at.m_tokens, at.n_tokens, at.saved_step,
+        (grad_kv_l2_kernel, grad_kv_l2_hopper_kernel), q, *q_steps, grad_o, *grad_o_steps, peak, total, delta, k_l2,
+        v_l2, partial_grad_k_l2, partial_grad_v_l2, at.rows_l2, at.splits_l2, scale, at.heads_per_batch, at.m_tokens,
+        at.n_tokens, at.saved_step,
     )
     launch(
         grad_kv_l2_sum_kernel, partial_grad_k_l2, partial_grad_v_l2, grad_k_l2, grad_v_l2, at.splits_l2, at.n_tokens,
@@ -2387,8 +2614,7 @@ class Capture:
             self.unknown = True
             return
         with self.noting():
-            if not self.at.given:
-                warm_others(kernel, tile, programs, values)
+            warm_others(kernel, tile, programs, values, bool(self.at.given))
         with self.noting():
             self.at.ready[name] = compiled, [taken[parameter] for parameter in chosen.arg_names[len(values) :]]
         with self.noting():
@@ -2407,11 +2633,14 @@ class Capture:
             return Replay(self.kernels, self.parts)
 
 
-def warm_others(kernel: Any, tile: dict[str, Any], programs: int, values: list[Any]) -> None:
-    """Compile the variants of a kernel that another length may need: nothing is compiled then."""
+def warm_others(kernel: Any, tile: dict[str, Any], programs: int, values: list[Any], given: bool) -> None:
+    """Compile the variants of a kernel that another length may need: nothing is compiled then.
+
+    Along `given` lists no call is FULL.
+    """
     if "EVICT_FIRST" in tile:
         warm(kernel, tile | {"EVICT_FIRST": not tile["EVICT_FIRST"]}, programs, values)
-    if "FULL" in tile and LISTS_FILL:
+    if "FULL" in tile and LISTS_FILL and not given:
         warm(kernel, tile | {"FULL": not tile["FULL"]}, programs, values)
     if "RUNS" in tile and has_runs(MANY_CANDIDATES, tile):
         warm(kernel, tile | {"RUNS": not tile["RUNS"]}, programs, values)

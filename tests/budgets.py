@@ -29,7 +29,10 @@ ROOT = Path(__file__).resolve().parents[1]
 FILE = ROOT / "tests" / "budgets.json"
 
 # Those whose structure differs most come first: what the others share with them is not compiled again.
-SPECS = ("llsa_l2", "uneven", "topk_b128", "llsa_d128", "llsa_b64", "llsa_l3", "llsa_l1", "topk_l2", "topk_l1")
+SPECS = (
+    "llsa_l2", "uneven", "topk_b128", "llsa_d128", "llsa_b64", "llsa_l3", "llsa_l1", "topk_l2", "topk_l1",
+    "vsa_like", "llsa_video",
+)  # fmt: skip
 TARGETS = ("cuda:90", "cuda:80", "cuda:86", "cuda:100", "cuda:120", "hip:gfx942")
 DTYPES = ("bfloat16", "float32", "float16")
 
@@ -57,7 +60,7 @@ class Cell:
 # instructions: two specs that differ in blocks and head dim. float16 differs from bfloat16 in its instructions alone.
 CELLS = [Cell(target, "bfloat16", spec) for target in TARGETS for spec in SPECS]
 CELLS += [Cell("cuda:90", "float32", spec) for spec in SPECS[:2]] + [Cell("cuda:90", "float16", SPECS[0])]
-CELLS += [Cell("cuda:90", "bfloat16", spec, shared=True) for spec in SPECS[:4]]
+CELLS += [Cell("cuda:90", "bfloat16", spec, shared=True) for spec in (*SPECS[:4], "vsa_like")]
 CELLS += [Cell(target, "bfloat16", spec, shared=True) for target in ("cuda:80", "hip:gfx942") for spec in SPECS[:2]]
 CELLS += [Cell("cuda:90", "float32", SPECS[1], shared=True)]
 

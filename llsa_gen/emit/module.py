@@ -95,6 +95,7 @@ def render(plan: Plan, schedules: Schedules) -> str:
                 cached=CACHED,
                 lists={level: list_length(plan, level) for level in plan.sorted_levels},
                 partial_in_gluon=plan.top <= PARTIAL_LEVELS,
+                walked=walked_by_all(plan),
             )
         )
     except Exception as error:  # whatever an expression in a template may raise
@@ -132,6 +133,14 @@ def place(error: Exception) -> tuple[str, int]:
         if path.is_relative_to(TEMPLATES):
             return path.relative_to(TEMPLATES).as_posix(), frame.lineno or 0
     return "module.py.j2", 1
+
+
+def walked_by_all(plan: Plan) -> tuple[int, ...]:
+    """Of which levels all queries of a program in Gluon attend to the same keys, in the order of its walk.
+
+    Level 0 is among them where blocks are wide: a program then has 64 queries of one block, and else four blocks.
+    """
+    return (*reversed(plan.enriched), *([0] if plan.wide else []))
 
 
 def stages_in_gluon(schedules: Schedules) -> frozenset[str]:

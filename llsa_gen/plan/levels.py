@@ -122,6 +122,11 @@ class Levels:
         return None if self.shared_level is None else self.parent_ratio(1, self.shared_level)
 
     @property
+    def wide(self) -> bool:
+        """Whether blocks are whole tiles of the 64 rows that matrix units of an H100 multiply at once."""
+        return self.block(1) % 64 == 0
+
+    @property
     def lists_fill(self) -> bool:
         """Whether every index list is full, without gaps, when all tokens are whole: K is at most the children kept."""
         return all(self.topk(level) <= self.topk(level + 1) * self.block(level + 1) for level in range(1, self.top))

@@ -232,6 +232,12 @@ class Plan(Buffers):
         sharing = sympy.Min(self.blocks_sharing, blocks)
         return self.query_tokens(self.shared_level) * ceil_div(sharing, tile("GROUP"))
 
+    @property
+    def programs_in_gluon(self) -> sympy.Expr:
+        """The same of its twin in Gluon, 64 queries each: four narrow blocks, or a part of a wide one."""
+        blocks = self.query_tokens(1)
+        return blocks * (self.block(1) // 64) if self.wide else ceil_div(blocks, 4)
+
     def _attend(self) -> Kernel:
         return Kernel(
             "attend_kernel", "attend", "o and lse: one softmax over all levels", HEADS * self.query_programs,
@@ -248,9 +254,9 @@ class Plan(Buffers):
     def recompute(self) -> Kernel:
         """What follows `attend` in Gluon, which keeps a fixed maximum: attend again where a sum does not fit.
 
-        A program looks after 16 programs of the kernel before it, of four query blocks each.
+        A program looks after 16 programs of the kernel before it.
         """
-        programs = HEADS * ceil_div(ceil_div(self.query_tokens(1), 4), 16)
+        programs = HEADS * ceil_div(self.programs_in_gluon, 16)
         return replace(
             self.forward[-1],
             name="attend_hopper_recompute_kernel",

@@ -29,7 +29,7 @@ def handed_to_gluon(entry: Mapping[str, Any], registers: int) -> dict[str, Any]:
     return own | {"backend": GLUON, "maxnreg": registers} | triton
 
 
-def settled(kind: str, entry: dict[str, Any], changes: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def settled(plan: Plan, kind: str, entry: dict[str, Any], changes: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """`entry` with `changes`, as it is launched: in Triton if tiles are not those of the kernel in Gluon.
 
     `maxnreg` among `changes` is for the kernel of the backend that they name, or else the one in Triton.
@@ -38,13 +38,14 @@ def settled(kind: str, entry: dict[str, Any], changes: Mapping[str, Any] | None 
     backend = changes.pop("backend", None)
     own = changes.pop("maxnreg", None) if backend == GLUON else None
     made = in_triton(entry) | changes
-    if entry.get("backend") != GLUON or backend == TRITON or not _has_tiles_of_gluon(kind, made):
+    if entry.get("backend") != GLUON or backend == TRITON or not _has_tiles_of_gluon(plan, kind, made):
         return made
     return handed_to_gluon(made, own or entry["maxnreg"])
 
 
-def _has_tiles_of_gluon(kind: str, tiles: Mapping[str, int]) -> bool:
-    return all(not legal or tiles.get(name) in legal for name, legal in STAGES[kind].gluon.items())
+def _has_tiles_of_gluon(plan: Plan, kind: str, tiles: Mapping[str, int]) -> bool:
+    needed = (plan.wide and STAGES[kind].gluon_wide) or STAGES[kind].gluon
+    return all(not legal or tiles.get(name) in legal for name, legal in needed.items())
 
 
 def read_in_gluon(kind: str) -> tuple[str, ...]:

@@ -71,10 +71,10 @@ def choices(plan: Plan, goal: Target, element: int) -> dict[str, Choice]:
     for stage, rule in _rules(plan, goal, element).items():
         kind, facts = stage_kind(plan, stage), facts_of(plan, stage, element)
         entry, pruned = fitted(plan, stage, rule, element, goal)
-        entry, origin = settled(kind, entry), "rule"
+        entry, origin = settled(plan, kind, entry), "rule"
         for row in reversed(goal.rows):
             if row.matches(kind, facts):
-                chosen, wanted = settled(kind, entry, row.set), row.set.get("backend", TRITON)
+                chosen, wanted = settled(plan, kind, entry, row.set), row.set.get("backend", TRITON)
                 reason = misfit(plan, stage, entry, chosen, element, goal)
                 if reason is None and wanted not in (TRITON, chosen.get("backend")):
                     known = "its kernel has other tiles" if "backend" in entry else "it has no kernel for this stage"
@@ -186,16 +186,22 @@ def _walk(plan: Plan, goal: Target, element: int, stage: str) -> Entry:
             entry |= {"num_warps": 4, "PIPELINED_QK": 1} | _capped(goal, 128 if width == 64 else 96)
             if attend and plan.topk(1) * plan.block(1) % 32 == 0:  # four warps with 16 rows of v meet in the same banks
                 entry["BLOCK_N"] = 32
+        if (group, rows) == (4, 16) and goal.name in WGMMA:
             families = plan.block(1) == 16 and (plan.blocks_sharing or 4) % 4 == 0
             full = plan.lists_fill and all(plan.topk(up) * plan.block(up) % 64 == 0 for up in plan.levels[1:])
             every_level = plan.enriched == tuple(plan.levels) and (full or plan.top <= PARTIAL_LEVELS)
             if families and every_level and _in_gluon(plan, goal, element):
-                entry = handed_to_gluon(entry, 128 if attend else 168)  # four programs on a multiprocessor, or three
+                # programs on a multiprocessor: four or three; of wide rows two
+                registers = 255 if width > 64 else 128 if attend else 168
+                entry = handed_to_gluon(entry, registers)
     elif rows < 64:
         entry = {"BLOCK_M": rows, "BLOCK_N": 32, "num_warps": rows // 16 if width <= 64 else rows // 8, "num_stages": 2}
         entry |= _capped(goal, 128) if width <= 64 and element == 2 else {}
     else:
         entry = {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3 if width <= 64 else 2}
+        every_level = plan.enriched in (tuple(plan.levels), ()) and plan.top <= PARTIAL_LEVELS
+        if width == 128 and plan.wide and every_level and _in_gluon(plan, goal, element):
+            entry = handed_to_gluon(entry, 255)
         if attend and width <= 64 and element == 2:
             # without wgmma it would take 177, and one program less would fit; without coarse keys it needs fewer
             entry |= _capped(goal, 168 if plan.enriched else 128)
@@ -273,11 +279,13 @@ def _grad_listed(plan: Plan, goal: Target, element: int, level: int) -> Entry:
         entry |= {"num_warps": 4 if level else 1, "num_stages": 3 if width <= 64 else 2}
         entry |= _capped(goal, 168 if width == 64 else 128) if width <= 64 else {}
         if level == 0 and plan.block(1) == 16 and _in_gluon(plan, goal, element):
-            return handed_to_gluon(entry, 168)  # twelve programs on a multiprocessor
+            return handed_to_gluon(entry, 168 if width <= 64 else 255)  # twelve programs on a multiprocessor
         return entry
     keys = min(children, 128 if width <= 64 else 64 if width == 128 else 32)
     rows = 128 if level and keys <= 64 and width <= 64 else 32
     entry |= {"BLOCK_M": rows, "BLOCK_N": keys, "num_warps": 4, "num_stages": 2}
+    if not level and width == 128 and plan.wide and _in_gluon(plan, goal, element):
+        return handed_to_gluon(entry, 255)
     if not level and keys == 32 and width <= 128:  # more warps would wait for each other
         entry["num_warps"] = 1 if width <= 32 else 2
     if rows == 32 and keys <= 64 and width <= 64:
@@ -287,7 +295,7 @@ def _grad_listed(plan: Plan, goal: Target, element: int, level: int) -> Entry:
 
 def _in_gluon(plan: Plan, goal: Target, element: int) -> bool:
     """Whether kernels in Gluon take rows of this kind: 128 bytes in shared memory, copied 16 bytes at a time."""
-    return goal.name in WGMMA and element == 2 and pad(plan.head_dim) == 64 and plan.row_unit == 8
+    return goal.name in WGMMA and element == 2 and pad(plan.head_dim) in (64, 128) and plan.row_unit == 8
 
 
 def _capped(goal: Target, registers: int) -> Entry:

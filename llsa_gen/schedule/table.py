@@ -46,13 +46,17 @@ class Stage:
     """The tile that `rows` fill, where a larger one would be a waste."""
     gluon: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """What the kernel in Gluon needs of an entry, if there is one: the legal values, none where any is legal."""
+    gluon_wide: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """The same of wide blocks, if it differs."""
 
 
 GROUPED = {"num_warps": (4,), "GROUP": (4,)}
+WIDE = {"num_warps": (4,), "BLOCK_M": (64,)}
 SHARED_KEYS = {"num_warps": (4,), "BLOCK_N": (64,), "BLOCK_M": (32, 64)}
 LISTED = {"num_warps": (1,), "BLOCK_N": (16,), "PART": ()}
+LISTED_WIDE = {"num_warps": (4,), "BLOCK_N": (64,), "PART": ()}
 
-WALK = Stage(("rows", "grouped"), ("GROUP", "BLOCK_M", "BLOCK_C", "BLOCK_N"), "walk", "BLOCK_M", GROUPED)
+WALK = Stage(("rows", "grouped"), ("GROUP", "BLOCK_M", "BLOCK_C", "BLOCK_N"), "walk", "BLOCK_M", GROUPED, WIDE)
 BY_KEYS, BY_LISTS = ("BLOCK_M", "BLOCK_N"), ("PART", "BLOCK_M", "BLOCK_N")
 
 STAGES = {
@@ -69,7 +73,7 @@ STAGES = {
     "grad_kv_top": Stage((), BY_KEYS, "grad_kv", gluon=SHARED_KEYS),  # the coarsest level, by all queries
     "grad_kv_coarse": Stage(("rows", "keep"), BY_LISTS, "grad_kv", "BLOCK_N"),  # coarse levels below it, by lists
     "grad_kv_keeper": Stage(("rows", "keep"), BY_KEYS, "grad_kv", gluon=SHARED_KEYS),  # the same, keeper by keeper
-    "grad_kv_tokens": Stage(("rows", "keep"), BY_LISTS, "grad_kv", "BLOCK_N", LISTED),  # level 0, by lists
+    "grad_kv_tokens": Stage(("rows", "keep"), BY_LISTS, "grad_kv", "BLOCK_N", LISTED, LISTED_WIDE),  # level 0, by lists
     "grad_kv_global": Stage((), BY_KEYS, "grad_kv", gluon=SHARED_KEYS),  # global tokens, by all queries
     "grad_sum": Stage((), ("BLOCK",)),
     "grad_gather": Stage(("rows", "keep"), ("ROWS", "BLOCK"), filled="BLOCK"),

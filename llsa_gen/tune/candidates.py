@@ -44,7 +44,7 @@ def candidates(plan: Plan, stage: str, entry: Entry, element: int, goal: Target)
     """The entries one step from `entry`, then those two steps from it: a step halves or doubles one number."""
     kind = stage_kind(plan, stage)
     for changes in (changes for steps in (1, 2) for changes in _steps(kind, entry, steps)):
-        made = settled(kind, entry, changes)
+        made = settled(plan, kind, entry, changes)
         if made.get("backend") == changes.get("backend"):  # or else only rare calls would read what differs
             reason = _wasteful(plan, stage, made, entry) or misfit(plan, stage, entry, made, element, goal)
             yield Candidate(made, reason)

@@ -191,9 +191,28 @@ def test_global_tokens(name: str, dtype: fuzz.DType) -> None:
 @pytest.mark.parametrize("name", SPECS)
 def test_given_lists(name: str, dtype: fuzz.DType) -> None:
     spec = shipped(name)
-    lists: tuple[tuple[int, Kept], ...] = ((1021, "own"), (4096, "own"), (3000, "thinned"), (2048, "other"))
+    lists: tuple[tuple[int, Kept], ...] = (
+        (1021, "own"), (4096, "own"), (3000, "thinned"), (4096, "thinned"), (2048, "other"),
+    )  # fmt: skip
     for n, kept in lists:
         fuzz.run(fuzz.Case(spec, n=n, heads=2, dtype=dtype, kept=kept, seed=n, device=DEVICE)).raise_if_failed()
+
+
+@pytest.mark.parametrize("name", ["l1_40", "l2", "l3", "l4"])
+def test_gaps_in_some_lists_change_no_bit_for_other_queries(name: str) -> None:
+    # who shares a program with them walks as they do, with masks, and all others without
+    spec, (n, *_) = GLUON[name]
+    q, k, v, grad_o = draw(n, spec.head_dim, 2, torch.bfloat16)
+    attention = llsa_gen.compile(spec)
+    kept = attention.select(q, k)
+    holed = [kept[0].clone(), *kept[1:]]
+    holed[0][:, 1, ::9, 2] = -1
+    outputs = [attention(q, k, v, kept=lists) for lists in (holed, kept)]
+    found, wanted = ((o, *torch.autograd.grad(o, q, grad_o)) for o in outputs)
+    with_gaps = torch.zeros(1, 2, n, dtype=torch.bool, device=DEVICE)
+    with_gaps.view(1, 2, -1, 16)[:, 1, ::9] = True
+    for x, y in zip(found, wanted, strict=True):
+        assert torch.equal(x[~with_gaps], y[~with_gaps]) and not torch.equal(x[with_gaps], y[with_gaps])
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

@@ -269,7 +269,7 @@ def test_head_dims_that_share_the_rules_of_64_and_those_that_do_not() -> None:
     assert {dim: (one["attend"]["GROUP"], one["attend"]["num_warps"]) for dim, one in made.items()} == {
         32: (4, 4), 64: (4, 4), 128: (4, 4), 256: (4, 4),
     }  # fmt: skip
-    assert [one["attend"].get("maxnreg") for one in made.values()] == [96, 128, None, None]
+    assert [one["attend"].get("maxnreg") for one in made.values()] == [96, 128, 255, None]
     # beside gradients, registers do not hold 64 rows of 256
     assert [one["grad_q"]["GROUP"] for one in made.values()] == [4, 4, 4, 2]
     for one in made.values():  # a warp for 16 rows
