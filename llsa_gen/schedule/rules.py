@@ -279,7 +279,8 @@ def _grad_listed(plan: Plan, goal: Target, element: int, level: int) -> Entry:
         entry |= {"num_warps": 4 if level else 1, "num_stages": 3 if width <= 64 else 2}
         entry |= _capped(goal, 168 if width == 64 else 128) if width <= 64 else {}
         if level == 0 and plan.block(1) == 16 and _in_gluon(plan, goal, element):
-            return handed_to_gluon(entry, 168 if width <= 64 else 255)  # twelve programs on a multiprocessor
+            # programs on a multiprocessor: twelve; of wide rows eight
+            return handed_to_gluon(entry, 168 if width <= 64 else 255)
         return entry
     keys = min(children, 128 if width <= 64 else 64 if width == 128 else 32)
     rows = 128 if level and keys <= 64 and width <= 64 else 32
@@ -294,7 +295,7 @@ def _grad_listed(plan: Plan, goal: Target, element: int, level: int) -> Entry:
 
 
 def _in_gluon(plan: Plan, goal: Target, element: int) -> bool:
-    """Whether kernels in Gluon take rows of this kind: 128 bytes in shared memory, copied 16 bytes at a time."""
+    """Whether kernels in Gluon take rows of this kind: 128 bytes in shared memory or 256, copied 16 bytes at a time."""
     return goal.name in WGMMA and element == 2 and pad(plan.head_dim) in (64, 128) and plan.row_unit == 8
 
 
