@@ -16,6 +16,7 @@ from triton import JITFunction
 
 from examples import GLUON
 from llsa_gen import compile
+from llsa_gen.emit.module import walked_by_all
 from llsa_gen.plan import Plan, lower
 
 NUMPY = SimpleNamespace(
@@ -67,12 +68,12 @@ def weights(plan: Plan, level: int, parents: list[int], room: int, n_tokens: int
 )
 def test_what_keys_weigh_and_which_tiles_have_to_ask(name: str, in_numpy: tuple[ModuleType, Plan]) -> None:
     (module, plan), rng = in_numpy, random.Random(name)
-    walked = (*reversed(plan.enriched), *([0] if plan.wide else []))
+    walked = walked_by_all(plan)
     asked = 0
     for _ in range(60):
         n_tokens = rng.choice((1, rng.randint(1, 3 * plan.span(plan.top)), plan.span(plan.top) * rng.randint(1, 3)))
         kept = lists(plan, n_tokens, rng)
-        ends, keys, ahead = [], {"n_tokens": n_tokens}, 0
+        keys, ahead = {"n_tokens": n_tokens}, 0
         expected: list[float] = []
         for level in walked:
             if level == plan.top:
@@ -87,19 +88,25 @@ def test_what_keys_weigh_and_which_tiles_have_to_ask(name: str, in_numpy: tuple[
             expected += own
             ahead += len(own) // 64
             keys[f"end_l{level}"] = ahead
-            ends.append(ahead)
         loose: list[Any] = []
+        lasts: dict[int, int] = {}
         for level in (level for level in walked if level != plan.top):
             parents, last = kept[level + 1], -(-n_tokens // plan.span(level + 1)) - 1
-            loose += [parents.index(last) if last in parents else -1, len(parents)]
+            lasts[level] = parents.index(last) if last in parents else -1
+            loose += [lasts[level], len(parents)]
         for tile in range(ahead):
             wanted = np.array(expected[tile * 64 : tile * 64 + 64])
             if not plan.spec.reweight:
                 wanted = np.ceil(wanted)
             partial = module.is_partial_tile(SimpleNamespace(**keys), tile, *loose)
-            assert partial or (wanted == 1.0).all(), (n_tokens, kept, tile)
+            whole = (wanted == 1.0).all()
+            assert partial or whole, (n_tokens, kept, tile)
+            # behind the last token of a list, whole or not, every tile of its level asks; no other asks in vain
+            level = next(level for level in walked if tile < keys[f"end_l{level}"])
+            behind = level != plan.top and lasts[level] >= 0
+            assert not partial or not whole or behind, (n_tokens, kept, tile)
             if partial:
-                asked += not (wanted == 1.0).all()
+                asked += not whole
                 # a dynamic `if` is one of Python's here: tiles are numbers
                 found = module.relative_weights(SimpleNamespace(**keys), tile, *loose, None)
                 np.testing.assert_allclose(found, wanted, err_msg=str((n_tokens, kept, tile)))
