@@ -45,7 +45,7 @@ SPEC = {
     "name": "llsa_l2",
     "reweight": True,
 }
-OPERATOR = "llsa_l2_8c58d03878153232"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
+OPERATOR = "llsa_l2_bef3a99b11fed611"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -3490,12 +3490,15 @@ class Capture:
 def warm_others(kernel: Any, tile: dict[str, Any], programs: int, values: list[Any], given: bool) -> None:
     """Compile the variants of a kernel that another length may need: nothing is compiled then.
 
-    Along `given` lists no call is FULL.
+    Along `given` lists no call is FULL; of many levels, other lengths may leave Gluon.
     """
     if "EVICT_FIRST" in tile:
         warm(kernel, tile | {"EVICT_FIRST": not tile["EVICT_FIRST"]}, programs, values)
     if "FULL" in tile and LISTS_FILL and not given:
         warm(kernel, tile | {"FULL": not tile["FULL"]}, programs, values)
+    for gaps in ("GAPS", "PARTIAL"):
+        if gaps in tile and given:
+            warm(kernel, tile | {gaps: not tile[gaps]}, programs, values)
     if "RUNS" in tile and has_runs(MANY_CANDIDATES, tile):
         warm(kernel, tile | {"RUNS": not tile["RUNS"]}, programs, values)
 

@@ -45,7 +45,7 @@ SPEC = {
     "name": "uneven",
     "reweight": True,
 }
-OPERATOR = "uneven_a188764689b2f052"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
+OPERATOR = "uneven_a8567273e3432596"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -1734,18 +1734,6 @@ def write_rows(ptr, row, inside, tile):
 
 
 @gluon.jit
-def next_of(stage):
-    """Of a ring of STAGES buffers, the one after this one."""
-    return gl.where(stage == STAGES - 1, 0, stage + 1)
-
-
-@gluon.jit
-def before(stage):
-    """The one before this one: the last to be done with, and so the next to be filled."""
-    return gl.where(stage == 0, STAGES - 1, stage - 1)
-
-
-@gluon.jit
 def copy_queries(
     q_ptr, stride_qn, grad_o_ptr, stride_gn, peak_ptr, delta_ptr, start, end,
     q_to, grad_o_to, peak_to, delta_to, BLOCK_M: gl.constexpr, LAYOUT: gl.constexpr,
@@ -2636,12 +2624,15 @@ class Capture:
 def warm_others(kernel: Any, tile: dict[str, Any], programs: int, values: list[Any], given: bool) -> None:
     """Compile the variants of a kernel that another length may need: nothing is compiled then.
 
-    Along `given` lists no call is FULL.
+    Along `given` lists no call is FULL; of many levels, other lengths may leave Gluon.
     """
     if "EVICT_FIRST" in tile:
         warm(kernel, tile | {"EVICT_FIRST": not tile["EVICT_FIRST"]}, programs, values)
     if "FULL" in tile and LISTS_FILL and not given:
         warm(kernel, tile | {"FULL": not tile["FULL"]}, programs, values)
+    for gaps in ("GAPS", "PARTIAL"):
+        if gaps in tile and given:
+            warm(kernel, tile | {gaps: not tile[gaps]}, programs, values)
     if "RUNS" in tile and has_runs(MANY_CANDIDATES, tile):
         warm(kernel, tile | {"RUNS": not tile["RUNS"]}, programs, values)
 

@@ -229,12 +229,15 @@ class Capture:
 def warm_others(kernel: Any, tile: dict[str, Any], programs: int, values: list[Any], given: bool) -> None:
     """Compile the variants of a kernel that another length may need: nothing is compiled then.
 
-    Along `given` lists no call is FULL.
+    Along `given` lists no call is FULL; of many levels, other lengths may leave Gluon.
     """
     if "EVICT_FIRST" in tile:
         warm(kernel, tile | {"EVICT_FIRST": not tile["EVICT_FIRST"]}, programs, values)
     if "FULL" in tile and LISTS_FILL and not given:
         warm(kernel, tile | {"FULL": not tile["FULL"]}, programs, values)
+    for gaps in ("GAPS", "PARTIAL"):
+        if gaps in tile and given:
+            warm(kernel, tile | {gaps: not tile[gaps]}, programs, values)
     if "RUNS" in tile and has_runs(MANY_CANDIDATES, tile):
         warm(kernel, tile | {"RUNS": not tile["RUNS"]}, programs, values)
 

@@ -235,11 +235,21 @@ def test_a_global_token_that_outweighs_all_others(name: str, dtype: fuzz.DType) 
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_global_tokens_where_many_sums_are_recomputed(dtype: fuzz.DType) -> None:
+@pytest.mark.parametrize("name", ["l2", "d128", "wide_128", "wide_l1"])
+def test_global_tokens_where_many_sums_are_recomputed(name: str, dtype: fuzz.DType) -> None:
     # one program of the recompute kernel takes several groups of queries, of heads beyond the first too
-    case = fuzz.Case(shipped("llsa_l2"), n=4096, heads=3, dtype=dtype, std=8.0, global_tokens=70, device=DEVICE)
+    case = fuzz.Case(GLUON[name][0], n=4096, heads=3, dtype=dtype, std=8.0, global_tokens=70, device=DEVICE)
     fuzz.run(case).raise_if_failed()
     fuzz.run(replace(case, masked=True, n=4000)).raise_if_failed()
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("tokens", [1, 64, 128, 200])
+def test_global_tokens_behind_a_single_tile(tokens: int, masked: bool) -> None:
+    # they are its second tile, which is copied before the walk begins
+    for n in (1, 64):
+        case = fuzz.Case(GLUON["wide"][0], n=n, m=130, heads=2, dtype="bfloat16", global_tokens=tokens, device=DEVICE)
+        fuzz.run(replace(case, masked=masked, batch=2)).raise_if_failed()
 
 
 @pytest.mark.parametrize("spec", BRANCHES, ids=lambda spec: spec.name)

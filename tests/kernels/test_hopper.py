@@ -145,6 +145,8 @@ def test_each_launch_has_the_register_cap_of_its_own_kernel() -> None:
         (spec("no_coarse_keys", 64, (16, 8), (16, 8), enrich="none"), True),
         (spec("outer", 40, (16, 8), (16, 8), enrich=(2,)), True),
         (spec("wide", 64, (32, 8)), False),
+        (spec("wide_rows", 128, (64, 4), (4, 4), enrich=(2,)), True),
+        (spec("wide_rows_in_four", 128, (64, 4), (4, 4), (4, 4), (4, 4)), True),
         (spec("narrow", 64, (12, 8)), False),
     ],
     ids=lambda value: value.name if isinstance(value, Spec) else "",
@@ -206,7 +208,8 @@ def has_room_for(report: aot.Report, programs: int) -> bool:
 def test_products_are_not_waited_for_one_by_one(name: str, more: int, tmp_path: Path) -> None:
     # ptxas may serialise all of a kernel's: it says so if it is asked, and otherwise they only take longer
     chosen, lengths = GLUON[name]
-    wanted = ["attend_hopper_kernel", "grad_q_hopper_kernel", *["grad_kv_l0_hopper_kernel"] * (chosen.block(1) >= 64)]
+    by_keys = "grad_kv_l0_hopper_kernel" if chosen.block(1) >= 64 else f"grad_kv_l{chosen.num_levels}_hopper_kernel"
+    wanted = ["attend_hopper_kernel", "grad_q_hopper_kernel", by_keys]
     made = aot.distinct(module_for(chosen), "cuda:90", "bfloat16", lengths[0] + more, kernels=wanted)
     assert {one.launch.kernel for one in made} == {*wanted}
     for one in made:

@@ -15,7 +15,7 @@ from torch import Tensor
 from triton import JITFunction
 
 from examples import GLUON
-from llsa_gen import compile
+from llsa_gen import Spec, compile
 from llsa_gen.emit.module import walked_by_all
 from llsa_gen.plan import Plan, lower
 
@@ -113,7 +113,14 @@ def test_what_keys_weigh_and_which_tiles_have_to_ask(name: str, in_numpy: tuple[
     assert asked > 20, "few tiles had loose ends"
 
 
-def test_given_lists_of_another_length_compile_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("chosen", "lengths"),
+    [("llsa_l2", (4096, 4097, 65_536, 512, 200)), (GLUON["l4"][0], (17_408, 17_409, 34_816, 512))],
+    ids=["two levels", "four levels"],
+)
+def test_given_lists_of_another_length_compile_nothing(
+    chosen: str | Spec, lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def attend(gpu_module: ModuleType, n_tokens: int) -> None:
         q, k, v, grad_o = draw(n_tokens)
         kept: list[Tensor] = [torch.zeros_like(x) for x in gpu_module.empty_selection(q, k)]
@@ -124,8 +131,9 @@ def test_given_lists_of_another_length_compile_nothing(monkeypatch: pytest.Monke
         raise AssertionError(f"{self.fn.__name__} is compiled")
 
     gpu: PretendedGpu
-    with pretended() as gpu, knowing(gpu, compile(ROOT / "spec" / "llsa_l2.yaml").module) as module:
-        attend(module, 4096)
+    source = compile(ROOT / "spec" / f"{chosen}.yaml" if isinstance(chosen, str) else chosen)
+    with pretended() as gpu, knowing(gpu, source.module) as module:
+        attend(module, lengths[0])
         monkeypatch.setattr(JITFunction, "_do_compile", compiled)
-        for n_tokens in (4097, 65_536, 512, 200):
+        for n_tokens in lengths[1:]:
             attend(module, n_tokens)
