@@ -45,7 +45,7 @@ SPEC = {
     "name": "llsa_l2",
     "reweight": True,
 }
-OPERATOR = "llsa_l2_bef3a99b11fed611"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
+OPERATOR = "llsa_l2_0a595643f0322c56"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -1626,8 +1626,8 @@ reinterpret = getattr(gl.shared_memory_descriptor, "reinterpret", None) or gl.sh
 # still reads the other.
 STAGES = gl.constexpr(3)
 
-# Whether queries are left operands in registers, so that two programs fit into the shared memory of a multiprocessor. On
-# their way there they lie in the buffer that is filled last.
+# Whether the rows of queries that dq is made from are left operands in registers, so that two programs fit into the shared
+# memory of a multiprocessor. On their way there they lie in the buffers that are filled last.
 IN_REGISTERS = gl.constexpr(False)
 
 
@@ -1924,7 +1924,7 @@ def attend_tiles(
     dtype: gl.constexpr = q_base.dtype.element_ty
     k_tiles = gl.allocate_shared_memory(dtype, [STAGES, 64, PAD_DIM], SHARED)
     v_tiles = gl.allocate_shared_memory(dtype, [STAGES, 64, PAD_DIM], SHARED)
-    q = k_tiles.index(STAGES - 1) if IN_REGISTERS else gl.allocate_shared_memory(dtype, [64, PAD_DIM], SHARED)
+    q = gl.allocate_shared_memory(dtype, [64, PAD_DIM], SHARED)
     token = keys.first * 16 + gl.arange(0, 64, layout=gl.SliceLayout(1, COPIED))
     copy_rows(q, q_base, token, stride_qn, token < keys.m_tokens)
     parent = parents_of_tile(keys, 0, FULL)
@@ -1940,9 +1940,6 @@ def attend_tiles(
         last_l2, filled_l2 = last_in_list(keys.kept_l2_ptr, keys.width_l2, keys.n_tokens, SPAN_2, 8)
         partial_fine = has_partial_fine(keys)
 
-    if IN_REGISTERS:
-        hopper.async_copy.wait_group(1)
-        q = q.load(LEFT)
     peak = gl.full([64], float("-inf"), gl.float32, layout=ROWS)
     zeros = gl.zeros([64, 64], gl.float32, layout=PRODUCT)
     total = sum_of_own(zeros) if FIXED_MAX else gl.zeros([64], gl.float32, layout=ROWS)
@@ -2004,10 +2001,7 @@ def attend_tiles(
     if FIXED_MAX:
         total = gl.convert_layout(gl.sum(total, 1), ROWS)
     total = gl.convert_layout(gl.reshape(total, [4, 16]), gl.SliceLayout(2, BATCH))
-    if IN_REGISTERS:
-        q_batch = gl.convert_layout(gl.reshape(q, [4, 16, PAD_DIM]), LEFT_BATCH)
-    else:
-        q_batch = as_batch(q).load(LEFT_BATCH)
+    q_batch = as_batch(q).load(LEFT_BATCH)
     zeros_batch = gl.zeros([4, 16, 16], gl.float32, layout=BATCH)
     if FIXED_MAX:
         fine_total = sum_of_own_batch(zeros_batch)
