@@ -1,7 +1,6 @@
 """On a GPU: models of diffusers with compiled attention, against their native attention there."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +19,9 @@ from diffusers_models import CLASSES, EVERYTHING, HEAD_DIM, LITTLE, diffusers, e
 from llsa_gen.integrations.diffusers import report, restore, use
 from llsa_gen.integrations.report import DENSE, SPARSE
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("exact")]
 
 DEVICE = "cuda"
-
-
-@pytest.fixture(autouse=True)
-def exact() -> Iterator[None]:
-    """Products of float32 as float32, and memory given back: other workers use the same GPU."""
-    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
-    yield
-    torch.set_float32_matmul_precision(before[0])
-    torch.backends.cudnn.allow_tf32 = before[1]
-    torch.cuda.empty_cache()
 
 
 def there(x: Any, dtype: torch.dtype = torch.float32) -> Any:

@@ -2,7 +2,6 @@
 
 import copy
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,21 +31,9 @@ from llsa_gen.integrations import crossing
 from llsa_gen.integrations import transformers as llsa
 from llsa_gen.integrations.report import DENSE, SPARSE
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("exact")]
 
 DEVICE = "cuda"
-
-
-@pytest.fixture(autouse=True)
-def exact() -> Iterator[None]:
-    """Products of float32 as float32, and memory given back: other workers use the same GPU."""
-    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
-    yield
-    torch.set_float32_matmul_precision(before[0])
-    torch.backends.cudnn.allow_tf32 = before[1]
-    torch.cuda.empty_cache()
 
 
 def there(inputs: dict[str, Any], dtype: torch.dtype = torch.float32) -> dict[str, Any]:
