@@ -1602,8 +1602,8 @@ COPIED = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
 PRODUCT = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
 LEFT = gl.constexpr(gl.DotOperandLayout(0, PRODUCT.value, 2))
 SHARED = gl.constexpr(gl.NVMMASharedLayout(128, 16, rank=2))
-# The same of a batch of four blocks of 16 rows, a warp each;
-# in shared memory they lie where SHARED has the 64 rows: of each row the places of 16 bytes are swapped by its last three bits.
+# The same of a batch of four blocks of 16 rows, a warp each.
+# In shared memory they lie where SHARED has the 64 rows: of each row the places of 16 bytes are swapped by its last three bits.
 BATCH = gl.constexpr(gl.NVMMADistributedLayout([2, 0], [4, 1, 1], [1, 16, 8]))
 LEFT_BATCH = gl.constexpr(gl.DotOperandLayout(0, BATCH.value, 2))
 RIGHT_BATCH = gl.constexpr(gl.DotOperandLayout(1, BATCH.value, 2))
@@ -2330,8 +2330,8 @@ def grad_q_hopper_kernel(
         products = hopper.warpgroup_mma_wait(1, deps=[products])
         p = gl.exp2(products * scale_log2e + (weight - peak)[:, None])
         dp = hopper.warpgroup_mma_wait(0, deps=[dp])
-        exist = gl.where(tile < keys.end_l2, gl.cdiv(keys.n_tokens, SPAN_2) - tile * 64, 64)
         # rows of zeros add nothing, but infinity times zero is no number
+        exist = gl.where(tile < keys.end_l2, gl.cdiv(keys.n_tokens, SPAN_2) - tile * 64, 64)
         if FULL:
             if exist < 64:
                 p = gl.where(column < exist, p, 0.0)
