@@ -45,7 +45,7 @@ SPEC = {
     "name": "llsa_l2",
     "reweight": True,
 }
-OPERATOR = "llsa_l2_0a595643f0322c56"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
+OPERATOR = "llsa_l2_57ed87eed7a4e269"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -1819,37 +1819,45 @@ def parents_of_tile(keys, tile, FULL: gl.constexpr):
 
 
 @gluon.jit
-def last_in_list(list_ptr, width, n_tokens, SPAN: gl.constexpr, MOST: gl.constexpr):
-    """In which place of a list, of up to MOST, the last token is, -1 if in none, and how many places hold a token: the first ones."""
+def read_list(list_ptr, width, MOST: gl.constexpr, other):
+    """The tokens of a list, or of several in a row, of up to MOST: [MOST], `other` from `width` on."""
     # every warp reads all places, so that none has to tell the others by way of shared memory, of which tiles take all
     place = gl.arange(0, MOST, layout=gl.BlockedLayout([(MOST + 31) // 32], [32], [4], [0]))
-    token = gl.load(list_ptr + place, mask=place < width, other=-1)
-    is_last = token == gl.cdiv(n_tokens, SPAN) - 1
-    return gl.max(gl.where(is_last, place, -1), 0), gl.max(gl.where(token >= 0, place + 1, 0), 0)
+    return gl.load(list_ptr + place, mask=place < width, other=other)
 
 
 @gluon.jit
-def is_loose(place, last_slot, filled, BLOCK: gl.constexpr):
-    """Whether in a tile that begins at `place` of the children of a list, or before it, some do not exist, or are cut short."""
-    return (place + 64 > filled * BLOCK) | ((last_slot >= 0) & (place + 64 > last_slot * BLOCK))
+def loose_in_list(token, n_tokens, SPAN: gl.constexpr):
+    """In which place of a list the token is that is cut short, -1 if in none, and how many places hold a token: the first ones."""
+    place = gl.arange(0, token.shape[0], layout=token.type.layout)
+    is_short = token == n_tokens // SPAN  # if the last token is whole, this one does not exist
+    return gl.max(gl.where(is_short, place, -1), 0), gl.max(gl.where(token >= 0, place + 1, 0), 0)
 
 
 @gluon.jit
-def has_partial_fine(keys):
-    """Whether some fine keys of this program do not exist: it keeps the last block, or lists have gaps."""
-    last = gl.cdiv(keys.n_tokens, SPAN_1) - 1
+def is_loose(place, short, filled, BLOCK: gl.constexpr):
+    """Whether of the children of a list, in a tile that begins at `place`, some may not exist or be cut short."""
+    return (place + 64 > filled * BLOCK) | ((short >= 0) & (place + 64 > short * BLOCK) & (place < short * BLOCK + BLOCK))
+
+
+@gluon.jit
+def read_fine(keys):
+    """The tokens whose children are the fine keys of a program, of its four blocks: -1 for none, 0 beyond its blocks."""
     blocks = gl.minimum(4, gl.cdiv(keys.m_tokens, SPAN_1) - keys.first)
-    # every warp reads all places, as in `last_in_list`
-    place = gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [4], [0]))
-    token = gl.load(keys.kept_l1_ptr + keys.first * keys.width_l1 + place, mask=place < blocks * keys.width_l1, other=0)
-    return gl.max(((token < 0) | (token == last)).to(gl.int32), 0) > 0
+    return read_list(keys.kept_l1_ptr + keys.first * keys.width_l1, blocks * keys.width_l1, 32, 0)
 
 
 @gluon.jit
-def is_partial_tile(keys, tile, last_l2, filled_l2):
+def has_partial_fine(token, n_tokens):
+    """Whether some fine keys of this program do not exist: it keeps a block that is cut short, or lists have gaps."""
+    return gl.max(((token < 0) | (token == n_tokens // SPAN_1)).to(gl.int32), 0) > 0
+
+
+@gluon.jit
+def is_partial_tile(keys, tile, short_l2, filled_l2):
     """Whether some keys of a tile that all see may not exist, or weigh less than others of their level."""
     loose = tile * 64 + 64 > keys.n_tokens // SPAN_2
-    loose = gl.where(tile < keys.end_l2, loose, is_loose((tile - keys.end_l2) * 64, last_l2, filled_l2, BLOCK_2))
+    loose = gl.where(tile < keys.end_l2, loose, is_loose((tile - keys.end_l2) * 64, short_l2, filled_l2, BLOCK_2))
     return loose
 
 
@@ -1860,29 +1868,26 @@ def not_before(number):
 
 
 @gluon.jit
-def relative_weights(keys, tile, last_l2, filled_l2, LAYOUT: gl.constexpr):
+def relative_weights(keys, tile, short_l2, filled_l2, LAYOUT: gl.constexpr):
     """What the keys of a tile that all see weigh, [64], in weights of a whole token of their level; 0 where there is none.
 
-    Of a row of tiles, keys from `end` on do not exist, nor those from `gap` to `gap_end`, children that the last token is
-    short of; the one before the gap may be cut short.
+    Keys from `whole` on do not exist, but the first may weigh `share`, and those from `again` to `end`, children of the next
+    entry of a list, are whole.
     """
     place = tile * 64 + gl.arange(0, 64, layout=LAYOUT)
     n_tokens = not_before(keys.n_tokens)
-    last = gl.cdiv(n_tokens, SPAN_2) - 1
-    share = (n_tokens - last * SPAN_2) * (1.0 / SPAN_2)
-    gap = last + 1
-    gap_end = gap
-    end = gap
+    whole = n_tokens // SPAN_2
+    share = n_tokens % SPAN_2 * (1.0 / SPAN_2)
+    again = whole
+    end = whole + 1
     if (tile >= keys.end_l2) & (tile < keys.end_l1):
         place -= keys.end_l2 * 64
-        last_parent = gl.cdiv(n_tokens, SPAN_2) - 1
-        last = gl.cdiv(n_tokens, SPAN_1) - 1
-        share = (n_tokens - last * SPAN_1) * (1.0 / SPAN_1)
-        gap = last_l2 * BLOCK_2 + (last - last_parent * BLOCK_2 + 1)
-        gap_end = last_l2 * BLOCK_2 + BLOCK_2
+        whole = short_l2 * BLOCK_2 + (n_tokens // SPAN_1 - n_tokens // SPAN_2 * BLOCK_2)
+        share = n_tokens % SPAN_1 * (1.0 / SPAN_1)
+        again = short_l2 * BLOCK_2 + BLOCK_2
         end = filled_l2 * BLOCK_2
-    missing = ((place >= gap) & (place < gap_end)) | (place >= end)
-    return gl.where(missing, 0.0, gl.where(place == gap - 1, share, 1.0))
+    missing = ((place > whole) & (place < again)) | (place >= end)
+    return gl.where(missing, 0.0, gl.where(place == whole, share, 1.0))
 
 
 @gluon.jit
@@ -1927,18 +1932,21 @@ def attend_tiles(
     q = gl.allocate_shared_memory(dtype, [64, PAD_DIM], SHARED)
     token = keys.first * 16 + gl.arange(0, 64, layout=gl.SliceLayout(1, COPIED))
     copy_rows(q, q_base, token, stride_qn, token < keys.m_tokens)
+    if not FULL:  # read before copies begin, asked once they have
+        list_l2 = read_list(keys.kept_l2_ptr, keys.width_l2, 8, -1)
+        list_l1 = read_fine(keys)
     parent = parents_of_tile(keys, 0, FULL)
     for tile in range(2):
         copy_tile(keys, tile, parent, k_tiles.index(tile), v_tiles.index(tile), FULL)
         hopper.async_copy.commit_group()
         parent = parents_of_tile(keys, tile + 1, FULL)
     if FULL:
-        last_l2: gl.constexpr = -1
+        short_l2: gl.constexpr = -1
         filled_l2 = keys.width_l2
         partial_fine: gl.constexpr = False
     else:
-        last_l2, filled_l2 = last_in_list(keys.kept_l2_ptr, keys.width_l2, keys.n_tokens, SPAN_2, 8)
-        partial_fine = has_partial_fine(keys)
+        short_l2, filled_l2 = loose_in_list(list_l2, keys.n_tokens, SPAN_2)
+        partial_fine = has_partial_fine(list_l1, keys.n_tokens)
 
     peak = gl.full([64], float("-inf"), gl.float32, layout=ROWS)
     zeros = gl.zeros([64, 64], gl.float32, layout=PRODUCT)
@@ -1960,7 +1968,7 @@ def attend_tiles(
         products = hopper.warpgroup_mma_wait(0, deps=[products])
         weight = gl.where(tile < keys.end_l2, WEIGHT_2, WEIGHT_1)
         exist = gl.where(tile < keys.end_l2, gl.cdiv(keys.n_tokens, SPAN_2) - tile * 64, 64)
-        loose = exist < 64 if FULL else is_partial_tile(keys, tile, last_l2, filled_l2)
+        loose = exist < 64 if FULL else is_partial_tile(keys, tile, short_l2, filled_l2)
         if FIXED_MAX:
             if tile == 0:
                 # not of logits: those of the line below would then be kept apart from their bias
@@ -1975,13 +1983,13 @@ def attend_tiles(
                 if FULL:
                     p = gl.where(column < exist, p, 0.0)
                 else:
-                    share = relative_weights(keys, tile, last_l2, filled_l2, gl.SliceLayout(0, PRODUCT))[None, :]
+                    share = relative_weights(keys, tile, short_l2, filled_l2, gl.SliceLayout(0, PRODUCT))[None, :]
                     p = gl.where(share > 0.0, p * share, 0.0)
             total += sum_of_own(p)
         else:
             logits = products * scale + weight
             if loose:
-                share = relative_weights(keys, tile, last_l2, filled_l2, gl.SliceLayout(0, PRODUCT))[None, :]
+                share = relative_weights(keys, tile, short_l2, filled_l2, gl.SliceLayout(0, PRODUCT))[None, :]
                 logits = gl.where(share > 0.0, logits + gl.log2(share), float("-inf"))
             new_peak = gl.maximum(peak, gl.max(logits, 1))
             p = gl.exp2(logits - new_peak[:, None])
@@ -2274,18 +2282,21 @@ def grad_q_hopper_kernel(
     token = first * 16 + gl.arange(0, 64, layout=gl.SliceLayout(1, COPIED))
     inside = token < m_tokens
     copy_rows(q, q_base, token, stride_qn, inside)
+    if not FULL:  # read before copies begin, asked once they have
+        list_l2 = read_list(keys.kept_l2_ptr, keys.width_l2, 8, -1)
+        list_l1 = read_fine(keys)
     parent = parents_of_tile(keys, 0, FULL)
     for tile in range(2):
         copy_tile(keys, tile, parent, k_tiles.index(tile), v_tiles.index(tile), FULL)
         hopper.async_copy.commit_group()
         parent = parents_of_tile(keys, tile + 1, FULL)
     if FULL:
-        last_l2: gl.constexpr = -1
+        short_l2: gl.constexpr = -1
         filled_l2 = keys.width_l2
         partial_fine: gl.constexpr = False
     else:
-        last_l2, filled_l2 = last_in_list(keys.kept_l2_ptr, keys.width_l2, keys.n_tokens, SPAN_2, 8)
-        partial_fine = has_partial_fine(keys)
+        short_l2, filled_l2 = loose_in_list(list_l2, keys.n_tokens, SPAN_2)
+        partial_fine = has_partial_fine(list_l1, keys.n_tokens)
 
     o_at, columns = row_tile(of_head(o_ptr, head, m_tokens, HEAD_DIM), token, HEAD_DIM, COPIED)
     o = gl.load(o_at, mask=inside[:, None] & columns, other=0.0)
@@ -2335,8 +2346,8 @@ def grad_q_hopper_kernel(
         if FULL:
             if exist < 64:
                 p = gl.where(column < exist, p, 0.0)
-        elif is_partial_tile(keys, tile, last_l2, filled_l2):
-            share = relative_weights(keys, tile, last_l2, filled_l2, gl.SliceLayout(0, PRODUCT))[None, :]
+        elif is_partial_tile(keys, tile, short_l2, filled_l2):
+            share = relative_weights(keys, tile, short_l2, filled_l2, gl.SliceLayout(0, PRODUCT))[None, :]
             p = gl.where(share > 0.0, p * share, 0.0)
         grad_logits = (p * (dp - delta[:, None])).to(dtype)
         grad_q = hopper.warpgroup_mma(gl.convert_layout(grad_logits, LEFT), k, grad_q, is_async=True)

@@ -64,7 +64,7 @@ def weights(plan: Plan, level: int, parents: list[int], room: int, n_tokens: int
 
 
 @pytest.mark.parametrize(
-    "name", ["l2", "l2_8", "l3", "l3_keeper", "odd_children", "d128_l3", "wide", "wide_l2", "wide_short"]
+    "name", ["l1", "l1_40", "l2", "l2_8", "l3", "l3_keeper", "odd_children", "d128_l3", "wide", "wide_l2", "wide_short"]
 )
 def test_what_keys_weigh_and_which_tiles_have_to_ask(name: str, in_numpy: tuple[ModuleType, Plan]) -> None:
     (module, plan), rng = in_numpy, random.Random(name)
@@ -89,11 +89,9 @@ def test_what_keys_weigh_and_which_tiles_have_to_ask(name: str, in_numpy: tuple[
             ahead += len(own) // 64
             keys[f"end_l{level}"] = ahead
         loose: list[Any] = []
-        lasts: dict[int, int] = {}
         for level in (level for level in walked if level != plan.top):
-            parents, last = kept[level + 1], -(-n_tokens // plan.span(level + 1)) - 1
-            lasts[level] = parents.index(last) if last in parents else -1
-            loose += [lasts[level], len(parents)]
+            parents, short = kept[level + 1], n_tokens // plan.span(level + 1)
+            loose += [parents.index(short) if short in parents else -1, len(parents)]
         for tile in range(ahead):
             wanted = np.array(expected[tile * 64 : tile * 64 + 64])
             if not plan.spec.reweight:
@@ -101,10 +99,10 @@ def test_what_keys_weigh_and_which_tiles_have_to_ask(name: str, in_numpy: tuple[
             partial = module.is_partial_tile(SimpleNamespace(**keys), tile, *loose)
             whole = (wanted == 1.0).all()
             assert partial or whole, (n_tokens, kept, tile)
-            # behind the last token of a list, whole or not, every tile of its level asks; no other asks in vain
+            # none asks in vain, but the first part of a block of several tiles
             level = next(level for level in walked if tile < keys[f"end_l{level}"])
-            behind = level != plan.top and lasts[level] >= 0
-            assert not partial or not whole or behind, (n_tokens, kept, tile)
+            in_parts = level != plan.top and plan.block(level + 1) > 64
+            assert not partial or not whole or in_parts, (n_tokens, kept, tile)
             if partial:
                 asked += not whole
                 # a dynamic `if` is one of Python's here: tiles are numbers
