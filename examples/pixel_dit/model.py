@@ -134,12 +134,8 @@ class PixelDiT(nn.Module):
         super().__init__()
         if channels % heads or channels // heads % 4:
             raise ValueError(f"heads: expected channels {channels} in heads of a multiple of 4 each, got {heads} heads")
-        self.attention, self.order, self.head_dim, self.checkpointing = (
-            attention,
-            order,
-            channels // heads,
-            checkpointing,
-        )
+        self.attention, self.order, self.head_dim = attention, order, channels // heads
+        self.checkpointing = checkpointing
         self.embed = nn.Linear(PADDED, channels)
         self.time = nn.Sequential(
             nn.Linear(TIME_CHANNELS, channels), nn.SiLU(), nn.Linear(channels, channels), nn.SiLU()

@@ -135,12 +135,17 @@ def _write(path: Path, data: bytes) -> None:
     part.replace(path)
 
 
-if __name__ == "__main__":
+def main() -> None:
     parser = argparse.ArgumentParser(description="Fetch photographs that Debian packages and a wheel ship.")
     parser.add_argument("folder", type=Path, nargs="?", default=Path("photographs"))
+    folder = parser.parse_args().folder
     try:
-        found = fetch(parser.parse_args().folder)
+        found = fetch(folder)
     except FetchError as error:
         sys.exit(f"photographs.py: {error}")
     pixels = sum(int(str(one["width"])) * int(str(one["height"])) for one in found)
-    print(f"{len(found)} photographs, {pixels / 1e6:.0f} megapixels, in {parser.parse_args().folder}")
+    print(f"{len(found)} photographs, {pixels / 1e6:.0f} megapixels, in {folder}")
+
+
+if __name__ == "__main__":
+    main()

@@ -7,7 +7,6 @@ Every field is a flag, and a key of a YAML file. Flags win over the file, the fi
 
 import argparse
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -93,20 +92,8 @@ class Settings(BaseModel):
         return self
 
 
-FREE = frozenset(
-    {
-        "data",
-        "steps",
-        "seconds",
-        "device",
-        "cuda_graph",
-        "log_every",
-        "validate_every",
-        "validation",
-        "checkpoint_every",
-    }
-    | {"samples", "sample_steps"}
-)
+WRITTEN = {"log_every", "validate_every", "validation", "checkpoint_every", "samples", "sample_steps"}
+FREE = frozenset({"data", "steps", "seconds", "device", "cuda_graph"} | WRITTEN)
 """What a run that is resumed may change: none of it changes a step. The pictures are compared by their hashes."""
 
 
@@ -153,11 +140,11 @@ def checked(given: dict[str, Any]) -> Settings:
         sys.exit(f"{place}: {message}, got {first['input']!r}" if place else message)
 
 
-def changed(old: Settings, new: Settings, free: Sequence[str] | frozenset[str] = FREE) -> list[str]:
-    """What differs and may not, as "name: expected old, got new"."""
+def changed(old: Settings, new: Settings) -> list[str]:
+    """What differs and is not `FREE`, as "name: expected old, got new"."""
     before, now = old.model_dump(), new.model_dump()
     return [
         f"{name}: expected {before[name]}, got {now[name]}"
         for name in before
-        if name not in free and before[name] != now[name]
+        if name not in FREE and before[name] != now[name]
     ]
