@@ -6,13 +6,13 @@
 A seed gives all experiments the same first values, the same windows and the same noise, so that what they differ by is
 what an experiment changes. Every run has a folder and is one of train.py's: what is killed goes on with the same
 command, and what is done is not done again. rows.json holds a row a run, samples.png what the first seed drew. Flags
-change the base of all experiments. With --parallel, runs share the device: losses stay, and no throughput is measured.
+change the base of all experiments. With --parallel, runs share the device, so that it computes while some of them
+compile, validate or write: losses stay, and no throughput is measured.
 """
 
 import argparse
 import functools
 import gc
-import itertools
 import multiprocessing
 import os
 import statistics
@@ -21,6 +21,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent import futures
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import connection
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,13 @@ def experiments(path: Path, options: argparse.Namespace) -> dict[str, Settings]:
     if options.only and (unknown := set(options.only) - set(chosen)):
         sys.exit(f"--only: expected names of {', '.join(content['experiments'])}, got {', '.join(sorted(unknown))}")
     return {name: settings.checked(content["base"] | flags | one) for name, one in chosen.items()}
+
+
+def jobs_of(wanted: dict[str, Settings], seeds: range) -> list[Job]:
+    """Every experiment with every seed, seed by seed: what is cut short is fair. Samples are drawn with the first seed
+    alone, for no others are shown."""
+    changes = {seed: {"seed": seed} if seed == seeds[0] else {"seed": seed, "samples": 0} for seed in seeds}
+    return [(name, one.model_copy(update=changes[seed])) for seed in seeds for name, one in wanted.items()]
 
 
 @functools.cache
@@ -128,8 +136,8 @@ def is_done(name: str, wanted: Settings, stored: Path) -> bool:
     """Whether a row of an experiment and a seed is there that was trained as long as is wanted now."""
     for row in rows.read(stored):
         had = Settings.model_validate(row["settings"])
-        same = not settings.changed(had, wanted) and (had.steps, had.seconds) == (wanted.steps, wanted.seconds)
-        if row["experiment"] == name and same:
+        as_long = (had.steps, had.seconds) == (wanted.steps, wanted.seconds)
+        if row["experiment"] == name and as_long and not settings.changed(had, wanted):
             return True
     return False
 
@@ -143,30 +151,68 @@ def latest(found: list[dict[str, Any]]) -> dict[str, dict[int, dict[str, Any]]]:
     return made
 
 
+def comparable(found: list[dict[str, Any]]) -> dict[str, dict[int, dict[str, Any]]]:
+    """The latest rows of the seeds that every experiment was trained with; all of them, while there is no such seed."""
+    made = latest(found)
+    seeds = set.intersection(*map(set, made.values()))
+    return {name: {seed: row for seed, row in of.items() if seed in seeds or not seeds} for name, of in made.items()}
+
+
 def shown(found: list[dict[str, Any]]) -> str:
     """A line an experiment: means over its seeds with their deviation, and how much more than the first one, seed by
-    seed."""
-    by_name = latest(found)
+    seed. Under them, how many rows are not comparable, if any."""
+    by_name = comparable(found)
     first, base = next(iter(by_name.items()))
     lines = []
     for name, of in by_name.items():
         rates = [row["tokens_per_s"] for row in of.values() if row["tokens_per_s"] and row.get("parallel", 1) == 1]
-        more = [100 * (row["validation"] / base[seed]["validation"] - 1) for seed, row in of.items() if seed in base]
+        beside = [100 * (row["validation"] / base[seed]["validation"] - 1) for seed, row in of.items() if seed in base]
         lines.append([
             name, spread([row["validation"] for row in of.values()], ".4f"),
-            "-" if name == first or not more else f"{spread(more, '+.1f')}%",
+            "-" if name == first or not beside else f"{spread(beside, '+.1f')}%",
             spread([row["loss"] for row in of.values()], ".4f"),
             f"{statistics.median(rates) / 1e3:,.0f}" if rates else "-",
             f"{min(row['steps'] for row in of.values()):,}", str(len(of)),
         ])  # fmt: skip
     head = ["experiment", "validation", f"beside {first}", "training", "k tokens/s", "steps", "seeds"]
-    return rows.table(head, lines)
+    more = sum(map(len, latest(found).values())) - sum(map(len, by_name.values()))
+    left_out = f"\n\nleft out: {more} of seeds that not every experiment was trained with" if more else ""
+    return rows.table(head, lines) + left_out
 
 
 def spread(values: Sequence[float], kind: str) -> str:
     """The mean, and the deviation of more than one."""
     mean = f"{statistics.mean(values):{kind}}"
     return f"{mean} ±{statistics.stdev(values):{kind.lstrip('+')}}" if len(values) > 1 else mean
+
+
+def print_table(stored: list[Path], curves: Path | None) -> None:
+    """Compare what files of rows hold."""
+    found = [row for path in stored for row in rows.read(path)]
+    if not found:
+        sys.exit(f"--table: expected files with rows, got {', '.join(map(str, stored))}")
+    print(shown(found))
+    if curves:
+        by_name = {name: [row["curve"] for row in of.values()] for name, of in comparable(found).items()}
+        draw_curves.draw_validation(by_name, curves)
+
+
+def train_all(options: argparse.Namespace) -> None:
+    """Run what has no row yet, store each row as it comes, and compare them."""
+    stored, wanted = options.out / "rows.json", experiments(options.file, options)
+    places = list(settings.read(options.file)["experiments"])
+    first = int(options.seed or 0)
+    jobs = jobs_of(wanted, range(first, first + options.seeds))
+    jobs = [(name, one) for name, one in jobs if not is_done(name, one, stored)]
+    for (name, one), row in run_all(options.out, jobs, options.parallel, options.minutes):
+        named = {"experiment": name, "place": places.index(name), "attention": attention.name_of(one.attention)}
+        rows.add(stored, [named | {"parallel": options.parallel} | row])
+        said = f"validation {row['validation']:.4f}, {row['wall_seconds']:.0f} s"
+        print(f"{name}, seed {one.seed}: {said}", flush=True)
+        drawn = {name: options.out / f"{name}-{first}" / "samples.png" for name in wanted}
+        write_beside({name: path for name, path in drawn.items() if path.exists()}, options.out / "samples.png")
+    if found := rows.read(stored):
+        print(shown(found))
 
 
 def main() -> None:
@@ -182,38 +228,18 @@ def main() -> None:
     settings.add_flags(parser)
     options = parser.parse_args()
     if options.table:
-        found = [row for path in options.table for row in rows.read(path)]
-        if not found:
-            sys.exit(f"--table: expected files with rows, got {', '.join(map(str, options.table))}")
-        print(shown(found))
-        if options.curves:
-            by_name = {name: [row["curve"] for row in of.values()] for name, of in latest(found).items()}
-            draw_curves.draw_validation(by_name, options.curves)
+        print_table(options.table, options.curves)
         return
     if not options.file or not options.out:
         parser.error("expected a file of experiments and --out, or --table")
     if options.parallel < 1 or options.seeds < 1:
         parser.error(f"--parallel, --seeds: expected 1 or more, got {options.parallel}, {options.seeds}")
-    stored, wanted = options.out / "rows.json", experiments(options.file, options)
-    places = list(settings.read(options.file)["experiments"])
-    first = int(options.seed or 0)
-    jobs = [  # seed by seed: what is cut short is fair
-        (name, one.model_copy(update={"seed": seed}))
-        for seed, (name, one) in itertools.product(range(first, first + options.seeds), wanted.items())
-    ]
-    jobs = [(name, one) for name, one in jobs if not is_done(name, one, stored)]
     try:
-        for (name, one), row in run_all(options.out, jobs, options.parallel, options.minutes):
-            named = {"experiment": name, "place": places.index(name), "attention": attention.name_of(one.attention)}
-            rows.add(stored, [named | {"parallel": options.parallel} | row])
-            print(
-                f"{name}, seed {one.seed}: validation {row['validation']:.4f}, {row['wall_seconds']:.0f} s", flush=True
-            )
-            drawn = {name: options.out / f"{name}-{first}" / "samples.png" for name in wanted}
-            write_beside({name: path for name, path in drawn.items() if path.exists()}, options.out / "samples.png")
+        train_all(options)
+    except BrokenProcessPool:
+        sys.exit("ablation.py: a process died, and with it all runs; the same command goes on")
     except (DataError, ValueError) as error:
         sys.exit(f"ablation.py: {error}")
-    print(shown(rows.read(stored)))
 
 
 if __name__ == "__main__":

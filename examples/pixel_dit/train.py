@@ -122,7 +122,7 @@ class Run:
         if counted:
             height, width = self.settings.size
             rate = counted * self.settings.batch * height * width / spent
-            if self.share is None:
+            if report and self.share is None:  # it is for people who watch: nobody does in an ablation
                 self.share = self._attention_share(spent / counted)
         first = self.step - len(losses) + 1
         speed = {"tokens_per_s": rate, "attention_share": self.share, "seconds": self.seconds}
@@ -136,15 +136,13 @@ class Run:
 
     def _attention_share(self, step_seconds: float) -> float:
         """How much of a step its attention takes: timed alone, once, at the shape that it has in a step."""
-        model, height_width = self.learner.model, self.settings.size
+        model, (height, width) = self.learner.model, self.settings.size
         module = cast(Block, model.blocks[0]).attend
         if isinstance(module, attention.Nothing):
             return 0.0
-        half = self.settings.precision == "bfloat16"
-        shape = (self.learner.part, self.settings.heads, height_width[0] * height_width[1], model.head_dim)
-        once = attention.seconds(
-            module, shape, torch.bfloat16 if half else torch.float32, self.process.device
-        )  # fmt: skip
+        shape = (self.learner.part, self.settings.heads, height * width, model.head_dim)
+        dtype = torch.bfloat16 if self.settings.precision == "bfloat16" else torch.float32
+        once = attention.seconds(module, shape, dtype, self.process.device)
         return once * self.settings.depth * self.settings.accumulate / step_seconds
 
     def _validate(self) -> dict[str, Any]:

@@ -1,12 +1,14 @@
 """Ablation, throughput and curves: they run, store a row each, and do nothing twice."""
 
 import json
+import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import ablation
+import checkpoints
 import draw_curves
 import profile_step
 import pytest
@@ -92,19 +94,63 @@ def test_a_table_says_how_much_more_than_the_first_seed_by_seed() -> None:
     assert [cell.strip() for cell in line.strip("|").split("|")] == cells
 
 
-def test_a_killed_ablation_leaves_no_process(pictures: Path, tmp_path: Path) -> None:
+def test_a_table_compares_the_seeds_that_all_experiments_have() -> None:
+    found = [
+        {"experiment": name, "place": place, "settings": {"seed": seed}, "validation": seed, "loss": 0.0,
+         "tokens_per_s": None, "steps": 5}
+        for place, (name, seeds) in enumerate({"dense": (1, 2), "ours": (1, 2, 3)}.items()) for seed in seeds
+    ]  # fmt: skip
+    assert {name: list(of) for name, of in ablation.comparable(found).items()} == {"dense": [1, 2], "ours": [1, 2]}
+    *_, dense, ours, _, left_out = ablation.shown(found).splitlines()
+    assert dense.count("1.5000 ±") == 1 and ours.count("1.5000 ±") == 1
+    assert left_out == "left out: 1 of seeds that not every experiment was trained with"
+    assert len(ablation.comparable(found[1:3])["dense"]) == 1  # 2 beside 1: no seed that both have
+    assert "left out" not in ablation.shown(found[1:3])
+
+
+def test_seeds_come_one_after_the_other_and_the_first_draws() -> None:
+    jobs = ablation.jobs_of({"a": small(samples=4), "b": small(samples=2)}, range(3, 5))
+    assert [(name, one.seed, one.samples) for name, one in jobs] == [("a", 3, 4), ("b", 3, 2), ("a", 4, 0), ("b", 4, 0)]
+
+
+@pytest.mark.slow
+def test_a_killed_ablation_leaves_no_process_and_goes_on_with_the_same_bits(pictures: Path, tmp_path: Path) -> None:
     file = tmp_path / "file.yaml"
-    file.write_text(yaml.safe_dump({"base": {"attention": "none"}, "experiments": {"a": {}, "b": {}}}))
-    command = [sys.executable, ablation.__file__, str(file), "--out", str(tmp_path / "out"), "--parallel", "2"]
-    changes = flags(steps=2000, data=pictures, depth=1, checkpoint_every=2000)
-    killed = subprocess.Popen([*command, *changes], stdout=subprocess.PIPE)
-    logs = [tmp_path / "out" / f"{name}-0" / "log.jsonl" for name in "ab"]
+    file.write_text(yaml.safe_dump({"base": {"attention": "none"}, "experiments": {"a": {}, "b": {"order": "raster"}}}))
+    changes = {"steps": 60, "data": str(pictures), "depth": 1, "log_every": 1, "checkpoint_every": 10}
+    out = tmp_path / "killed"
+    command = [sys.executable, ablation.__file__, str(file), "--out", str(out), "--seeds=1", "--parallel=2"]
+    killed = subprocess.Popen([*command, *flags(**changes)], stdout=subprocess.PIPE)
+    begun = [out / f"{name}-0" / "checkpoints" for name in "ab"]
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and killed.poll() is None and not all(log.exists() for log in logs):
-        time.sleep(0.05)
+    while time.monotonic() < deadline and killed.poll() is None and not all(map(checkpoints.there, begun)):
+        time.sleep(0.01)
     killed.kill()
-    assert all(log.exists() for log in logs)
+    assert all(map(checkpoints.there, begun)) and not (out / "rows.json").exists()
     killed.communicate(timeout=5)  # ends when nothing is left that holds the other end of the pipe
+
+    subprocess.run([*command, *flags(**changes)], check=True, capture_output=True)
+    for name, order in (("a", "2d"), ("b", "raster")):
+        ablation.run(tmp_path / name, small(attention="none", order=order, **changes))
+        logs = [draw_curves.lines_of(folder) for folder in (out / f"{name}-0", tmp_path / name)]
+        found = [[(x["step"], x.get("loss"), x.get("validation")) for x in lines] for lines in logs]
+        assert found[0] == found[1] and found[0][-1][0] == 60
+
+
+def die(*_: object) -> None:
+    os._exit(1)
+
+
+def test_an_ablation_whose_process_dies_says_so(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "file.yaml"
+    file.write_text(yaml.safe_dump({"base": {"attention": "none"}, "experiments": {"a": {}}}))
+    command = ["ablation.py", str(file), "--out", str(tmp_path / "out"), "--parallel", "2", *flags(data=pictures)]
+    monkeypatch.setattr(sys, "argv", command)
+    monkeypatch.setattr(ablation, "run", die)  # in another process
+    with pytest.raises(SystemExit, match="a process died, and with it all runs; the same command goes on"):
+        ablation.main()
 
 
 def test_throughput_stores_rows_and_adds_to_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
