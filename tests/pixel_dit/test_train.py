@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import checkpoints
 import pytest
@@ -22,11 +23,14 @@ from torch.multiprocessing.spawn import spawn
 from train import Run, process_of
 
 ALONE = Process(torch.device("cpu"))
+ON_A_GPU: dict[str, Any] = {
+    "device": "cuda", "size": 64, "attention": "llsa_l2", "channels": 128, "precision": "bfloat16", "compile": "blocks",
+}  # fmt: skip
 TRAIN = Path(__file__).resolve().parents[2] / "examples" / "pixel_dit" / "train.py"
 
 
 def run(folder: Path, pictures: Path, settings: Settings) -> Run:
-    return Run(folder, settings, Windows(pictures, settings.size, settings.shrink), ALONE)
+    return Run(folder, settings, Windows(pictures, settings.size, settings.shrink), process_of(settings.device))
 
 
 def losses(folder: Path) -> list[tuple[int, float]]:
@@ -52,14 +56,23 @@ def test_pictures_of_any_shape_are_learnt_and_drawn(attention: str, tmp_path: Pa
     assert made.shape == (2, 3, 9, 14) and made.isfinite().all()
 
 
-def test_a_run_that_was_killed_goes_on_with_the_same_bits(pictures: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({}, id="cpu"),
+        pytest.param(ON_A_GPU, id="replayed", marks=pytest.mark.gpu),
+        pytest.param(ON_A_GPU | {"compile": "none", "cuda_graph": False}, id="eager", marks=pytest.mark.gpu),
+    ],
+)
+def test_a_run_that_was_killed_goes_on_with_the_same_bits(changes: dict[str, Any], tmp_path: Path) -> None:
     """kill -9 after some line of the log, which need not be that of a checkpoint."""
-    flags = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
-    flags += ["--steps=41", "--log-every=1", "--checkpoint-every=7", f"--data={pictures}"]
+    pictures, steps = draw_pictures(tmp_path / "pictures", height=70), 41
+    often = {"steps": steps, "log_every": 1, "checkpoint_every": 7, "data": pictures}
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in (SMALL | changes | often).items()]
     command = [sys.executable, str(TRAIN), str(tmp_path / "killed"), *flags]
     log = tmp_path / "killed" / "log.jsonl"
     killed = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while time.monotonic() < deadline and killed.poll() is None:
         if log.exists() and log.read_text().count('"loss"') >= 10:
             break
@@ -72,7 +85,8 @@ def test_a_run_that_was_killed_goes_on_with_the_same_bits(pictures: Path, tmp_pa
 
     subprocess.run(command, check=True, capture_output=True)
     assert (log.parent / "curves.png").exists()
-    whole = run(tmp_path / "whole", pictures, small(steps=41, log_every=41, checkpoint_every=41))
+    torch.compiler.reset()
+    whole = run(tmp_path / "whole", pictures, small(**changes, steps=steps, log_every=steps, checkpoint_every=steps))
     whole.train()
     assert losses(log.parent) == losses(tmp_path / "whole")
     ends = [
