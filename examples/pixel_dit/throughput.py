@@ -1,6 +1,7 @@
 """How fast whole steps of training are: dense attention beside specs, from 64×64 pixels to 512×512.
 
     python examples/pixel_dit/throughput.py --sizes 64 128 256 --attentions dense llsa_l2 none --out throughput.json
+    python examples/pixel_dit/throughput.py --sizes 256 512 --attentions dense llsa_l2 none --without 512:dense
     python examples/pixel_dit/throughput.py --table throughput.json
 
 A step is all of it: noise onto the pictures, forward, backward, clipping, AdamW, averaged weights. Windows are random
@@ -131,6 +132,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Time whole training steps.")
     parser.add_argument("--sizes", nargs="+", default=["64", "128", "256"], metavar="N", help="64, or 24x40")
     parser.add_argument("--attentions", nargs="+", default=["dense", "llsa_l2", "none"], metavar="A")
+    parser.add_argument("--without", nargs="+", default=[], metavar="N:A", help="a size with an attention, left out")
     parser.add_argument("--modes", nargs="+", choices=tuple(MODES), default=["model"], help="what is compiled")
     parser.add_argument("--layouts", nargs="+", choices=("tokens", "heads"), default=["tokens"])
     parser.add_argument("--modulates", nargs="+", choices=("weights", "tokens"), default=["weights"])
@@ -148,6 +150,8 @@ def main() -> None:
     made = []
     variants = itertools.product(options.sizes, options.modes, options.layouts, options.modulates, options.attentions)
     for size, mode, layout, modulate, one in variants:
+        if f"{size}:{one}" in options.without:
+            continue
         height, width = pixels = settings.checked({"size": size}).size
         batch = max(1, options.tokens // (height * width)) if options.tokens else int(options.batch or 1)
         varied = {"size": pixels, "compile": mode, "layout": layout, "modulate": modulate}

@@ -157,7 +157,7 @@ def test_throughput_stores_rows_and_adds_to_them(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(throughput, "BUDGET_SECONDS", 0.01)
     out = tmp_path / "rows.json"
     common = ["--modes", "none", "--out", str(out), *flags(depth=1, batch=2)]
-    for attentions in (["dense", "small"], ["none"]):
+    for attentions in (["dense", "small"], ["none", "dense", "--without", "8x12:dense"]):
         monkeypatch.setattr(sys, "argv", ["throughput.py", "--sizes", "8x12", "--attentions", *attentions, *common])
         throughput.main()
     found = json.loads(out.read_text())
