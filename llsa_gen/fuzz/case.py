@@ -1,7 +1,7 @@
 """What the fuzzer tries: a `Case` says, in a few plain values, one input of one spec; strategies draw specs and cases.
 
 A case makes its tensors from its seed, always the same ones, on the CPU and then copied: a failure found anywhere can
-be run again from the text `repr(case)`.
+be run again from the text `repr(case)`. A bench on a GPU draws them there, which a CPU takes minutes for.
 """
 
 from __future__ import annotations
@@ -80,6 +80,8 @@ class Case:
     """Whether their logits lie far above all others: queries and global keys then have a direction in common."""
     kept: Kept | None = None
     """Which lists attention is given, if any."""
+    drawn_there: bool = False
+    """Whether q, k, v and the gradient of o are drawn on the device: other numbers than on a CPU."""
 
     @property
     def queries(self) -> int:
@@ -103,17 +105,18 @@ class Case:
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """q, k, v and the gradient of o, [B, H, M or N, D] of the case's dtype and strides, on its device."""
-        generator = torch.Generator().manual_seed(self.seed)
+        place = torch.device(self.device if self.drawn_there else "cpu")
+        generator = torch.Generator(place).manual_seed(self.seed)
         shape, of_keys = ((self.batch, self.heads, tokens, self.spec.head_dim) for tokens in (self.queries, self.n))
         q, k, v = (self._elements(size, generator) * self.std for size in (shape, of_keys, of_keys))
-        grad_o = torch.randn(shape, generator=generator)
+        grad_o = torch.randn(shape, generator=generator, device=place)
         if self.values == "zero_queries":
             q = torch.zeros_like(q)
         if self.popular:
             bump = 3.0 * self.std / self.spec.head_dim**0.5
-            q, k = q + bump, k + bump * popularity(self.spec, self.n)[:, None]
+            q, k = q + bump, k + bump * popularity(self.spec, self.n).to(place)[:, None]
         if self.loud:
-            q = q + self.std * self._direction()
+            q = q + self.std * self._direction().to(place)
         if self.layouts[3] == "expanded":
             grad_o = grad_o[..., :1].expand(shape)
         q, k, v, grad_o = (
@@ -182,11 +185,12 @@ class Case:
         return 2.0 * torch.randint(2, (self.spec.head_dim,), generator=generator) - 1
 
     def _elements(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        place = generator.device
         if self.values == "integers":
-            return torch.randint(-2, 3, shape, generator=generator).float()
+            return torch.randint(-2, 3, shape, generator=generator, device=place).float()
         if self.values == "constant":
-            return torch.randn((*shape[:2], 1, *shape[3:]), generator=generator).expand(shape)
-        return torch.randn(shape, generator=generator)
+            return torch.randn((*shape[:2], 1, *shape[3:]), generator=generator, device=place).expand(shape)
+        return torch.randn(shape, generator=generator, device=place)
 
     def __repr__(self) -> str:
         """As it would be written: fields that have their default value are left out, and descriptions with them."""

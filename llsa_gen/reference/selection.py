@@ -35,7 +35,10 @@ SpecSource = str | os.PathLike[str] | Mapping[str, Any] | Spec
 """What `llsa_gen.load` takes, and so every public function here and in `reference` that does an op's work."""
 
 CHUNK_ELEMENTS = 1 << 21
-"""Scores that `select` and `check_selection` hold at a time; bounds their memory, not what they compute."""
+"""Scores that `select` and `check_selection` hold at a time, on a CPU; bounds their memory, not what they compute."""
+
+GPU_CHUNKS = 8
+"""Times as many on a GPU, which a million tokens would keep waiting for Python."""
 
 UNIT_ROUNDOFF = 2.0**-24
 """The relative error of one operation rounded to float32."""
@@ -215,7 +218,8 @@ def candidates(spec: Spec, indices: Sequence[Tensor], n: int, *, query_offset: i
 
 
 def _row_chunks(rows: int, elements_per_row: int, device: torch.device) -> Iterator[Tensor]:
-    step = max(1, CHUNK_ELEMENTS // max(1, elements_per_row))
+    elements = CHUNK_ELEMENTS * (1 if device.type == "cpu" else GPU_CHUNKS)
+    step = max(1, elements // max(1, elements_per_row))
     for start in range(0, rows, step):
         yield torch.arange(start, min(start + step, rows), device=device)
 
@@ -390,11 +394,11 @@ def check_selection(
         queries, dq, shrunk = _pooled_and_slack(spec, level, q, query_offset)
         lost = queries.new_full((rows_of_level, 1), spec.head_dim * TINY)  # to subnormal products, in all of a score
         lost[:1] *= shrunk
-        largest_keys = (keys.abs() + dk).mT
+        largest_keys, largest_queries, key_sizes = (keys.abs() + dk).mT, queries.abs() + dq, keys.abs().mT
         for rows in _row_chunks(rows_of_level, math.prod(q.shape[:2]) * tokens, q.device):
-            query, largest_query = queries[:, :, rows], (queries.abs() + dq)[:, :, rows]
-            largest = largest_query @ largest_keys * (1 + spec.head_dim * DOT_ROUNDOFF) + lost[rows]
-            slack = largest - query.abs() @ keys.abs().mT
+            query = queries[:, :, rows]
+            largest = largest_queries[:, :, rows] @ largest_keys * (1 + spec.head_dim * DOT_ROUNDOFF) + lost[rows]
+            slack = largest - query.abs() @ key_sizes
             allowed = candidate_rows(spec, level, coarser, rows, n, q, query_offset)
             kept = kept_mask(ids[:, :, rows], tokens)
             _check_rows(spec, level, allowed, kept, query @ keys.mT, slack, int(rows[0]))
