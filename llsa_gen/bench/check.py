@@ -15,7 +15,7 @@ from llsa_gen.errors import CheckFailed, LlsaGenError
 from llsa_gen.fuzz import oracle
 from llsa_gen.fuzz.case import Case
 
-__all__ = ["check_dense", "check_other", "check_ours", "check_replay", "length_of"]
+__all__ = ["check_along", "check_dense", "check_other", "check_ours", "check_replay", "length_of"]
 
 LEAST_QUERIES = 16
 
@@ -97,6 +97,21 @@ def check_dense(baseline: Implementation, case: Case, inputs: Tensors, o: Tensor
     if error > allowed:
         raise LlsaGenError(f"{_place(baseline, case)}: error of o {error:.3g}, allowed {allowed:.3g}")
     return error / allowed
+
+
+def check_along(baseline: Implementation, case: Case, inputs: Tensors, kept: Tensors, o: Tensor) -> float:
+    """o of what attends along the lists of the spec, for a sample of the queries, by the same tolerance as ours.
+
+    Returns the error as a fraction of what is allowed; raises LlsaGenError where that is more than one.
+    """
+    check_other(baseline, case, o)
+    queries, (q, k, v, grad_o) = sample(case), inputs
+    true = oracle.truth(case.spec, q, k, v, grad_o, kept, case.softmax_scale, queries)
+    (verdict,) = oracle.judge(case, "o", o[:, :, queries], true, None)
+    if not verdict.ok:
+        wrong = f"error of o {verdict.error:.3g}, allowed {verdict.allowed:.3g}"
+        raise LlsaGenError(f"{_place(baseline, case)}: {wrong}")
+    return verdict.margin
 
 
 def check_other(baseline: Implementation, case: Case, o: object) -> None:

@@ -20,7 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from llsa_gen.aot import Launch
 from llsa_gen.bench.rows import Ceilings, KernelRow
-from llsa_gen.bench.timing import Stopwatch
+from llsa_gen.bench.timing import Call, Stopwatch
 from llsa_gen.plan.cost import Cost, evaluate
 
 __all__ = ["Event", "Work", "breakdown", "ceilings", "events", "profiled", "work"]
@@ -131,8 +131,8 @@ def ceilings(watch: Stopwatch, device: str, dtype: str) -> Ceilings:
     """What this GPU does now: bytes/s of a copy in its memory, FLOP/s of a square matrix product in `dtype`."""
 
     def seconds(run: Callable[[], object]) -> float:
-        watch.samples(run, CEILING_REPEATS // 2)
-        return statistics.median(watch.samples(run, CEILING_REPEATS)) / 1e3
+        watch.samples([Call(run)] * (CEILING_REPEATS // 2))
+        return statistics.median(watch.samples([Call(run)] * CEILING_REPEATS)) / 1e3
 
     source = torch.zeros(COPY_BYTES, dtype=torch.int8, device=device)
     target = torch.empty_like(source)

@@ -26,13 +26,19 @@ __all__ = [
     "label",
     "read",
     "shape",
+    "tflops",
 ]
 
 Kind = Literal["ours", "dense", "other"]
-"""`ours`: the compiled spec; `dense`: a backend of torch's attention; `other`: a callable given with --against."""
+"""`ours`: the compiled spec; `dense`: a backend of torch's attention; `other`: a callable given with --against or
+--along."""
 
 Mode = Literal["eager", "graph"]
 """`eager`: called from Python every time; `graph`: captured in a CUDA graph once and replayed."""
+
+
+BOTH_PASSES = 3.5
+"""Forward passes that a forward and a backward pass count as: two products of rows forward, five backward."""
 
 
 class _Record(BaseModel):
@@ -123,6 +129,8 @@ class Row(_Record):
     mode: Mode
     m_tokens: int | None = None
     """Queries, where they are not as many as keys."""
+    keys: int | None = None
+    """The most keys that a query attends to, coarse ones too; None where nobody here knows."""
     missing: dict[str, str] = {}
     error: float | None = None
     """Largest error of what was compared with the float64 reference, as a fraction of what is allowed."""
@@ -148,6 +156,20 @@ def shape(row: Row) -> str:
 def label(row: Row) -> str:
     """What people call it: ours by the name of the spec, for rows of several specs stand side by side."""
     return json.loads(row.spec)["name"] if row.kind == "ours" else row.implementation
+
+
+def tflops(row: Row, what: Literal["forward", "forward_backward"]) -> float | None:
+    """TFLOP/s of attended keys: 4 M keys D B H FLOPs forward, 3.5 times as many with backward, over the median.
+
+    Whatever else a call does, pooling, selecting, working logits out again, takes time and counts for nothing. None
+    where time or keys are not known.
+    """
+    timing: Timing | None = getattr(row, what)
+    if timing is None or row.keys is None:
+        return None
+    queries = row.n_tokens if row.m_tokens is None else row.m_tokens
+    flops = 4 * row.batch * row.heads * queries * row.keys * row.head_dim
+    return flops * (1 if what == "forward" else BOTH_PASSES) / timing.median_ms / 1e9
 
 
 def dumps(rows: Sequence[Row]) -> str:

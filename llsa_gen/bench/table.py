@@ -2,18 +2,19 @@
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Literal
 
 from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from llsa_gen.bench.rows import Row, Timing, label, shape
+from llsa_gen.bench.rows import Row, Timing, label, shape, tflops
 from llsa_gen.plan.units import human_bytes, human_flops
 
 __all__ = ["fastest_dense", "reasons", "tables"]
 
-PASSES = ("forward", "forward_backward")
+PASSES: tuple[Literal["forward", "forward_backward"], ...] = ("forward", "forward_backward")
 
 
 def tables(rows: Sequence[Row]) -> RenderableType:
@@ -65,18 +66,20 @@ def _table(title: str, columns: Sequence[str]) -> Table:
 
 def _times(title: str, rows: Sequence[Row]) -> Table:
     columns = ["tokens", "implementation", "forward ms", "20-80%", "x", "fwd+bwd ms", "20-80%", "x"]
-    table = _table(title, [*columns, "runs", "host us", "peak memory"])
+    table = _table(title, [*columns, "TFLOP/s", "runs", "host us", "peak memory"])
     lengths = sorted({row.n_tokens for row in rows})
     for n in lengths:
         table.add_section()
         for row in (row for row in rows if row.n_tokens == n):
             cells = [cell for what in PASSES for cell in _timing(row, rows, what)]
             timings = [getattr(row, what) for what in PASSES]
+            speeds = [tflops(row, what) for what in PASSES]
+            speed = "-" if speeds == [None, None] else "/".join(map(_speed, speeds))
             runs = "/".join("-" if timing is None else str(timing.repeats) for timing in timings)
             host = "-" if row.host_us is None else f"{row.host_us:,.0f}"
             memory = "-" if row.memory is None else f"{human_bytes(row.memory.peak_bytes)} ({row.memory.ratio:.2f}x)"
             style = "bold" if row.kind == "ours" else None
-            table.add_row(f"{n:,}", label(row), *cells, runs, host, memory, style=style)
+            table.add_row(f"{n:,}", label(row), *cells, speed, runs, host, memory, style=style)
     return table
 
 
@@ -90,6 +93,10 @@ def _timing(row: Row, rows: Sequence[Row], what: str) -> tuple[str, str, str]:
     return _ms(timing.median_ms), f"{_ms(timing.p20_ms)}-{_ms(timing.p80_ms)}", ratio
 
 
+def _speed(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0f}" if value >= 10 else f"{value:.2g}"
+
+
 def _ms(value: float) -> str:
     return f"{value:,.3f}" if value < 100 else f"{value:,.1f}"
 
@@ -97,7 +104,7 @@ def _ms(value: float) -> str:
 def _kernels(row: Row) -> Table:
     length = f"{row.n_tokens:,} tokens" if row.m_tokens is None else f"{row.n_tokens:,} keys, {row.m_tokens:,} queries"
     title = f"{label(row)}, {length}, {row.dtype}: kernels of forward+backward"
-    table = _table(title, ["kernel", "launches", "us", "share", "FLOPs", "bytes", "of the roofline"])
+    table = _table(title, ["kernel", "launches", "us", "share", "FLOPs", "TFLOP/s", "bytes", "of the roofline"])
     kernels, limits = row.breakdown or (), row.ceilings
     for one in kernels:
         table.add_row(
@@ -106,6 +113,7 @@ def _kernels(row: Row) -> Table:
             f"{one.us:,.1f}",
             f"{one.share:.1%}",
             "-" if one.flops is None else human_flops(one.flops),
+            f"{one.flops / one.us / 1e6:,.3g}" if one.flops and one.us else "-",
             "-" if one.moved_bytes is None else human_bytes(one.moved_bytes),
             "-" if one.roofline is None else f"{one.roofline:.0%}",
         )

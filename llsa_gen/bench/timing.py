@@ -2,22 +2,43 @@
 
 As `triton.testing.do_bench` does, every timed call finds the caches cold: before it, a buffer larger than they are is
 rewritten. On a GPU time is that between two events of the stream, so that a call which Python issues more slowly than
-the GPU runs it is as slow as Python. How often a call is repeated follows from a budget of time.
+the GPU runs it is as slow as Python. How often a call is repeated follows from a budget of time, or is said. Several
+calls are timed in turns, so that whatever the machine does meanwhile, its clock above all, happens to each of them.
 """
 
 import gc
 import statistics
 import time
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import NamedTuple, Protocol
 
 import torch
 
 from llsa_gen.bench.rows import Timing
 
-__all__ = ["BUDGET_MS", "CpuStopwatch", "GpuStopwatch", "Stopwatch", "captured", "host_us", "measure", "peak_bytes"]
+__all__ = [
+    "BUDGET_MS",
+    "Call",
+    "CpuStopwatch",
+    "GpuStopwatch",
+    "Stopwatch",
+    "captured",
+    "host_us",
+    "measure",
+    "peak_bytes",
+    "turns",
+]
 
 Run = Callable[[], object]
+
+
+class Call(NamedTuple):
+    """A call that is timed, and what it is called in, which is not."""
+
+    run: Run
+    around: Callable[[], AbstractContextManager[None]] = nullcontext
+
 
 BUDGET_MS = 500.0
 """What the timed calls of one number take together, caches driven out included, but for the few of a slow one."""
@@ -40,8 +61,8 @@ class Stopwatch(Protocol):
         """Drive out of the caches whatever a call could find there."""
         ...
 
-    def samples(self, run: Run, repeats: int) -> list[float]:
-        """Milliseconds of each of some calls, with cold caches."""
+    def samples(self, calls: Sequence[Call]) -> list[float]:
+        """Milliseconds of each of some calls, one after the other, with cold caches."""
         ...
 
 
@@ -54,13 +75,14 @@ class CpuStopwatch:
     def flush(self) -> None:
         self._cache.bitwise_not_()
 
-    def samples(self, run: Run, repeats: int) -> list[float]:
+    def samples(self, calls: Sequence[Call]) -> list[float]:
         found = []
-        for _ in range(repeats):
-            self.flush()
-            start = time.perf_counter()
-            run()
-            found.append(1e3 * (time.perf_counter() - start))
+        for run, around in calls:
+            with around():
+                self.flush()
+                start = time.perf_counter()
+                run()
+                found.append(1e3 * (time.perf_counter() - start))
         return found
 
 
@@ -75,13 +97,14 @@ class GpuStopwatch:
     def flush(self) -> None:
         self._cache.bitwise_not_()
 
-    def samples(self, run: Run, repeats: int) -> list[float]:
-        pairs = [tuple(torch.cuda.Event(enable_timing=True) for _ in range(2)) for _ in range(repeats)]
-        for start, end in pairs:
-            self.flush()
-            start.record()
-            run()
-            end.record()
+    def samples(self, calls: Sequence[Call]) -> list[float]:
+        pairs = [tuple(torch.cuda.Event(enable_timing=True) for _ in range(2)) for _ in calls]
+        for (run, around), (start, end) in zip(calls, pairs, strict=True):
+            with around():  # before the flush: while that runs, Python may be ahead, of each call by as much
+                self.flush()
+                start.record()
+                run()
+                end.record()
         torch.cuda.synchronize(self._device)
         return [start.elapsed_time(end) for start, end in pairs]
 
@@ -91,20 +114,81 @@ def repeats_for(milliseconds: float, least: int = LEAST, most: int = MOST) -> in
     return min(most, max(least, int(BUDGET_MS / max(milliseconds, 1e-6))))
 
 
-def measure(watch: Stopwatch, run: Run) -> Timing:
-    """Median and percentiles of a call, after a first one, which compiles, and a tenth of the repeats to warm up.
+def turns(repeats: Sequence[int]) -> list[int]:
+    """Whose turn it is: each index as often as it says, spread evenly over all turns. Equal numbers alternate."""
+    places = ((turn + 0.5) / count for count in repeats for turn in range(count))
+    owners = (index for index, count in enumerate(repeats) for _ in range(count))
+    return [owner for _, owner in sorted(zip(places, owners, strict=True))]
 
-    A call that the budget holds fewer than ten times is warm after the two that find out how long it takes.
+
+def measure(watch: Stopwatch, calls: Sequence[Call], repeats: int | None = None) -> list[Timing | BaseException]:
+    """Median and percentiles of each call, timed in turns; in the place of one that fails, what it raised.
+
+    Each is made `repeats` times, or as often as its budget of time holds, after a first one, which compiles, and a
+    tenth of the repeats to warm up. A call that is made fewer than ten times is warm after the two that find out how
+    long it takes.
     """
-    watch.samples(run, 1)
+    counts: dict[int, int] = {}
+    failed: dict[int, BaseException] = {}
+    for index, call in enumerate(calls):
+        try:
+            counts[index] = _warm(watch, call, repeats)
+        except (Exception, SystemExit) as why:  # whatever somebody else's code may raise
+            failed[index] = why
+    samples: dict[int, list[float]] = {}
+    while counts.keys() != samples.keys():
+        samples = _samples(watch, calls, counts, failed)
+        counts = {index: count for index, count in counts.items() if index not in failed}
+    return [failed[index] if index in failed else _timing(samples[index]) for index in range(len(calls))]
+
+
+def _warm(watch: Stopwatch, call: Call, repeats: int | None) -> int:
+    """How often a call is to be made; it is warm then."""
+    watch.samples([call])
     start = time.perf_counter()
-    sample = watch.samples(run, 1)[0]
-    repeats = repeats_for(max(sample, 1e3 * (time.perf_counter() - start)))  # what comes before a call takes time too
+    sample = watch.samples([call])[0]
+    if repeats is None:
+        # what comes before a call takes time too
+        repeats = repeats_for(max(sample, 1e3 * (time.perf_counter() - start)))
     if repeats >= 10:
-        watch.samples(run, repeats // 10)
-    samples = watch.samples(run, repeats)
-    p20, _, _, p80 = statistics.quantiles(samples, n=5, method="inclusive")
-    return Timing(median_ms=statistics.median(samples), p20_ms=p20, p80_ms=p80, repeats=repeats)
+        watch.samples([call] * (repeats // 10))
+    return repeats
+
+
+def _samples(
+    watch: Stopwatch, calls: Sequence[Call], counts: Mapping[int, int], failed: dict[int, BaseException]
+) -> dict[int, list[float]]:
+    """The milliseconds of each call, so many of each; none where one fails, which goes into `failed`."""
+    order = [list(counts)[turn] for turn in turns(list(counts.values()))]
+    present = order[0]
+
+    def told(index: int) -> Call:
+        @contextmanager
+        def around() -> Iterator[None]:
+            nonlocal present
+            present = index
+            with calls[index].around():
+                yield
+
+        return Call(calls[index].run, around)
+
+    queued = {index: told(index) for index in counts}
+    try:
+        found = watch.samples([queued[index] for index in order])
+    except (Exception, SystemExit) as why:
+        failed[present] = why
+        return {}
+    samples: dict[int, list[float]] = {index: [] for index in counts}
+    for index, sample in zip(order, found, strict=True):
+        samples[index].append(sample)
+    return samples
+
+
+def _timing(samples: Sequence[float]) -> Timing:
+    """Of one sample, which has no percentiles, all three numbers are that."""
+    ordered = [*samples] if len(samples) > 1 else [*samples, *samples]
+    p20, _, _, p80 = statistics.quantiles(ordered, n=5, method="inclusive")
+    return Timing(median_ms=statistics.median(samples), p20_ms=p20, p80_ms=p80, repeats=len(samples))
 
 
 def host_us(run: Run, milliseconds: float) -> float:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -33,9 +33,9 @@ STDOUT = Path("-")
 
 
 def bench(
-    spec: Annotated[
-        str | None,
-        typer.Argument(metavar="SPEC", help="A spec file, or the name of one in ./spec; with --from none."),
+    specs: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="SPEC", help="Spec files, or names of some in ./spec, side by side; with --from none."),
     ] = None,
     lengths: Annotated[
         list[int] | None,
@@ -59,9 +59,23 @@ def bench(
         list[str] | None,
         typer.Option(metavar="MODULE:FUNCTION", help="Also time this f(q, k, v), [B, H, M or N, D]; may be repeated."),
     ] = None,
+    along: Annotated[
+        list[str] | None,
+        typer.Option(metavar="MODULE:FUNCTION", help="Also time what this makes for the blocks that a spec keeps."),
+    ] = None,
+    dense: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Only this of torch's dense backends, such as sdpa-cudnn; may be repeated."),
+    ] = None,
     dense_up_to: Annotated[
         int, typer.Option(callback=between(0), metavar="N", help="Leave dense attention out of longer sequences.")
     ] = 262_144,
+    in_turns: Annotated[
+        bool, typer.Option("--in-turns", help="Time the implementations in turns, not one after the other.")
+    ] = False,
+    repeats: Annotated[
+        int | None, typer.Option(callback=between(1), help="Timed calls of each, in place of half a second of them.")
+    ] = None,
     breakdown: Annotated[
         bool, typer.Option("--breakdown/--no-breakdown", help="Time each of our kernels, on a GPU.")
     ] = True,
@@ -75,12 +89,12 @@ def bench(
     ] = None,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw time over length: FILE.png, .svg.")] = None,
 ) -> None:
-    """Time a spec beside torch's dense attention in one process, each result checked before it is timed.
+    """Time specs beside torch's dense attention in one process, each result checked before it is timed.
 
     Forward and forward+backward, called from Python and as CUDA graphs; time on the host, peak memory, and each kernel
     beside the roofline. docs/bench.md says how each is measured.
     """
-    if (spec is None) == (not sources):
+    if (not specs) == (not sources):
         raise typer.BadParameter("expected a spec to measure, or --from and rows to read", param_hint="SPEC")
     draw = None if plot is None else _drawing(plot)
     _must_take(json_file, plot, sources or ())
@@ -89,10 +103,11 @@ def bench(
 
         _tell(read(sources), json_file, plot, draw)
         return
-    assert spec is not None
     request = _request(
-        spec, lengths, dtypes, batch, heads, modes, against or [], dense_up_to, breakdown, device, queries
-    )
+        specs or (), lengths, dtypes, modes, device, batch=batch, heads=heads, queries=queries, breakdown=breakdown,
+        against=_each(against), along=_each(along), dense=_each(dense), dense_up_to=dense_up_to, in_turns=in_turns,
+        repeats=repeats,
+    )  # fmt: skip
     rows: list[Row] = []
     end: BaseException | None = None
     try:
@@ -112,21 +127,21 @@ def bench(
     _must_be_whole(rows)
 
 
+def _each(given: Sequence[str] | None) -> tuple[str, ...]:
+    """What was said, once."""
+    return tuple(dict.fromkeys(given or ()))
+
+
 def _request(
-    spec: str,
+    specs: Sequence[str],
     lengths: Sequence[int] | None,
     dtypes: Sequence[DType] | None,
-    batch: int,
-    heads: int,
     modes: Sequence[ModeName] | None,
-    against: Sequence[str],
-    dense_up_to: int,
-    breakdown: bool,
     device: str | None,
-    queries: int | None,
+    **fields: Any,
 ) -> "Request":
-    """What to measure of a spec; what is not said depends on the device."""
-    source = load_spec(spec)
+    """What to measure of some specs; what is not said depends on the device."""
+    sources = tuple(dict.fromkeys(map(load_spec, specs)))
     import torch
 
     from llsa_gen import bench
@@ -136,17 +151,12 @@ def _request(
     must_exist(device)
     kind = torch.device(device).type
     return bench.Request(
-        spec=source,
+        specs=sources,
         lengths=tuple(dict.fromkeys(lengths or LENGTHS[kind])),
         dtypes=tuple(dtype.value for dtype in dict.fromkeys(dtypes or DTYPES[kind])),
         device=device,
-        batch=batch,
-        heads=heads,
         modes=tuple(mode.value for mode in dict.fromkeys(modes or MODES[kind])),
-        against=tuple(dict.fromkeys(against)),
-        dense_up_to=dense_up_to,
-        breakdown=breakdown,
-        queries=queries,
+        **fields,
     )
 
 

@@ -6,7 +6,7 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,8 @@ from llsa_gen.bench import baselines as bench_baselines
 from llsa_gen.bench import cell as bench_cell
 from llsa_gen.bench import check as bench_check
 from llsa_gen.bench import timing as bench_timing
-from llsa_gen.bench.rows import dumps, read
+from llsa_gen.bench.rows import Timing, dumps, read
+from llsa_gen.bench.timing import Call
 from llsa_gen.errors import CheckFailed, LlsaGenError
 from llsa_gen.fuzz import oracle as fuzz_oracle
 from llsa_gen.fuzz.case import Case
@@ -150,7 +151,7 @@ def test_a_bench_of_other_lengths_of_queries(place: Path, baselines: str) -> Non
 @pytest.mark.parametrize(("n", "m", "dense"), [(40, 9, True), (9, 40, True), (41, 9, False), (20, 20, False)])
 def test_dense_attention_is_left_out_where_there_are_many_pairs(n: int, m: int, dense: bool) -> None:
     request = bench.Request(
-        load(ROOT / "spec" / "llsa_l1.yaml"), (n,), ("float32",), batch=1, heads=1, queries=m, dense_up_to=19
+        (load(ROOT / "spec" / "llsa_l1.yaml"),), (n,), ("float32",), batch=1, heads=1, queries=m, dense_up_to=19
     )
     rows = tuple(bench.bench(request))
     assert len(rows) == request.cells == 1 + dense
@@ -165,6 +166,7 @@ def test_what_is_sampled_is_of_the_queries(monkeypatch: pytest.MonkeyPatch) -> N
         attention, inputs = compiler.compile(spec), case.tensors()
         assert bench_check.check_ours(attention, case, inputs) < 1
         (sdpa,) = bench_baselines.dense("cpu", "float32")
+        assert sdpa.function is not None
         assert bench_check.check_dense(sdpa, case, inputs, sdpa.function(*inputs[:3])) < 1
         with pytest.raises(LlsaGenError, match=f"sdpa at {n:,} keys, {m:,} queries, float32: expected o"):
             bench_check.check_other(sdpa, case, inputs[1])
@@ -191,12 +193,12 @@ def test_what_is_not_said_depends_on_the_device(place: Path, monkeypatch: pytest
 
 def test_progress_tells_every_cell(place: Path) -> None:
     told: list[str] = []
-    request = bench.Request(load("spec/tiny.yaml"), (9, 8), ("float32",), batch=1, heads=1)
+    request = bench.Request((load("spec/tiny.yaml"),), (9, 8), ("float32",), batch=1, heads=1)
     rows = tuple(bench.bench(request, told.append))
     assert told == [*(f"{row.implementation}, {row.n_tokens} tokens, float32, eager" for row in rows), ""]
     assert len(rows) == request.cells == 4
     told.clear()
-    tuple(bench.bench(bench.Request(request.spec, (9,), ("float32",), batch=1, heads=1, queries=4), told.append))
+    tuple(bench.bench(bench.Request(request.specs, (9,), ("float32",), batch=1, heads=1, queries=4), told.append))
     assert told == ["llsa_gen, 9 keys, 4 queries, float32, eager", "sdpa, 9 keys, 4 queries, float32, eager", ""]
 
 
@@ -329,12 +331,12 @@ def test_what_ends_a_bench_leaves_what_was_measured(
 ) -> None:
     measure, count = bench_timing.measure, 0
 
-    def ends(watch: bench_timing.Stopwatch, run: Callable[[], object]) -> object:
+    def ends(*given: Any) -> object:
         nonlocal count
         count += 1  # two for each row: forward, and forward and backward
         if count == 2 * (3 if whose == "llsa_gen" else 4):
             end()
-        return measure(watch, run)
+        return measure(*given)
 
     monkeypatch.setattr(bench_timing, "measure", ends)
     result = call(f"{CPU} -n 70 -n 33 -n 34 --dense-up-to 70 --json rows.json --plot p.png")
@@ -583,7 +585,7 @@ def test_a_baseline_without_memory_leaves_its_row_empty(baselines: str) -> None:
 def test_a_backend_that_refuses_is_told_with_its_reason(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     backend = bench_baselines.SDPBackend.CUDNN_ATTENTION
     refusing = bench_baselines.Implementation("sdpa-cudnn", "dense", bench_baselines._attend, backend)
-    monkeypatch.setattr(bench_baselines, "dense", lambda device, dtype: (refusing,))
+    monkeypatch.setattr(bench_baselines, "dense", lambda *_: (refusing,))
     result = call(f"{CPU} -n 20")
     assert result.code == 0
     assert "sdpa-cudnn at 20 tokens: not available: RuntimeError: No" in result.out
@@ -610,14 +612,22 @@ class Watch:
     def flush(self) -> None:
         pass
 
-    def samples(self, run: Callable[[], object], repeats: int) -> list[float]:
-        self.batches.append(repeats)
+    def samples(self, calls: Sequence[Call]) -> list[float]:
+        self.batches.append(len(calls))
         found = []
-        for _ in range(repeats):
-            run()
+        for one in calls:
+            with one.around():
+                one.run()
             found.append(self.then[self.calls % len(self.then)] if self.then else self.first)
             self.calls += 1
         return found
+
+
+def timed(watch: Watch, repeats: int | None = None) -> Timing:
+    """What a call that does nothing takes."""
+    (found,) = bench_timing.measure(watch, [Call(lambda: None)], repeats)
+    assert isinstance(found, Timing)
+    return found
 
 
 @given(st.floats(1e-4, 1e6))
@@ -630,16 +640,16 @@ def test_repeats_keep_to_the_budget(milliseconds: float) -> None:
 def test_a_slow_call_is_made_a_few_times_and_a_fast_one_warms_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_timing, "BUDGET_MS", 500.0)
     slow, fast = Watch(1500.0), Watch(5.0)
-    assert bench_timing.measure(slow, lambda: None).repeats == 3
+    assert timed(slow).repeats == 3
     assert slow.batches == [1, 1, 3]
-    timing = bench_timing.measure(fast, lambda: None)
+    timing = timed(fast)
     assert (timing.repeats, timing.median_ms, timing.p20_ms, timing.p80_ms) == (100, 5.0, 5.0, 5.0)
     assert fast.batches == [1, 1, 10, 100]
 
 
 def test_median_and_percentiles_are_those_of_the_last_samples(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_timing, "BUDGET_MS", 500.0)
-    timing = bench_timing.measure(Watch(0, 900.0, 100.0, 50.0, 10.0, 40.0, 20.0, 30.0), lambda: None)
+    timing = timed(Watch(0, 900.0, 100.0, 50.0, 10.0, 40.0, 20.0, 30.0))
     assert (timing.repeats, timing.median_ms) == (5, 30.0)
     assert (timing.p20_ms, timing.p80_ms) == (pytest.approx(18.0), pytest.approx(42.0))
 
@@ -647,7 +657,7 @@ def test_median_and_percentiles_are_those_of_the_last_samples(monkeypatch: pytes
 def test_the_cpu_is_timed_by_the_wall() -> None:
     watch = bench_timing.CpuStopwatch()
     calls: list[int] = []
-    samples = watch.samples(lambda: calls.append(len(calls)), 4)
+    samples = watch.samples([Call(lambda: calls.append(len(calls)))] * 4)
     assert calls == [0, 1, 2, 3] and all(0 < sample < 1000 for sample in samples)
 
 
