@@ -35,10 +35,7 @@ SpecSource = str | os.PathLike[str] | Mapping[str, Any] | Spec
 """What `llsa_gen.load` takes, and so every public function here and in `reference` that does an op's work."""
 
 CHUNK_ELEMENTS = 1 << 21
-"""Scores that `select` and `check_selection` hold at a time, on a CPU; bounds their memory, not what they compute."""
-
-GPU_CHUNKS = 8
-"""Times as many on a GPU, which a million tokens would keep waiting for Python."""
+"""Scores that `select` and `check_selection` hold at a time, on a GPU eight times as many: it bounds memory alone."""
 
 UNIT_ROUNDOFF = 2.0**-24
 """The relative error of one operation rounded to float32."""
@@ -218,8 +215,7 @@ def candidates(spec: Spec, indices: Sequence[Tensor], n: int, *, query_offset: i
 
 
 def _row_chunks(rows: int, elements_per_row: int, device: torch.device) -> Iterator[Tensor]:
-    elements = CHUNK_ELEMENTS * (1 if device.type == "cpu" else GPU_CHUNKS)
-    step = max(1, elements // max(1, elements_per_row))
+    step = max(1, CHUNK_ELEMENTS * (1 if device.type == "cpu" else 8) // max(1, elements_per_row))
     for start in range(0, rows, step):
         yield torch.arange(start, min(start + step, rows), device=device)
 
