@@ -8,6 +8,7 @@ same, and added up). What the two differ by is what attention adds; its own kern
 
 import argparse
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("profile.json"))
     settings.add_flags(parser)
     options = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("profile_step.py: expected a GPU, whose kernels are what is profiled, got none")
     wanted = settings.from_flags(options)
     kept: dict[str, dict[str, tuple[float, float]]] = {}
     steps: dict[str, float] = {}

@@ -13,6 +13,7 @@ import gc
 import itertools
 import json
 import statistics
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -155,7 +156,10 @@ def main() -> None:
         height, width = pixels = settings.checked({"size": size}).size
         batch = max(1, options.tokens // (height * width)) if options.tokens else int(options.batch or 1)
         varied = {"size": pixels, "compile": mode, "layout": layout, "modulate": modulate}
-        row = measure(settings.checked(base | varied | {"attention": one, "batch": batch}))
+        try:
+            row = measure(settings.checked(base | varied | {"attention": one, "batch": batch}))
+        except ValueError as error:
+            sys.exit(f"throughput.py: {error}")
         rows.add(options.out, [row])  # each at once: a program that is killed later has not lost it
         made.append(row)
         print(f"{size} {mode} {one} {layout} {modulate}: {row.get('step_ms') or row['missing']}", flush=True)
