@@ -46,12 +46,11 @@ def experiments(path: Path, options: argparse.Namespace) -> dict[str, Settings]:
     if not {"base", "experiments"} <= content.keys():
         sys.exit(f"{path}: expected base and experiments, got {', '.join(content) or 'nothing'}")
     flags = {name: getattr(options, name) for name in Settings.model_fields if getattr(options, name) is not None}
-    chosen = {
-        name: one for name, one in content["experiments"].items() if name in (options.only or content["experiments"])
-    }
-    if options.only and (unknown := set(options.only) - set(chosen)):
-        sys.exit(f"--only: expected names of {', '.join(content['experiments'])}, got {', '.join(sorted(unknown))}")
-    return {name: settings.checked(content["base"] | flags | one) for name, one in chosen.items()}
+    known = content["experiments"]
+    if unknown := set(options.only or []) - set(known):
+        sys.exit(f"--only: expected names of {', '.join(known)}, got {', '.join(sorted(unknown))}")
+    chosen = [name for name in known if name in (options.only or known)]
+    return {name: settings.checked(content["base"] | flags | known[name]) for name in chosen}
 
 
 def jobs_of(wanted: dict[str, Settings], seeds: range) -> list[Job]:
@@ -102,7 +101,8 @@ def run_all(out: Path, jobs: Sequence[Job], parallel: int, minutes: float) -> It
             name, wanted = todo.pop()
             yield (name, wanted), run(folder_of(out, name, wanted), wanted)
     else:
-        spawn, running = multiprocessing.get_context("spawn"), dict[futures.Future[dict[str, Any]], Job]()
+        spawn = multiprocessing.get_context("spawn")
+        running: dict[futures.Future[dict[str, Any]], Job] = {}
         with futures.ProcessPoolExecutor(parallel, mp_context=spawn, initializer=end_with_parent) as pool:
             while running or (todo and time.monotonic() < end):
                 while todo and len(running) < parallel and time.monotonic() < end:

@@ -42,11 +42,7 @@ def smoothed(values: Sequence[float], width: int) -> list[float]:
 
 def draw(runs: dict[str, Lines], out: Path) -> None:
     """Three panels: training by step, validation by step, validation by seconds."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = _pyplot()
     figure, panels = pyplot.subplots(1, 3, figsize=(15, 4.5))
     for name, lines in runs.items():
         places, losses = series(lines, "loss", "step")
@@ -67,11 +63,7 @@ def draw(runs: dict[str, Lines], out: Path) -> None:
 
 def draw_validation(experiments: dict[str, list[Lines]], out: Path) -> None:
     """Validation by step of experiments with some runs each: the mean, and from the lowest to the highest run."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = _pyplot()
     figure, panel = pyplot.subplots(figsize=(7, 4.5))
     for name, runs in experiments.items():
         found = [dict(zip(*series(lines, "validation", "step"), strict=True)) for lines in runs]
@@ -85,6 +77,16 @@ def draw_validation(experiments: dict[str, list[Lines]], out: Path) -> None:
     figure.tight_layout()
     figure.savefig(out, dpi=110)
     pyplot.close(figure)
+
+
+def _pyplot() -> Any:
+    """matplotlib's, which draws into files. Imported when it is used: what trains does without."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
 
 
 def main() -> None:

@@ -57,6 +57,7 @@ class Run:
         self.folder, self.settings, self.windows, self.process = folder, wanted, windows, process
         self.learner = Learner(wanted, process)
         self.fixed = windows.fixed(wanted.validation)
+        self.often = wanted.log_every, wanted.validate_every, wanted.checkpoint_every
         self.step, self.seconds = 0, 0.0
         self.share: float | None = None
         self.log = folder / "log.jsonl"
@@ -72,21 +73,19 @@ class Run:
         while self.step < self.settings.steps and not self._late():
             losses.append(self.learner.learn(self.step, self.learner.batches(self.windows, self.step)))
             self.step, counted = self.step + 1, counted + 1
-            done = self.step == self.settings.steps
             if self.step == begun + 1:  # it has compiled: time begins after it
                 _ = losses[0].item()
                 clock, counted = time.perf_counter(), 0
                 continue
-            due = [done or self.step % every == 0 for every in (self.settings.log_every, self.settings.validate_every,
-                                                               self.settings.checkpoint_every)]  # fmt: skip
-            if any(due):
+            log, validate, save = (self.step == self.settings.steps or self.step % every == 0 for every in self.often)
+            if log or validate or save:
                 values = self._read(losses)
                 spent, losses = time.perf_counter() - clock, []
                 self.seconds += spent
                 last |= self._note(values, counted, spent, report)
-                if due[1]:
+                if validate:
                     last |= self._validate()
-                if due[2]:
+                if save:
                     self._save()
                 clock, counted = time.perf_counter(), 0
         if losses:  # a run of one step, or one that was late
