@@ -76,7 +76,6 @@ class Run:
             if self.step == begun + 1:  # it has compiled: time begins after it
                 _ = losses[0].item()
                 clock, counted = time.perf_counter(), 0
-                continue
             log, validate, save = (self.step == self.settings.steps or self.step % every == 0 for every in self.often)
             if log or validate or save:
                 values = self._read(losses)
@@ -88,8 +87,6 @@ class Run:
                 if save:
                     self._save()
                 clock, counted = time.perf_counter(), 0
-        if losses:  # a run of one step, or one that was late
-            last |= self._note(self._read(losses), 0, 0.0, report)
         if checkpoints.there(self.folder / "checkpoints")[-1:] != [self._checkpoint()]:
             last |= self._validate()
             self._save()

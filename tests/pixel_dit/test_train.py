@@ -33,9 +33,9 @@ def run(folder: Path, pictures: Path, settings: Settings) -> Run:
     return Run(folder, settings, Windows(pictures, settings.size, settings.shrink), process_of(settings.device))
 
 
-def losses(folder: Path) -> list[tuple[int, float]]:
+def losses(folder: Path, kind: str = "loss") -> list[tuple[int, float]]:
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [(line["step"], line["loss"]) for line in lines if "loss" in line]
+    return [(line["step"], line[kind]) for line in lines if kind in line]
 
 
 def test_it_learns(pictures: Path, tmp_path: Path) -> None:
@@ -67,8 +67,9 @@ def test_pictures_of_any_shape_are_learnt_and_drawn(attention: str, tmp_path: Pa
 def test_a_run_that_was_killed_goes_on_with_the_same_bits(changes: dict[str, Any], tmp_path: Path) -> None:
     """kill -9 after some line of the log, which need not be that of a checkpoint."""
     pictures, steps = draw_pictures(tmp_path / "pictures", height=70), 41
-    often = {"steps": steps, "log_every": 1, "checkpoint_every": 7, "data": pictures}
-    flags = [f"--{name.replace('_', '-')}={value}" for name, value in (SMALL | changes | often).items()]
+    often = {"steps": steps, "log_every": 1, "checkpoint_every": 7, "validate_every": 8}
+    given = SMALL | changes | often | {"data": pictures}
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
     command = [sys.executable, str(TRAIN), str(tmp_path / "killed"), *flags]
     log = tmp_path / "killed" / "log.jsonl"
     killed = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
@@ -86,9 +87,12 @@ def test_a_run_that_was_killed_goes_on_with_the_same_bits(changes: dict[str, Any
     subprocess.run(command, check=True, capture_output=True)
     assert (log.parent / "curves.png").exists()
     torch.compiler.reset()
-    whole = run(tmp_path / "whole", pictures, small(**changes, steps=steps, log_every=steps, checkpoint_every=steps))
+    seldom = {"log_every": steps, "checkpoint_every": steps}
+    whole = run(tmp_path / "whole", pictures, small(**changes | often | seldom))
     whole.train()
-    assert losses(log.parent) == losses(tmp_path / "whole")
+    for kind in ("loss", "validation"):
+        assert losses(log.parent, kind) == losses(whole.folder, kind)
+    assert [step for step, _ in losses(whole.folder, "validation")] == [0, 8, 16, 24, 32, 40, 41]
     ends = [
         checkpoints.load(checkpoints.there(x / "checkpoints")[-1], ALONE.device) for x in (log.parent, whole.folder)
     ]
