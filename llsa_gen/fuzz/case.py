@@ -265,7 +265,7 @@ def on_device(x: Tensor, device: str) -> Tensor:
     """`x` on `device` with the strides and the surroundings that it has on the CPU."""
     if torch.device(device) == x.device:
         return x
-    storage = torch.empty(0, dtype=x.dtype).set_(x.untyped_storage()).to(device)
+    storage = torch.empty(0, dtype=x.dtype, device=x.device).set_(x.untyped_storage()).to(device)
     return torch.as_strided(storage, x.shape, x.stride(), x.storage_offset())
 
 
