@@ -45,7 +45,7 @@ SPEC = {
     "name": "uneven",
     "reweight": True,
 }
-OPERATOR = "uneven_a8567273e3432596"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
+OPERATOR = "uneven_61de542c86ce59c5"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -1688,11 +1688,23 @@ def grad_kv_l0_kernel(
 
 
 # Layouts. In registers of four warps: rows that are copied, 16 bytes a thread; products of 64 rows (`warpgroup_mma`) with
-# a tile of PAD_DIM columns, and the left operand of one; in shared memory: rows as products read them, 64 columns, 128 bytes each, and then the other 64.
+# a tile of PAD_DIM columns, and the left operand of one; in shared memory: rows as products read them, 128 bytes each.
 COPIED = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
 PRODUCT = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
 LEFT = gl.constexpr(gl.DotOperandLayout(0, PRODUCT.value, 2))
 SHARED = gl.constexpr(gl.NVMMASharedLayout(128, 16, rank=2))
+# Tiles have the first columns of rows; these are the widths of such a tile, and of the one beside it that has the rest.
+WIDTH, WIDTH_REST = gl.constexpr(64), gl.constexpr(16)
+# Layouts of the rest: each warp copies it of the rows that it copies the first columns of, eight threads to 128 bytes of
+# shared memory.
+COPIED_REST = gl.constexpr(gl.DistributedLinearLayout(
+    reg_bases=[[0, 1], [0, 2], [0, 4]],
+    lane_bases=[[0, 8], [1, 0], [2, 0], [16, 0], [32, 0]],
+    warp_bases=[[4, 0], [8, 0]], block_bases=[], shape=[64, 16],
+))
+PRODUCT_REST = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 16, 16]))
+LEFT_REST = gl.constexpr(gl.DotOperandLayout(0, PRODUCT_REST.value, 2))
+SHARED_REST = gl.constexpr(gl.NVMMASharedLayout(32, 16, rank=2))
 # Triton's names for these changed from 3.8 to 3.9.
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 async_load = getattr(hopper.async_copy, "async_load", None) or hopper.async_copy.async_copy_global_to_shared
@@ -1704,44 +1716,70 @@ STAGES = gl.constexpr(3)
 
 @gluon.jit
 def row_tile(ptr, row, stride, LAYOUT: gl.constexpr):
-    """Rows `row` [M] of a matrix [*, HEAD_DIM]: addresses [M, PAD_DIM] in a layout, and which columns exist."""
-    dim = gl.arange(0, PAD_DIM, layout=gl.SliceLayout(0, LAYOUT))[None, :]
+    """The first columns of rows `row` [M] of a matrix [*, HEAD_DIM]: addresses [M, WIDTH] in a layout, and which columns exist."""
+    dim = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, LAYOUT))[None, :]
     begin = gl.multiple_of(row.to(gl.int64) * stride, [ROW_UNIT])
     return ptr + begin[:, None] + dim, dim < HEAD_DIM
 
 
 @gluon.jit
-def copy_rows(to, ptr, row, stride, inside):
-    """Begin to copy rows `row` [M] to shared memory [M, PAD_DIM]; zero where not `inside` and in the padding.
-
-    Here and in `write_rows`, `row` lies as the rows of a layout for copies, 16 bytes a thread.
-    """
-    LAYOUT: gl.constexpr = row.type.layout.parent
-    at, column = row_tile(ptr, row, stride, LAYOUT)
-    async_load(to, at, mask=inside[:, None] & column)
+def row_tile_rest(ptr, row, stride, LAYOUT: gl.constexpr):
+    """The rest of rows `row` [M] of a matrix [*, HEAD_DIM]: addresses [M, WIDTH_REST] in a layout, and which columns exist."""
+    dim = WIDTH + gl.arange(0, WIDTH_REST, layout=gl.SliceLayout(0, LAYOUT))[None, :]
+    begin = gl.multiple_of(row.to(gl.int64) * stride, [ROW_UNIT])
+    return ptr + begin[:, None] + dim, dim < HEAD_DIM
 
 
 @gluon.jit
-def write_rows(ptr, row, inside, tile):
-    """Write a tile [M, PAD_DIM] of products to rows `row` [M] of a matrix [*, HEAD_DIM], where `inside`.
+def rows_of_rest(row):
+    """Numbers of rows that lie as their first columns are copied, as their rest is: within a warp."""
+    LAYOUT: gl.constexpr = COPIED_REST
+    return gl.convert_layout(row, gl.SliceLayout(1, LAYOUT))
+
+
+@gluon.jit
+def copy_rows(to, to_rest, ptr, row, stride, inside):
+    """Begin to copy rows `row` [M] to shared memory [M, WIDTH] and [M, WIDTH_REST]; zero where not `inside` and in the padding.
+
+    Here and in `write_rows`, `row` lies as the rows of a layout for copies, 16 bytes a thread.
+    """
+    row_rest = rows_of_rest(gl.where(inside, row, -1))
+    inside_rest = row_rest >= 0
+    LAYOUT: gl.constexpr = row.type.layout.parent
+    at, _ = row_tile(ptr, row, stride, LAYOUT)
+    async_load(to, at, mask=inside[:, None])
+    LAYOUT_REST: gl.constexpr = row_rest.type.layout.parent
+    at, _ = row_tile_rest(ptr, row_rest, stride, LAYOUT_REST)
+    async_load(to_rest, at, mask=inside_rest[:, None])
+
+
+@gluon.jit
+def write_rows(ptr, row, inside, tile, tile_rest):
+    """Write a tile [M, WIDTH] and one [M, WIDTH_REST] of products to rows `row` [M] of a matrix [*, HEAD_DIM], where `inside`.
 
     By way of shared memory: as products lie, a thread would write 4 bytes at a time.
     """
+    row_rest = rows_of_rest(gl.where(inside, row, -1))
+    inside_rest = row_rest >= 0
     LAYOUT: gl.constexpr = row.type.layout.parent
     at, column = row_tile(ptr, row, HEAD_DIM, LAYOUT)
     tile = gl.convert_layout(tile.to(ptr.dtype.element_ty), LAYOUT)
     gl.store(at, tile, mask=inside[:, None] & column)
+    LAYOUT_REST: gl.constexpr = row_rest.type.layout.parent
+    at, column = row_tile_rest(ptr, row_rest, HEAD_DIM, LAYOUT_REST)
+    tile_rest = gl.convert_layout(tile_rest.to(ptr.dtype.element_ty), LAYOUT_REST)
+    gl.store(at, tile_rest, mask=inside_rest[:, None] & column)
 
 
 @gluon.jit
 def copy_queries(
     q_ptr, stride_qn, grad_o_ptr, stride_gn, peak_ptr, delta_ptr, start, end,
-    q_to, grad_o_to, peak_to, delta_to, BLOCK_M: gl.constexpr, LAYOUT: gl.constexpr,
+    q_to, q_to_rest, grad_o_to, grad_o_to_rest, peak_to, delta_to, BLOCK_M: gl.constexpr, LAYOUT: gl.constexpr,
 ):
     """Begin to copy BLOCK_M queries of one head from `start` on, with what belongs to them; zeros beyond `end`."""
     row = start + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, LAYOUT))
-    copy_rows(q_to, q_ptr, row, stride_qn, row < end)
-    copy_rows(grad_o_to, grad_o_ptr, row, stride_gn, row < end)
+    copy_rows(q_to, q_to_rest, q_ptr, row, stride_qn, row < end)
+    copy_rows(grad_o_to, grad_o_to_rest, grad_o_ptr, row, stride_gn, row < end)
     number = start + gl.arange(0, BLOCK_M, layout=gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
     async_load(peak_to, peak_ptr + number, mask=number < end)
     async_load(delta_to, delta_ptr + number, mask=number < end)
@@ -1749,7 +1787,7 @@ def copy_queries(
 
 @gluon.jit
 def grad_run_hopper(
-    q_ptr, stride_qn, grad_o_ptr, stride_gn, peak_ptr, delta_ptr, begin, end, k, v, bias, scale,
+    q_ptr, stride_qn, grad_o_ptr, stride_gn, peak_ptr, delta_ptr, begin, end, k, k_rest, v, v_rest, bias, scale,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
 ):
     """dk, dv of a tile of keys, k and v [N, D] as COPIED, from the queries begin..end of one head: `grad_run`.
@@ -1760,53 +1798,65 @@ def grad_run_hopper(
     """
     LOGITS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])  # [N, M]
     COLUMNS: gl.constexpr = gl.SliceLayout(0, LOGITS)
-    RING: gl.constexpr = STAGES if PAD_DIM == 64 else 2  # wide rows leave no room for three
+    RING: gl.constexpr = STAGES
     dtype: gl.constexpr = k.dtype
-    q_tiles = gl.allocate_shared_memory(dtype, [RING, BLOCK_M, PAD_DIM], SHARED)
-    grad_o_tiles = gl.allocate_shared_memory(dtype, [RING, BLOCK_M, PAD_DIM], SHARED)
+    q_tiles = gl.allocate_shared_memory(dtype, [RING, BLOCK_M, WIDTH], SHARED)
+    grad_o_tiles = gl.allocate_shared_memory(dtype, [RING, BLOCK_M, WIDTH], SHARED)
+    q_tiles_rest = gl.allocate_shared_memory(dtype, [RING, BLOCK_M, WIDTH_REST], SHARED_REST)
+    grad_o_tiles_rest = gl.allocate_shared_memory(dtype, [RING, BLOCK_M, WIDTH_REST], SHARED_REST)
     peaks = gl.allocate_shared_memory(gl.float32, [RING, BLOCK_M], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     deltas = gl.allocate_shared_memory(gl.float32, [RING, BLOCK_M], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     zeros = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, layout=LOGITS)
-    grad_k = hopper.warpgroup_mma_init(gl.zeros([BLOCK_N, PAD_DIM], gl.float32, layout=PRODUCT))
-    grad_v = hopper.warpgroup_mma_init(gl.zeros([BLOCK_N, PAD_DIM], gl.float32, layout=PRODUCT))
+    grad_k = hopper.warpgroup_mma_init(gl.zeros([BLOCK_N, WIDTH], gl.float32, layout=PRODUCT))
+    grad_v = hopper.warpgroup_mma_init(gl.zeros([BLOCK_N, WIDTH], gl.float32, layout=PRODUCT))
+    grad_k_rest = hopper.warpgroup_mma_init(gl.zeros([BLOCK_N, WIDTH_REST], gl.float32, layout=PRODUCT_REST))
+    grad_v_rest = hopper.warpgroup_mma_init(gl.zeros([BLOCK_N, WIDTH_REST], gl.float32, layout=PRODUCT_REST))
     place = gl.arange(0, BLOCK_M, layout=COLUMNS)
     stage = 0
     start = begin
     copy_queries(
         q_ptr, stride_qn, grad_o_ptr, stride_gn, peak_ptr, delta_ptr, start, end,
-        q_tiles.index(0), grad_o_tiles.index(0), peaks.index(0), deltas.index(0), BLOCK_M, COPIED,
+        q_tiles.index(0), q_tiles_rest.index(0), grad_o_tiles.index(0), grad_o_tiles_rest.index(0), peaks.index(0), deltas.index(0), BLOCK_M, COPIED,
     )
     hopper.async_copy.commit_group()
-    k = gl.allocate_shared_memory(dtype, [BLOCK_N, PAD_DIM], SHARED, k)
-    v = gl.allocate_shared_memory(dtype, [BLOCK_N, PAD_DIM], SHARED, v)
+    k = gl.allocate_shared_memory(dtype, [BLOCK_N, WIDTH], SHARED, k)
+    v = gl.allocate_shared_memory(dtype, [BLOCK_N, WIDTH], SHARED, v)
+    k_rest = gl.allocate_shared_memory(dtype, [BLOCK_N, WIDTH_REST], SHARED_REST, k_rest)
+    v_rest = gl.allocate_shared_memory(dtype, [BLOCK_N, WIDTH_REST], SHARED_REST, v_rest)
     bias = gl.convert_layout(bias, gl.SliceLayout(1, LOGITS))
     for start in range(begin, end, BLOCK_M):
         if RING == 2:
-            grad_k, grad_v = hopper.warpgroup_mma_wait(0, deps=[grad_k, grad_v])
+            grad_k, grad_k_rest, grad_v, grad_v_rest = hopper.warpgroup_mma_wait(0, deps=[grad_k, grad_k_rest, grad_v, grad_v_rest])
         hopper.async_copy.wait_group(0)
         hopper.fence_async_shared()
         ahead = gl.where(stage == RING - 1, 0, stage + 1)
         copy_queries(
             q_ptr, stride_qn, grad_o_ptr, stride_gn, peak_ptr, delta_ptr, start + BLOCK_M, end,
-            q_tiles.index(ahead), grad_o_tiles.index(ahead), peaks.index(ahead), deltas.index(ahead), BLOCK_M, COPIED,
+            q_tiles.index(ahead), q_tiles_rest.index(ahead), grad_o_tiles.index(ahead), grad_o_tiles_rest.index(ahead), peaks.index(ahead), deltas.index(ahead), BLOCK_M, COPIED,
         )
         hopper.async_copy.commit_group()
         q = q_tiles.index(stage)
         grad_o = grad_o_tiles.index(stage)
+        q_rest = q_tiles_rest.index(stage)
+        grad_o_rest = grad_o_tiles_rest.index(stage)
         products = hopper.warpgroup_mma(k, q.permute((1, 0)), zeros, use_acc=False, is_async=True)
+        products = hopper.warpgroup_mma(k_rest, q_rest.permute((1, 0)), products, is_async=True)
         dp = hopper.warpgroup_mma(v, grad_o.permute((1, 0)), zeros, use_acc=False, is_async=True)
+        dp = hopper.warpgroup_mma(v_rest, grad_o_rest.permute((1, 0)), dp, is_async=True)
         peak = gl.where(start + place < end, peaks.index(stage).load(COLUMNS), float("inf"))  # so that p = 0 beyond
         delta = deltas.index(stage).load(COLUMNS)
-        products = hopper.warpgroup_mma_wait(1, deps=[products])
+        products = hopper.warpgroup_mma_wait(2, deps=[products])
         p = gl.exp2(products * (scale * LOG2E) + bias[:, None] - peak[None, :])
         grad_v = hopper.warpgroup_mma(gl.convert_layout(p.to(dtype), LEFT), grad_o, grad_v, is_async=True)
-        dp = hopper.warpgroup_mma_wait(1, deps=[dp])
+        grad_v_rest = hopper.warpgroup_mma(gl.convert_layout(p.to(dtype), LEFT_REST), grad_o_rest, grad_v_rest, is_async=True)
+        dp = hopper.warpgroup_mma_wait(2, deps=[dp])
         grad_logits = (p * (dp - delta[None, :])).to(dtype)
         grad_k = hopper.warpgroup_mma(gl.convert_layout(grad_logits, LEFT), q, grad_k, is_async=True)
+        grad_k_rest = hopper.warpgroup_mma(gl.convert_layout(grad_logits, LEFT_REST), q_rest, grad_k_rest, is_async=True)
         stage = ahead
     hopper.async_copy.wait_group(0)
-    grad_k, grad_v = hopper.warpgroup_mma_wait(0, deps=[grad_k, grad_v])
-    return grad_k * scale, grad_v
+    grad_k, grad_k_rest, grad_v, grad_v_rest = hopper.warpgroup_mma_wait(0, deps=[grad_k, grad_k_rest, grad_v, grad_v_rest])
+    return grad_k * scale, grad_k_rest * scale, grad_v, grad_v_rest
 
 
 @gluon.jit(do_not_specialize=UNSPECIALISED)
@@ -1830,16 +1880,22 @@ def grad_kv_global_hopper_kernel(
     inside = (key < g_tokens)[:, None] & column
     k = gl.load(k_at, mask=inside, other=0.0)
     v = gl.load(v_at, mask=inside, other=0.0)
+    key_rest = rows_of_rest(gl.where((key < g_tokens), key, -1))
+    k_at, column = row_tile_rest(of_head(k_global_ptr, kv_head, g_tokens, HEAD_DIM), key_rest, HEAD_DIM, COPIED_REST)
+    v_at, _ = row_tile_rest(of_head(v_global_ptr, kv_head, g_tokens, HEAD_DIM), key_rest, HEAD_DIM, COPIED_REST)
+    inside = (key_rest >= 0)[:, None] & column
+    k_rest = gl.load(k_at, mask=inside, other=0.0)
+    v_rest = gl.load(v_at, mask=inside, other=0.0)
     bias = gl.where(exists, 0.0, float("-inf"))
     begin = split * rows_global
-    grad_k, grad_v = grad_run_hopper(
+    grad_k, grad_k_rest, grad_v, grad_v_rest = grad_run_hopper(
         head_base(q_ptr, head, stride_qb, stride_qh, heads_per_batch), stride_qn,
         head_base(grad_o_ptr, head, stride_gb, stride_gh, heads_per_batch), stride_gn,
-        of_saved(peak_ptr, head, saved_step), of_head(delta_ptr, head, m_tokens, 1), begin, gl.minimum(begin + rows_global, m_tokens), k, v, bias, scale, BLOCK_M, BLOCK_N,
+        of_saved(peak_ptr, head, saved_step), of_head(delta_ptr, head, m_tokens, 1), begin, gl.minimum(begin + rows_global, m_tokens), k, k_rest, v, v_rest, bias, scale, BLOCK_M, BLOCK_N,
     )
     to = head * splits_global + split
-    write_rows(of_head(partial_grad_k_global_ptr, to, g_tokens, HEAD_DIM), key, key < g_tokens, grad_k)
-    write_rows(of_head(partial_grad_v_global_ptr, to, g_tokens, HEAD_DIM), key, key < g_tokens, grad_v)
+    write_rows(of_head(partial_grad_k_global_ptr, to, g_tokens, HEAD_DIM), key, key < g_tokens, grad_k, grad_k_rest)
+    write_rows(of_head(partial_grad_v_global_ptr, to, g_tokens, HEAD_DIM), key, key < g_tokens, grad_v, grad_v_rest)
 
 
 @gluon.jit(do_not_specialize=UNSPECIALISED)
@@ -1869,18 +1925,24 @@ def grad_kv_l2_hopper_kernel(
     inside = exists[:, None] & column
     k = gl.load(k_at, mask=inside, other=0.0)
     v = gl.load(v_at, mask=inside, other=0.0)
+    key_rest = rows_of_rest(gl.where(exists, key, -1))
+    k_at, column = row_tile_rest(of_saved(k_l2_ptr, kv_head, saved_step), key_rest, HEAD_DIM, COPIED_REST)
+    v_at, _ = row_tile_rest(of_saved(v_l2_ptr, kv_head, saved_step), key_rest, HEAD_DIM, COPIED_REST)
+    inside = (key_rest >= 0)[:, None] & column
+    k_rest = gl.load(k_at, mask=inside, other=0.0)
+    v_rest = gl.load(v_at, mask=inside, other=0.0)
     key = gl.convert_layout(key, gl.SliceLayout(1, PRODUCT))  # as rows of products lie
     exists = (key >= 0) & (key < n_l2)
     covered = gl.where(exists, gl.minimum(n_tokens - key * SPAN_2, SPAN_2), 1).to(gl.float32)
     bias = gl.where(exists, gl.log2(covered), float("-inf"))
-    grad_k, grad_v = grad_run_hopper(
+    grad_k, grad_k_rest, grad_v, grad_v_rest = grad_run_hopper(
         head_base(q_ptr, head, stride_qb, stride_qh, heads_per_batch), stride_qn,
         head_base(grad_o_ptr, head, stride_gb, stride_gh, heads_per_batch), stride_gn,
-        of_saved(peak_ptr, head, saved_step), of_head(delta_ptr, head, m_tokens, 1), begin, end, k, v, bias, scale, BLOCK_M, BLOCK_N,
+        of_saved(peak_ptr, head, saved_step), of_head(delta_ptr, head, m_tokens, 1), begin, end, k, k_rest, v, v_rest, bias, scale, BLOCK_M, BLOCK_N,
     )
     place += first
-    write_rows(of_head(partial_grad_k_l2_ptr, to, n_keys, HEAD_DIM), place, place < n_keys, grad_k / covered[:, None])
-    write_rows(of_head(partial_grad_v_l2_ptr, to, n_keys, HEAD_DIM), place, place < n_keys, grad_v / covered[:, None])
+    write_rows(of_head(partial_grad_k_l2_ptr, to, n_keys, HEAD_DIM), place, place < n_keys, grad_k / covered[:, None], grad_k_rest / gl.convert_layout(covered, gl.SliceLayout(1, PRODUCT_REST))[:, None])
+    write_rows(of_head(partial_grad_v_l2_ptr, to, n_keys, HEAD_DIM), place, place < n_keys, grad_v / covered[:, None], grad_v_rest / gl.convert_layout(covered, gl.SliceLayout(1, PRODUCT_REST))[:, None])
 
 
 # ---- launches --------------------------------------------------------------------------------------------------------

@@ -75,16 +75,23 @@ GLUON: dict[str, tuple[Spec, tuple[int, ...]]] = {
     "gaps_l3": (spec("gluon_gaps_l3", 64, (16, 9), (4, 8), (4, 1)), (3 * 256, 3 * 256 + 33)),
     "short_lists": (spec("gluon_short", 64, (16, 8), (16, 3)), (4096, 4000)),
     "half_a_tile": (spec("gluon_half", 64, (16, 8), (16, 6)), (4096, 4081)),
-    # rows of 256 bytes, of which heads of 72 and 120 leave some empty
+    # rows of 256 bytes, of which a head of 120 leaves some empty
     "d128": (spec("gluon_d128", 128, (16, 8), (16, 8)), (2048, 1024, 65 * 256, 1, 300, 2047, 65 * 256 + 17)),
     "d128_l1": (spec("gluon_d128_l1", 128, (16, 3)), (80, 1136, 1009, 17)),
     "d128_l3": (spec("gluon_d128_l3", 128, (16, 8), (4, 16), (4, 16)), (20 * 256, 20 * 256 - 100)),
-    "d72": (spec("gluon_d72", 72, (16, 8), (16, 8)), (2048, 1024, 2047, 300)),
+    # and of which heads of 72 to 96 come in two tiles, of 64 columns and of 16 or 32
+    "d72": (spec("gluon_d72", 72, (16, 8), (16, 8)), (2048, 1024, 65 * 256, 2047, 300)),
+    "d72_l1": (spec("gluon_d72_l1", 72, (16, 3), reweight=False), (80, 1136, 1009, 1, 17)),
+    "d80_l3": (spec("gluon_d80_l3", 80, (16, 8), (4, 16), (4, 16)), (20 * 256, 20 * 256 - 100)),
+    "d88_gaps": (spec("gluon_d88", 88, (16, 9), (4, 8), (4, 1)), (3 * 256, 3 * 256 + 33)),
+    "d96": (spec("gluon_d96", 96, (16, 8), (16, 8)), (2048, 1024, 65 * 256, 1, 300, 2047)),
     "d120_gaps": (spec("gluon_d120", 120, (16, 9), (4, 8), (4, 1)), (3 * 256, 3 * 256 + 33)),
     # wide blocks: all 64 queries of a program see the same tokens
     "wide": (spec("gluon_wide", 128, (64, 5), enrich="none"), (64 * 21, 64 * 21 + 17, 1, 64, 63)),
     "wide_128": (spec("gluon_wide_128", 128, (128, 3), enrich="none"), (128 * 9, 128 * 9 + 70, 128 * 9 + 1, 100)),
     "wide_many": (spec("gluon_wide_many", 72, (64, 65), (4, 40), enrich="none"), (64 * 150, 64 * 150 + 33)),
+    "wide_72": (spec("gluon_wide_72", 72, (64, 4), (64, 3)), (64 * 64 * 2, 64 * 64 * 2 + 1, 64 * 64 - 77, 1)),
+    "wide_96": (spec("gluon_wide_96", 96, (128, 3)), (128 * 65, 128 * 9 + 70)),
     "wide_l1": (spec("gluon_wide_l1", 128, (192, 3)), (192 * 70, 192 * 10 + 191)),
     "wide_l2": (spec("gluon_wide_l2", 128, (64, 4), (64, 3)), (64 * 64 * 5, 64 * 64 * 5 + 1, 64 * 64 * 3 - 77)),
     "wide_short": (spec("gluon_wide_short", 128, (64, 9), (4, 2), reweight=False), (64 * 40, 64 * 40 + 100)),
@@ -93,7 +100,7 @@ GLUON: dict[str, tuple[Spec, tuple[int, ...]]] = {
 """Specs whose attention is in Gluon on an H100, and lengths; where lists can fill tiles, the first needs no mask."""
 
 _LENGTHS = (("l1_40", 0), ("l1_40", 1), ("l2_32", 0), ("l2_32", 1), ("l3", 0), ("l3", 1), ("gaps_l3", 0), ("l4", 0))
-_LENGTHS += ("d128_l3", 1), ("wide_128", 0), ("wide_l2", 1)
+_LENGTHS += ("d128_l3", 1), ("wide_128", 0), ("wide_l2", 1), ("d72", 0), ("d72", 1), ("d96", 1)
 GLUON_COMPILED = [(name, more, dtype) for name, more in _LENGTHS for dtype in ("bfloat16", "float16")]
 """Which of them are compiled: tokens beyond the first of their lengths, and dtype."""
 

@@ -25,7 +25,7 @@ from llsa_gen.errors import TemplateError
 from llsa_gen.plan import Plan
 from llsa_gen.plan.cost import Cost
 from llsa_gen.plan.sizes import CACHED, FILLING
-from llsa_gen.schedule import PARTIAL_LEVELS, Schedules, list_length, pad
+from llsa_gen.schedule import PARTIAL_LEVELS, Schedules, columns_of, list_length, pad, take_turns
 from llsa_gen.schedule.table import GLUON
 
 ROOT = Path(__file__).parents[1]
@@ -88,6 +88,8 @@ def render(plan: Plan, schedules: Schedules) -> str:
                 unspecialised=signature.unspecialised(plan),
                 spec_literal=spec_literal(plan.spec),
                 pad_dim=pad(plan.head_dim),
+                columns=columns_of(plan.head_dim),
+                take_turns=take_turns(plan.head_dim),
                 schedules=schedules_literal(schedules),
                 gluon=stages_in_gluon(schedules),
                 filling=FILLING,

@@ -5,7 +5,8 @@ each as are in flight, and what has to change threads on its way from one produc
 depends on the matrix units. That the bound holds is found out by compiling (`tests/schedule/test_schedule_memory.py`);
 where it is not tight, it is because a smaller one does not hold for every version of Triton, target and head dim.
 
-Kernels in Gluon are not counted: their tiles are fixed, 64 rows of 128 bytes, and far from any limit.
+Kernels in Gluon are not counted: their tiles are fixed, 64 rows of 128 to 256 bytes (`llsa_gen.schedule.columns`), and
+far from any limit.
 """
 
 from collections.abc import Mapping

@@ -14,6 +14,7 @@ from typing import Any
 
 from llsa_gen.plan import Plan
 from llsa_gen.runtime.backend import in_triton
+from llsa_gen.schedule.columns import kept_columns, take_turns
 from llsa_gen.schedule.fit import LIST_LENGTHS, fitted, handed_to_gluon, misfit, settled
 from llsa_gen.schedule.memory import WGMMA
 from llsa_gen.schedule.table import TRITON, Target, facts_of, pad, stage_kind, targets
@@ -191,9 +192,7 @@ def _walk(plan: Plan, goal: Target, element: int, stage: str) -> Entry:
             full = plan.lists_fill and all(plan.topk(up) * plan.block(up) % 64 == 0 for up in plan.levels[1:])
             every_level = plan.enriched == tuple(plan.levels) and (full or plan.top <= PARTIAL_LEVELS)
             if families and every_level and _in_gluon(plan, goal, element):
-                # programs on a multiprocessor: four or three; of wide rows two
-                registers = 255 if width > 64 else 128 if attend else 168
-                entry = handed_to_gluon(entry, registers)
+                entry = handed_to_gluon(entry, _registers(plan, attend))
     elif rows < 64:
         entry = {"BLOCK_M": rows, "BLOCK_N": 32, "num_warps": rows // 16 if width <= 64 else rows // 8, "num_stages": 2}
         entry |= _capped(goal, 128) if width <= 64 and element == 2 else {}
@@ -201,7 +200,7 @@ def _walk(plan: Plan, goal: Target, element: int, stage: str) -> Entry:
         entry = {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3 if width <= 64 else 2}
         every_level = plan.enriched in (tuple(plan.levels), ()) and plan.top <= PARTIAL_LEVELS
         if width == 128 and plan.wide and every_level and _in_gluon(plan, goal, element):
-            entry = handed_to_gluon(entry, 255)
+            entry = handed_to_gluon(entry, _registers(plan, attend))
         if attend and width <= 64 and element == 2:
             # without wgmma it would take 177, and one program less would fit; without coarse keys it needs fewer
             entry |= _capped(goal, 168 if plan.enriched else 128)
@@ -279,8 +278,9 @@ def _grad_listed(plan: Plan, goal: Target, element: int, level: int) -> Entry:
         entry |= {"num_warps": 4 if level else 1, "num_stages": 3 if width <= 64 else 2}
         entry |= _capped(goal, 168 if width == 64 else 128) if width <= 64 else {}
         if level == 0 and plan.block(1) == 16 and _in_gluon(plan, goal, element):
-            # programs on a multiprocessor: twelve; of wide rows eight
-            return handed_to_gluon(entry, 168 if width <= 64 else 255)
+            # programs on a multiprocessor: twelve; of wider rows ten or eight
+            kept = kept_columns(plan.head_dim)
+            return handed_to_gluon(entry, 168 if kept <= 80 else 200 if kept <= 96 else 255)
         return entry
     keys = min(children, 128 if width <= 64 else 64 if width == 128 else 32)
     rows = 128 if level and keys <= 64 and width <= 64 else 32
@@ -295,8 +295,15 @@ def _grad_listed(plan: Plan, goal: Target, element: int, level: int) -> Entry:
 
 
 def _in_gluon(plan: Plan, goal: Target, element: int) -> bool:
-    """Whether kernels in Gluon take rows of this kind: 128 bytes in shared memory or 256, copied 16 bytes at a time."""
+    """Whether kernels in Gluon take rows of this kind: 128 to 256 bytes in shared memory, copied 16 bytes at a time."""
     return goal.name in WGMMA and element == 2 and pad(plan.head_dim) in (64, 128) and plan.row_unit == 8
+
+
+def _registers(plan: Plan, attend: bool) -> int:
+    """The most of a thread of attention in Gluon: four programs on a multiprocessor, three, or of wide rows two."""
+    if not take_turns(plan.head_dim):
+        return 255
+    return 128 if attend and kept_columns(plan.head_dim) == 64 else 168
 
 
 def _capped(goal: Target, registers: int) -> Entry:

@@ -156,7 +156,9 @@ def test_sums_that_do_not_fit_are_found_and_left_to_a_second_kernel(monkeypatch:
 
 
 @pytest.mark.parametrize("n", [1, 17, 1021, 4001])
-@pytest.mark.parametrize(("head_dim", "enrich"), [(40, (2,)), (56, "none"), (48, "all")])
+@pytest.mark.parametrize(
+    ("head_dim", "enrich"), [(40, (2,)), (56, "none"), (48, "all"), (72, "none"), (80, (2,)), (88, "all"), (96, (2,))]
+)
 def test_gradients_of_tokens_in_gluon(head_dim: int, enrich: Any, n: int) -> None:
     # padded heads, a share from level 2, none, or from level 1; loose ends, and lists that are cut
     chosen = make_spec("tokens", head_dim, (16, 4), (16, 3), enrich=enrich)
@@ -198,7 +200,7 @@ def test_given_lists(name: str, dtype: fuzz.DType) -> None:
         fuzz.run(fuzz.Case(spec, n=n, heads=2, dtype=dtype, kept=kept, seed=n, device=DEVICE)).raise_if_failed()
 
 
-@pytest.mark.parametrize("name", ["l1_40", "l2", "l3", "l4"])
+@pytest.mark.parametrize("name", ["l1_40", "l2", "l3", "l4", "d72", "d96"])
 def test_gaps_in_some_lists_change_no_bit_for_other_queries(name: str) -> None:
     # who shares a program with them walks as they do, with masks, and all others without
     spec, (n, *_) = GLUON[name]
@@ -235,7 +237,7 @@ def test_a_global_token_that_outweighs_all_others(name: str, dtype: fuzz.DType) 
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-@pytest.mark.parametrize("name", ["l2", "d128", "wide_128", "wide_l1"])
+@pytest.mark.parametrize("name", ["l2", "d72", "d96", "d128", "wide_128", "wide_l1", "wide_72"])
 def test_global_tokens_where_many_sums_are_recomputed(name: str, dtype: fuzz.DType) -> None:
     # one program of the recompute kernel takes several groups of queries, of heads beyond the first too
     case = fuzz.Case(GLUON[name][0], n=4096, heads=3, dtype=dtype, std=8.0, global_tokens=70, device=DEVICE)
@@ -312,7 +314,7 @@ def test_a_single_row_that_begins_anywhere() -> None:
     fuzz.run(fuzz.Case(spec, n=1, layouts=layouts, dtype="bfloat16", device=DEVICE)).raise_if_failed()
 
 
-@pytest.mark.parametrize("head_dim", [40, 72, 88, 12])
+@pytest.mark.parametrize("head_dim", [40, 72, 80, 88, 96, 12])
 def test_rows_of_an_odd_number_of_vectors(head_dim: int) -> None:
     spec = shipped("llsa_l2").model_copy(update={"head_dim": head_dim})
     for n in (1021, 4096):  # heads begin at odd multiples of 16 bytes, or at even ones
