@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 GENERATORS = (
     "plan/sizes.py", "plan/levels.py", "plan/buffers.py", "plan/plan.py", "plan/cost.py",
-    "schedule/table.py", "schedule/memory.py", "schedule/fit.py", "schedule/rules.py",
+    "schedule/table.py", "schedule/columns.py", "schedule/memory.py", "schedule/fit.py", "schedule/rules.py",
     "emit/networks.py", "emit/literals.py", "emit/printers.py", "emit/signature.py", "emit/module.py",
 )  # fmt: skip
 """Modules of this package that decide what is emitted."""
