@@ -5,17 +5,15 @@ so, and the mutation has to be moved along with the code. The cases are few and 
 pass all of them.
 """
 
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
+import mutating
 import pytest
 
 from examples import spec
-from llsa_gen import emit, fuzz, runtime
-from llsa_gen.emit import module as emission
+from llsa_gen import fuzz, runtime
 from llsa_gen.errors import CheckFailed
 from llsa_gen.fuzz import search
 
@@ -407,30 +405,9 @@ TORCH = (
 )
 
 
-@contextmanager
-def templates(folder: Path) -> Iterator[None]:
-    """Emit from the templates in `folder`."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(emission, "TEMPLATES", folder)
-        patch.setattr(runtime, "FOLDER", folder / "runtime")
-        emit.environment.cache_clear()
-        yield
-    emit.environment.cache_clear()
-
-
-@contextmanager
-def broken(fault: Mutation, folder: Path) -> Iterator[None]:
+def broken(fault: Mutation, folder: Path) -> AbstractContextManager[None]:
     """Emit from a copy of the templates, in `folder`, with a fault in it."""
-    shutil.copytree(emit.TEMPLATES, folder)
-    shutil.copytree(runtime.FOLDER, folder / "runtime")
-    (file,) = (path for path in folder.rglob(fault.template) if path.parent.name in FOLDERS)
-    text = file.read_text()
-    for old, new in fault.changes:
-        assert old in text, f"{fault.template} no longer holds {old!r}: break it in another way"
-        text = text.replace(old, new)
-    file.write_text(text)
-    with templates(folder):
-        yield
+    return mutating.broken(fault.template, fault.changes, folder, FOLDERS)
 
 
 def by_name(fault: Mutation) -> str:
