@@ -6,7 +6,7 @@ BIN := .venv/bin
 READY := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-versions demo test test-interpret test-main test-versions versions test-gpu lint format golden budgets wheel clean
+.PHONY: help install install-versions demo test test-interpret test-main test-versions versions test-gpu emulate lint format golden budgets wheel clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
@@ -45,6 +45,9 @@ versions: $(READY)  ## every triton from 3.6 and the table of benchmarks/triton_
 
 test-gpu: $(READY)  ## the tests for a CUDA or ROCm GPU
 	$(BIN)/pytest -m gpu
+
+emulate: $(READY)  ## more kernels in Gluon in the emulator of PTX, as for an H100: some minutes, not in CI
+	$(BIN)/python tests/emulate.py
 
 lint: $(READY)  ## ruff and pyright
 	$(BIN)/ruff check

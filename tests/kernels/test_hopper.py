@@ -1,6 +1,6 @@
 """The kernels in Gluon, without a GPU: where they are launched, and that they compile.
 
-Whether they are right can only be seen on an H100: test_gpu.py.
+What they compute is held against the reference in an emulator, test_emulated.py, and on an H100, test_gpu.py.
 """
 
 import hashlib

@@ -1,6 +1,6 @@
 """Loose ends of walks in Gluon, without a GPU: where tiles have them, and what their keys weigh.
 
-Functions of a module compute in NumPy here. Whether kernels use them rightly can only be seen on an H100: test_gpu.py.
+Functions of a module compute in NumPy here. Whether kernels use them rightly shows in test_emulated.py and test_gpu.py.
 """
 
 import random
