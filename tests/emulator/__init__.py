@@ -7,5 +7,6 @@ threads meet there. `passes` runs forward and backward over the tensors of a `fu
 kernels in Triton do.
 
 Whatever may be late is as late as can be: a copy arrives, and a product is there, when a wait says so and not before.
-A wait that is too lax is so found by what comes out, and by the check that nobody touches what is on its way.
+A wait that is too lax is so found by what comes out, and by the check that nobody touches what is on its way. Registers
+of products that have not been waited for are not to be touched either, and others need a `wgmma.fence` before them.
 """

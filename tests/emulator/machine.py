@@ -55,6 +55,9 @@ class Machine:
         self.program = np.zeros(places, np.int64)
         self.everyone = np.ones(len(self.lane), np.bool_)
         """The mask of all threads that have not ended, while they are at one place."""
+        used = transfers.registers_of_products(kernel)
+        self._fresh = [transfers.written(one) & used for one in kernel.instructions]
+        """What each instruction writes that products use."""
         self._names = [{*re.findall(r"%\w+", str(one))} for one in kernel.instructions]
         self._steps = [self._guarded(one) for one in kernel.instructions]
 
@@ -68,6 +71,8 @@ class Machine:
         """Registers that products on their way will write, and of which programs."""
         self.lent: dict[str, Array] = {}
         """Registers that they read."""
+        self.unfenced: dict[str, Array] = {}
+        """Registers that were written since the last `wgmma.fence`, and of which programs."""
         self.alive = self.place < count
         at = np.zeros(len(self.lane), np.int64)
         end = len(self._steps)
@@ -86,6 +91,8 @@ class Machine:
                     taken = self._branch(one, active) if one.parts[0] in ("bra", "ret") else None
                     if taken is None:
                         self._steps[now](active)
+                    for name in self._fresh[now]:
+                        self.unfenced[name] = self.unfenced.get(name, False) | transfers.places_of(self, active)
                 except (EmulatorError, ArithmeticError, LookupError, ValueError, TypeError) as error:
                     raise self._told(error, one, active) from error
                 now += 1
@@ -240,8 +247,7 @@ class Machine:
         names = self._names[one.at]
         if one.parts[:2] == ("wgmma", "mma_async"):
             names = names - {*ptx.names(one.operands[0])}
-        writes = one.operands and one.parts[0] not in ("st", "stmatrix", "cp")
-        written = {*ptx.names(one.operands[0])} if writes else set()
+        written = transfers.written(one)
         for table, touched, verb in (self.held, names, "touched"), (self.lent, written, "written"):
             for name in touched & table.keys():
                 if table[name][self.place[active]].any():

@@ -45,6 +45,23 @@ def unit(kernel: Kernel) -> int:
     return min(widths)
 
 
+def written(one: Instruction) -> set[str]:
+    """The registers that an instruction writes; of products, which do so later, none."""
+    reads = one.parts[0] in ("st", "stmatrix", "cp", "bra", "ret", "bar", "fence", "wgmma") or not one.operands
+    return set() if reads else {*ptx.names(one.operands[0])}
+
+
+def registers_of_products(kernel: Kernel) -> set[str]:
+    """Those that products of warp groups sum up in, or take from."""
+    groups = (one.operands[:2] for one in kernel.instructions if one.parts[:2] == ("wgmma", "mma_async"))
+    return {name for operands in groups for operand in operands if "{" in operand for name in ptx.names(operand)}
+
+
+def places_of(machine: Machine, mask: Array) -> Array:
+    """The programs of which some thread is in a mask, as a mask of them."""
+    return np.asarray(mask.reshape(machine.places, -1).any(1))
+
+
 def step(machine: Machine, one: Instruction) -> Step | None:
     """What an instruction does; None for those that are not of this kind."""
     maker = _MAKERS.get(one.parts[0]) or _MAKERS.get(".".join(one.parts[:2]))
@@ -239,7 +256,7 @@ def _multiply(machine: Machine, one: Instruction) -> Step:
 def _group_multiply(machine: Machine, one: Instruction) -> Step:
     """`wgmma`: what it reads and writes, it does when it is waited for."""
     if one.parts[1] == "fence":
-        return lambda mask: None
+        return lambda mask: _order_registers(machine, _places(machine, mask))
     if one.parts[1] == "commit_group":
         return lambda mask: machine.products.commit(_places(machine, mask))
     if one.parts[1] == "wait_group":
@@ -253,7 +270,7 @@ def _group_multiply(machine: Machine, one: Instruction) -> Step:
     in_registers = first.startswith("{")
     if signs[:2] != ["1", "1"] or len(signs) != (3 if in_registers else 4):
         raise UnknownInstruction(f"{one.name} {signs}")
-    words = _words(machine, first) if in_registers else None
+    words, sources = (_words(machine, first), ptx.names(first)) if in_registers else (None, [])
     tile = machine.source(second if in_registers else first, np.uint64)
     other, added = machine.source(second, np.uint64), machine.source(onto, np.bool_)
 
@@ -269,20 +286,28 @@ def _group_multiply(machine: Machine, one: Instruction) -> Step:
         return found
 
     def begin(mask: Array) -> None:
-        places = np.flatnonzero(_places(machine, mask))
+        here = _places(machine, mask)
+        places = np.flatnonzero(here)
+        for name in (*to, *sources):
+            if (machine.unfenced.get(name, False) & here).any():
+                raise EmulatorError(f"{name} of a product was written with no wgmma.fence since")
         if words is None:
             left: Array | Descriptor = described(tile, places, 64, signs[-2] == "1")
         else:
             left = tensor_cores.left(words(np.flatnonzero(mask)), kind).reshape(-1, 64, 16)
         right = described(other, places, columns, signs[-1] == "1")
         use = np.broadcast_to(added(), mask.shape).reshape(machine.places, -1)[places, 0]
-        sources = ptx.names(first) if in_registers else []
-        machine.products.begin(Product(places, to, left, right, use, kind, sources), _places(machine, mask))
+        machine.products.begin(Product(places, to, left, right, use, kind, sources), here)
         for table, names in (machine.held, to), (machine.lent, sources):
             for name in names:
-                table[name] = table.get(name, False) | _places(machine, mask)
+                table[name] = table.get(name, False) | here
 
     return begin
+
+
+def _order_registers(machine: Machine, places: Array) -> None:
+    """What these programs have written to registers is there for products."""
+    machine.unfenced = {name: whose & ~places for name, whose in machine.unfenced.items() if (whose & ~places).any()}
 
 
 def _places(machine: Machine, mask: Array) -> Array:

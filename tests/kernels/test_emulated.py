@@ -83,10 +83,11 @@ def test_barriers_that_are_missing_are_found(kernel: str) -> None:
     assert "no barrier" in found(run, re.sub(barrier, ";", run.text))
 
 
+@pytest.mark.parametrize("fence", ["fence.proxy.async", "wgmma.fence"])
 @pytest.mark.parametrize("kernel", FOUR_WARPS)
-def test_a_fence_that_is_missing_is_found(kernel: str) -> None:
+def test_a_fence_that_is_missing_is_found(kernel: str, fence: str) -> None:
     run = runs("partial")[kernel]
-    assert "no fence.proxy.async" in found(run, re.sub(r"fence\.proxy\.async[^;]*;", ";", run.text))
+    assert f"no {fence}" in found(run, re.sub(rf"{re.escape(fence)}[^;]*;", ";", run.text))
 
 
 RESTS = "float16"
