@@ -1688,7 +1688,7 @@ def grad_kv_l0_kernel(
 
 
 # Layouts. In registers of four warps: rows that are copied, 16 bytes a thread; products of 64 rows (`warpgroup_mma`) with
-# a tile of PAD_DIM columns, and the left operand of one; in shared memory: rows as products read them, 128 bytes each.
+# a tile of WIDTH columns, and the left operand of one; in shared memory: rows as products read them, 128 bytes each.
 COPIED = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
 PRODUCT = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
 LEFT = gl.constexpr(gl.DotOperandLayout(0, PRODUCT.value, 2))

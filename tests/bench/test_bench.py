@@ -71,12 +71,6 @@ def nan(q, k, v):
 """
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_timing, "BUDGET_MS", 5.0)
-    monkeypatch.setattr(bench_timing, "CPU_CACHE_BYTES", 1 << 10)
-
-
 @pytest.fixture
 def baselines(place: Path) -> Iterator[str]:
     """A module in the working directory; its name."""

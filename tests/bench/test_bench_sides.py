@@ -64,12 +64,6 @@ number = 3
 """
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_timing, "BUDGET_MS", 5.0)
-    monkeypatch.setattr(bench_timing, "CPU_CACHE_BYTES", 1 << 10)
-
-
 @pytest.fixture
 def makers(place: Path) -> Iterator[str]:
     """Specs beside `tiny`, and a module in the working directory; its name."""
