@@ -19,6 +19,12 @@ from settings import Settings
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.torch_version import TorchVersion
+
+COMPILING: dict[str, Any] = {"triton.mix_order_reduction": False} if TorchVersion(torch.__version__) < (2, 15) else {}
+"""Options of torch.compile. Before torch 2.15, on a GPU, one of its fusions leaves the gradients of shifts and scales
+unwritten where a batch is one picture: https://github.com/pytorch/pytorch/issues/193061. The model learns all the same,
+and badly."""
 
 
 class Source(Protocol):
@@ -59,10 +65,10 @@ class Learner:
         self.averaged = AveragedModel(self.model, multi_avg_fn=self.average) if settings.ema else None
         run: nn.Module = self.model
         if settings.compile == "model":
-            run = cast(nn.Module, torch.compile(run))
+            run = cast(nn.Module, torch.compile(run, options=COMPILING))
         elif settings.compile == "blocks":
             for block in self.model.blocks:
-                block.compile()
+                block.compile(options=COMPILING)
         if process.ranks > 1:
             with warnings.catch_warnings(action="ignore", category=FutureWarning):  # of a name that 2.11 does not know
                 run = DistributedDataParallel(run, broadcast_buffers=False)

@@ -178,8 +178,8 @@ class PixelDiT(nn.Module):
         for block, one in zip(self.blocks, of_blocks, strict=True):
             run = partial(checkpoint, block, use_reentrant=False) if self.checkpointing else block
             x = run(x, one, self.cos, self.sin)
-        shift, scale = of_head[:, :, None].unbind(1)
-        return self.head(self.norm(x) * (1 + scale) + shift)[..., :COLOURS].float()
+        shift, scale = of_head.unbind(1)
+        return self.head(self.norm(x) * (1 + scale[:, None]) + shift[:, None])[..., :COLOURS].float()
 
     def velocity(self, pictures: Tensor, t: Tensor) -> Tensor:
         """The flow of pictures [B, 3, height, width], for sampling."""
