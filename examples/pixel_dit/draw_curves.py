@@ -62,12 +62,13 @@ def draw(runs: dict[str, Lines], out: Path) -> None:
 
 
 def draw_validation(experiments: dict[str, list[Lines]], out: Path) -> None:
-    """Validation by step of experiments with some runs each: the mean, and from the lowest to the highest run."""
+    """Validation by step of experiments with some runs each: the mean, and from the lowest to the highest run. What is
+    known before the first step is left out: it is 1, about, for all of them, and would press the rest flat."""
     pyplot = _pyplot()
     figure, panel = pyplot.subplots(figsize=(7, 4.5))
     for name, runs in experiments.items():
         found = [dict(zip(*series(lines, "validation", "step"), strict=True)) for lines in runs]
-        steps = sorted(set.intersection(*map(set, found)))
+        steps = sorted(step for step in set.intersection(*map(set, found)) if step)
         values = np.array([[one[step] for step in steps] for one in found])
         (line,) = panel.plot(steps, values.mean(0), marker=".", label=name)
         panel.fill_between(steps, values.min(0), values.max(0), alpha=0.2, color=line.get_color())
