@@ -24,9 +24,9 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.ge
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETING:
-    from interpreting import patch_once_a_launch
+    from interpreting import patch
 
-    patch_once_a_launch()
+    patch()
 
 
 def _has_gpu() -> bool:
