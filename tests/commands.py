@@ -5,7 +5,7 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +49,10 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     yield tmp_path
 
 
-def call(command: str, answer: str | None = None) -> Result:
-    """A command in this process."""
-    result = CliRunner().invoke(app, shlex.split(command), input=answer, prog_name="llsa-gen")
+def call(command: str | Sequence[str], answer: str | None = None) -> Result:
+    """A command in this process, as it is typed or in words."""
+    words = shlex.split(command) if isinstance(command, str) else command
+    result = CliRunner().invoke(app, words, input=answer, prog_name="llsa-gen")
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return Result(result.exit_code, result.stdout, result.stderr)

@@ -69,7 +69,7 @@ def once_a_name(whole: Any) -> Any:
 
 
 def once_a_shape(whole: Any) -> Any:
-    """A type of blocks checks its shape and prints it into a name. Here it has its `sizes`, too: its shape is a tuple of
+    """A type of blocks checks its shape and prints it into a name. Here it has its `sizes`, too: the shape is a tuple of
     Triton's own, which is slow to compare."""
     known: dict[tuple[Any, ...], dict[str, Any]] = {}
 

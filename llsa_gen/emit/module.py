@@ -11,7 +11,7 @@ import re
 import shlex
 import tokenize
 import traceback
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -32,6 +32,8 @@ ROOT = Path(__file__).parents[1]
 TEMPLATES = next(path for path in (ROOT / "templates", ROOT.parent / "templates") if path.is_dir())
 PLACEHOLDER = "\0" * 16
 """Stands for the hash; no spec can contain it, since its texts are escaped."""
+THE_SAME = "# ---- the same in every module from here on"
+"""How the line begins after which all modules are alike."""
 
 
 def generator_version() -> str:
@@ -118,12 +120,22 @@ def essence(text: str, plan: Plan) -> str:
     _, _, body = text.split('"""', 2)
     plain = plan.spec.model_copy(update={"description": ""})
     body = body.replace(spec_literal(plan.spec), spec_literal(plain)).replace(PLACEHOLDER, "")
-    lines = body.splitlines()
-    for token in tokenize.generate_tokens(io.StringIO(body).readline):
+    own, line, same = body.partition(THE_SAME)
+    return "\n".join([uncommented(own), uncommented_once(line + same)])
+
+
+def uncommented(text: str) -> str:
+    """A program's lines without comments, and none that is blank."""
+    lines = text.splitlines()
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
         if token.type == tokenize.COMMENT:
             row, column = token.start
             lines[row - 1] = lines[row - 1][:column]
     return "\n".join(line.rstrip() for line in lines if line.strip())
+
+
+uncommented_once = lru_cache(maxsize=2)(uncommented)
+"""For what all modules share, which is read once a process."""
 
 
 def place(error: Exception) -> tuple[str, int]:

@@ -19,7 +19,7 @@ Counted are the most keys that a query can see; `Cost.exact` says whether all qu
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import sympy
 
@@ -185,17 +185,21 @@ class Cost:
 
     def buffer_bytes(self, buffer: Buffer) -> sympy.Expr:
         """Bytes of a buffer."""
-        return (buffer.elements * BYTES[self.dtype_of(buffer)]).subs(self._decided)
+        return self._bytes[buffer.name]
 
     @cached_property
-    def _decided(self) -> list[tuple[sympy.Expr, sympy.Expr]]:
+    def _bytes(self) -> dict[str, sympy.Expr]:
+        """Of each buffer, by its name."""
+        bytes_of = {name: one.elements * BYTES[self.dtype_of(one)] for name, one in self.plan.buffers.items()}
+        return {name: replaced(size, self._decided) for name, size in bytes_of.items()}
+
+    @cached_property
+    def _decided(self) -> dict[sympy.Symbol, sympy.Expr]:
         """What the host code decides: into how many splits queries come, and the room for overflow parts."""
-        decided: list[tuple[sympy.Expr, sympy.Expr]] = [
-            (splits(level), self._splits(level)) for level in (GLOBAL, *self.plan.split)
-        ]
+        decided = {splits(level): self._splits(level) for level in (GLOBAL, *self.plan.split)}
         for level in self.plan.by_list:
             most = self.plan.overflow_parts(level).subs(tile("PART"), self.schedule[f"grad_kv_l{level}"]["PART"])
-            decided.append((parts(level), most))
+            decided[parts(level)] = most
         return decided
 
     def _splits(self, level: int | Literal["global"]) -> sympy.Expr:
@@ -243,6 +247,11 @@ class Cost:
         return Totals(self._pass(self.plan.forward), self._pass(self.plan.backward), saved)
 
 
+def replaced(expr: sympy.Expr, values: dict[sympy.Symbol, sympy.Expr]) -> sympy.Expr:
+    """An expression with values for symbols, all at once: a few times as fast as `subs`."""
+    return cast(sympy.Expr, sympy.sympify(expr).xreplace(values))
+
+
 def dense(head_dim: int, element: int = 2) -> Totals:
     """Dense flash attention: 4 N^2 D FLOPs forward, 10 N^2 D backward, and lse saved.
 
@@ -261,8 +270,8 @@ def dense(head_dim: int, element: int = 2) -> Totals:
 def evaluate(expr: sympy.Expr, n_tokens: int, heads: int = 1, m_tokens: int | None = None, g_tokens: int = 0) -> int:
     """The value of an expression of this module, an exact integer: N keys, B*H heads, M queries (N unless given), G."""
     queries = n_tokens if m_tokens is None else m_tokens
-    sizes = [(N, n_tokens), (M, queries), (POOLED_M, queries), (HEADS, heads), (KV_HEADS, heads), (G, g_tokens)]
-    value = sympy.sympify(expr).subs(sizes)
+    sizes = {N: n_tokens, M: queries, POOLED_M: queries, HEADS: heads, KV_HEADS: heads, G: g_tokens}
+    value = replaced(expr, {symbol: sympy.Integer(size) for symbol, size in sizes.items()})
     if not value.is_Integer:
         raise ValueError(f"expected an expression in lengths and numbers of heads, got {expr}, which is {value}")
     return int(value)
