@@ -45,7 +45,7 @@ SPEC = {
     "name": "llsa_l2",
     "reweight": True,
 }
-OPERATOR = "llsa_l2_57ed87eed7a4e269"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
+OPERATOR = "llsa_l2_994f3f1c0f460ffa"  # in torch.ops.llsa: the name of the spec and the hash of what runs here
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, in Python
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 MAX_SCALE = 2.3e38  # times log2(e), the largest float32
@@ -1626,10 +1626,6 @@ reinterpret = getattr(gl.shared_memory_descriptor, "reinterpret", None) or gl.sh
 # still reads the other.
 STAGES = gl.constexpr(3)
 
-# Whether the rows of queries that dq is made from are left operands in registers, so that two programs fit into the shared
-# memory of a multiprocessor. On their way there they lie in the buffers that are filled last.
-IN_REGISTERS = gl.constexpr(False)
-
 
 @gluon.jit
 def row_tile(ptr, row, stride, LAYOUT: gl.constexpr):
@@ -2278,7 +2274,7 @@ def grad_q_hopper_kernel(
     dtype: gl.constexpr = q_ptr.dtype.element_ty
     k_tiles = gl.allocate_shared_memory(dtype, [STAGES, 64, PAD_DIM], SHARED)
     v_tiles = gl.allocate_shared_memory(dtype, [STAGES, 64, PAD_DIM], SHARED)
-    q = k_tiles.index(STAGES - 1) if IN_REGISTERS else gl.allocate_shared_memory(dtype, [64, PAD_DIM], SHARED)
+    q = gl.allocate_shared_memory(dtype, [64, PAD_DIM], SHARED)
     token = first * 16 + gl.arange(0, 64, layout=gl.SliceLayout(1, COPIED))
     inside = token < m_tokens
     copy_rows(q, q_base, token, stride_qn, inside)
@@ -2303,14 +2299,7 @@ def grad_q_hopper_kernel(
     grad_o_base = head_base(grad_o_ptr, head, stride_gb, stride_gh, heads_per_batch)
     grad_o_at, _ = row_tile(grad_o_base, token, stride_gn, COPIED)
     grad_o_rows = gl.load(grad_o_at, mask=inside[:, None] & columns, other=0.0)
-    if IN_REGISTERS:
-        grad_o = v_tiles.index(STAGES - 1)
-        grad_o.store(grad_o_rows)
-        hopper.async_copy.wait_group(1)
-        q = q.load(LEFT)
-        grad_o = grad_o.load(LEFT)
-    else:
-        grad_o = gl.allocate_shared_memory(dtype, [64, PAD_DIM], SHARED, grad_o_rows)
+    grad_o = gl.allocate_shared_memory(dtype, [64, PAD_DIM], SHARED, grad_o_rows)
     delta = gl.sum(o.to(gl.float32) * grad_o_rows.to(gl.float32), 1)
     if grad_lse_ptr is not None:
         delta -= gl.load(of_head(grad_lse_ptr, head, m_tokens, 1) + token, mask=inside, other=0.0)
@@ -2358,12 +2347,8 @@ def grad_q_hopper_kernel(
     grad_q = gl.convert_layout(gl.reshape(grad_q, [4, 16, PAD_DIM]), BATCH)
     peak = gl.convert_layout(gl.reshape(peak, [4, 16]), gl.SliceLayout(2, BATCH))
     delta = gl.convert_layout(gl.reshape(delta, [4, 16]), gl.SliceLayout(2, BATCH))
-    if IN_REGISTERS:
-        q_batch = gl.convert_layout(gl.reshape(q, [4, 16, PAD_DIM]), LEFT_BATCH)
-        grad_o_batch = gl.convert_layout(gl.reshape(grad_o, [4, 16, PAD_DIM]), LEFT_BATCH)
-    else:
-        q_batch = as_batch(q).load(LEFT_BATCH)
-        grad_o_batch = as_batch(grad_o).load(LEFT_BATCH)
+    q_batch = as_batch(q).load(LEFT_BATCH)
+    grad_o_batch = as_batch(grad_o).load(LEFT_BATCH)
     zeros_batch = gl.zeros([4, 16, 16], gl.float32, layout=BATCH)
     if partial_fine:
         for tile in range(keys.end_l1, keys.end):
