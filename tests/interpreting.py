@@ -69,8 +69,8 @@ def once_a_name(whole: Any) -> Any:
 
 
 def once_a_shape(whole: Any) -> Any:
-    """A type of blocks checks its shape and prints it into a name. Here it has its `sizes`, too: the shape is a tuple of
-    Triton's own, which is slow to compare."""
+    """A type of blocks checks its shape and prints it into a name. Here it also has its `sizes`, for the shape is a
+    tuple of Triton's own, and slow to compare."""
     known: dict[tuple[Any, ...], dict[str, Any]] = {}
 
     def init(self: Any, element_ty: Any, shape: Any) -> None:
