@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.torch_version import TorchVersion
 
-COMPILING: dict[str, Any] = {"triton.mix_order_reduction": False} if TorchVersion(torch.__version__) < (2, 15) else {}
+COMPILING: dict[str, Any] = {"triton.mix_order_reduction": False} if TorchVersion(torch.__version__) < "2.15" else {}
 """Options of torch.compile. Before torch 2.15, on a GPU, one of its fusions leaves the gradients of shifts and scales
 unwritten where a batch is one picture: https://github.com/pytorch/pytorch/issues/193061. The model learns all the same,
 and badly."""
