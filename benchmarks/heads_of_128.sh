@@ -3,8 +3,8 @@
 #
 #     benchmarks/heads_of_128.sh [FOLDER] [NAME...]
 #
-# Each file is one process, in which all is timed in turns, cuDNN and FlexAttention among it. Some ten minutes on an
-# H200. Kernels are compiled before, of all files at once: one process compiles on one core.
+# Each file is one process, in which all is timed in turns: our specs, cuDNN, and FlexAttention for wide blocks. Kernels
+# are compiled before, of all files at once: one process compiles on one core.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-python3} folder=${1:-benchmarks} spec=benchmarks/spec

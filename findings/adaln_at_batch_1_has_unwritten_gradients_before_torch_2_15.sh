@@ -6,7 +6,7 @@
 # adds the parts up under the name of a buffer. But that name was a part of the gradient of the whole tensor, which
 # `stack` or `cat` would have put together in place: now nobody writes it, and the gradient is whatever lay in that
 # memory, often that of the step before. No error, no NaN; a model goes on learning, badly. Fixed in torch 2.15
-# (https://github.com/pytorch/pytorch/issues/193061). `triton.mix_order_reduction = False` is right in all versions.
+# (https://github.com/pytorch/pytorch/issues/193061). `triton.mix_order_reduction = False` leaves it out.
 #
 # No GPU is needed to see it: the code for one is generated, and read.
 set -euo pipefail

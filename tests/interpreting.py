@@ -60,7 +60,7 @@ def once_a_name(whole: Any) -> Any:
     known: dict[str, Any] = {}
 
     def found(dtype: Any) -> Any:
-        name = getattr(dtype, "element_ty", dtype).name if dtype.is_block() else dtype.name
+        name = (dtype.element_ty if dtype.is_block() else dtype).name
         if name not in known:
             known[name] = whole(dtype)
         return known[name]

@@ -251,6 +251,13 @@ def test_no_name_of_a_module_is_taken_twice(spec: Spec) -> None:
     assert [name for name, times in Counter(names).items() if times > 1] == []
 
 
+def test_what_all_modules_share_is_read_once() -> None:
+    emission.uncommented_once.cache_clear()
+    for chosen in BRANCHES[:3]:
+        assert emission.THE_SAME in render(chosen)
+    assert emission.uncommented_once.cache_info().misses == 1
+
+
 # ---- broken templates -------------------------------------------------------------------------------------------
 
 
