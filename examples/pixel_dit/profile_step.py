@@ -1,16 +1,18 @@
-"""Where the time of a compiled step goes: kernels by kind, and what attention adds beside its own kernels.
+"""Where the time of a step goes: steps with several attentions, replayed in turns, and their kernels by kind.
 
-    python examples/pixel_dit/profile_step.py --size 256 --batch 1 --attention llsa_l2 --out profile.json
+    python examples/pixel_dit/profile_step.py --size 256 --batch 1 --attentions dense llsa_l2 none --out profile.json
 
-The same step is profiled with attention and without ("none": queries and keys are made, normed and rotated all the
-same, and added up). What the two differ by is what attention adds; its own kernels are those of the compiled spec.
+All of them are prepared in one process and take turns, so that a GPU that is slower for a while is so for all. Without
+attention ("none"), queries and keys are made, normed and rotated all the same, and added up. What a step takes more
+than that one is what its attention adds; its own kernels are those of the compiled spec.
 """
 
 import argparse
 import re
+import statistics
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import attention
 import rows
@@ -30,7 +32,11 @@ KINDS = {
     "optimiser": re.compile(r"multi_tensor|adam|foreach|lpnorm", re.IGNORECASE),
     "copies": re.compile(r"mem(cpy|set)|copy", re.IGNORECASE),
 }
-TIMED_STEPS, PROFILED_STEPS = 20, 3
+TURNS, TURN_MS, PROFILED_STEPS = 10, 400.0, 3
+
+Step = Callable[[], object]
+Kernels = dict[str, tuple[float, float]]
+"""(ms, launches) of every kernel in one step, by name."""
 
 
 def kind_of(kernel: str) -> str:
@@ -38,30 +44,50 @@ def kind_of(kernel: str) -> str:
     return next((kind for kind, pattern in KINDS.items() if pattern.search(kernel)), "other")
 
 
-def profiled(wanted: Settings) -> tuple[float, dict[str, tuple[float, float]]]:
-    """Milliseconds of a step without the profiler; (ms, launches) of every kernel in one step, by name."""
-    torch.compiler.reset()
+def ready(wanted: Settings) -> Step:
+    """A step that is compiled and, if settings say so, recorded."""
     _, step = prepared(wanted)
     for _ in range(WARM_UPS + 1):
         step()
+    return step
+
+
+def in_turns(steps: Mapping[str, Step]) -> dict[str, list[float]]:
+    """Milliseconds of a step, a number a turn. A turn takes as many steps as make up its time, at least one."""
+    counts = {name: max(1, int(TURN_MS / timed(step, 1))) for name, step in steps.items()}
+    found: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(TURNS):
+        for name, step in steps.items():
+            found[name].append(timed(step, counts[name]))
+    return found
+
+
+def timed(step: Step, count: int) -> float:
+    """Milliseconds of one of so many steps in a row."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
     begin.record()
-    for _ in range(TIMED_STEPS):
+    for _ in range(count):
         step()
     end.record()
     torch.cuda.synchronize()
+    return begin.elapsed_time(end) / count
+
+
+def kernels_of(step: Step) -> Kernels:
+    """What a step runs on the GPU."""
     with profile(activities=[ProfilerActivity.CUDA]) as seen:
         for _ in range(PROFILED_STEPS):
             step()
         torch.cuda.synchronize()
-    return begin.elapsed_time(end) / TIMED_STEPS, {
+    return {
         event.key: (event.self_device_time_total / 1e3 / PROFILED_STEPS, event.count / PROFILED_STEPS)
         for event in seen.key_averages()
         if event.device_type.name == "CUDA" and not event.is_user_annotation
     }
 
 
-def by_kind(found: dict[str, tuple[float, float]]) -> dict[str, float]:
+def by_kind(found: Kernels) -> dict[str, float]:
     """Milliseconds of each kind, and of all."""
     sums = dict.fromkeys((*KINDS, "other"), 0.0)
     for name, (ms, _) in found.items():
@@ -69,37 +95,46 @@ def by_kind(found: dict[str, tuple[float, float]]) -> dict[str, float]:
     return {**sums, "all kernels": sum(sums.values())}
 
 
+def shown(turns: Mapping[str, list[float]], kinds: Mapping[str, dict[str, float]]) -> str:
+    """A column an attention: ms of its kernels by kind, and of a step; then what each adds to a step without any."""
+    steps = {name: statistics.median(of) for name, of in turns.items()}
+    lines = [[kind, *(f"{of[kind]:.2f}" for of in kinds.values())] for kind in next(iter(kinds.values()))]
+    lines.append(["a step", *(f"{ms:.2f}" for ms in steps.values())])
+    if "dense" in steps:
+        lines.append(["× dense", *(f"{steps['dense'] / ms:.2f}" for ms in steps.values())])
+    said = [rows.table(["ms a step", *steps], lines)]
+    for name, ms in steps.items():
+        own = kinds[name]["attention"]
+        if own and "none" in steps:
+            more = ms - steps["none"]
+            said.append(f"{name} adds {more:.2f} ms, {more / own:.2f} times its own kernels, {own:.2f} ms")
+    return "\n".join(said)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Profile one compiled step with attention and without.")
-    parser.add_argument("--top", type=int, default=25, help="kernels to print")
+    parser = argparse.ArgumentParser(description="Time steps in turns, and say where their time goes.")
+    parser.add_argument("--attentions", nargs="+", default=["dense", "llsa_l2", "none"], metavar="A")
+    parser.add_argument("--top", type=int, default=0, metavar="N", help="print so many kernels of each step")
     parser.add_argument("--out", type=Path, default=Path("profile.json"))
     settings.add_flags(parser)
     options = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("profile_step.py: expected a GPU, whose kernels are what is profiled, got none")
-    wanted = settings.from_flags(options)
-    kept: dict[str, dict[str, tuple[float, float]]] = {}
-    steps: dict[str, float] = {}
-    for one in (wanted.attention, "none"):
-        chosen = wanted.model_copy(update={"attention": one})
-        name = attention.name_of(one)
-        steps[name], kept[name] = profiled(chosen)
-        lines = sorted(kept[name].items(), key=lambda item: -item[1][0])[: options.top]
-        print(f"\n{name}: {steps[name]:.2f} ms a step")
+    wanted = settings.from_flags(options).model_dump()
+    chosen = [settings.checked(wanted | {"attention": one}) for one in options.attentions]
+    steps = {attention.name_of(one.attention): ready(one) for one in chosen}
+    turns = in_turns(steps)
+    kernels = {name: kernels_of(step) for name, step in steps.items()}
+    for name, found in kernels.items() if options.top else ():
+        lines = sorted(found.items(), key=lambda item: -item[1][0])[: options.top]
+        print(f"\n{name}")
         print(rows.table(["kernel", "kind", "ms", "launches"], [
             [kernel[:90], kind_of(kernel), f"{ms:.3f}", f"{launches:.0f}"] for kernel, (ms, launches) in lines
         ]))  # fmt: skip
-    (name, found), (_, without) = kept.items()
-    a, b = by_kind(found), by_kind(without)
-    lines = [[kind, f"{a[kind]:.2f}", f"{b[kind]:.2f}", f"{a[kind] - b[kind]:.2f}"] for kind in a]
-    lines.append(["a step", *(f"{x:.2f}" for x in (steps[name], steps["none"], steps[name] - steps["none"]))])
-    print("\n" + rows.table(["ms a step", name, "none", "difference"], lines))
-    own = a.get("attention", 0.0)
-    if own:
-        print(f"\nattention adds {steps[name] - steps['none']:.2f} ms to a step of {steps[name]:.2f} ms, "
-              f"{(steps[name] - steps['none']) / own:.2f} times its own kernels, {own:.2f} ms")  # fmt: skip
-    row: dict[str, Any] = {**rows.stamp("cuda"), "settings": wanted.model_dump(mode="json"), "step_ms": steps}
-    rows.add(options.out, [row | {"kernels": kept, "kinds": {name: a, "none": b}}])
+    kinds = {name: by_kind(found) for name, found in kernels.items()}
+    print("\n" + shown(turns, kinds))
+    row = {**rows.stamp("cuda"), "settings": chosen[0].model_dump(mode="json", exclude={"attention"})}
+    rows.add(options.out, [row | {"step_ms": turns, "kernels": kernels, "kinds_ms": kinds}])
 
 
 if __name__ == "__main__":

@@ -186,6 +186,22 @@ def test_kernels_are_told_apart() -> None:
     assert {kernel: profile_step.kind_of(kernel) for kernel in named} == named
 
 
+def test_what_attention_adds_is_told_from_steps_and_kernels() -> None:
+    kernels = {
+        "dense": {"flash_fwd": (60.0, 2.0), "nvjet_a": (4.0, 3.0)}, "none": {"nvjet_a": (4.0, 3.0)},
+        "llsa_l2": {"attend_kernel": (1.5, 2.0), "grad_q_kernel": (0.5, 2.0), "nvjet_a": (4.0, 3.0)},
+    }  # fmt: skip
+    kinds = {name: profile_step.by_kind(of) for name, of in kernels.items()}
+    turns = {"dense": [64.0, 90.0, 60.0], "none": [4.0, 5.0, 3.0], "llsa_l2": [8.0, 6.0, 6.5]}
+    table, *said = profile_step.shown(turns, kinds).rsplit("\n", 2)
+    assert said == ["dense adds 60.00 ms, 1.00 times its own kernels, 60.00 ms",
+                    "llsa_l2 adds 2.50 ms, 1.25 times its own kernels, 2.00 ms"]  # fmt: skip
+    cells = {row.split("|")[1].strip(): row.split("|")[2:-1] for row in table.splitlines()}
+    numbers = {kind: [float(x) for x in of] for kind, of in cells.items() if kind in ("attention", "all kernels")}
+    assert numbers == {"attention": [60, 0, 2], "all kernels": [64, 4, 6]}
+    assert [float(x) for x in cells["× dense"]] == [1, 16, 9.85]
+
+
 def test_curves_show_the_lines_of_a_log(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
