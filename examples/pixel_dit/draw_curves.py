@@ -1,6 +1,6 @@
-"""Draw loss curves of runs: by step, and by seconds of training, training and validation side by side.
+"""Draw loss curves of runs: by step, and by seconds of training.
 
-    python examples/pixel_dit/draw_curves.py runs/equal_time/dense-0 runs/equal_time/llsa-0 --out curves.png
+    python examples/pixel_dit/draw_curves.py runs/equal/dense-0 runs/equal/llsa-0 --along seconds --out curves.png
     python examples/pixel_dit/draw_curves.py dense.jsonl llsa.jsonl --out curves.png
 
 Needs matplotlib; nothing that trains does.
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 Lines = list[dict[str, Any]]
+SCALES = {"step": "steps", "seconds": "seconds of training"}
 
 
 def lines_of(path: Path) -> Lines:
@@ -40,19 +41,19 @@ def smoothed(values: Sequence[float], width: int) -> list[float]:
     return ((sums[1:] - sums[begins]) / (np.arange(1, len(sums)) - begins)).tolist()
 
 
-def draw(runs: dict[str, Lines], out: Path) -> None:
-    """Three panels: training by step, validation by step, validation by seconds."""
+def draw(runs: dict[str, Lines], out: Path, along: Sequence[str] = ("step", "seconds")) -> None:
+    """A panel a scale: the loss on what is learnt from, smoothed, and over it the loss on pictures that are not. What is
+    known before the first step is left out: it is 1, about, for all of them, and would press the rest flat."""
     pyplot = _pyplot()
-    figure, panels = pyplot.subplots(1, 3, figsize=(15, 4.5))
-    for name, lines in runs.items():
-        places, losses = series(lines, "loss", "step")
-        panels[0].plot(places, smoothed(losses, max(1, len(losses) // 50)), label=name)
-        for panel, along in zip(panels[1:], ("step", "seconds"), strict=True):
-            panel.plot(*series(lines, "validation", along), marker=".", label=name)
-    for panel, title, along in zip(
-        panels, ("training", "validation", "validation"), ("steps", "steps", "seconds of training"), strict=True
-    ):
-        panel.set(title=f"{title} loss", xlabel=along, yscale="log")
+    figure, panels = pyplot.subplots(1, len(along), figsize=(1 + 6.5 * len(along), 4.5), squeeze=False)
+    for panel, scale in zip(panels[0], along, strict=True):
+        for name, lines in runs.items():
+            places, losses = series(lines, "loss", scale)
+            smooth = dict(zip(places, smoothed(losses, max(1, len(losses) // 50)), strict=True))  # lines share seconds
+            (line,) = panel.plot(list(smooth), list(smooth.values()), alpha=0.4, linewidth=1)
+            places, losses = series([one for one in lines if one["step"]], "validation", scale)
+            panel.plot(places, losses, marker=".", color=line.get_color(), label=name)
+        panel.set(title="validation loss (pale: training)", xlabel=SCALES[scale], yscale="log")
         panel.grid(alpha=0.3, which="both")
         panel.legend()
     figure.tight_layout()
@@ -93,13 +94,14 @@ def _pyplot() -> Any:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Draw loss curves of runs into one picture.")
     parser.add_argument("folders", type=Path, nargs="+", help="of the runs, or their log.jsonl under any name")
+    parser.add_argument("--along", nargs="+", choices=tuple(SCALES), default=list(SCALES), help="a panel each")
     parser.add_argument("--out", type=Path, default=Path("curves.png"))
     options = parser.parse_args()
     try:
         runs = {path.stem if path.is_file() else path.name: lines_of(path) for path in options.folders}
     except ValueError as error:
         sys.exit(f"draw_curves.py: {error}")
-    draw(runs, options.out)
+    draw(runs, options.out, options.along)
     for name, lines in runs.items():
         last = {key: value for line in lines for key, value in line.items()}
         reached = f"step {last['step']:,}, {last['seconds']:.0f} s"
