@@ -42,7 +42,7 @@ def smoothed(values: Sequence[float], width: int) -> list[float]:
 
 
 def draw(runs: dict[str, Lines], out: Path, along: Sequence[str] = ("step", "seconds")) -> None:
-    """A panel a scale: the loss on what is learnt from, smoothed, and over it the loss on pictures that are not. What is
+    """A panel a scale: the loss on what is learnt from, smoothed, and over it that on pictures that are not. What is
     known before the first step is left out: it is 1, about, for all of them, and would press the rest flat."""
     pyplot = _pyplot()
     figure, panels = pyplot.subplots(1, len(along), figsize=(1 + 6.5 * len(along), 4.5), squeeze=False)
