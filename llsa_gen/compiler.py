@@ -4,6 +4,7 @@ import hashlib
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
@@ -157,7 +158,7 @@ def cache_key(plan: Plan, schedules: schedule.Schedules) -> Key:
     parts |= {f"template:{name}": digest for name, digest in emit.template_digests().items()}
     parts |= {f"runtime:{name}": digest for name, digest in runtime.digests().items()}
     parts |= {f"generator:{name}": _digest((package / name).read_bytes()) for name in GENERATORS}
-    parts |= {name: version(name) for name in ("torch", "triton")}
+    parts |= {name: _installed(name) for name in ("torch", "triton")}
     parts["llsa_gen"] = emit.generator_version()
     return Key(plan.spec.name, parts)
 
@@ -168,6 +169,10 @@ def explain_miss(
     """Why the next `compile` of a spec would hit or miss the store."""
     plan, store = lower(load(source)), store or Store()
     return store.why(cache_key(plan, schedule.schedules(plan, tuned.targets(store))))
+
+
+_installed = cache(version)
+"""The version of a package, looked up once: that reads every folder of `sys.path`."""
 
 
 def _digest(data: bytes) -> str:

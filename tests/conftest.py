@@ -1,5 +1,6 @@
 """What every test runs under: which tests this machine can run, how hypothesis draws, and a cache of the run's own."""
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -56,6 +57,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if needs_gpu and not _has_gpu():
         for item in needs_gpu:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA or ROCm GPU"))
+
+
+def pytest_collection_finish() -> None:
+    """Leaves out of garbage collections what libraries have made so far, which stays, and collects less often.
+
+    That takes a fifth of the time of tests that make many small objects. Tests of what is freed collect by themselves.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 50)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -129,7 +129,7 @@ def test_the_schedule_changes_the_key() -> None:
 @pytest.mark.parametrize("package", ["torch", "triton"])
 def test_the_versions_change_the_key(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
     before, version = digest(), compiler.version
-    monkeypatch.setattr(compiler, "version", lambda name: "9.9" if name == package else version(name))
+    monkeypatch.setattr(compiler, "_installed", lambda name: "9.9" if name == package else version(name))
     assert digest() != before
 
 

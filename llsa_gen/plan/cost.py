@@ -35,6 +35,7 @@ from llsa_gen.plan.sizes import (
     M,
     N,
     ceil_div,
+    least,
     of_level,
     parts,
     splits,
@@ -102,7 +103,7 @@ class Cost:
             return plan.key_tokens(level)
         # what a long sequence keeps: T_l is never more than the b_(l+1) T_(l+1) that a short one could show
         kept = plan.width(level + 1).subs(N, sympy.oo)
-        return sympy.Min(plan.key_tokens(level), kept * plan.block(level + 1))
+        return least(plan.key_tokens(level), kept * plan.block(level + 1))
 
     @property
     def keys(self) -> sympy.Expr:
@@ -209,10 +210,10 @@ class Cost:
             keys, queries, keepers = sympy.Max(G, 1), M, 1
         else:
             keys, keepers = plan.keys_of_keeper(level), plan.keepers(level)
-            queries = M if level == plan.top else sympy.Min(M, plan.span(level + 1))
+            queries = M if level == plan.top else least(M, plan.span(level + 1))
         programs = HEADS * keepers * ceil_div(keys, tiles["BLOCK_N"])
         few_sums = sympy.floor(queries / (plan.queries_per_partial * keys))
-        wanted = sympy.Max(1, sympy.Min(sympy.ceiling(FILLING / programs), few_sums))
+        wanted = sympy.Max(1, least(sympy.ceiling(FILLING / programs), few_sums))
         rows = tiles["BLOCK_M"] * sympy.ceiling(sympy.ceiling(queries / wanted) / tiles["BLOCK_M"])
         return sympy.ceiling(queries / rows)
 
@@ -224,7 +225,7 @@ class Cost:
         names = (*kernel.reads, *also, *kernel.writes)
         counted = (self.plan.buffers[name] for name in names if not self._is_overflow(name))
         moved = sympy.Add(*map(self.buffer_bytes, counted))
-        return moved * sympy.Min(G, 1) if kernel.of_globals else moved  # launched only where there are any
+        return moved * least(G, 1) if kernel.of_globals else moved  # launched only where there are any
 
     def _bytes_of(self, role: Role, names: Iterable[str]) -> sympy.Expr:
         chosen = (self.plan.buffers[name] for name in dict.fromkeys(names))

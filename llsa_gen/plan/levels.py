@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import sympy
 
-from llsa_gen.plan.sizes import MAX_TOKENS, M, N, ceil_div
+from llsa_gen.plan.sizes import MAX_TOKENS, M, N, ceil_div, least
 from llsa_gen.spec import Spec
 
 MAX_SORTED = 64
@@ -86,7 +86,7 @@ class Levels:
         min(K_l, T_l(N), b_(l+1) width_(l+1)), where T_l is never more than b_(l+1) T_(l+1): so the smallest of a few
         numbers, and T_l(N).
         """
-        return sympy.Min(self.most_kept(level), self.key_tokens(level))
+        return least(self.most_kept(level), self.key_tokens(level))
 
     def most_kept(self, level: int) -> int:
         """`width` of a level in the longest sequences."""

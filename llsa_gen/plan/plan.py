@@ -16,7 +16,7 @@ from typing import NamedTuple
 import sympy
 
 from llsa_gen.plan.buffers import Buffers, Role
-from llsa_gen.plan.sizes import GLOBAL, HEADS, KV_HEADS, POOLED_M, G, M, ceil_div, parts, splits, tile
+from llsa_gen.plan.sizes import GLOBAL, HEADS, KV_HEADS, POOLED_M, G, M, ceil_div, least, parts, splits, tile
 from llsa_gen.spec import Spec
 
 Names = tuple[str, ...]
@@ -99,7 +99,7 @@ class Plan(Buffers):
         queries = self.query_tokens(level + 1)
         of_a_list = sympy.floor((queries - 1) / tile("PART"))
         entries = queries * self.width(level + 1)
-        return sympy.Min(sympy.floor(entries / tile("PART")), self.key_tokens(level + 1) * of_a_list)
+        return least(sympy.floor(entries / tile("PART")), self.key_tokens(level + 1) * of_a_list)
 
     @property
     def saved(self) -> tuple[str, ...]:
@@ -203,7 +203,7 @@ class Plan(Buffers):
                 rows = ceil_div(self.query_tokens(level), tile("BLOCK_M"))
             else:
                 reads += (f"kept_l{level + 1}",)
-                children = sympy.Min(self.block(level + 1), self.query_tokens(level))
+                children = least(self.block(level + 1), self.query_tokens(level))
                 rows = self.query_tokens(level + 1) * ceil_div(children, tile("BLOCK_M"))
             yield Kernel(
                 f"select_l{level}_kernel", "select", f"Top-{self.topk(level)} of level {level}", HEADS * rows,
@@ -229,7 +229,7 @@ class Plan(Buffers):
             return blocks * ceil_div(sympy.Integer(self.block(1)), tile("BLOCK_M"))
         if self.shared_level is None:
             return ceil_div(blocks, tile("GROUP"))
-        sharing = sympy.Min(self.blocks_sharing, blocks)
+        sharing = least(self.blocks_sharing, blocks)
         return self.query_tokens(self.shared_level) * ceil_div(sharing, tile("GROUP"))
 
     @property

@@ -1,5 +1,6 @@
 """Sizes as sympy expressions: the lengths they depend on, and the one division that levels are made of."""
 
+from functools import cache
 from typing import Literal
 
 import sympy
@@ -56,6 +57,12 @@ reads them again: about half of what recent caches hold. Beyond, they make way a
 def tile(name: str) -> sympy.Symbol:
     """A tile shape that the schedule decides: `BLOCK_M`, `GROUP`, ..."""
     return sympy.Symbol(name, integer=True, positive=True)
+
+
+@cache
+def least(*sizes: sympy.Expr | int) -> sympy.Expr:
+    """The least of some sizes. Once a process: sympy looks for sizes that are never larger than another, each time."""
+    return sympy.Min(*sizes)
 
 
 def ceil_div(numerator: sympy.Expr, divisor: int | sympy.Expr) -> sympy.Expr:

@@ -2,10 +2,12 @@
 
 import ast
 import importlib.util
+import io
 import os
 import re
 import subprocess
 import sys
+import tokenize
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -310,3 +312,14 @@ def test_what_reproduces_a_template_error_does(templates: Path) -> None:
     result = subprocess.run(command, shell=True, env=environment, capture_output=True, text=True, timeout=600)
     assert result.returncode == 1
     assert "TemplateError: triton/pool.py.j2:" in result.stderr.splitlines()[-1], result.stderr
+
+
+def test_what_is_hashed_is_the_text_without_what_the_tokenizer_calls_a_comment() -> None:
+    texts = [render(load(path)).split('"""', 2)[2] for path in SHIPPED]
+    for text in [*texts, 'a = "#\\"#"  # "\nb = \'#"\'  # \'\n\n"""\n# no\n"""  # "" #\n']:
+        lines = text.splitlines()
+        for token in tokenize.generate_tokens(io.StringIO(text).readline):
+            if token.type == tokenize.COMMENT:
+                row, column = token.start
+                lines[row - 1] = lines[row - 1][:column]
+        assert emission.uncommented(text).splitlines() == [line.rstrip() for line in lines if line.strip()]
