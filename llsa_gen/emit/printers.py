@@ -51,7 +51,7 @@ def symbolic(context: jinja2.runtime.Context, expr: sympy.Expr | int) -> str:
 
 def printed(plan: Plan, expr: sympy.Expr | int, printer: HostPrinter) -> str:
     """An expression of the plan as a printer has it."""
-    named = {
+    named: dict[sympy.Basic, sympy.Symbol] = {
         tokens(level): sympy.Symbol(f"{name}[{level}]", integer=True, nonnegative=True)
         for name, tokens in (("queries", plan.query_tokens), ("keys", plan.key_tokens))
         for level in plan.levels
@@ -59,7 +59,7 @@ def printed(plan: Plan, expr: sympy.Expr | int, printer: HostPrinter) -> str:
     return str(printer.doprint(renamed(sympy.sympify(expr), named))).replace("*", " * ").replace("*  *", "**")
 
 
-def renamed(expr: sympy.Expr, names: Mapping[sympy.Expr, sympy.Symbol]) -> sympy.Expr:
+def renamed(expr: sympy.Basic, names: Mapping[sympy.Basic, sympy.Symbol]) -> sympy.Basic:
     """An expression where some parts of it have names: as sympy's `subs`, without the search that `Min` makes anew."""
     if expr in names or not expr.args:
         return names.get(expr, expr)
