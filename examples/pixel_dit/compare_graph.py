@@ -44,7 +44,7 @@ def taught(wanted: Settings) -> dict[str, torch.Tensor]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Compare steps that are replayed with steps that run as they are.")
     parser.add_argument("--timed", default="256", metavar="N", help="pixels of the step that is timed")
-    settings.add_flags(parser)
+    settings.add_flags(parser, varied=("cuda_graph",))
     options = parser.parse_args()
     wanted = settings.from_flags(options)
     both = [wanted.model_copy(update={"cuda_graph": graph}) for graph in (True, False)]

@@ -41,9 +41,13 @@ def smoothed(values: Sequence[float], width: int) -> list[float]:
     return ((sums[1:] - sums[begins]) / (np.arange(1, len(sums)) - begins)).tolist()
 
 
-def draw(runs: dict[str, Lines], out: Path, along: Sequence[str] = ("step", "seconds")) -> None:
-    """A panel a scale: the loss on what is learnt from, smoothed, and over it that on pictures that are not. What is
-    known before the first step is left out: it is 1, about, for all of them, and would press the rest flat."""
+def validation(lines: Lines, along: str) -> tuple[list[float], list[float]]:
+    """The series of validation after the first step: before, it is 1, about, for all, and would press the rest flat."""
+    return series([line for line in lines if line["step"]], "validation", along)
+
+
+def draw(runs: dict[str, Lines], out: Path, along: Sequence[str] = tuple(SCALES)) -> None:
+    """A panel a scale: the loss on what is learnt from, smoothed, and over it that on pictures that are not."""
     pyplot = _pyplot()
     figure, panels = pyplot.subplots(1, len(along), figsize=(1 + 6.5 * len(along), 4.5), squeeze=False)
     for panel, scale in zip(panels[0], along, strict=True):
@@ -51,8 +55,7 @@ def draw(runs: dict[str, Lines], out: Path, along: Sequence[str] = ("step", "sec
             places, losses = series(lines, "loss", scale)
             smooth = dict(zip(places, smoothed(losses, max(1, len(losses) // 50)), strict=True))  # lines share seconds
             (line,) = panel.plot(list(smooth), list(smooth.values()), alpha=0.4, linewidth=1)
-            places, losses = series([one for one in lines if one["step"]], "validation", scale)
-            panel.plot(places, losses, marker=".", color=line.get_color(), label=name)
+            panel.plot(*validation(lines, scale), marker=".", color=line.get_color(), label=name)
         panel.set(title="validation loss (pale: training)", xlabel=SCALES[scale], yscale="log")
         panel.grid(alpha=0.3, which="both")
         panel.legend()
@@ -63,13 +66,12 @@ def draw(runs: dict[str, Lines], out: Path, along: Sequence[str] = ("step", "sec
 
 
 def draw_validation(experiments: dict[str, list[Lines]], out: Path) -> None:
-    """Validation by step of experiments with some runs each: the mean, and from the lowest to the highest run. What is
-    known before the first step is left out: it is 1, about, for all of them, and would press the rest flat."""
+    """Validation by step of experiments with some runs each: the mean, and from the lowest to the highest run."""
     pyplot = _pyplot()
     figure, panel = pyplot.subplots(figsize=(7, 4.5))
     for name, runs in experiments.items():
-        found = [dict(zip(*series(lines, "validation", "step"), strict=True)) for lines in runs]
-        steps = sorted(step for step in set.intersection(*map(set, found)) if step)
+        found = [dict(zip(*validation(lines, "step"), strict=True)) for lines in runs]
+        steps = sorted(set.intersection(*map(set, found)))
         values = np.array([[one[step] for step in steps] for one in found])
         (line,) = panel.plot(steps, values.mean(0), marker=".", label=name)
         panel.fill_between(steps, values.min(0), values.max(0), alpha=0.2, color=line.get_color())

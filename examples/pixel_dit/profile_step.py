@@ -116,13 +116,17 @@ def main() -> None:
     parser.add_argument("--attentions", nargs="+", default=["dense", "llsa_l2", "none"], metavar="A")
     parser.add_argument("--top", type=int, default=0, metavar="N", help="print so many kernels of each step")
     parser.add_argument("--out", type=Path, default=Path("profile.json"))
-    settings.add_flags(parser)
+    settings.add_flags(parser, varied=("attention",))
     options = parser.parse_args()
-    if not torch.cuda.is_available():
-        sys.exit("profile_step.py: expected a GPU, whose kernels are what is profiled, got none")
     wanted = settings.from_flags(options).model_dump()
     chosen = [settings.checked(wanted | {"attention": one}) for one in options.attentions]
-    steps = {attention.name_of(one.attention): ready(one) for one in chosen}
+    names = [attention.name_of(one.attention) for one in chosen]
+    if len({*names}) < len(names):
+        sys.exit(f"--attentions: expected names that differ, got {', '.join(names)}")
+    if not torch.cuda.is_available():
+        sys.exit("profile_step.py: expected a GPU, whose kernels are what is profiled, got none")
+    torch._dynamo.config.fail_on_recompile_limit_hit = True  # or else what is one model too many runs as it is
+    steps = {name: ready(one) for name, one in zip(names, chosen, strict=True)}
     turns = in_turns(steps)
     kernels = {name: kernels_of(step) for name, step in steps.items()}
     for name, found in kernels.items() if options.top else ():

@@ -7,6 +7,7 @@ Every field is a flag, and a key of a YAML file. Flags win over the file, the fi
 
 import argparse
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -97,12 +98,14 @@ FREE = frozenset({"data", "steps", "seconds", "device", "cuda_graph"} | WRITTEN)
 """What a run that is resumed may change: none of it changes a step. The pictures are compared by their hashes."""
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """--config and a flag for every setting."""
+def add_flags(parser: argparse.ArgumentParser, varied: Collection[str] = ()) -> None:
+    """--config and a flag for every setting, but for those that a program varies by itself."""
     parser.add_argument(
         "--config", type=Path, action="append", default=[], help="a YAML file of settings; more than one, too"
     )
     for name, field in Settings.model_fields.items():
+        if name in varied:
+            continue
         description = f"{field.description}; " if field.description else ""
         shown = field.default if name != "size" else 64
         parser.add_argument(f"--{name.replace('_', '-')}", metavar="X", help=f"{description}{shown}")
@@ -113,7 +116,7 @@ def from_flags(options: argparse.Namespace) -> Settings:
     given: dict[str, Any] = {}
     for path in options.config:
         given |= read(path)
-    flags = {name: getattr(options, name) for name in Settings.model_fields}
+    flags = {name: getattr(options, name, None) for name in Settings.model_fields}
     given |= {name: value for name, value in flags.items() if value is not None}
     return checked(given)
 

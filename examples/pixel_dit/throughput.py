@@ -142,7 +142,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=Path("throughput.json"))
     parser.add_argument("--table", type=Path, help="measure nothing: print the rows of a file")
-    settings.add_flags(parser)
+    settings.add_flags(parser, varied=("size", "attention", "compile", "layout", "modulate", "accumulate"))
     options = parser.parse_args()
     if options.table:
         print(shown(json.loads(options.table.read_text(encoding="utf-8"))))

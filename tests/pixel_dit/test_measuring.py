@@ -6,15 +6,18 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import ModuleType
 
 import ablation
 import checkpoints
+import compare_graph
 import draw_curves
 import profile_step
 import pytest
 import rows
 import settings
 import throughput
+import torch
 import yaml
 from PIL import Image
 from tiny_runs import SMALL, small
@@ -158,7 +161,8 @@ def test_an_ablation_whose_process_dies_says_so(
 def test_throughput_stores_rows_and_adds_to_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(throughput, "BUDGET_SECONDS", 0.01)
     out = tmp_path / "rows.json"
-    common = ["--modes", "none", "--out", str(out), *flags(depth=1, batch=2)]
+    own = [flag for flag in flags(depth=1, batch=2) if not flag.startswith(("--size", "--compile"))]
+    common = ["--modes", "none", "--out", str(out), *own]
     for attentions in (["dense", "small"], ["none", "dense", "--without", "8x12:dense"]):
         monkeypatch.setattr(sys, "argv", ["throughput.py", "--sizes", "8x12", "--attentions", *attentions, *common])
         throughput.main()
@@ -213,8 +217,11 @@ def test_curves_show_the_lines_of_a_log(tmp_path: Path) -> None:
     read = draw_curves.lines_of(folder)
     assert draw_curves.series(read, "validation", "seconds") == ([4.0, 8.0], [0.5, 0.25])
     assert draw_curves.smoothed([4.0, 2.0, 6.0, 8.0], 2) == [4.0, 3.0, 4.0, 7.0]
+    assert draw_curves.validation([{"step": 0, "validation": 1.0, "seconds": 0.0}, *read], "step")[0] == [4, 8]
     draw_curves.draw({"run": read}, tmp_path / "curves.png")
-    assert (tmp_path / "curves.png").stat().st_size > 1000
+    draw_curves.draw({"run": read}, tmp_path / "one.png", ["seconds"])
+    two, one = (Image.open(tmp_path / name).width for name in ("curves.png", "one.png"))
+    assert one < two < 2 * one, "a panel a scale"
     with pytest.raises(ValueError, match=r"expected the folder of a run, with log.jsonl in it"):
         draw_curves.lines_of(tmp_path)
     (tmp_path / "copied.jsonl").write_text((folder / "log.jsonl").read_text() + '{"step": 9, "lo')
@@ -227,3 +234,30 @@ def test_a_table_with_a_narrow_column_is_markdown() -> None:
         "| --- | --: | ---: |",
         "| a   |   1 |    2 |",
     ]
+
+
+@pytest.mark.parametrize(
+    ("program", "flag"),
+    [(throughput, "--compile=model"), (throughput, "--accumulate=2"), (compare_graph, "--cuda-graph=true")],
+)
+def test_a_setting_that_a_program_varies_is_no_flag_of_its_own(
+    program: ModuleType, flag: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["program", flag])
+    with pytest.raises(SystemExit):
+        program.main()
+    assert f"unrecognized arguments: {flag}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("given", [["--attention", "none"], ["--attentions", "dense", "none"]])
+def test_a_profile_takes_attentions_and_needs_a_gpu(given: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["profile_step.py", *given])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="expected a GPU, whose kernels are what is profiled, got none"):
+        profile_step.main()
+
+
+def test_a_profile_of_the_same_twice_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["profile_step.py", "--attentions", "none", "dense", "none"])
+    with pytest.raises(SystemExit, match="--attentions: expected names that differ, got none, dense, none"):
+        profile_step.main()
