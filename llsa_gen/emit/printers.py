@@ -1,13 +1,11 @@
 """Sizes of the plan as host code: what the filters `py` and `sym` of the templates print."""
 
-from collections.abc import Mapping
-
 import jinja2
 import sympy
 from sympy.printing.pycode import PythonCodePrinter
 
 from llsa_gen.plan import Plan
-from llsa_gen.plan.sizes import least
+from llsa_gen.plan.sizes import replaced
 
 
 class HostPrinter(PythonCodePrinter):
@@ -51,17 +49,9 @@ def symbolic(context: jinja2.runtime.Context, expr: sympy.Expr | int) -> str:
 
 def printed(plan: Plan, expr: sympy.Expr | int, printer: HostPrinter) -> str:
     """An expression of the plan as a printer has it."""
-    named: dict[sympy.Basic, sympy.Symbol] = {
+    named = {
         tokens(level): sympy.Symbol(f"{name}[{level}]", integer=True, nonnegative=True)
         for name, tokens in (("queries", plan.query_tokens), ("keys", plan.key_tokens))
         for level in plan.levels
     }
-    return str(printer.doprint(renamed(sympy.sympify(expr), named))).replace("*", " * ").replace("*  *", "**")
-
-
-def renamed(expr: sympy.Basic, names: Mapping[sympy.Basic, sympy.Symbol]) -> sympy.Basic:
-    """An expression where some parts of it have names: as sympy's `subs`, without the search that `Min` makes anew."""
-    if expr in names or not expr.args:
-        return names.get(expr, expr)
-    args = [renamed(arg, names) for arg in expr.args]
-    return least(*args) if isinstance(expr, sympy.Min) else expr.func(*args)
+    return str(printer.doprint(replaced(expr, named))).replace("*", " * ").replace("*  *", "**")

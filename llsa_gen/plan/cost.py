@@ -19,7 +19,7 @@ Counted are the most keys that a query can see; `Cost.exact` says whether all qu
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, NamedTuple, cast
+from typing import Literal, NamedTuple
 
 import sympy
 
@@ -38,6 +38,7 @@ from llsa_gen.plan.sizes import (
     least,
     of_level,
     parts,
+    replaced,
     splits,
     tile,
 )
@@ -195,9 +196,11 @@ class Cost:
         return {name: replaced(size, self._decided) for name, size in bytes_of.items()}
 
     @cached_property
-    def _decided(self) -> dict[sympy.Symbol, sympy.Expr]:
+    def _decided(self) -> dict[sympy.Expr, sympy.Expr]:
         """What the host code decides: into how many splits queries come, and the room for overflow parts."""
-        decided = {splits(level): self._splits(level) for level in (GLOBAL, *self.plan.split)}
+        decided: dict[sympy.Expr, sympy.Expr] = {
+            splits(level): self._splits(level) for level in (GLOBAL, *self.plan.split)
+        }
         for level in self.plan.by_list:
             most = self.plan.overflow_parts(level).subs(tile("PART"), self.schedule[f"grad_kv_l{level}"]["PART"])
             decided[parts(level)] = most
@@ -246,11 +249,6 @@ class Cost:
         """Both passes over all heads."""
         saved = self._bytes_of(Role.SAVED, self.plan.saved)
         return Totals(self._pass(self.plan.forward), self._pass(self.plan.backward), saved)
-
-
-def replaced(expr: sympy.Expr, values: dict[sympy.Symbol, sympy.Expr]) -> sympy.Expr:
-    """An expression with values for symbols, all at once: `subs` goes through it once for each."""
-    return cast(sympy.Expr, sympy.sympify(expr).xreplace(values))
 
 
 def dense(head_dim: int, element: int = 2) -> Totals:

@@ -1,7 +1,8 @@
 """Sizes as sympy expressions: the lengths they depend on, and the one division that levels are made of."""
 
-from functools import cache
-from typing import Literal
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Literal, cast
 
 import sympy
 
@@ -59,10 +60,23 @@ def tile(name: str) -> sympy.Symbol:
     return sympy.Symbol(name, integer=True, positive=True)
 
 
-@cache
-def least(*sizes: sympy.Expr | int) -> sympy.Expr:
-    """The least of some sizes. Once a process: sympy looks for sizes that are never larger than another, each time."""
+@lru_cache(maxsize=4096)
+def least(*sizes: sympy.Basic | int) -> sympy.Expr:
+    """The least of some sizes, remembered: sympy looks for those that are never larger than another, each time."""
     return sympy.Min(*sizes)
+
+
+def replaced(expr: sympy.Basic | int, values: Mapping[sympy.Expr, sympy.Basic]) -> sympy.Expr:
+    """An expression with others for parts of it, all at once, where `subs` goes through it once for each.
+
+    >>> replaced(least(8, ceil_div(N, 16)), {ceil_div(N, 16): M})
+    Min(8, m_tokens)
+    """
+    expr = cast(sympy.Expr, sympy.sympify(expr))
+    if expr in values or not expr.args:
+        return cast(sympy.Expr, values.get(expr, expr))
+    args = [replaced(arg, values) for arg in expr.args]
+    return least(*args) if isinstance(expr, sympy.Min) else expr.func(*args)
 
 
 def ceil_div(numerator: sympy.Expr, divisor: int | sympy.Expr) -> sympy.Expr:
